@@ -1,0 +1,157 @@
+"""A model folder ↔ a Transformer, its tokenizer and its generation defaults, in Hugging Face format."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmcli.checkpoints.families import Family, read_config, weight_names, write_config, family_of
+from lmcli.config import GenerateConfig, ModelConfig, check
+from lmcli.errors import UserError
+from lmcli.model.transformer import Transformer
+from lmcli.storage import read_tensors, user_errors, write_tensors, write_text
+from lmcli.text import tokenizer as tokenizers
+from lmcli.text.tokenizer import Tokenizer
+
+WEIGHTS = "model.safetensors"
+# generation_config.json keys that mean the same here; `do_sample: false` is temperature 0
+GENERATE_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams",
+                 "length_penalty")
+
+
+@dataclass
+class Checkpoint:
+    """What a model folder holds. `stops` are the ids that end a text; `beginning` those that start a context."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    generate: GenerateConfig
+    beginning: list[int]
+    stops: list[int]
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """The model of a folder, in evaluation mode on `device` in `dtype`.
+
+    Raises UserError naming the file for a missing or damaged one, a missing tensor or a wrong shape, a tokenizer with
+    more ids than the model has rows, and a family that is not supported.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError("no such model folder", where=str(folder), hint="-m takes a folder with config.json in it")
+    document = read_json(folder / "config.json", "a model folder needs config.json, model.safetensors, tokenizer.json")
+    family, config = read_config(document, str(folder / "config.json"))
+    tokenizer = tokenizers.load(folder)
+    if tokenizer.size > config.vocab_size:
+        raise UserError(f"has {tokenizer.size:,} ids, the model has {config.vocab_size:,} rows for them",
+                        where=str(folder / "tokenizer.json"), hint="tokenizer and model do not belong together")
+    model = _model(family, config, _tensors(folder), folder)
+    generation = _optional_json(folder / "generation_config.json")
+    return Checkpoint(model.to(device=device, dtype=dtype).eval(), tokenizer,
+                      _generate_config(generation, str(folder / "generation_config.json")),
+                      tokenizer.prefix, _stops(generation, document, tokenizer))
+
+
+def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
+    """A JSON object from a file; UserError when there is none."""
+    if not file.is_file():
+        raise UserError(f"holds no {file.name}", where=str(file.parent), hint=hint)
+    with user_errors(file, "read"):
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"is not JSON: {error}", where=str(file)) from error
+    if not isinstance(document, dict):
+        raise UserError("is not a JSON object", where=str(file))
+    return document
+
+
+def _optional_json(file: Path) -> dict[str, Any] | None:
+    return read_json(file) if file.is_file() else None
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, from one file or from the shards that an index names."""
+    if (folder / WEIGHTS).is_file():
+        return read_tensors(folder / WEIGHTS)
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        raise UserError(f"holds no {WEIGHTS}", where=str(folder), hint="only safetensors hold weights here")
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise UserError("has no weight_map", where=str(index))
+    tensors = {}
+    for name in sorted({str(name) for name in places.values()}):
+        if Path(name).name != name:
+            raise UserError(f"names a file outside the folder: {name!r}", where=str(index))
+        tensors.update(read_tensors(folder / name))
+    return tensors
+
+
+def _model(family: Family, config: ModelConfig, tensors: dict[str, torch.Tensor], folder: Path) -> Transformer:
+    """A Transformer around the tensors; nothing is allocated for weights that a file already holds."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    state, names = {}, weight_names(family, config)
+    for ours, theirs in names.items():
+        if theirs not in tensors:
+            raise UserError(f"has no tensor {theirs}", where=str(folder / WEIGHTS),
+                            hint="the file and config.json do not belong together")
+        wanted, found = tuple(model.get_parameter(ours).shape), tuple(tensors[theirs].shape)
+        if wanted != found:
+            raise UserError(f"{theirs} has shape {found}, config.json says {wanted}", where=str(folder / WEIGHTS))
+        state[ours] = tensors[theirs]
+    ignored = (*family.ignored, "lm_head.weight") if config.tie_word_embeddings else family.ignored
+    unknown = [name for name in tensors if name not in names.values() and not name.endswith(ignored)]
+    if unknown:
+        raise UserError(f"has a tensor that {family.model_type} does not know: {unknown[0]}",
+                        where=str(folder / WEIGHTS), hint="config.json may name the wrong model_type")
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie()
+    return model
+
+
+def _generate_config(document: dict[str, Any] | None, where: str) -> GenerateConfig:
+    """Defaults of a folder; without `do_sample` in it, ours."""
+    config = GenerateConfig()
+    if document is None:
+        return config
+    if "do_sample" in document:  # the file means to decide: what it leaves out has transformers' defaults
+        config = replace(config, temperature=1.0, top_p=1.0, top_k=50 if document["do_sample"] else 0)
+    values = {key: check(GenerateConfig, key, document[key], where) for key in GENERATE_KEYS
+              if document.get(key) is not None}
+    config = replace(config, **values)
+    return replace(config, temperature=0.0) if document.get("do_sample") is False else config
+
+
+def _stops(generation: dict[str, Any] | None, document: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
+    for source in (generation or {}, document):
+        found = source.get("eos_token_id")
+        if found is not None:
+            return [int(i) for i in (found if isinstance(found, list) else [found])]
+    eos = tokenizer.special("eos_token")
+    return [] if eos is None else [eos]
+
+
+def save(folder: Path, model: Transformer, tokenizer: Tokenizer, generate: GenerateConfig) -> None:
+    """Writes a whole model folder (which must exist), the weights last, so that a folder with weights is complete."""
+    config = model.config
+    write_text(folder / "config.json", json.dumps(write_config(config, "float32"), indent=2) + "\n")
+    tokenizer.save(folder, config.max_position_embeddings)
+    settings = {key: value for key, value in asdict(generate).items() if key in GENERATE_KEYS}
+    if not generate.temperature:  # transformers has no temperature 0, it has do_sample
+        settings.pop("temperature")
+    write_text(folder / "generation_config.json", json.dumps(
+        {"do_sample": bool(generate.temperature), **settings,
+         "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}, indent=2) + "\n")
+    save_weights(folder, model)
+
+
+def save_weights(folder: Path, model: Transformer) -> None:
+    """Replaces the weights of a model folder atomically. They are stored as float32."""
+    state = model.state_dict()
+    names = weight_names(family_of(model.config), model.config)
+    write_tensors(folder / WEIGHTS, {theirs: state[ours].detach().float().cpu().contiguous()
+                                     for ours, theirs in names.items()})

@@ -1,0 +1,85 @@
+"""Options that several commands share, declared once."""
+
+import sys
+from collections.abc import Callable
+
+import click
+
+from lmcli.config import duration
+from lmcli.errors import UsageError
+
+
+class Duration(click.ParamType):
+    """Seconds, or 90s, 10m, 1h30m."""
+
+    name = "duration"
+
+    def convert(self, value, param, ctx) -> float:
+        try:
+            return value if isinstance(value, float) else duration(value)
+        except ValueError as error:
+            self.fail(f"{error}; say 90, 90s, 10m or 1h30m", param, ctx)
+
+
+def _together(*decorators: Callable) -> Callable:
+    def decorate(function: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+    return decorate
+
+
+model = click.option("-m", "--model", envvar="LM_MODEL", metavar="DIR", show_envvar=True, help="Model folder.")
+json_output = click.option("--json", "as_json", is_flag=True, help="Write JSON Lines.")
+quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+verbose = click.option("-v", "--verbose", is_flag=True, help="Say what was chosen.")
+beginning = click.option("--bos/--no-bos", "bos", default=None,
+                         help="Begin each context with the beginning token, or do not; default: as the tokenizer says.")
+hardware = _together(
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
+    click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+                 help="Precision. auto: float32 to measure, bfloat16 to generate where the hardware is made for it."),
+    click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads.  [default: all cores]"))
+batch_tokens = click.option("--batch-tokens", type=click.IntRange(min=1), default=None,
+                            help="Tokens of one forward pass; changes speed, not results.")
+reading = _together(
+    click.option("--format", "format_", type=click.Choice(["auto", "text", "jsonl", "tsv"]), default="auto",
+                 show_default=True, help="auto goes by suffix; standard input is text."),
+    click.option("--field", "fields", multiple=True, metavar="NAME", help="Field of a JSON or TSV row to read."),
+    click.option("--include", metavar="GLOB", help="In a directory, take only files named like this."),
+    click.option("--on-error", type=click.Choice(["stop", "blank", "skip"]), default="stop", show_default=True,
+                 help="A bad record: stop, write an empty result, or leave it out."))
+writing = _together(
+    click.option("-o", "--output", metavar="FILE", help="Write here instead of standard output, whole or not at all."),
+    click.option("--continue", "resume", is_flag=True, help="Go on with the FILE.part of an interrupted run."))
+
+
+def need_model(name: str | None) -> str:
+    """The model's folder; UsageError when none was given."""
+    if not name:
+        raise UsageError("which model? none was given", hint="-m DIR, or set LM_MODEL")
+    return name
+
+
+def load_model(name: str | None, device: str, dtype: str, threads: int | None, verbose_: bool, generating: bool = False):
+    """The lmcli.api.Model of a command's options; with -v one line says what it runs on."""
+    need_model(name)
+    from lmcli import api
+    from lmcli.display import note
+
+    loaded = api.load(name, device, dtype, threads or 0, training=generating)
+    if verbose_:
+        note(f"{name} on {loaded.placement}, context {loaded.context}")
+    return loaded
+
+
+def input_files(arguments: tuple[str, ...], include: str | None, quiet_: bool) -> list[str]:
+    """The files of a command's FILE… arguments; says how many were left out. Standard input on a terminal is usage."""
+    from lmcli.text.records import expand
+
+    if not arguments and sys.stdin.isatty():
+        raise UsageError("nothing to read: give a FILE, or pipe text in", hint=f"{click.get_current_context().command_path} --help")
+    files, skipped = expand(arguments, include)
+    if skipped and not quiet_:
+        print(f"lm: {skipped} files that are not UTF-8 text left out", file=sys.stderr)
+    return files

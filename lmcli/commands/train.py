@@ -1,0 +1,81 @@
+"""lm train: from text files to a model folder."""
+
+import sys
+
+import click
+
+from lmcli.commands import BEGAN, options
+from lmcli.errors import Interrupted, UsageError
+
+
+@click.command(epilog="""\b
+Examples:
+  lm train notes.txt                              a model of notes.txt in runs/notes
+  lm train book.txt -o runs/book --preset small --time 10m
+  lm train chat.jsonl --field message --set model.hidden_size=192
+  lm train more.txt --from runs/book -o runs/more
+  lm train --resume runs/book""")
+@click.argument("data", nargs=-1, metavar="DATA...")
+@click.option("-o", "--output", metavar="DIR", help="Run folder.  [default: runs/NAME, the next free number]")
+@click.option("--preset", default="small", show_default=True, metavar="NAME|FILE", help="Recipe: tiny, small, base, or a .yaml file.")
+@click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value of the preset.")
+@click.option("--from", "origin", metavar="MODEL", help="Go on training this model folder, with its tokenizer.")
+@click.option("--tokenizer", "tokenizer_folder", metavar="DIR", help="Use this tokenizer instead of learning one.")
+@click.option("--time", "time_", type=options.Duration(), help="Time from now to the saved model: 90s, 10m, 1h30m.")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Training tokens.")
+@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Passes over the training text.")
+@click.option("--val", multiple=True, metavar="FILE", help="Validate on this, instead of on a held-out tenth.")
+@click.option("--documents", type=click.Choice(["file", "line", "blank"]), default="file", show_default=True,
+              help="What a document is: the whole file (<|endoftext|> parts it), a line, or a paragraph.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order, dropout, samples.")
+@click.option("--resume", metavar="DIR", help="Go on with an interrupted run; needs nothing else.")
+@click.option("--overwrite", is_flag=True, help="Replace the run that the folder -o holds.")
+@options.reading
+@options.hardware
+@options.quiet
+@options.verbose
+def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, tokens, epochs, val, documents, seed,
+          resume, overwrite, format_, fields, include, on_error, device, dtype, threads, quiet, verbose):
+    """Trains a model on text files (or a directory, or standard input) and prints the folder it lies in.
+
+    Without --tokenizer a byte-level BPE is learnt first, on the training part only. The first budget reached of --time,
+    --steps, --tokens and --epochs ends the run; any of them replaces the preset's. Ctrl-C saves and tells how to resume.
+    """
+    if dtype == "float16":
+        raise UsageError("float16 training needs loss scaling, which lm does not have", hint="--dtype bfloat16 or float32")
+    if resume:
+        _refuse_beside_resume()
+    elif not data and sys.stdin.isatty():
+        raise UsageError("nothing to train on: give DATA, or pipe text in", hint="lm train --help")
+    from lmcli import display, recipes, runs
+    from lmcli.text.documents import Layout
+
+    note = (lambda text: None) if quiet else display.note
+    if resume:
+        run = runs.resume(resume, device, threads or 0, BEGAN, note)
+    else:
+        recipe = recipes.resolve(preset, sets, {
+            "time": time_, "steps": steps, "tokens": tokens, "epochs": epochs, "seed": seed,
+            "precision": None if dtype == "auto" else dtype})
+        run = runs.start(runs.Request(
+            recipe, data, output, val, include, Layout(documents, format_, fields, on_error), origin, tokenizer_folder,
+            overwrite, device, threads or 0), BEGAN, note)
+    with run.signals(), display.TrainingView(quiet, run.bytes_per_token, run.several_bytes_per_character) as view:
+        for kind, event in run.events():
+            {"step": view.step, "validation": view.validation, "sample": view.sample}[kind](event)
+    if run.stopped:
+        raise Interrupted(f"stopped after step {run.step:,}, and saved; go on with: lm train --resume {run.folder}")
+    note(run.summary())
+    click.echo(run.folder)
+
+
+def _refuse_beside_resume():
+    """--resume needs nothing else; whatever would change the run is refused."""
+    context = click.get_current_context()
+    allowed = {"resume", "device", "threads", "quiet", "verbose"}
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name)
+        if source == click.core.ParameterSource.COMMANDLINE and parameter.name not in allowed:
+            raise UsageError(f"--resume needs nothing else: leave {parameter.opts[0]} out",
+                             hint="to go on with other data or settings, start a new run with --from")

@@ -1,0 +1,111 @@
+"""Everything drawn: live progress and tables on a terminal, plain lines elsewhere. It is handed records and prints them."""
+
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def note(text: str) -> None:
+    """One line on standard error: what was chosen, left out, changed."""
+    print(f"lm: {text}", file=sys.stderr, flush=True)
+
+
+def clock(seconds: float | None) -> str:
+    """"1:05" or "2:03:04"; "–" while unknown."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal, columns right-aligned but the first, as text."""
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(header):
+        drawn.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
+    for row in rows:
+        drawn.add_row(*map(Text, row))
+    console = Console(file=None, width=max(80, Console().width))
+    with console.capture() as captured:
+        console.print(drawn)
+    return captured.get()
+
+
+class TrainingView:
+    """The progress of a run. On a terminal a live panel; otherwise a line every ten seconds; with `quiet` nothing.
+
+    `bytes_per_token` turns a loss in nats per token into bits per byte.
+    """
+
+    def __init__(self, quiet: bool, bytes_per_token: float, bits_per_character: bool):
+        self.console = Console(stderr=True, highlight=False)
+        self.quiet, self.bytes_per_token, self.per_character = quiet, bytes_per_token, bits_per_character
+        self.live = None
+        self.loss = self.speed = None
+        self.figures = self.sample_text = ""
+        self._printed = time.monotonic()
+
+    def __enter__(self) -> "TrainingView":
+        if self.console.is_terminal and not self.quiet:
+            self.live = Live(console=self.console, refresh_per_second=8, transient=False)
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def step(self, step) -> None:
+        """Shows a training step (smoothed over about 20)."""
+        self.loss = step.loss if self.loss is None else 0.95 * self.loss + 0.05 * step.loss
+        self.speed = step.tokens_per_second if self.speed is None else 0.9 * self.speed + 0.1 * step.tokens_per_second
+        if self.live:
+            self.live.update(self._panel(step))
+        elif not self.quiet and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            print(self._line(step), file=sys.stderr, flush=True)
+
+    def _line(self, step) -> str:
+        return (f"step {step.step:,} · {step.share:.0%} · epoch {step.epoch:.2f} · loss {self.loss:.3f} nats/token "
+                f"= {self._bits():.3f} bits/byte · {self.speed:,.0f} tokens/s · {clock(step.remaining)} left")
+
+    def _bits(self) -> float:
+        return self.loss / 0.6931471805599453 / self.bytes_per_token
+
+    def _panel(self, step) -> Table:
+        grid = Table.grid(padding=(0, 1))
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(ProgressBar(total=1.0, completed=step.share, width=30), f"{step.share:.0%}",
+                    f"[bold]{clock(step.remaining)}[/bold] left", f"step {step.step:,}", f"epoch {step.epoch:.2f}")
+        grid.add_row(bar)
+        grid.add_row(f"training   loss [bold]{self.loss:.3f}[/bold] nats/token · [bold]{self._bits():.3f}[/bold] bits/byte"
+                     f" · {self.speed:,.0f} tokens/s · rate {step.learning_rate:.2g}")
+        if self.figures:
+            grid.add_row(Text(self.figures))
+        if self.sample_text:
+            grid.add_row(Text(self.sample_text, style="italic dim", overflow="fold"))
+        return grid
+
+    def validation(self, event) -> None:
+        """Shows an evaluation."""
+        figures = event.figures
+        characters = f" · {figures.bits_per_character:.4f} bits/character" if self.per_character else ""
+        self.figures = (f"validation {figures.bits_per_byte:.4f} bits/byte{characters} · perplexity "
+                           f"{figures.perplexity:.2f} (step {event.step:,}{', best' if event.best else ''})")
+        if not self.live and not self.quiet:
+            print(self.figures, file=sys.stderr, flush=True)
+
+    def sample(self, text: str) -> None:
+        """Shows a sample text, on one line outside a terminal."""
+        self.sample_text = " ".join(text.split())
+        if not self.live and not self.quiet:
+            print(f"sample     {self.sample_text}", file=sys.stderr, flush=True)

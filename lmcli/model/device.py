@@ -1,0 +1,82 @@
+"""Which device, precision and number of threads work runs with, and why."""
+
+import ctypes
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from lmcli.errors import UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where work runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        name = self.device.type
+        if name == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        elif name == "cpu":
+            name = f"cpu, {torch.get_num_threads()} threads"
+        return f"{name}, {dtype_name(self.dtype)}"
+
+
+def place(device: str = "auto", dtype: str = "auto", threads: int = 0, training: bool = False) -> Placement:
+    """The Placement for these options; "auto" takes CUDA, then MPS, then the CPU.
+
+    Precision "auto" is bfloat16 for training and generating where the hardware multiplies it faster, else float32.
+    Raises UsageError for a device that is not there or a precision it lacks.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = torch.device(_device(device))
+    if training and chosen.type == "cpu":
+        keep_freed_memory()
+    if dtype == "auto":
+        return Placement(chosen, torch.bfloat16 if training and has_fast_bfloat16(chosen) else torch.float32)
+    return Placement(chosen, DTYPES[dtype])
+
+
+def _device(name: str) -> str:
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    if not there[name]:
+        raise UsageError(f"no {name} device on this machine", where="--device",
+                         hint=f"there is: {', '.join(kind for kind in there if there[kind])}")
+    return name
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices itself (AVX-512 BF16 or AMX on a CPU, Ampere on NVIDIA)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16 for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed blocks instead of giving each large one back to the system and faulting it in again.
+
+    Worth 15 to 20 % of a training step on the CPU (4 × 128, batch 4,096 tokens). Elsewhere it does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)

@@ -1,0 +1,264 @@
+"""A training run from request to finished folder: what `lm train` does between its options and its progress display."""
+
+import dataclasses
+import platform
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers as tokenizers_library
+import torch
+
+from lmcli import __version__
+from lmcli.analysis.card import model_card
+from lmcli.analysis.loss_curve import draw
+from lmcli.checkpoints import folder as checkpoints
+from lmcli.checkpoints.families import family_of
+from lmcli.config import Recipe
+from lmcli.errors import UsageError
+from lmcli.inference.decoding import Decoder
+from lmcli.inference.scoring import Perplexity, Scorer
+from lmcli.model.device import Placement, place
+from lmcli.model.transformer import Transformer
+from lmcli.storage import write_text
+from lmcli.text import tokenizer as tokenizers
+from lmcli.text.batches import PackedRows
+from lmcli.text.documents import Layout
+from lmcli.training import data, loop, run_folder, state
+
+SAMPLE_TOKENS = 60
+
+
+@dataclass
+class Request:
+    """What a user asked `lm train` for."""
+
+    recipe: Recipe
+    data: tuple[str, ...]
+    output: str | None
+    val: tuple[str, ...]
+    include: str | None
+    layout: Layout
+    origin: str | None
+    tokenizer: str | None
+    overwrite: bool
+    device: str
+    threads: int
+
+
+def start(request: Request, began: float, note: Callable[[str], None]) -> "TrainingRun":
+    """A new run, its folder claimed and loadable, ready for its first step. `note` gets what was chosen and left out.
+
+    Raises UsageError or UserError for what the user can mend; nothing is left behind then.
+    """
+    recipe = request.recipe
+    if request.origin and request.tokenizer:
+        raise UsageError("--from brings its own tokenizer: leave --tokenizer out")
+    placement = place(request.device, recipe.train.precision, request.threads, training=True)
+    origin = checkpoints.load(request.origin) if request.origin else None
+    tokenizer = origin.tokenizer if origin else tokenizers.load(request.tokenizer) if request.tokenizer else None
+    context = recipe.train.context
+    if origin and context > origin.model.config.max_position_embeddings:
+        context = origin.model.config.max_position_embeddings
+        note(f"context is {context} tokens, all that {request.origin} has")
+    if not origin:
+        recipe.model.complete()  # impossible sizes are told before any work is done
+    name = Path(request.data[0]).stem if request.data and request.data[0] != "-" else "stdin"
+    place_of_run = run_folder.claim(request.output, name or "run", request.overwrite)
+    try:
+        source = data.find(request.data, request.val, request.layout, request.include, note)
+        prepared = data.prepare(source, recipe.tokenizer, context, recipe.train.validation_bytes, tokenizer, note)
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, context=prepared.context))
+        model = _adopted(origin.model, recipe) if origin else _fresh(recipe, prepared)
+        recipe = dataclasses.replace(recipe, model=model.config)
+        run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
+        run.create()
+    except BaseException:
+        place_of_run.abandon()
+        raise
+    note(run.description())
+    return run
+
+
+def resume(path: str, device: str, threads: int, began: float, note: Callable[[str], None]) -> "TrainingRun":
+    """The run of a folder, as its newest state left it. Raises UserError when data or state are missing or changed."""
+    place_of_run, recipe, facts = run_folder.reopen(Path(path))
+    placement = place(device, recipe.train.precision, threads, training=True)
+    source = data.source_from_facts(facts["data"])
+    tokenizer = tokenizers.load(path)
+    prepared = data.prepare(source, recipe.tokenizer, recipe.train.context, recipe.train.validation_bytes, tokenizer, note)
+    model = Transformer(recipe.model.complete(), recipe.train.dropout)
+    run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
+    run.loop.counters = state.restore(place_of_run.states, run.model, run.loop.optimizer)
+    run.result = facts.get("result") or {}
+    place_of_run.open_metrics(run.step)
+    note(f"going on after step {run.step:,}; {run.description()}")
+    return run
+
+
+def _fresh(recipe: Recipe, prepared: data.TrainingData) -> Transformer:
+    tokenizer = prepared.tokenizer
+    if 0 < recipe.model.vocab_size < tokenizer.size:
+        raise UsageError(f"vocab_size {recipe.model.vocab_size} is less than the tokenizer's {tokenizer.size} ids",
+                         where="model", hint="leave model.vocab_size out to take the tokenizer's size")
+    config = dataclasses.replace(
+        recipe.model, vocab_size=recipe.model.vocab_size or tokenizer.size,
+        max_position_embeddings=recipe.model.max_position_embeddings or prepared.context,
+        bos_token_id=tokenizer.prefix[0] if tokenizer.prefix else None, eos_token_id=tokenizer.special("eos_token"))
+    if config.max_position_embeddings < prepared.context:
+        raise UsageError(f"max_position_embeddings {config.max_position_embeddings} is less than the context of "
+                         f"{prepared.context} tokens", where="model", hint="leave it out, or lower train.context")
+    model = Transformer(config.complete(), recipe.train.dropout)
+    model.initialize(recipe.train.seed)
+    return model
+
+
+def _adopted(model: Transformer, recipe: Recipe) -> Transformer:
+    for layer in model.decoder.layers:
+        layer.dropout = recipe.train.dropout
+    return model.train().requires_grad_()
+
+
+class TrainingRun:
+    """A run under way. Iterate `events()` inside `signals()`; `stopped` tells whether a signal ended it."""
+
+    def __init__(self, place_of_run: run_folder.RunFolder, recipe: Recipe, prepared: data.TrainingData,
+                 source: data.Source, model: Transformer, placement: Placement, began: float):
+        self.place, self.recipe, self.prepared, self.source = place_of_run, recipe, prepared, source
+        self.model, self.placement = model.train(), placement
+        self.result: dict = {}
+        torch.manual_seed(recipe.train.seed)
+        tokenizer = prepared.tokenizer
+        beginning = tokenizer.prefix[0] if len(tokenizer.prefix) == 1 else None
+        rows = PackedRows(prepared.corpus.ids, prepared.context, beginning, recipe.train.seed)
+        scorer = Scorer(model, tokenizer, tokenizer.prefix)
+        self.loop = loop.Run(model, rows, recipe.train, placement, lambda: scorer.perplexity(prepared.validation), began)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.place.path
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.loop.counters.step
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run was told to stop before its budget was used."""
+        return self.loop.stop
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of training text a token stands for."""
+        return self.prepared.corpus.bytes / self.prepared.corpus.tokens
+
+    @property
+    def several_bytes_per_character(self) -> bool:
+        """Whether characters and bytes differ enough to tell both figures."""
+        held = self.prepared.validation
+        return sum(document.bytes for document in held) > 1.1 * sum(document.characters for document in held)
+
+    def description(self) -> str:
+        """One line: the model, the data, where it runs."""
+        config, parameters = self.model.config, sum(p.numel() for p in self.model.parameters())
+        return (f"{parameters:,} parameters ({config.num_hidden_layers} × {config.hidden_size}), context "
+                f"{self.prepared.context}, vocabulary {config.vocab_size:,}, {self.prepared.corpus.tokens:,} tokens; "
+                f"on {self.placement}; into {self.folder}")
+
+    def create(self) -> None:
+        """Writes the model folder with the weights as they are, the recipe, and empty metrics."""
+        checkpoints.save(self.folder, self.model, self.prepared.tokenizer, self.recipe.generate)
+        self._write_recipe()
+        self.place.open_metrics(0)
+
+    def events(self) -> Iterator[tuple[str, object]]:
+        """("step" | "validation" | "sample", record) as they happen; what is to be saved has been saved by then."""
+        for event in self.loop.events():
+            if isinstance(event, loop.Step):
+                self.place.log({key: value for key, value in dataclasses.asdict(event).items() if key in LOGGED})
+                yield "step", event
+            elif isinstance(event, loop.Validation):
+                self._validated(event)
+                yield "validation", event
+            elif event.what == "sample":
+                yield "sample", self._sample()
+            else:
+                state.save(self.place.states, self.loop.counters, self.model, self.loop.optimizer)
+        self._finish()
+
+    def _validated(self, event: loop.Validation) -> None:
+        figures, counters = event.figures, self.loop.counters
+        self.place.log({"step": event.step, "tokens": counters.tokens, "elapsed": self.loop.elapsed(),
+                        "val_loss": -figures.logprob / max(1, figures.tokens),
+                        "val_bits_per_byte": figures.bits_per_byte})
+        if event.best:
+            checkpoints.save_weights(self.folder, self.model)
+            self.result = _figures(figures, event.step)
+            self._write_recipe()
+
+    def _sample(self) -> str:
+        tokenizer = self.prepared.tokenizer
+        prompt = tokenizer.prefix or self.prepared.validation[0].ids[:1].tolist()
+        decoder = Decoder(self.model.eval(), tokenizer, tokenizer.prefix, [],
+                          dataclasses.replace(self.recipe.generate, max_new_tokens=SAMPLE_TOKENS, num_beams=1))
+        text = decoder.generate([prompt], [self.step])[0].text
+        self.model.train()
+        return text
+
+    def _finish(self) -> None:
+        counters = self.loop.counters
+        self.result |= {"steps": counters.step, "tokens": counters.tokens, "seconds": round(counters.seconds, 1),
+                        "epochs": round(counters.rows / self.loop.rows.rows_per_epoch, 3), "stopped": self.stopped}
+        self._write_recipe()
+        write_text(self.folder / "loss.svg", draw(self.place.metrics()))
+        write_text(self.folder / "README.md", model_card(
+            self.folder.resolve().name, self.model.config, self.recipe.train,
+            sum(p.numel() for p in self.model.parameters()), family_of(self.model.config).architecture,
+            self.source.files, self.result))
+
+    def _write_recipe(self) -> None:
+        self.place.write_recipe(
+            self.recipe,
+            versions={"lm": __version__, "torch": str(torch.__version__), "tokenizers": tokenizers_library.__version__,
+                      "python": platform.python_version(), "device": str(self.placement)},
+            data=self.source.facts() | {"tokenizer": self.prepared.tokenizer.hash, "tokens": self.prepared.corpus.tokens,
+                                        "bytes": self.prepared.corpus.bytes},
+            validation=data.ranges(self.prepared.measured), result=self.result)
+
+    def summary(self) -> str:
+        """One line: the figure of the model that was kept."""
+        result = self.result
+        characters = f" ({result['val_bits_per_character']:.4f} bits per character)" \
+            if self.several_bytes_per_character else ""
+        return (f"validation {result['val_bits_per_byte']:.4f} bits per byte{characters}, perplexity "
+                f"{result['val_perplexity']:.3f}, at step {result['best_step']:,} of {result['steps']:,} "
+                f"({result['seconds']:.0f} s); lm perplexity -m {self.folder} --validation measures the same")
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Lets Ctrl-C and SIGTERM end the run after the step being made; a second one ends it at once."""
+        def stop(number: int, frame: object) -> None:
+            if self.loop.stop:
+                raise KeyboardInterrupt
+            self.loop.stop = True
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+LOGGED = ("step", "tokens", "elapsed", "loss", "learning_rate", "gradient_norm", "tokens_per_second")
+
+
+def _figures(figures: Perplexity, step: int) -> dict:
+    return {"best_step": step, "val_bits_per_byte": figures.bits_per_byte,
+            "val_bits_per_character": figures.bits_per_character, "val_perplexity": figures.perplexity,
+            "val_bytes": figures.bytes, "val_tokens": figures.tokens, "context": figures.context,
+            "stride": figures.stride}

@@ -1,0 +1,115 @@
+"""Files and folders that are either whole or not there: written under a temporary name, flushed to disk, renamed."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lmcli.errors import ClosedPipe, UserError
+
+
+@contextmanager
+def user_errors(path: Path | str, doing: str) -> Iterator[None]:
+    """Turns an operating system's refusal (no space, no permission, no such folder) into a UserError naming `path`.
+
+    A closed pipe is no refusal: it becomes ClosedPipe.
+    """
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ClosedPipe from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot {doing}: {reason}", where=str(error.filename or path)) from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; renamed onto it when the block ends well, removed when it does not.
+
+    A link at `path` is replaced, never written through. Raises UserError when the disk or its permissions refuse.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with user_errors(path, "write"):
+            yield part
+            _flush(part)
+            os.chmod(part, 0o666 & ~_umask())  # some writers make private files
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file atomically."""
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`; renamed to it when the block ends well, removed when it does not.
+
+    A folder already at `path` gives way only at the moment of the rename.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with user_errors(path, "write"):
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            yield part
+            for file in part.iterdir():
+                _flush(file)
+            if path.exists():
+                shutil.rmtree(path)
+            os.rename(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that can still be written on the disk that holds `path` (or its nearest existing parent)."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
+    """Writes a .safetensors file atomically, after looking whether the disk has room for it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if free_bytes(path) < needed + (1 << 20):
+        raise UserError(f"no room on the disk: {needed / 1e6:.0f} MB are needed, {free_bytes(path) / 1e6:.0f} MB are free",
+                        where=str(path), hint="free some room; what was saved before is intact")
+    with atomic_path(path) as part:
+        try:
+            save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:
+            raise UserError(f"cannot write: {error}", where=str(path)) from error
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict:
+    """The tensors of a .safetensors file, in the file's own dtype. Raises UserError naming a damaged file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with user_errors(path, "read"):
+        try:
+            return load_file(path, device=device)
+        except SafetensorError as error:
+            raise UserError(f"is damaged or no safetensors file ({error})", where=str(path),
+                            hint="fetch or save it again") from error

@@ -1,0 +1,289 @@
+"""Documents: byte ranges of files, found in one pass; the held-out part; and their text again, piece by piece.
+
+A range names a text without holding it, so a corpus larger than memory is a list of numbers, and the validation part
+can be written down (`recipe.yaml`) and measured again later.
+"""
+
+import codecs
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from lmcli.errors import UserError
+from lmcli.storage import user_errors
+from lmcli.text.records import CHUNK_BYTES, FORMATS, bad_record, json_row, open_bytes, row_text, shown
+
+SEPARATOR = b"<|endoftext|>"
+PIECE_CHARS = 1 << 15
+# Between these two characters every pattern we train with (GPT-2's, Qwen2's) ends a word, so text cut here gives the
+# same tokens as text in one go: after a single newline, and before a single space between letters.
+SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
+
+
+class Document(NamedTuple):
+    """Bytes `start` to `end` of `file` (of its content, for a .gz). For JSON Lines the range is the row."""
+
+    file: str
+    start: int
+    end: int
+
+
+class Piece(NamedTuple):
+    """Part of a document's text, cut where no token can span the cut; `last` on its last piece."""
+
+    text: str
+    document: Document
+    last: bool
+
+
+@dataclass
+class Layout:
+    """How files hold documents: `documents` is file, line or blank; `format` and `fields` as for records."""
+
+    documents: str = "file"
+    format: str = "auto"
+    fields: tuple[str, ...] = ()
+    on_error: str = "stop"
+    skipped: int = field(default=0, init=False)
+
+    def rows(self, file: str) -> bool:
+        """Whether the file holds JSON Lines rows."""
+        kind = FORMATS.get(Path(file.removesuffix(".gz")).suffix, "text") if self.format == "auto" else self.format
+        return kind == "jsonl"
+
+    def survey(self, files: list[str]) -> tuple[list[Document], dict[str, str]]:
+        """(documents, SHA-256 of each file): every byte is read once and checked to be UTF-8. Blank documents are left out.
+
+        Raises UserError naming file and line for invalid UTF-8, bad JSON and a missing field, and for empty data.
+        """
+        documents, hashes = [], {}
+        for file in files:
+            digest = hashlib.sha256()
+            with user_errors(file, "read"):
+                documents += self._survey_file(file, digest)
+            hashes[file] = digest.hexdigest()
+        if not documents:
+            raise UserError("no text in it", where=", ".join(shown(file) for file in files[:3]),
+                            hint="give a file with text, or pipe some in")
+        return documents, hashes
+
+    def _survey_file(self, file: str, digest) -> Iterator[Document]:
+        if self.rows(file):
+            return self._rows(file, digest)
+        if self.documents == "file":
+            return self._parted(file, digest)
+        return self._lines_or_paragraphs(file, digest)
+
+    def _rows(self, file: str, digest) -> Iterator[Document]:
+        for number, start, line in _lines(file, digest):
+            try:
+                text = row_text(json_row(line.decode("utf-8")), self.fields)
+            except ValueError as error:
+                if self.on_error == "stop":
+                    raise bad_record(error, file, number) from error
+                self.skipped += 1
+                continue
+            if text.strip():
+                yield Document(file, start, start + len(line))
+
+    def _lines_or_paragraphs(self, file: str, digest) -> Iterator[Document]:
+        begin = end = None
+        for number, start, line in _lines(file, digest):
+            _check_utf8(line, file, number)
+            if self.documents == "line" and line.strip():
+                yield Document(file, start, start + len(line))
+            elif self.documents == "blank" and line.strip():
+                begin, end = start if begin is None else begin, start + len(line)
+            elif begin is not None:
+                yield Document(file, begin, end)
+                begin = None
+        if begin is not None:
+            yield Document(file, begin, end)
+
+    def _parted(self, file: str, digest) -> Iterator[Document]:
+        """Ranges between <|endoftext|> marks; the line end right after a mark belongs to the mark."""
+        begin = position = 0
+        held, blank = b"", True
+        for chunk in _checked_chunks(file, digest):
+            held += chunk
+            while (at := held.find(SEPARATOR)) >= 0:
+                if not (blank and not held[:at].strip()):
+                    yield Document(file, begin, position + at)
+                position += at + len(SEPARATOR)
+                held, blank = held[at + len(SEPARATOR):], True
+                while held[:1] in (b"\r", b"\n"):
+                    held, position = held[1:], position + 1
+                begin = position
+            keep = len(SEPARATOR) - 1
+            blank = blank and not held[:-keep].strip()
+            position += max(0, len(held) - keep)
+            held = held[-keep:]
+        if not (blank and not held.strip()):
+            yield Document(file, begin, position + len(held))
+
+    def pieces(self, documents: Iterable[Document]) -> Iterator[Piece]:
+        """The text of the documents in their order, in pieces of some 32,000 characters."""
+        handle, file, position = None, None, 0
+        try:
+            for document in documents:
+                with user_errors(document.file, "read"):
+                    if document.file != file or document.start < position:
+                        if handle:
+                            handle.close()
+                        handle, file, position = open_bytes(document.file), document.file, 0
+                    if document.start != position:
+                        handle.seek(document.start)
+                    chunks = _exactly(handle, document)
+                    if self.rows(file):
+                        row = json_row(b"".join(chunks).decode("utf-8"))
+                        chunks = [row_text(row, self.fields).encode("utf-8")]
+                    yield from _cut(chunks, document)
+                    position = document.end
+        finally:
+            if handle:
+                handle.close()
+
+    def text(self, document: Document) -> str:
+        """The whole text of one document."""
+        return "".join(piece.text for piece in self.pieces([document]))
+
+
+def _checked_chunks(file: str, digest) -> Iterator[bytes]:
+    decoder, lines = codecs.getincrementaldecoder("utf-8")(), 1
+    with open_bytes(file) as handle:
+        while True:
+            chunk = handle.read(CHUNK_BYTES)
+            digest.update(chunk)
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                number = lines + error.object[:error.start].count(b"\n")
+                raise UserError("invalid UTF-8", where=f"{shown(file)}, line {number}",
+                                hint="only UTF-8 text can be read; iconv -f LATIN1 -t UTF-8 converts an older file") from error
+            if not chunk:
+                return
+            lines += chunk.count(b"\n")
+            yield chunk
+
+
+def _lines(file: str, digest) -> Iterator[tuple[int, int, bytes]]:
+    """(line number, byte offset, line without its \\n)"""
+    number, offset, parts = 0, 0, []
+    with open_bytes(file) as handle:
+        while chunk := handle.read(CHUNK_BYTES):
+            digest.update(chunk)
+            *whole, rest = chunk.split(b"\n")
+            for line in whole:
+                number += 1
+                line = b"".join((*parts, line))
+                yield number, offset, line
+                offset, parts = offset + len(line) + 1, []
+            parts.append(rest)
+    if last := b"".join(parts):
+        yield number + 1, offset, last
+
+
+def _check_utf8(line: bytes, file: str, number: int) -> None:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise bad_record(error, file, number) from error
+
+
+def _exactly(handle, document: Document) -> Iterator[bytes]:
+    left = document.end - document.start
+    while left:
+        chunk = handle.read(min(CHUNK_BYTES, left))
+        if not chunk:
+            raise UserError("is shorter than when it was first read", where=document.file, hint="start again")
+        left -= len(chunk)
+        yield chunk
+
+
+def _cut(chunks: Iterable[bytes], document: Document) -> Iterator[Piece]:
+    decoder, held = codecs.getincrementaldecoder("utf-8")(), ""
+    for chunk in chunks:
+        held += decoder.decode(chunk)
+        start = 0
+        while cut := SAFE_CUT.search(held, start + PIECE_CHARS):
+            yield Piece(held[start:cut.start()], document, False)
+            start = cut.start()
+        held = held[start:]
+    yield Piece(held + decoder.decode(b"", final=True), document, True)
+
+
+def split(documents: list[Document], layout: Layout) -> tuple[list[Document], list[Document]]:
+    """(training, validation): every tenth document when there are 20 or more, else the last 10 % of each, cut at a line end.
+
+    A JSON Lines row cannot be cut: of fewer than 20 rows the last is held out. Raises UserError when nothing would
+    be left on one side.
+    """
+    if len(documents) >= 20:
+        return [d for i, d in enumerate(documents) if i % 10 != 9], documents[9::10]
+    training, validation = [], []
+    whole = [document for document in documents if layout.rows(document.file)]
+    for document in documents:
+        if document in whole:
+            (validation if document == whole[-1] and len(documents) > 1 else training).append(document)
+            continue
+        cut = _line_end(document, document.start + (document.end - document.start) * 9 // 10)
+        training += [document._replace(end=cut)] if cut > document.start else []
+        validation += [document._replace(start=cut)] if cut < document.end else []
+    if not training or not validation:
+        raise UserError("too little text to hold a tenth of it out", where=shown(documents[0].file),
+                        hint="give more text, or --val FILE")
+    return training, validation
+
+
+def limit(documents: list[Document], layout: Layout, most: int) -> list[Document]:
+    """The documents cut down to about `most` bytes, spread over all of them: each one's first part, or every k-th one."""
+    total = sum(document.end - document.start for document in documents)
+    if total <= most:
+        return documents
+    if len(documents) >= 20 or any(layout.rows(document.file) for document in documents):
+        return documents[::-(-total // most)]
+    shares = ((document, document.start + (document.end - document.start) * most // total) for document in documents)
+    cuts = [document._replace(end=_line_end(document, at)) for document, at in shares]
+    return [document for document in cuts if document.end > document.start]
+
+
+def _line_end(document: Document, at: int) -> int:
+    """The first line end at or after byte `at`; in a text without one nearby, the next space, or the next character."""
+    with open_bytes(document.file) as handle:
+        handle.seek(at)
+        text = handle.read(min(1 << 16, document.end - at))
+    for mark in (b"\n", b" "):
+        if 0 <= (found := text.find(mark)) < len(text) - 1:
+            return at + found + 1
+    continuation = next((i for i, byte in enumerate(text) if byte & 0xC0 != 0x80), len(text))
+    return at + continuation
+
+
+def cache_folder() -> Path:
+    """Where token ids and piped-in text are kept: $LM_CACHE, else the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LM_CACHE") or Path(base) / "lm")
+
+
+def pin_stdin() -> str:
+    """Copies standard input into the cache folder, named by its content, so that a run on it can be resumed."""
+    folder = cache_folder() / "stdin"
+    part = folder / f".{os.getpid()}.part"
+    digest = hashlib.sha256()
+    with user_errors(folder, "keep standard input"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as out, open_bytes("-") as source:
+                while chunk := source.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                    out.write(chunk)
+            target = folder / f"{digest.hexdigest()[:16]}.txt"
+            shutil.move(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+    return str(target)

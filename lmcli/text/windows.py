@@ -1,0 +1,30 @@
+"""Context and stride → windows in which every token is scored exactly once. Pure arithmetic."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Window(NamedTuple):
+    """Tokens `start` to `end` of a text are in view; those from `first` on are scored here."""
+
+    start: int
+    first: int
+    end: int
+
+
+def windows(tokens: int, context: int, stride: int, beginning: bool) -> Iterator[Window]:
+    """Windows over a text of `tokens` tokens for a model that reads `context` of them at once.
+
+    With `beginning` every window is led by the beginning token, so the text's first token is scored; without it the
+    first token is context only. Each token from there on is scored once, with at least `context - stride` tokens of
+    the text before it (fewer only at the start). 1 ≤ stride ≤ context is the caller's to see to.
+
+    >>> list(windows(10, context=4, stride=2, beginning=True))[:3]
+    [Window(start=0, first=0, end=4), Window(start=2, first=4, end=6), Window(start=4, first=6, end=8)]
+    """
+    span = context if beginning else context + 1  # the last token in view is only predicted, never read
+    first = 0 if beginning else 1
+    end = min(span, tokens)
+    while first < tokens:
+        yield Window(max(0, end - span), first, end)
+        first, end = end, min(end + stride, tokens)

@@ -1,0 +1,178 @@
+"""The training loop: a generator that yields what happened, so that its caller shows, saves and stops."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from lmcli.config import TrainConfig
+from lmcli.errors import UserError
+from lmcli.model.device import Placement
+from lmcli.model.transformer import Transformer
+from lmcli.text.batches import PackedRows
+from lmcli.training import objectives, optimizers, schedules
+from lmcli.training.state import Counters
+
+MOST_MICRO_BATCH_TOKENS = 16_384
+EVALUATIONS = 8  # of a run, unless eval_every says otherwise
+
+
+@dataclass
+class Step:
+    """One optimizer step. `loss` is nats per token of its batch, `share` how much of the budget is used,
+    `remaining` the seconds the run will still take (None while unknown)."""
+
+    step: int
+    tokens: int
+    elapsed: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    share: float
+    epoch: float
+    remaining: float | None
+
+
+@dataclass
+class Validation:
+    """An evaluation: whatever `evaluate` returned; `best` when its bits per byte are the lowest so far."""
+
+    step: int
+    figures: object
+    best: bool
+    final: bool
+
+
+@dataclass
+class Due:
+    """Something the caller may do now, between two steps: "save" the resumable state, or draw a "sample"."""
+
+    what: str
+    step: int
+
+
+@dataclass
+class Run:
+    """A training run. `elapsed()` is seconds since its start; set `stop` to end it after the current step.
+
+    `evaluate()` returns figures with `bits_per_byte`; `began` is the clock (time.monotonic) when the command started.
+    """
+
+    model: Transformer
+    rows: PackedRows
+    config: TrainConfig
+    placement: Placement
+    evaluate: Callable[[], object]
+    began: float
+    counters: Counters = field(default_factory=Counters)
+    stop: bool = False
+
+    def __post_init__(self) -> None:
+        self.optimizer = optimizers.build(self.model, self.config)
+        self._evaluation_seconds = self._evaluated_at = 0.0
+        self._before = 0.0
+
+    def elapsed(self) -> float:
+        """Seconds spent on this run, earlier sittings included."""
+        return self._before + time.monotonic() - self.began
+
+    def events(self) -> Iterator[Step | Validation | Due]:
+        """Steps until a budget is used up or `stop` is set, with what is due between them; at the end a final Validation.
+
+        Raises UserError when loss or gradient become NaN or infinite; weights are then as before that step.
+        """
+        counters, config = self.counters, self.config
+        self._before = counters.seconds
+        counters.preparation += self.elapsed() - counters.seconds
+        start = self.elapsed()
+        share = first = self._share()
+        while share < 1.0 and not self.stop:
+            step = self._step(share)
+            last, share = share, self._share()
+            counters.seconds = step.elapsed = self.elapsed()
+            step.share = share
+            step.remaining = (1 - share) / (share - first) * (step.elapsed - start) if share > first else None
+            yield step
+            if share >= 1.0 or self.stop:
+                break
+            if self._due(config.eval_every, last, share) and self._affordable():
+                yield self._validate(final=False)
+            if self._due(config.sample_every, last, share):
+                yield Due("sample", counters.step)
+            if self._due(config.save_every, last, share):
+                counters.seconds = self.elapsed()
+                yield Due("save", counters.step)
+            share = max(share, self._share())
+        if not self.stop or not counters.best_step:  # stopped early, the folder should not be left with fresh weights
+            yield self._validate(final=not self.stop)
+        counters.seconds = self.elapsed()
+        yield Due("save", counters.step)
+
+    def _share(self) -> float:
+        c = self.counters
+        progress = schedules.Progress(c.step, c.tokens, c.rows / self.rows.rows_per_epoch, self.elapsed())
+        guess = 0.04 * self.config.time  # until an evaluation has been timed
+        after = 1.1 * self._evaluation_seconds + 0.3 if self._evaluation_seconds else guess
+        return progress.share(self.config, c.preparation, after)
+
+    def _due(self, every: int, last: float, share: float) -> bool:
+        if every:
+            return self.counters.step % every == 0
+        return math.floor(last * EVALUATIONS) < math.floor(share * EVALUATIONS)
+
+    def _affordable(self) -> bool:
+        """In a run by time, evaluations keep to a fifteenth of it; in a run by steps their places are fixed."""
+        waited = time.monotonic() - self._evaluated_at
+        return bool(self.config.eval_every or not self.config.time or waited >= 15 * self._evaluation_seconds)
+
+    def _validate(self, final: bool) -> Validation:
+        counters, started = self.counters, time.monotonic()
+        self.model.eval()
+        figures = self.evaluate()
+        self.model.train()
+        self._evaluated_at = time.monotonic()
+        self._evaluation_seconds = self._evaluated_at - started
+        best = figures.bits_per_byte < counters.best
+        if best:
+            counters.best, counters.best_step = figures.bits_per_byte, counters.step
+        return Validation(counters.step, figures, best, final)
+
+    def _step(self, share: float) -> Step:
+        config, counters, started = self.config, self.counters, time.monotonic()
+        # the very first step, at share 0, would have rate 0
+        rate = config.learning_rate * schedules.factor(config.schedule, max(share, config.warmup / 100), config.warmup)
+        loss, tokens = self._gradients()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"loss is {loss} and the gradient norm {norm} at step {counters.step + 1} "
+                f"(learning rate {rate:.2g}, {self.placement})", where="training",
+                hint=f"the best model, of step {counters.best_step}, is kept; try --set train.learning_rate="
+                     f"{config.learning_rate / 3:.1g} or --set train.precision=float32")
+        optimizers.set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        counters.step += 1
+        counters.tokens += tokens
+        return Step(counters.step, counters.tokens, 0.0, loss, rate, norm, tokens / (time.monotonic() - started), share,
+                    counters.rows / self.rows.rows_per_epoch, None)
+
+    def _gradients(self) -> tuple[float, int]:
+        """Adds up the gradients of one optimizer step; returns its loss in nats per token and its tokens."""
+        config, counters = self.config, self.counters
+        context = self.rows.context
+        rows = max(1, config.batch_tokens // context)
+        most = max(1, (config.micro_batch_tokens or MOST_MICRO_BATCH_TOKENS) // context)
+        device = self.placement.device
+        total = torch.zeros((), device=device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for start in range(0, rows, most):
+            batch = torch.from_numpy(self.rows.batch(counters.rows, min(most, rows - start))).to(device)
+            with objectives.autocast(device, self.placement.dtype):
+                loss, _ = objectives.causal(self.model, batch)
+            (loss / (rows * context)).backward()
+            total += loss.detach()
+            counters.rows += len(batch)
+        return float(total) / (rows * context), rows * context
