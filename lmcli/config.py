@@ -87,8 +87,9 @@ class TrainConfig:
     batch_tokens: int = knob(8192, "tokens of an optimizer step", 8)
     micro_batch_tokens: int = knob(0, "tokens of one forward pass; 0 takes batch_tokens up to 16,384", 0)
     # optimizer and schedule
-    optimizer: str = knob("adamw", "update rule", choices=("adamw",))
-    learning_rate: float = knob(3e-3, "at the top of the schedule", 0.0, 10.0)
+    optimizer: str = knob("muon", "update rule of the blocks' matrices; all else has AdamW", choices=("muon", "adamw"))
+    learning_rate: float = knob(1e-2, "AdamW's, at the top of the schedule", 0.0, 1e9)
+    matrix_learning_rate: float = knob(2e-2, "Muon's, at the top of the schedule", 0.0, 1e9)
     warmup: float = knob(0.02, "share of the budget in which the rate rises from 0", 0.0, 1.0)
     schedule: str = knob("linear", "fall of the rate after warm-up", choices=("linear", "cosine", "constant"))
     weight_decay: float = knob(0.1, "decoupled decay of matrices", 0.0, 10.0)
@@ -135,7 +136,7 @@ def check(section: type, key: str, value: Any, where: str) -> Any:
     spec = next(f for f in fields(section) if f.name == key)
     try:
         value = _convert(spec.type, "time" if spec.name == "time" else "", value)
-    except ValueError:
+    except (ValueError, OverflowError):  # infinity is no whole number
         raise UsageError(f"{key}: {value!r} is not {_described(spec.type)}", where=where,
                          hint=f"{key}: {spec.metadata['meaning']}") from None
     _check_range(spec, value, where)

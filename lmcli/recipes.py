@@ -45,7 +45,11 @@ def resolve(preset: str, sets: Iterable[str] = (), train: Mapping[str, Any] = Ma
         if not equals or not dot:
             raise UsageError(f"{setting!r} is not section.key=value", where="--set",
                              hint="for example --set train.learning_rate=3e-4")
-        _put(values, section, key, yaml.safe_load(text), "--set")
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UsageError(f"{setting!r} has no readable value", where="--set") from error
+        _put(values, section, key, value, "--set")
     for key, value in train.items():
         if value is not None:
             _put(values, "train", key, value, f"--{key}")
@@ -56,7 +60,7 @@ def from_values(document: dict[str, Any], where: str) -> Recipe:
     """The Recipe inside a stored `recipe.yaml` that has been read to plain values."""
     values = {name: {} for name in SECTIONS}
     for section in SECTIONS:
-        for key, value in (document.get(section) or {}).items():
+        for key, value in _keys(section, document.get(section), where).items():
             _put(values, section, key, value, where)
     return Recipe(**{name: make(**values[name]) for name, make in SECTIONS.items()})
 
@@ -75,7 +79,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         document = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read: {error.strerror}", where=str(path)) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date like 2024-99-99
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UsageError(f"is not YAML: {getattr(error, 'problem', error)}", where=f"{path}{line}") from error
@@ -108,17 +112,28 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
     for section, keys in document.items():
         if section in FACTS:  # a stored recipe.yaml is a preset too
             continue
-        if not isinstance(keys, dict):
-            _put(values, section, "", keys, str(path))
-        for key, value in keys.items():
+        _check_section(section, str(path))
+        for key, value in _keys(section, keys, str(path)).items():
             _put(values, section, key, value, str(path))
     return values
 
 
-def _put(values: dict[str, dict[str, Any]], section: str, key: str, value: Any, where: str) -> None:
+def _check_section(section: str, where: str) -> None:
     if section not in SECTIONS:
         raise UsageError(f"unknown section {section!r}{_nearest(str(section), SECTIONS)}", where=where,
                          hint=f"sections: {', '.join(SECTIONS)}")
+
+
+def _keys(section: str, keys: Any, where: str) -> dict[str, Any]:
+    if keys is None:  # every line of the section is commented out
+        return {}
+    if not isinstance(keys, dict):
+        raise UsageError(f"section {section} is not a mapping of keys", where=where)
+    return keys
+
+
+def _put(values: dict[str, dict[str, Any]], section: str, key: str, value: Any, where: str) -> None:
+    _check_section(section, where)
     keys = [f.name for f in dataclasses.fields(SECTIONS[section])]
     if key not in keys:
         raise UsageError(f"unknown key {section}.{key}{_nearest(str(key), keys)}", where=where,

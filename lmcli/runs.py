@@ -1,6 +1,7 @@
 """A training run from request to finished folder: what `lm train` does between its options and its progress display."""
 
 import dataclasses
+import os
 import platform
 import signal
 from collections.abc import Callable, Iterator
@@ -65,7 +66,7 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
         note(f"context is {context} tokens, all that {request.origin} has")
     if not origin:
         recipe.model.complete()  # impossible sizes are told before any work is done
-    name = Path(request.data[0]).stem if request.data and request.data[0] != "-" else "stdin"
+    name = Path(os.path.abspath(request.data[0])).stem if request.data and request.data[0] != "-" else "stdin"
     place_of_run = run_folder.claim(request.output, name or "run", request.overwrite)
     try:
         source = data.find(request.data, request.val, request.layout, request.include, note)
@@ -91,7 +92,7 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
     prepared = data.prepare(source, recipe.tokenizer, recipe.train.context, recipe.train.validation_bytes, tokenizer, note)
     model = Transformer(recipe.model.complete(), recipe.train.dropout)
     run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
-    run.loop.counters = state.restore(place_of_run.states, run.model, run.loop.optimizer)
+    run.loop.counters = state.restore(place_of_run.states, run.model, run.loop.optimizer, note)
     run.result = facts.get("result") or {}
     place_of_run.open_metrics(run.step)
     note(f"going on after step {run.step:,}; {run.description()}")
@@ -148,8 +149,8 @@ class TrainingRun:
 
     @property
     def stopped(self) -> bool:
-        """Whether the run was told to stop before its budget was used."""
-        return self.loop.stop
+        """Whether the run was told to stop before its budget was used and the result measured."""
+        return self.loop.stop and self.loop.counters.looked < 1.0
 
     @property
     def bytes_per_token(self) -> float:
@@ -171,6 +172,7 @@ class TrainingRun:
 
     def create(self) -> None:
         """Writes the model folder with the weights as they are, the recipe, and empty metrics."""
+        self.place.begin()
         checkpoints.save(self.folder, self.model, self.prepared.tokenizer, self.recipe.generate)
         self._write_recipe()
         self.place.open_metrics(0)
@@ -218,7 +220,11 @@ class TrainingRun:
         write_text(self.folder / "README.md", model_card(
             self.folder.resolve().name, self.model.config, self.recipe.train,
             sum(p.numel() for p in self.model.parameters()), family_of(self.model.config).architecture,
-            self.source.files, self.result))
+            self.source.files, self.result, self._beginning()))
+
+    def _beginning(self) -> str:
+        tokenizer = self.prepared.tokenizer
+        return "".join(tokenizer.pieces(tokenizer.prefix))
 
     def _write_recipe(self) -> None:
         self.place.write_recipe(

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lmcli.errors import ClosedPipe, UserError
@@ -38,7 +38,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.chmod(part, 0o666 & ~_umask())  # some writers make private files
             os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that refuses, the error that ended the block is the one to tell
+            part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,9 +6,11 @@ from lmcli.config import ModelConfig, TrainConfig
 
 
 def model_card(name: str, config: ModelConfig, train: TrainConfig, parameters: int, architecture: str,
-               files: list[str], result: dict) -> str:
-    """Markdown for the run called `name`; `result` is the `result` section of its recipe.yaml."""
+               files: list[str], result: dict, beginning: str) -> str:
+    """Markdown for the run called `name`; `result` is the `result` section of its recipe.yaml, `beginning`
+    spells the token that leads every context."""
     sources = "\n".join(f"- `{Path(file).name}`" for file in files[:20]) + ("\n- …" if len(files) > 20 else "")
+    first = f"Every context begins with `{beginning}`; `tokenizer.json` puts it there.\n\n" if beginning else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -37,9 +39,7 @@ with the weights of step {result['best_step']:,}, in float32, windows of {result
 | bits per character | {result['val_bits_per_character']:.4f} |
 | perplexity per token | {result['val_perplexity']:.3f} |
 
-Every context begins with `<|endoftext|>`; `tokenizer.json` puts it there.
-
-## Use
+{first}## Use
 
 ```
 lm generate -m DIR "Once"

@@ -1,5 +1,6 @@
 """The `lm` group: a table of commands, each imported only when it is called; and how a process ends."""
 
+import errno
 import importlib
 import os
 import signal
@@ -70,6 +71,20 @@ def run(arguments: list[str] | None = None) -> int:
         return errors.EXIT_INTERRUPTED
     except errors.ClosedPipe:
         return errors.EXIT_CLOSED_PIPE
+    except SystemExit as stop:  # click's answer to a closed pipe, and the end of its shell completion
+        return errors.EXIT_CLOSED_PIPE if isinstance(stop.__context__, BrokenPipeError) else int(stop.code or 0)
+    except OSError as error:
+        return _not_written(error)
+
+
+def _not_written(error: OSError) -> int:
+    """The exit code when standard output took no more; says so, unless its reader has gone. Other errors go on."""
+    if isinstance(error, BrokenPipeError):
+        return errors.EXIT_CLOSED_PIPE
+    if error.filename or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        raise error
+    print(f"lm: error: standard output: cannot write: {error.strerror}", file=sys.stderr)
+    return errors.EXIT_FAILED
 
 
 def main() -> None:
@@ -81,7 +96,7 @@ def main() -> None:
     code = run()
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        code = errors.EXIT_CLOSED_PIPE
+    except OSError as error:
+        code = code or _not_written(error)
     sys.stderr.flush()
     os._exit(code)

@@ -6,7 +6,7 @@ import sys
 import click
 
 from lmcli.commands import options
-from lmcli.errors import ClosedPipe, UserError
+from lmcli.errors import ClosedPipe, UsageError, UserError
 
 PROMPTS_AT_ONCE = 256
 
@@ -49,6 +49,10 @@ def generate(prompts, model, stop, num_samples, seed, echo, whole, raw, zero, bo
     """
     if not prompts and sys.stdin.isatty():
         raise click.UsageError("no prompt: give one, or pipe prompts in", click.get_current_context())
+    if "" in stop:
+        raise UsageError("an empty text would stop at once", where="--stop")
+    if any("\udc80" <= character <= "\udcff" for text in (*prompts, *stop) for character in text):
+        raise UsageError("invalid UTF-8 in an argument")  # Python's stand-ins for bytes that are no text
     from lmcli import api
     from lmcli.text.records import Output
 
@@ -61,7 +65,9 @@ def generate(prompts, model, stop, num_samples, seed, echo, whole, raw, zero, bo
     style = _Style(as_json, echo, raw or bool(prompts and not piped) or whole, "\0" if zero else "\n")
     with Output() as out:
         if prompts and len(prompts) == num_samples == 1 and not piped and not as_json and decoder.config.num_beams == 1:
-            return _stream(out, loaded, decoder, prompts[0], first, echo, bos)
+            ids = loaded.prompt(prompts[0], bos)
+            _warn_long([ids], loaded.context, quiet)
+            return _stream(out, decoder, ids, first, prompts[0] if echo else "")
         for batch in _batches(prompts, whole, zero):
             ids = [loaded.prompt(text, bos) for text in batch]
             _warn_long(ids, loaded.context, quiet)
@@ -73,10 +79,10 @@ def generate(prompts, model, stop, num_samples, seed, echo, whole, raw, zero, bo
             out.flush()
 
 
-def _stream(out, loaded, decoder, prompt, seed, echo, bos):
-    out.write(prompt if echo else "")
+def _stream(out, decoder, ids, seed, begin):
+    out.write(begin)
     try:
-        for piece in decoder.stream([loaded.prompt(prompt, bos)], [seed]):
+        for piece in decoder.stream([ids], [seed]):
             if piece.text:
                 out.write(piece.text)
                 out.flush()
@@ -135,4 +141,5 @@ def _batches(prompts, whole, zero):
 def _warn_long(prompts, context, quiet):
     long = sum(len(ids) > context for ids in prompts)
     if long and not quiet:
-        click.echo(f"lm: {long} prompts are longer than the context of {context} tokens; only their end is read", err=True)
+        which = "1 prompt is" if long == 1 else f"{long} prompts are"
+        click.echo(f"lm: {which} longer than the context of {context} tokens; only the end is read", err=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from lmcli.commands import options
-from lmcli.errors import UsageError
+from lmcli.errors import UsageError, UserError
 
 COLUMNS = ("file", "perplexity", "bits_per_byte", "bits_per_character", "word_perplexity", "logprob", "tokens", "bytes",
            "characters", "words", "documents", "context", "stride")
@@ -20,7 +20,7 @@ Examples:
   lm perplexity -m runs/a -m runs/b test.txt
   cat *.txt | lm perplexity -m runs/s --documents line""")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
-@click.option("-m", "--model", "models", multiple=True, envvar="LM_MODEL", metavar="DIR", show_envvar=True,
+@click.option("-m", "--model", "models", multiple=True, envvar="LM_MODEL", type=click.Path(), metavar="DIR", show_envvar=True,
               help="Model folder; several are measured one after the other.")
 @click.option("--validation", is_flag=True, help="Measure the held-out text of the run that the model folder is.")
 @click.option("--documents", type=click.Choice(["file", "line", "blank"]), default="file", show_default=True,
@@ -42,35 +42,45 @@ def perplexity(files, models, validation, documents, context, stride, eos, bos, 
     Every token is scored once, with at least context - stride tokens of its document before it. Bits per byte compares
     models whatever their tokenizers; perplexity only those with the same one. logprob is in nats.
     """
-    from lmcli.text.corpus import encode_documents
     from lmcli.text.documents import pin_stdin
+    from lmcli.text.records import shown
 
     if not models:
         options.need_model(None)
     if validation and files:
         raise UsageError("--validation measures the run's own held-out text: leave FILE out")
-    names = [] if validation else [pin_stdin() if name == "-" else name
-                                   for name in options.input_files(files, include, quiet)]
-    rows = []
-    for folder in models:
-        loaded = options.load_model(folder, device, dtype, threads, verbose)
-        scorer = loaded.scorer(bos, eos, context, stride, batch_tokens or 0)
-        for name in names or [None]:
-            found, layout = _validation(folder) if validation else _survey(name, documents, format_, fields, on_error)
-            figures = scorer.perplexity(encode_documents(found, layout, loaded.tokenizer))
-            if not figures.tokens:
-                raise UsageError("no token to score", where=str(name or folder))
-            label = "validation" if validation else "standard input" if "-" in (files or "-") else name
-            rows.append(({"model": folder, "file": label} | {key: getattr(figures, key) for key in COLUMNS[1:]}
-                         | {"dtype": str(loaded.placement.dtype).removeprefix("torch.")}))
-    _print(rows, as_json, several=len(models) > 1)
+    sources = [("validation", None)] if validation else [
+        (shown(name), pin_stdin() if name == "-" else name) for name in options.input_files(files, include, quiet)]
+
+    def rows():
+        for folder in models:
+            loaded = options.load_model(folder, device, dtype, threads, verbose)
+            scorer = loaded.scorer(bos, eos, context, stride, batch_tokens or 0)
+            for label, name in sources:
+                found = _validation(folder) if validation else _survey(name, documents, format_, fields, on_error, quiet)
+                yield {"model": folder, **_figures(scorer, loaded, *found, label)}
+
+    _print(rows(), as_json, several=len(models) > 1)
 
 
-def _survey(name, documents, format_, fields, on_error):
+def _figures(scorer, loaded, documents, layout, label):
+    from lmcli.text.corpus import encode_documents
+
+    figures = scorer.perplexity(encode_documents(documents, layout, loaded.tokenizer))
+    if not figures.tokens:
+        raise UserError("no token to score", where=label, hint="without a beginning token the first one is context only")
+    return {"file": label, **{key: getattr(figures, key) for key in COLUMNS[1:]},
+            "dtype": str(loaded.placement.dtype).removeprefix("torch.")}
+
+
+def _survey(name, documents, format_, fields, on_error, quiet):
     from lmcli.text.documents import Layout
 
     layout = Layout(documents, format_, fields, on_error)
-    return layout.survey([name])[0], layout
+    found, _ = layout.survey([name])
+    if layout.skipped and not quiet:
+        click.echo(f"lm: {layout.skipped} bad records left out", err=True)
+    return found, layout
 
 
 def _validation(folder):
@@ -81,19 +91,22 @@ def _validation(folder):
 
 
 def _print(rows, as_json, several):
+    """JSON Lines and TSV as the rows come, a table when all are there."""
     if as_json:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(row, ensure_ascii=False), flush=True)
         return
     header = (("model",) if several else ()) + COLUMNS
-    cells = [[_cell(row[key]) for key in header] for row in rows]
+    cells = ([_cell(row[key]) for key in header] for row in rows)
     if sys.stdout.isatty():
         from lmcli.display import table
 
-        print(table(header, cells), end="")
+        print(table(header, list(cells)), end="")
         return
-    for line in [header, *cells]:
-        print("\t".join(line))
+    for number, line in enumerate(cells):
+        if not number:
+            print("\t".join(header))
+        print("\t".join(line), flush=True)
 
 
 def _cell(value) -> str:

@@ -43,7 +43,8 @@ def tokenize(files, model, decode, pieces, offsets, count, truncate, special, le
     if not learn and (vocab_size or pattern):
         raise UsageError("--vocab-size and --pattern belong to --train")
     if learn:
-        return _learn(options.input_files(files, include, quiet), output, vocab_size, pattern, format_, fields, quiet)
+        return _learn(options.input_files(files, include, quiet), output, vocab_size, pattern,
+                      (format_, fields, on_error), quiet)
     options.need_model(model)
     from lmcli.text import records, tokenizer as tokenizers
 
@@ -54,8 +55,11 @@ def tokenize(files, model, decode, pieces, offsets, count, truncate, special, le
         left = out.lines_kept
         for batch in reader.batches(options.input_files(files, include, quiet)):
             batch, left = list(islice(batch, left, None)), max(0, left - len(batch))
-            lines = _decoded(batch, tokenizer) if decode else _encoded(batch, tokenizer, show, truncate, special)
-            for record, (text, facts) in zip(batch, lines):
+            lines = _decoded(batch, tokenizer, reader) if decode else _encoded(batch, tokenizer, show, truncate, special)
+            for record, line in zip(batch, lines):
+                if line is None:
+                    continue
+                text, facts = line
                 if as_json:
                     out.write(json.dumps({**(record.fields or {}), **facts}, ensure_ascii=False) + "\n")
                 else:
@@ -90,24 +94,32 @@ def _encoded(batch, tokenizer, show, truncate, special):
             yield " ".join(tokens if tokens is not None else map(str, ids)), facts
 
 
-def _decoded(batch, tokenizer):
-    """(text, JSON fields) of each record of ids."""
+def _decoded(batch, tokenizer, reader):
+    """(text, JSON fields) of each record of ids; None for a bad one that is to be left out."""
     from lmcli.text.records import bad_record
 
     for record in batch:
         try:
-            ids = [int(word) for word in record.text.split()]
-            if ids and not 0 <= min(ids) <= max(ids) < tokenizer.size:
-                raise ValueError(f"id {max(ids) if max(ids) >= tokenizer.size else min(ids)} is outside 0 to "
-                                 f"{tokenizer.size - 1}, the tokenizer's ids")
+            ids = [_id(word, tokenizer.size) for word in record.text.split()]
         except ValueError as error:
-            problem = str(error) if "outside" in str(error) else f"{record.text.split()[0]!r} … is not a line of ids"
-            raise bad_record(ValueError(problem), record.file, record.line) from error
+            if reader.on_error == "stop":
+                raise bad_record(error, record.file, record.line) from error
+            reader.skipped += reader.on_error == "skip"
+            yield ("", {"ids": [], "text": ""}) if reader.on_error == "blank" else None
+            continue
         text = tokenizer.decode(ids)
         yield text, {"ids": ids, "text": text}
 
 
-def _learn(files, output, vocab_size, pattern, format_, fields, quiet):
+def _id(word, size):
+    if not word.isdecimal():
+        raise ValueError(f"{word!r} is no token id")
+    if int(word) >= size:
+        raise ValueError(f"id {word} is outside 0 to {size - 1}, the tokenizer's ids")
+    return int(word)
+
+
+def _learn(files, output, vocab_size, pattern, reading, quiet):
     if not output:
         raise UsageError("where to? --train needs -o DIR")
     from pathlib import Path
@@ -121,7 +133,7 @@ def _learn(files, output, vocab_size, pattern, format_, fields, quiet):
     if (folder / "tokenizer.json").exists():
         raise UsageError("holds a tokenizer already", where=output, hint="choose another folder with -o")
     config = TokenizerConfig(vocab_size or 4096, pattern or "gpt2")
-    layout = Layout(format=format_, fields=fields)
+    layout = Layout("file", *reading)
     documents, _ = layout.survey([pin_stdin() if file == "-" else file for file in files])
     learnt = tokenizers.learn((piece.text for piece in layout.pieces(documents)), config)
     if learnt.size < config.vocab_size and not quiet:

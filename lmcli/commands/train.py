@@ -44,6 +44,8 @@ def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, to
     """
     if dtype == "float16":
         raise UsageError("float16 training needs loss scaling, which lm does not have", hint="--dtype bfloat16 or float32")
+    if origin and any(setting.lstrip().startswith(("model.", "tokenizer.")) for setting in sets):
+        raise UsageError("--from brings its model and tokenizer: leave --set model.… and tokenizer.… out")
     if resume:
         _refuse_beside_resume()
     elif not data and sys.stdin.isatty():

@@ -40,6 +40,8 @@ def place(device: str = "auto", dtype: str = "auto", threads: int = 0, training:
         keep_freed_memory()
     if dtype == "auto":
         return Placement(chosen, torch.bfloat16 if training and has_fast_bfloat16(chosen) else torch.float32)
+    if dtype not in DTYPES:
+        raise UsageError(f"no precision {dtype!r}", where="--dtype", hint=f"there is: auto, {', '.join(DTYPES)}")
     return Placement(chosen, DTYPES[dtype])
 
 
@@ -47,7 +49,7 @@ def _device(name: str) -> str:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
-    if not there[name]:
+    if not there.get(name):
         raise UsageError(f"no {name} device on this machine", where="--device",
                          hint=f"there is: {', '.join(kind for kind in there if there[kind])}")
     return name
@@ -65,7 +67,6 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 def dtype_name(dtype: torch.dtype) -> str:
     """bfloat16 for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
-
 
 
 def keep_freed_memory() -> None:

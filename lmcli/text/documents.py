@@ -106,19 +106,21 @@ class Layout:
             yield Document(file, begin, end)
 
     def _parted(self, file: str, digest) -> Iterator[Document]:
-        """Ranges between <|endoftext|> marks; the line end right after a mark belongs to the mark."""
+        """Ranges between <|endoftext|> marks; line ends right after a mark belong to the mark."""
         begin = position = 0
-        held, blank = b"", True
+        held, blank, after_mark = b"", True, False
         for chunk in _checked_chunks(file, digest):
             held += chunk
-            while (at := held.find(SEPARATOR)) >= 0:
+            while True:
+                if after_mark:  # perhaps still, when the line ends come with the next chunk
+                    rest = held.lstrip(b"\r\n")
+                    begin = position = position + len(held) - len(rest)
+                    held, blank, after_mark = rest, True, not rest
+                if (at := held.find(SEPARATOR)) < 0:
+                    break
                 if not (blank and not held[:at].strip()):
                     yield Document(file, begin, position + at)
-                position += at + len(SEPARATOR)
-                held, blank = held[at + len(SEPARATOR):], True
-                while held[:1] in (b"\r", b"\n"):
-                    held, position = held[1:], position + 1
-                begin = position
+                held, position, after_mark = held[at + len(SEPARATOR):], position + at + len(SEPARATOR), True
             keep = len(SEPARATOR) - 1
             blank = blank and not held[:-keep].strip()
             position += max(0, len(held) - keep)
@@ -206,14 +208,15 @@ def _exactly(handle, document: Document) -> Iterator[bytes]:
 
 
 def _cut(chunks: Iterable[bytes], document: Document) -> Iterator[Piece]:
-    decoder, held = codecs.getincrementaldecoder("utf-8")(), ""
+    decoder, held, searched = codecs.getincrementaldecoder("utf-8")(), "", 0
     for chunk in chunks:
         held += decoder.decode(chunk)
         start = 0
-        while cut := SAFE_CUT.search(held, start + PIECE_CHARS):
+        while cut := SAFE_CUT.search(held, max(start + PIECE_CHARS, searched)):
             yield Piece(held[start:cut.start()], document, False)
             start = cut.start()
         held = held[start:]
+        searched = max(0, len(held) - 1)  # a text without a cut is searched once, not once a chunk
     yield Piece(held + decoder.decode(b"", final=True), document, True)
 
 

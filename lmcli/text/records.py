@@ -172,7 +172,9 @@ def expand(arguments: tuple[str, ...] | list[str], include: str | None = None) -
     files, skipped = [], 0
     for argument in arguments or ("-",):
         path = Path(argument)
-        if argument == "-" or (path.exists() and not path.is_dir()):
+        with user_errors(argument, "read"):  # a name too long, a folder that may not be entered
+            taken = argument == "-" or (path.exists() and not path.is_dir())
+        if taken:
             files.append(argument)
             continue
         if not path.is_dir():
@@ -239,17 +241,22 @@ class Output:
             raise UserError("is a directory", where=str(path), hint="-o takes a file")
         part = self._part()
         with user_errors(path, "write"):
-            if resume and part.exists():
+            if part.is_symlink():
+                part.unlink()  # nothing is written through a link
+            if resume and part.is_file():
                 self.lines_kept = _cut_to_whole_lines(part)
             self.file = open(part, "ab" if resume else "wb")
 
     def _part(self) -> Path:
+        if self.path.exists() and not self.path.is_file():
+            return self.path  # /dev/null or a pipe: written as it is, never replaced by a file
         return self.path.with_name(self.path.name + ".part")
 
     def write(self, text: str) -> None:
         """Appends text as UTF-8."""
+        data = text.encode("utf-8", "backslashreplace")  # a JSON field may hold a lone surrogate: \\ud800, as it came
         with user_errors(self.path or "standard output", "write"):
-            self.file.write(text.encode("utf-8"))
+            self.file.write(data)
 
     def flush(self) -> None:
         """Makes everything written so far visible to the reader."""
@@ -263,8 +270,10 @@ class Output:
         if kind is None:
             self.flush()
             if self.path:
-                self.file.close()
-                os.replace(self._part(), self.path)
+                with user_errors(self.path, "write"):
+                    self.file.close()
+                    if (part := self._part()) != self.path:
+                        os.replace(part, self.path)
             return
         try:
             self.file.close()

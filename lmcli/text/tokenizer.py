@@ -106,6 +106,9 @@ class Tokenizer:
         """Whether text cut at documents.SAFE_CUT gives the same ids as text in one go (GPT-2's and Qwen2's patterns)."""
         if self._definition["normalizer"] is not None or self._definition["truncation"]:
             return False
+        if any(token["lstrip"] or token["rstrip"] or any(map(str.isspace, token["content"]))
+               for token in self._definition["added_tokens"]):
+            return False  # such a token takes in the white space beside it, across a cut
         splitter = self._definition["pre_tokenizer"] or {}
         parts = splitter.get("pretokenizers", [splitter])
         kinds = [part.get("type") for part in parts]
@@ -252,17 +255,19 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, ids: list[int]):
-        self.tokenizer, self.ids = tokenizer, ids[-8:]
-        self._start, self._whole = 0, len(self.ids)  # decoding starts here; up to there every character is whole
+        self.tokenizer, self.ids, self._start = tokenizer, ids[-8:], 0
+        while self.ids and self._decoded().startswith(OPEN):  # the last eight may begin inside a character
+            del self.ids[0]
+        self._whole = len(self.ids)  # decoding starts at `_start`; up to here every character is whole
         self._given = len(self._decoded())
 
     def push(self, index: int) -> str:
         """The text that this token completes: "" while a character is still open."""
         self.ids.append(index)
         text = self._decoded()
-        if text.endswith(OPEN):  # its last character may be half a one: give what stands before it
-            start, self._given = self._given, max(self._given, len(text) - 1)
-            return text[start:-1]
+        if text.endswith(OPEN):  # half a character: one OPEN or, by byte fallback, one for each byte of its run
+            start, self._given = self._given, max(self._given, len(text.rstrip(OPEN)))
+            return text[start:self._given]
         new = text[self._given:]
         self._start, self._whole = self._whole, len(self.ids)
         self._given = len(self._decoded())

@@ -28,12 +28,13 @@ class Source:
     def facts(self) -> dict:
         """Plain values for `recipe.yaml`."""
         return {"files": self.files, "validation_files": self.validation_files, "documents": self.layout.documents,
-                "format": self.layout.format, "fields": list(self.layout.fields), "sha256": self.hashes}
+                "format": self.layout.format, "fields": list(self.layout.fields), "on_error": self.layout.on_error,
+                "sha256": self.hashes}
 
 
 def source_from_facts(facts: dict) -> Source:
     """The Source that `facts` came from."""
-    layout = Layout(facts["documents"], facts["format"], tuple(facts["fields"]))
+    layout = Layout(facts["documents"], facts["format"], tuple(facts["fields"]), facts["on_error"])
     return Source(list(facts["files"]), list(facts["validation_files"]), layout, dict(facts["sha256"]))
 
 

@@ -84,32 +84,44 @@ class Run:
 
         Raises UserError when loss or gradient become NaN or infinite; weights are then as before that step.
         """
-        counters, config = self.counters, self.config
+        counters = self.counters
         self._before = counters.seconds
         counters.preparation += self.elapsed() - counters.seconds
         start = self.elapsed()
         share = first = self._share()
+        if 0 < share < 1.0:  # resumed: the step before the stop may have left something due
+            yield from self._between(share)
         while share < 1.0 and not self.stop:
             step = self._step(share)
-            last, share = share, self._share()
+            share = self._share()
             counters.seconds = step.elapsed = self.elapsed()
             step.share = share
             step.remaining = (1 - share) / (share - first) * (step.elapsed - start) if share > first else None
             yield step
             if share >= 1.0 or self.stop:
                 break
-            if self._due(config.eval_every, last, share) and self._affordable():
-                yield self._validate(final=False)
-            if self._due(config.sample_every, last, share):
-                yield Due("sample", counters.step)
-            if self._due(config.save_every, last, share):
-                counters.seconds = self.elapsed()
-                yield Due("save", counters.step)
-            share = max(share, self._share())
-        if not self.stop or not counters.best_step:  # stopped early, the folder should not be left with fresh weights
-            yield self._validate(final=not self.stop)
+            yield from self._between(share)
+            counters.looked = share = max(share, self._share())
+        ended = share >= 1.0 and not self.stop
+        if (ended and counters.looked < 1.0) or not counters.best_step:  # no run is left with the weights it began with
+            counters.looked = share
+            yield self._validate(final=ended)
         counters.seconds = self.elapsed()
         yield Due("save", counters.step)
+
+    def _between(self, share: float) -> Iterator[Validation | Due]:
+        """What is due after a step that brought the run to `share`: at most once there, however often the run is stopped."""
+        counters, config = self.counters, self.config
+        last, counters.looked = counters.looked, max(counters.looked, share)
+        if share <= last:
+            return
+        if self._due(config.eval_every, last, share) and self._affordable():
+            yield self._validate(final=False)
+        if self._due(config.sample_every, last, share):
+            yield Due("sample", counters.step)
+        if self._due(config.save_every, last, share):
+            counters.seconds = self.elapsed()
+            yield Due("save", counters.step)
 
     def _share(self) -> float:
         c = self.counters
@@ -143,7 +155,8 @@ class Run:
     def _step(self, share: float) -> Step:
         config, counters, started = self.config, self.counters, time.monotonic()
         # the very first step, at share 0, would have rate 0
-        rate = config.learning_rate * schedules.factor(config.schedule, max(share, config.warmup / 100), config.warmup)
+        factor = schedules.factor(config.schedule, max(share, config.warmup / 100), config.warmup)
+        rate = factor * config.learning_rate
         loss, tokens = self._gradients()
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -152,7 +165,7 @@ class Run:
                 f"(learning rate {rate:.2g}, {self.placement})", where="training",
                 hint=f"the best model, of step {counters.best_step}, is kept; try --set train.learning_rate="
                      f"{config.learning_rate / 3:.1g} or --set train.precision=float32")
-        optimizers.set_learning_rate(self.optimizer, rate)
+        self.optimizer.set_factor(factor)
         self.optimizer.step()
         counters.step += 1
         counters.tokens += tokens
@@ -167,7 +180,7 @@ class Run:
         most = max(1, (config.micro_batch_tokens or MOST_MICRO_BATCH_TOKENS) // context)
         device = self.placement.device
         total = torch.zeros((), device=device)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         for start in range(0, rows, most):
             batch = torch.from_numpy(self.rows.batch(counters.rows, min(most, rows - start))).to(device)
             with objectives.autocast(device, self.placement.dtype):

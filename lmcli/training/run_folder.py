@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from lmcli import recipes
@@ -15,11 +16,17 @@ OWN_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_co
 
 
 class RunFolder:
-    """The folder of one run. `created` tells whether this process made it (and may remove it while it is empty)."""
+    """The folder of one run. `created` are the folders that this process made for it, and may remove while empty."""
 
-    def __init__(self, path: Path, created: bool):
+    def __init__(self, path: Path, created: Sequence[Path] = ()):
         self.path, self.created = path, created
+        self._begun = False
         self._metrics = None
+
+    def begin(self) -> None:
+        """Makes room for the new run: one that is to be overwritten goes only now, when its successor is ready."""
+        self._begun = True
+        _remove_run(self.path)
 
     @property
     def states(self) -> Path:
@@ -50,9 +57,11 @@ class RunFolder:
 
     def abandon(self) -> None:
         """Takes back whatever was written, when the run failed before its first step."""
-        _remove_run(self.path)
-        if self.created and self.path.is_dir() and not any(self.path.iterdir()):
-            self.path.rmdir()
+        if self._begun:
+            _remove_run(self.path)
+        for folder in self.created:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _remove_run(path: Path) -> None:
@@ -69,12 +78,12 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def claim(output: str | None, name: str, overwrite: bool) -> RunFolder:
-    """The folder for a new run: `output`, else runs/NAME with the next free number.
+    """The folder for a new run: `output`, else runs/NAME with the next free number. Nothing in it is touched yet.
 
     Raises UsageError when it holds something already; UserError when it cannot be written.
     """
     path = Path(output) if output else _free(Path("runs") / name)
-    created = not path.exists()
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
     if path.exists() and not path.is_dir():
         raise UsageError("is a file", where=str(path), hint="-o takes a folder")
     if not created and any(path.iterdir()):
@@ -83,7 +92,6 @@ def claim(output: str | None, name: str, overwrite: bool) -> RunFolder:
         if not overwrite:
             raise UsageError("holds a run already", where=str(path),
                              hint=f"lm train --resume {path} goes on with it; --overwrite starts anew")
-        _remove_run(path)
     with user_errors(path, "write"):
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".probe.part"
@@ -104,4 +112,4 @@ def reopen(path: Path) -> tuple[RunFolder, Recipe, dict]:
     if not file.is_file():
         raise UserError("holds no run (no recipe.yaml)", where=str(path), hint="--resume takes a folder that lm train made")
     document = recipes.load_yaml(file)
-    return RunFolder(path, created=False), recipes.from_values(document, str(file)), document
+    return RunFolder(path), recipes.from_values(document, str(file)), document

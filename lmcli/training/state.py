@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from lmcli.errors import UserError
 from lmcli.storage import atomic_folder, read_tensors, write_tensors
+from lmcli.training.optimizers import Optimizers
 
 KEPT = 2
 
@@ -16,7 +18,8 @@ KEPT = 2
 @dataclass
 class Counters:
     """Where a run stands. `rows` is the position in the data; `seconds` is time spent, all sittings together,
-    `preparation` the part of it before the first steps. `best` is the best validation figure so far (bits per byte), reached at `best_step`.
+    `preparation` the part of it before the first steps. `best` is the best validation figure so far (bits per byte),
+    reached at `best_step`. `looked` is the share of the budget at which it was last looked whether an evaluation is due.
     """
 
     step: int = 0
@@ -26,9 +29,10 @@ class Counters:
     preparation: float = 0.0
     best: float = float("inf")
     best_step: int = 0
+    looked: float = 0.0
 
 
-def save(folder: Path, counters: Counters, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save(folder: Path, counters: Counters, model: torch.nn.Module, optimizer: Optimizers) -> None:
     """Writes `folder/step-N` and drops all but the newest two. Raises UserError when the disk refuses; the older
     states are then untouched."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,10 +54,10 @@ def _states(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+def _optimizer_tensors(model: torch.nn.Module, optimizer: Optimizers) -> tuple[dict, dict]:
     moments, steps = {}, {}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in optimizer.state_of(parameter).items():
             if key == "step":
                 steps[name] = float(value)
             else:
@@ -61,8 +65,10 @@ def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer)
     return moments, steps
 
 
-def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Counters:
-    """Puts the newest whole state back into model, optimizer and random generators; returns its counters.
+def restore(folder: Path, model: torch.nn.Module, optimizer: Optimizers,
+            note: Callable[[str], None]) -> Counters:
+    """Puts the newest whole state back into model, optimizer and random generators; returns its counters. `note` gets
+    what is wrong with a newer one that had to be passed over.
 
     Raises UserError when there is no state, or none that can be read.
     """
@@ -73,13 +79,17 @@ def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimiz
     problem = None
     for state in reversed(states):
         try:
-            return _restore(state, model, optimizer)
+            counters = _restore(state, model, optimizer)
         except UserError as error:
             problem = problem or error
+            continue
+        if problem:
+            note(f"{problem.where}: {problem.what}; taking the state before it")
+        return counters
     raise problem
 
 
-def _restore(state: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Counters:
+def _restore(state: Path, model: torch.nn.Module, optimizer: Optimizers) -> Counters:
     weights, moments = (read_tensors(state / f"{part}.safetensors") for part in ("weights", "optimizer"))
     random_states = read_tensors(state / "random.safetensors")
     try:
@@ -93,11 +103,10 @@ def _restore(state: Path, model: torch.nn.Module, optimizer: torch.optim.Optimiz
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
+            found = {key.rpartition(".")[2]: value for key, value in moments.items() if key.rpartition(".")[0] == name}
             if name in steps:
-                keys = [key for key in moments if key.rpartition(".")[0] == name]
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(steps[name], device=parameter.device),
-                    **{key.rpartition(".")[2]: moments[key].to(parameter.device) for key in keys}}
+                found["step"] = torch.tensor(steps[name])
+            optimizer.state_of(parameter).update({key: value.to(parameter.device) for key, value in found.items()})
     torch.set_rng_state(random_states["cpu"])
     if "cuda" in random_states and torch.cuda.is_available():
         torch.cuda.set_rng_state(random_states["cuda"])
