@@ -1,0 +1,114 @@
+"""Attention as one reads it, as it runs fast, as torch's own module computes it, and through the key–value cache."""
+
+import pytest
+import torch
+
+from lmcli.model.attention import KeyValueCache, attention, causal_mask, fast_attention
+
+
+def random(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_one_query_by_hand():
+    # scores (2, 0)/√4 = (1, 0), so the weights are e/(e+1) and 1/(e+1)
+    query = torch.tensor([[[[1.0, 1, 1, 1]]]])
+    key = torch.tensor([[[[0.5, 0.5, 0.5, 0.5], [0.0, 0, 0, 0]]]])
+    value = torch.tensor([[[[1.0, 0, 0, 0], [0.0, 1, 0, 0]]]])
+    assert attention(query, key, value, None).flatten().tolist() == pytest.approx([0.7310586, 0.2689414, 0, 0])
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "random"])
+def test_fast_attention_equals_the_readable_one(kind, difference):
+    query, key, value = random(2, 3, 7, 8), random(2, 3, 9, 8, seed=2), random(2, 3, 9, 8, seed=3)
+    mask = {"none": None, "causal": causal_mask(7, 9, torch.device("cpu")),
+            "random": (random(2, 1, 7, 9, seed=4) > 0) | (torch.arange(9) == 0)}[kind]
+    assert difference(fast_attention(query, key, value, mask, False), attention(query, key, value, mask)) < 1e-6
+
+
+def test_causal_without_a_mask_equals_the_mask(difference):
+    query, key, value = random(2, 3, 7, 8), random(2, 3, 7, 8, seed=2), random(2, 3, 7, 8, seed=3)
+    wanted = attention(query, key, value, causal_mask(7, 7, torch.device("cpu")))
+    assert difference(fast_attention(query, key, value, None, True), wanted) < 1e-6
+
+
+def test_causal_mask_by_hand():
+    assert causal_mask(2, 3, torch.device("cpu")).tolist() == [[True, True, False], [True, True, True]]
+
+
+def padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (3, 9) of texts of 9, 4 and 1 tokens, padded on one side, and their attention mask."""
+    ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+    for row, length in enumerate((9, 4, 1)):
+        at = slice(9 - length, 9) if side == "left" else slice(0, length)
+        ids[row, at] = torch.arange(1, length + 1) * 31 % 400
+        mask[row, at] = 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_the_model_gives_the_same_with_either_attention(heads, side, small_model, difference):
+    model = small_model(num_key_value_heads=heads)
+    ids, mask = (padded("left")[0], None) if side == "none" else padded(side)
+    fast = model(ids, mask)
+    model.set_fast_attention(False)
+    assert difference(model(ids, mask), fast) < 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("query_key_norm", [True, False])
+def test_padding_changes_nothing_for_real_tokens(side, query_key_norm, small_model, difference):
+    model = small_model(query_key_norm=query_key_norm)
+    ids, mask = padded(side)
+    together = model(ids, mask)
+    for row in range(3):
+        real = mask[row].bool()
+        assert difference(together[row, real], model(ids[row, real][None])[0]) < 1e-5
+
+
+def test_what_padding_holds_changes_nothing(small_model):
+    model = small_model()
+    for side in ("left", "right"):
+        ids, mask = padded(side)
+        other = torch.where(mask.bool(), ids, 399)
+        assert torch.equal(model(ids, mask)[mask.bool()], model(other, mask)[mask.bool()])
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("steps", [[1] * 12, [5, 1, 1, 1, 1, 1, 1, 1], [4, 4, 4], [12], [11, 1], [1, 11]])
+def test_reading_in_steps_through_the_cache_equals_reading_at_once(heads, steps, small_model, difference):
+    model = small_model(num_key_value_heads=heads)
+    ids = torch.randint(0, 400, (2, 12), generator=torch.Generator().manual_seed(1))
+    for fast in (True, False):
+        model.set_fast_attention(fast)
+        cache = KeyValueCache(model.config, 2, 12, torch.device("cpu"), torch.float32)
+        parts = [model(part, cache=cache) for part in ids.split(steps, dim=1)]
+        assert cache.length == 12
+        assert difference(torch.cat(parts, dim=1), model(ids)) < 1e-5
+
+
+def test_the_cache_with_padding_on_the_left_equals_reading_alone(small_model, difference):
+    model = small_model()
+    ids, mask = padded("left")
+    more = torch.randint(0, 400, (3, 5), generator=torch.Generator().manual_seed(1))
+    cache = KeyValueCache(model.config, 3, 14, torch.device("cpu"), torch.float32)
+    model(ids, mask, cache)
+    for step in range(5):
+        mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
+        found = model(more[:, step:step + 1], mask, cache)
+    for row in range(3):
+        alone = torch.cat([ids[row][mask[row, :9].bool()], more[row]])[None]
+        assert difference(found[row, -1], model(alone)[0, -1]) < 1e-5
+
+
+def test_rows_of_the_cache_can_be_dropped_doubled_and_reordered(small_model, difference):
+    model = small_model()
+    ids = torch.randint(0, 400, (3, 6), generator=torch.Generator().manual_seed(1))
+    cache = KeyValueCache(model.config, 3, 7, torch.device("cpu"), torch.float32)
+    model(ids, cache=cache)
+    rows = torch.tensor([2, 0, 2, 2])
+    cache.keep_rows(rows)
+    following = torch.tensor([[5], [6], [7], [8]])
+    wanted = model(torch.cat([ids[rows], following], dim=1))[:, -1]
+    assert difference(model(following, cache=cache)[:, -1], wanted) < 1e-5

@@ -1,0 +1,73 @@
+"""The one function behind loss, score and perplexity."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmcli.model import likelihood
+from lmcli.model.likelihood import target_logprobs
+
+
+def case(rows: int = 11, width: int = 16, vocabulary: int = 37) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    head = nn.Linear(width, vocabulary, bias=False)
+    head.weight.data = torch.randn(vocabulary, width, generator=generator)
+    return (torch.randn(rows, width, generator=generator), head,
+            torch.randint(0, vocabulary, (rows,), generator=generator))
+
+
+def test_by_hand():
+    # logits ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8
+    logits = torch.tensor([[1.0, 2, 5]]).log().repeat(3, 1)
+    found = target_logprobs(logits, lambda x: x, torch.tensor([0, 1, 2]))
+    assert found.exp().tolist() == pytest.approx([0.125, 0.25, 0.625])
+
+
+def test_it_is_the_log_softmax_at_the_target(difference):
+    hidden, head, targets = case()
+    wanted = head(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert difference(target_logprobs(hidden, head, targets), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10, 11, 12])
+def test_the_size_of_chunks_changes_nothing(rows, monkeypatch, difference):
+    hidden, head, targets = case()
+    whole = target_logprobs(hidden, head, targets)
+    largest = []
+    monkeypatch.setattr(likelihood, "ROWS_AT_ONCE", rows)
+    found = target_logprobs(hidden, lambda x: largest.append(len(x)) or head(x), targets)
+    assert max(largest) <= rows
+    assert difference(found, whole) < 1e-6
+
+
+def test_the_gradient_is_that_of_cross_entropy(monkeypatch, difference):
+    hidden, head, targets = case()
+    monkeypatch.setattr(likelihood, "ROWS_AT_ONCE", 4)
+    hidden.requires_grad_()
+    ours = torch.autograd.grad(-target_logprobs(hidden, head, targets).mean(), [hidden, head.weight])
+    theirs = torch.autograd.grad(F.cross_entropy(head(hidden), targets), [hidden, head.weight])
+    for found, wanted in zip(ours, theirs, strict=True):
+        assert difference(found, wanted) < 1e-6
+
+
+def test_bfloat16_logits_are_normalised_in_float32(difference):
+    hidden, head, targets = case(vocabulary=5000)
+    hidden, head = hidden.bfloat16(), head.bfloat16()
+    logits = head(hidden)
+    wanted = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    found = target_logprobs(hidden, head, targets)
+    assert found.dtype == torch.float32
+    assert difference(found, wanted) < 1e-6
+    in_bfloat16 = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert difference(in_bfloat16, wanted) > 1e-4  # so the bound above tells the two apart
+
+
+def test_large_logits_stay_finite():
+    found = target_logprobs(torch.tensor([[1e4, -1e4]]), lambda x: x, torch.tensor([1]))
+    assert found.tolist() == pytest.approx([-2e4])
+
+
+def test_no_targets_give_no_log_probabilities():
+    hidden, head, targets = case()
+    assert target_logprobs(hidden[:0], head, targets[:0]).shape == (0,)

@@ -1,0 +1,33 @@
+"""Where work runs, and what a user hears who asks for what is not there."""
+
+import pytest
+import torch
+
+from lmcli.errors import UsageError
+from lmcli.model.device import dtype_name, place
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_a_precision_asked_for_is_taken(name):
+    placement = place("cpu", name)
+    assert (placement.device, dtype_name(placement.dtype)) == (torch.device("cpu"), name)
+    assert str(placement) == f"cpu, {torch.get_num_threads()} threads, {name}"
+
+
+def test_measuring_is_in_float32_unless_told():
+    assert place("cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", [pytest.param("cuda", marks=pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a CUDA device")), "tpu", ""])
+def test_a_device_that_is_not_there_is_a_usage_error(name):
+    with pytest.raises(UsageError, match=r"no .*device on this machine") as caught:
+        place(name)
+    assert caught.value.where == "--device"
+    assert "cpu" in caught.value.hint
+
+
+def test_a_precision_that_does_not_exist_is_a_usage_error():
+    with pytest.raises(UsageError, match="no precision 'int3'") as caught:
+        place("cpu", "int3")
+    assert "float32" in caught.value.hint

@@ -1,0 +1,71 @@
+"""The model as a whole: fresh weights, tying, causality."""
+
+import pytest
+import torch
+
+from lmcli.config import ModelConfig
+from lmcli.model.transformer import Transformer
+
+SMALL = ModelConfig(vocab_size=300, max_position_embeddings=32, hidden_size=64, num_hidden_layers=2,
+                    num_attention_heads=4, tie_word_embeddings=False).complete()
+
+
+def fresh(seed: int) -> Transformer:
+    model = Transformer(SMALL)
+    model.initialize(seed)
+    return model
+
+
+def test_fresh_weights_follow_from_the_seed_alone():
+    first, other = fresh(3).state_dict(), fresh(4).state_dict()
+    torch.manual_seed(99)
+    again = fresh(3).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert [name for name in first if first[name].ndim > 1 and not torch.equal(first[name], other[name])] == [
+        name for name in first if first[name].ndim > 1 and not name.endswith(("output.weight", "down.weight"))]
+
+
+def test_a_fresh_model_passes_its_input_through_and_knows_nothing(difference):
+    model = fresh(0)
+    ids = torch.randint(0, 300, (2, 8), generator=torch.Generator().manual_seed(1))
+    assert difference(model.hidden(ids), model.decoder.norm(model.embedding(ids))) < 1e-6
+    assert -model(ids).log_softmax(-1)[..., 7].mean().item() == pytest.approx(5.70, abs=0.05)  # ln 300 = 5.70
+
+
+@pytest.mark.parametrize(("name", "deviation"), [
+    ("embedding.weight", 0.02), ("head.weight", 0.02), ("decoder.layers.0.attention.query.weight", 0.5 / 8),
+    ("decoder.layers.1.mlp.up.weight", 0.5 / 8), ("decoder.layers.1.mlp.down.weight", 0.0)])
+def test_fresh_matrices_have_the_deviation_that_is_promised(name, deviation):
+    assert fresh(0).get_parameter(name).std().item() == pytest.approx(deviation, rel=0.05)
+
+
+def test_a_tied_head_is_the_embedding_itself(small_model):
+    tied, untied = small_model(tie_word_embeddings=True), small_model(tie_word_embeddings=False)
+    assert tied.head.weight is tied.embedding.weight
+    assert untied.head.weight is not untied.embedding.weight
+    assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters()) == 401 * 32
+
+
+def test_a_later_token_changes_no_earlier_logit(small_model):
+    model = small_model()
+    ids = torch.randint(0, 400, (1, 10), generator=torch.Generator().manual_seed(1))
+    changed = ids.clone()
+    changed[0, 6] = (ids[0, 6] + 1) % 400
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :6], after[:, :6])
+    assert all(not torch.allclose(before[0, at], after[0, at]) for at in range(6, 10))
+
+
+def test_order_of_tokens_matters(small_model):
+    model = small_model()
+    forth, back = model(torch.tensor([[5, 6, 7]])), model(torch.tensor([[6, 5, 7]]))
+    assert not torch.allclose(forth[0, -1], back[0, -1], atol=1e-2)
+
+
+def test_dropout_works_in_training_only(small_model):
+    model = Transformer(SMALL, dropout=0.5)
+    model.load_state_dict(small_model(**{name: getattr(SMALL, name) for name in (
+        "vocab_size", "hidden_size", "num_key_value_heads", "tie_word_embeddings")}).state_dict())
+    ids = torch.tensor([[1, 2, 3]])
+    assert not torch.equal(model.train()(ids), model(ids))
+    assert torch.equal(model.eval()(ids), model(ids))
