@@ -50,7 +50,7 @@ class TrainingView:
         self.console = Console(stderr=True, highlight=False)
         self.quiet, self.bytes_per_token, self.per_character = quiet, bytes_per_token, bits_per_character
         self.live = None
-        self.loss = self.speed = None
+        self.loss = self.speed = self.last = None
         self.figures = self.sample_text = ""
         self._printed = time.monotonic()
 
@@ -68,11 +68,16 @@ class TrainingView:
         """Shows a training step (smoothed over about 20)."""
         self.loss = step.loss if self.loss is None else 0.95 * self.loss + 0.05 * step.loss
         self.speed = step.tokens_per_second if self.speed is None else 0.9 * self.speed + 0.1 * step.tokens_per_second
+        self.last = step
         if self.live:
-            self.live.update(self._panel(step))
+            self._draw()
         elif not self.quiet and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             print(self._line(step), file=sys.stderr, flush=True)
+
+    def _draw(self) -> None:
+        if self.live and self.last:
+            self.live.update(self._panel(self.last))
 
     def _line(self, step) -> str:
         return (f"step {step.step:,} · {step.share:.0%} · epoch {step.epoch:.2f} · loss {self.loss:.3f} nats/token "
@@ -101,11 +106,13 @@ class TrainingView:
         characters = f" · {figures.bits_per_character:.4f} bits/character" if self.per_character else ""
         self.figures = (f"validation {figures.bits_per_byte:.4f} bits/byte{characters} · perplexity "
                            f"{figures.perplexity:.2f} (step {event.step:,}{', best' if event.best else ''})")
+        self._draw()
         if not self.live and not self.quiet:
             print(self.figures, file=sys.stderr, flush=True)
 
     def sample(self, text: str) -> None:
         """Shows a sample text, on one line outside a terminal."""
         self.sample_text = " ".join(text.split())
+        self._draw()
         if not self.live and not self.quiet:
             print(f"sample     {self.sample_text}", file=sys.stderr, flush=True)
