@@ -36,7 +36,8 @@ def resolve(preset: str, sets: Iterable[str] = (), train: Mapping[str, Any] = Ma
     Raises UsageError for an unknown preset, key or value; it names the file, the key and the nearest valid one.
     """
     values = _read(_find(preset), seen=())
-    given = {setting.partition("=")[0].strip() for setting in sets} | {f"train.{k}" for k, v in train.items() if v is not None}
+    given = {setting.partition("=")[0].strip() for setting in sets}
+    given |= {f"train.{key}" for key, value in train.items() if value is not None}
     if given & {f"train.{budget}" for budget in BUDGETS}:
         values["train"].update(dict.fromkeys(BUDGETS, 0))
     for setting in sets:

@@ -110,9 +110,8 @@ def weight_names(family: Family, config: ModelConfig) -> dict[str, str]:
     for ours, theirs in family.weights.items():
         if ours == "head.weight" and config.tie_word_embeddings:
             continue
-        if ".query_norm." in ours or ".key_norm." in ours:
-            if not config.query_key_norm:
-                continue
+        if not config.query_key_norm and (".query_norm." in ours or ".key_norm." in ours):
+            continue
         layers = range(config.num_hidden_layers) if "{}" in ours else (None,)
         names.update((ours.replace("{}", str(i)), theirs.replace("{}", str(i))) for i in layers)
     return names

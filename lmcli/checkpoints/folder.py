@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lmcli.checkpoints.families import Family, read_config, weight_names, write_config, family_of
+from lmcli.checkpoints.families import Family, family_of, read_config, weight_names, write_config
 from lmcli.config import GenerateConfig, ModelConfig, check
 from lmcli.errors import UserError
 from lmcli.model.transformer import Transformer

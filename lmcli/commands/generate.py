@@ -19,17 +19,21 @@ Examples:
   lm generate -m runs/s < prompts.txt > continuations.txt""")
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @options.model
-@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), help="Tokens at most.  [default: the folder's, else 256]")
+@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1),
+              help="Tokens at most.  [default: the folder's, else 256]")
 @click.option("--temperature", type=click.FloatRange(0, 100), help="0 takes the likeliest token.  [default: 0.8]")
 @click.option("--top-k", type=click.IntRange(min=0), help="Draw from the k likeliest; 0 from all.")
-@click.option("--top-p", type=click.FloatRange(0, 1), help="Draw from the likeliest with this much probability.  [default: 0.95]")
+@click.option("--top-p", type=click.FloatRange(0, 1),
+              help="Draw from the likeliest with this much probability.  [default: 0.95]")
 @click.option("--min-p", type=click.FloatRange(0, 1), help="Draw from tokens this likely relative to the likeliest.")
 @click.option("--repetition-penalty", type=click.FloatRange(0.01, 100), help="Above 1: avoid tokens seen before.")
 @click.option("--num-beams", type=click.IntRange(1, 1024), help="Search for the likeliest text with so many beams.")
 @click.option("--length-penalty", type=float, help="Beams are ranked by logprob / length^this.  [default: 1]")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
-@click.option("--num-samples", type=click.IntRange(min=1), default=1, show_default=True, help="Continuations of each prompt.")
-@click.option("--seed", type=click.IntRange(min=0), help="Draw the same again.  [default: a random one, named by -v and --json]")
+@click.option("--num-samples", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Continuations of each prompt.")
+@click.option("--seed", type=click.IntRange(min=0),
+              help="Draw the same again.  [default: a random one, named by -v and --json]")
 @click.option("--echo", is_flag=True, help="Write the prompt before its continuation.")
 @click.option("--whole", is_flag=True, help="Take all of standard input as one prompt.")
 @click.option("--raw", is_flag=True, help="From standard input: write text as it is, line ends and all.")

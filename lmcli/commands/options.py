@@ -78,7 +78,8 @@ def input_files(arguments: tuple[str, ...], include: str | None, quiet_: bool) -
     from lmcli.text.records import expand
 
     if not arguments and sys.stdin.isatty():
-        raise UsageError("nothing to read: give a FILE, or pipe text in", hint=f"{click.get_current_context().command_path} --help")
+        raise UsageError("nothing to read: give a FILE, or pipe text in",
+                         hint=f"{click.get_current_context().command_path} --help")
     files, skipped = expand(arguments, include)
     if skipped and not quiet_:
         print(f"lm: {skipped} files that are not UTF-8 text left out", file=sys.stderr)

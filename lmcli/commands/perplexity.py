@@ -20,8 +20,8 @@ Examples:
   lm perplexity -m runs/a -m runs/b test.txt
   cat *.txt | lm perplexity -m runs/s --documents line""")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
-@click.option("-m", "--model", "models", multiple=True, envvar="LM_MODEL", type=click.Path(), metavar="DIR", show_envvar=True,
-              help="Model folder; several are measured one after the other.")
+@click.option("-m", "--model", "models", multiple=True, envvar="LM_MODEL", type=click.Path(), metavar="DIR",
+              show_envvar=True, help="Model folder; several are measured one after the other.")
 @click.option("--validation", is_flag=True, help="Measure the held-out text of the run that the model folder is.")
 @click.option("--documents", type=click.Choice(["file", "line", "blank"]), default="file", show_default=True,
               help="What a document is: the whole file (<|endoftext|> parts it), a line, or a paragraph.")

@@ -42,7 +42,8 @@ def score(files, model, per, base, eos, bos, context, stride, header, as_json, f
     from lmcli.text import records
 
     if resume and per != "record" and not as_json:
-        raise UsageError(f"--continue cannot count records in rows of a {per} each", hint="add --json, which writes a line a record")
+        raise UsageError(f"--continue cannot count records in rows of a {per} each",
+                         hint="add --json, which writes a line a record")
     names = options.input_files(files, include, quiet)
     reader = records.Reader(format_, fields, on_error)
     loaded = options.load_model(model, device, dtype, threads, verbose)

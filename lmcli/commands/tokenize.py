@@ -25,7 +25,8 @@ Examples:
 @click.option("--special", is_flag=True, help="Put the tokenizer's special tokens around each record, and show them.")
 @click.option("--train", "learn", is_flag=True, help="Learn a byte-level BPE from the files, into the folder -o.")
 @click.option("--vocab-size", type=click.IntRange(min=257), default=None, help="Vocabulary to learn.  [default: 4096]")
-@click.option("--pattern", type=click.Choice(["gpt2", "qwen2"]), default=None, help="How learning splits words.  [default: gpt2]")
+@click.option("--pattern", type=click.Choice(["gpt2", "qwen2"]), default=None,
+              help="How learning splits words.  [default: gpt2]")
 @options.json_output
 @options.reading
 @options.writing
@@ -46,7 +47,8 @@ def tokenize(files, model, decode, pieces, offsets, count, truncate, special, le
         return _learn(options.input_files(files, include, quiet), output, vocab_size, pattern,
                       (format_, fields, on_error), quiet)
     options.need_model(model)
-    from lmcli.text import records, tokenizer as tokenizers
+    from lmcli.text import records
+    from lmcli.text import tokenizer as tokenizers
 
     tokenizer = tokenizers.load(model)
     reader = records.Reader(format_, fields, on_error)

@@ -17,7 +17,8 @@ Examples:
   lm train --resume runs/book""")
 @click.argument("data", nargs=-1, metavar="DATA...")
 @click.option("-o", "--output", metavar="DIR", help="Run folder.  [default: runs/NAME, the next free number]")
-@click.option("--preset", default="small", show_default=True, metavar="NAME|FILE", help="Recipe: tiny, small, base, or a .yaml file.")
+@click.option("--preset", default="small", show_default=True, metavar="NAME|FILE",
+              help="Recipe: tiny, small, base, or a .yaml file.")
 @click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value of the preset.")
 @click.option("--from", "origin", metavar="MODEL", help="Go on training this model folder, with its tokenizer.")
 @click.option("--tokenizer", "tokenizer_folder", metavar="DIR", help="Use this tokenizer instead of learning one.")

@@ -166,7 +166,7 @@ def _checked_chunks(file: str, digest) -> Iterator[bytes]:
             except UnicodeDecodeError as error:
                 number = lines + error.object[:error.start].count(b"\n")
                 raise UserError("invalid UTF-8", where=f"{shown(file)}, line {number}",
-                                hint="only UTF-8 text can be read; iconv -f LATIN1 -t UTF-8 converts an older file") from error
+                                hint="only UTF-8 text can be read; iconv -f LATIN1 -t UTF-8 converts one") from error
             if not chunk:
                 return
             lines += chunk.count(b"\n")

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
 from lmcli.config import TokenizerConfig
 from lmcli.errors import UserError
-from lmcli.text import corpus, documents, tokenizer as tokenizers
+from lmcli.text import corpus, documents
+from lmcli.text import tokenizer as tokenizers
 from lmcli.text.corpus import Corpus, EncodedDocument
 from lmcli.text.documents import Document, Layout
 from lmcli.text.records import expand, shown
