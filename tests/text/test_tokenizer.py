@@ -1,0 +1,306 @@
+"""The tokenizer: any text comes back, each token knows its bytes, and others' tokenizers give their own ids."""
+
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+
+from lmcli.config import TokenizerConfig
+from lmcli.errors import UserError
+from lmcli.text import tokenizer as tokenizers
+from lmcli.text.tokenizer import END_OF_TEXT, OPEN, StreamDecoder, byte_offsets
+
+SAMPLE = ["The baker's child didn't sleep; it's 2024, they'll say.\r\n\tHello  world!\n\n",
+          "红楼梦的故事，你好世界。\n" * 3,
+          "naïve café 🎉 éclair\n"] * 4
+LEARNT = {pattern: tokenizers.learn(SAMPLE, TokenizerConfig(vocab_size=400, pattern=pattern))
+          for pattern in ("gpt2", "qwen2")}
+patterns = pytest.mark.parametrize("pattern", LEARNT)
+any_text = st.text(max_size=40) | st.lists(st.sampled_from(
+    ["\0", "\r\n", "\n\n", " ", "  ", "\t", "🎉", "👩‍👩‍👧", "红楼梦", "é", "e\u0301", "'s", "'LL", "2024", END_OF_TEXT,
+     "<|endof", "\ufeff", "\x85", "\u2028", "\u3000", "ſ", "ẞ", "The", "hello"]), max_size=12).map("".join)
+
+
+@pytest.fixture(scope="module")
+def gpt2(shared):
+    return tokenizers.load(shared / "tokenizers" / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def bert(shared):
+    return tokenizers.load(shared / "tokenizers" / "bert-minilm")
+
+
+@pytest.fixture(scope="module")
+def stories(shared):
+    """A SentencePiece-like vocabulary of 512 ids with byte fallback."""
+    return tokenizers.load(shared / "models" / "stories260K")
+
+
+@pytest.fixture(scope="module")
+def thousand_lines(shared):
+    """Every kind of real line: dialogue, encyclopaedia with its @-@ marks, Chinese; and empty ones."""
+    lines = []
+    for name in ("tinyshakespeare", "wikitext-2-valid", "zh-hongloumeng"):
+        lines += (shared / "text" / f"{name}.txt").read_text(encoding="utf-8").split("\n")[:334]
+    return lines[:1000]
+
+
+class TestLearning:
+    @patterns
+    @given(text=any_text)
+    @settings(max_examples=60)
+    @example(text="\0").via("NUL")
+    @example(text=f"a{END_OF_TEXT}\r\n{END_OF_TEXT}")
+    def test_any_text_comes_back(self, pattern, text):
+        tokenizer = LEARNT[pattern]
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.encode_batch([text, "x"]) == [ids, tokenizer.encode("x")]
+
+    @patterns
+    def test_the_end_of_text_token_is_id_0_and_comes_first(self, pattern):
+        tokenizer = LEARNT[pattern]
+        assert tokenizer.id(END_OF_TEXT) == 0 and tokenizer.encode(END_OF_TEXT) == [0]
+        assert (tokenizer.prefix, tokenizer.suffix) == ([0], [])
+        assert tokenizer.special("bos_token") == tokenizer.special("eos_token") == 0
+        assert tokenizer.decode([0, *tokenizer.encode("a")], special=False) == "a"
+
+    @patterns
+    def test_the_vocabulary_is_as_large_as_asked_and_no_larger_than_the_text_allows(self, pattern):
+        assert tokenizers.learn(SAMPLE, TokenizerConfig(280, pattern)).size == 280
+        assert tokenizers.learn(["ab ab ab"] * 50, TokenizerConfig(260, pattern)).size == 259  # "ab", " ab" at most
+        assert tokenizers.learn(["ab ab ab"] * 50, TokenizerConfig(257, pattern)).size == 257
+        assert tokenizers.learn([], TokenizerConfig(4096, pattern)).size == 257
+
+    def test_merges_by_hand(self):
+        """'a' + 'b' is the only pair, then with the space before it."""
+        tokenizer = tokenizers.learn(["ab ab ab"] * 50, TokenizerConfig(4096))
+        assert tokenizer.pieces(tokenizer.encode("ab ab b")) == ["ab", "Ġab", "Ġ", "b"]
+
+    def test_the_patterns_part_text_differently(self):
+        """GPT-2 keeps digits together and separates 'LL by case; Qwen2 takes single digits and any case."""
+        text = "20242024 " * 200 + "WE'LL " * 200
+        pieces = {pattern: tokenizers.learn([text], TokenizerConfig(300, pattern)) for pattern in LEARNT}
+        assert [len(pieces[pattern].encode("2024")) for pattern in ("gpt2", "qwen2")] == [1, 4]
+        assert "'LL" in pieces["qwen2"].pieces(pieces["qwen2"].encode("WE'LL"))
+        assert "'LL" not in pieces["gpt2"].pieces(pieces["gpt2"].encode("WE'LL"))
+
+    @patterns
+    def test_a_saved_folder_loads_as_the_same_tokenizer(self, tmp_path, pattern):
+        LEARNT[pattern].save(tmp_path, context=128)
+        loaded = tokenizers.load(tmp_path)
+        assert loaded.hash == LEARNT[pattern].hash and loaded.prefix == [0]
+        assert loaded.settings == {**LEARNT[pattern].settings, "model_max_length": 128}
+        assert tokenizers.load(tmp_path / "tokenizer.json").encode("Hello 世界") == LEARNT[pattern].encode("Hello 世界")
+
+    def test_transformers_reads_it_with_the_same_ids_and_the_beginning(self, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        LEARNT["gpt2"].save(tmp_path)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for text in SAMPLE:
+            assert theirs(text).input_ids == [0, *LEARNT["gpt2"].encode(text)]
+
+    def test_learning_twice_gives_the_same(self):
+        assert tokenizers.learn(SAMPLE, TokenizerConfig(400)).hash == LEARNT["gpt2"].hash
+        assert LEARNT["gpt2"].hash != LEARNT["qwen2"].hash
+
+
+class TestByteEnds:
+    @patterns
+    @given(text=any_text)
+    @settings(max_examples=60)
+    def test_each_token_stands_for_its_bytes(self, pattern, text):
+        check_bytes(LEARNT[pattern], text)
+
+    def test_on_real_lines(self, gpt2, thousand_lines):
+        for text in thousand_lines[::10]:
+            check_bytes(gpt2, text)
+
+    @given(text=any_text)
+    @settings(max_examples=40)
+    def test_they_grow_to_the_byte_count_whatever_the_vocabulary(self, bert, stories, text):
+        for tokenizer in (bert, stories):
+            (ids, ends), = tokenizer.encode_with_ends([text])
+            assert ids == tokenizer.encode(text)
+            assert ends == sorted(ends)
+            assert not ends or (ends[0] >= 0 and ends[-1] == len(text.encode()))
+
+    def test_byte_fallback_shares_out_a_character(self, stories):
+        """' 好' is ▁ and three bytes; the ▁ that the normalizer puts in front stands for no byte of the text."""
+        (ids, ends), = stories.encode_with_ends(["a好b"])
+        assert stories.pieces(ids) == ["▁a", "<0xE5>", "<0xA5>", "<0xBD>", "b"] and ends == [1, 2, 3, 4, 5]
+
+    def test_what_a_normalizer_drops_goes_to_the_token_after_it(self, bert):
+        (ids, ends), = bert.encode_with_ends(["Hello,  wörld!"])
+        assert bert.pieces(ids) == ["hello", ",", "world", "!"] and ends == [5, 6, 14, 15]
+
+    def test_offsets_of_characters(self):
+        assert list(byte_offsets("aé字🎉!")) == [0, 1, 3, 6, 10, 11] and list(byte_offsets("ab")) == [0, 1, 2]
+
+
+def check_bytes(tokenizer, text):
+    """A byte-level token is spelled by its bytes, so the slice of the text must be those very bytes."""
+    (ids, ends), = tokenizer.encode_with_ends([text])
+    data, byte_of = text.encode(), {character: byte for byte, character in byte_alphabet().items()}
+    starts = [0, *ends][:-1]
+    assert ids == tokenizer.encode(text) and ([*ends] or [0])[-1] == len(data)
+    for piece, start, end in zip(tokenizer.pieces(ids), starts, ends, strict=True):
+        spelled = piece.encode() if piece == END_OF_TEXT else bytes(byte_of[character] for character in piece)
+        assert spelled == data[start:end]
+
+
+def byte_alphabet():
+    """GPT-2's bytes_to_unicode: printable bytes stand for themselves, the others for 256, 257 …"""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+
+
+class TestOthers:
+    def test_gpt2_published_ids(self, gpt2):
+        assert gpt2.encode("Hello world, it's 2024") == [15496, 995, 11, 340, 338, 48609]
+        assert gpt2.encode(END_OF_TEXT) == [50256] and gpt2.size == 50257
+        assert gpt2.special("eos_token") == 50256 and gpt2.prefix == []
+
+    def test_gpt2_against_transformers(self, shared, gpt2, thousand_lines):
+        transformers = pytest.importorskip("transformers")
+        folder = shared / "tokenizers" / "gpt2"
+        theirs = transformers.GPT2TokenizerFast.from_pretrained(str(folder))
+        assert theirs(thousand_lines, add_special_tokens=False).input_ids == gpt2.encode_batch(thousand_lines)
+
+    def test_bert_against_transformers(self, shared, bert, thousand_lines):
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoTokenizer.from_pretrained(str(shared / "tokenizers" / "bert-minilm"))
+        assert theirs(thousand_lines, add_special_tokens=False).input_ids == bert.encode_batch(thousand_lines)
+
+    def test_berts_own_padding_and_truncation_are_off(self, shared, bert):
+        stored = json.loads((shared / "tokenizers" / "bert-minilm" / "tokenizer.json").read_text(encoding="utf-8"))
+        assert stored["padding"] and stored["truncation"]  # else this test shows nothing
+        assert [len(ids) for ids in bert.encode_batch(["a", "a " * 700])] == [1, 700]
+
+    def test_berts_template(self, bert):
+        assert bert.pieces(bert.prefix) == ["[CLS]"] and bert.pieces(bert.suffix) == ["[SEP]"]
+
+    def test_stories_template(self, stories):
+        assert (stories.prefix, stories.suffix) == ([1], []) and stories.pieces([1]) == ["<s>"]
+
+    def test_a_beginning_token_named_in_the_settings_counts_when_the_template_has_none(self, gpt2):
+        asked = tokenizers.Tokenizer(gpt2.core, {"bos_token": {"content": END_OF_TEXT}, "add_bos_token": True})
+        assert asked.prefix == [50256]
+        assert tokenizers.Tokenizer(gpt2.core, {"bos_token": END_OF_TEXT, "add_bos_token": False}).prefix == []
+
+
+def streamed(tokenizer, before, after):
+    """The pieces of a stream, checked to be what decoding in one go gives for `after`."""
+    decoder = StreamDecoder(tokenizer, before)
+    pieces = [decoder.push(index) for index in after]
+    start = len(tokenizer.decode(before, special=False))
+    assert "".join(pieces) == tokenizer.decode(before + after, special=False)[start:]
+    return pieces
+
+
+valid_text = any_text.filter(lambda text: OPEN not in text)
+
+
+class TestStreaming:
+    @patterns
+    @given(prompt=valid_text, text=valid_text)
+    @settings(max_examples=80)
+    @example(prompt="红楼梦", text="的故事🎉")
+    def test_pieces_of_a_byte_level_text_join_to_it(self, pattern, prompt, text):
+        tokenizer = LEARNT[pattern]
+        pieces = streamed(tokenizer, tokenizer.encode(prompt), tokenizer.encode(text))
+        assert OPEN not in "".join(pieces)
+        assert "".join(pieces) == text.replace(END_OF_TEXT, "")
+
+    @given(prompt=valid_text, text=valid_text)
+    @settings(max_examples=80)
+    @example(prompt="好好好", text="好🎉")
+    @example(prompt="", text="héllo 🎉🎉 x")
+    def test_pieces_of_a_byte_fallback_text_join_to_it(self, stories, prompt, text):
+        pieces = streamed(stories, stories.encode(prompt), stories.encode(text))
+        assert OPEN not in "".join(pieces)
+
+    @given(prompt=st.text("abc de", max_size=20), text=st.text("abc de", max_size=20))
+    @settings(max_examples=40)
+    def test_spaces_between_words_survive(self, stories, prompt, text):
+        ids = stories.encode(prompt + text)
+        for cut in range(len(ids)):
+            streamed(stories, ids[:cut], ids[cut:])
+
+    def test_a_character_in_pieces_is_given_whole_with_its_last_byte(self, gpt2):
+        ids = gpt2.encode("梦🎉")
+        assert len(ids) > 4  # cut inside both characters
+        pieces = streamed(gpt2, gpt2.encode("红"), ids)
+        assert [piece for piece in pieces if piece] == ["梦", "🎉"]
+
+    def test_real_chinese(self, gpt2, stories, shared):
+        text = (shared / "text" / "zh-lunyu.txt").read_text(encoding="utf-8")[:1500]
+        for tokenizer in (gpt2, stories):
+            assert OPEN not in "".join(streamed(tokenizer, tokenizer.encode("子曰："), tokenizer.encode(text)))
+
+    def test_broken_bytes_do_not_swallow_the_text_after_them(self, gpt2):
+        half = gpt2.encode("梦")[:1]
+        decoder = StreamDecoder(gpt2, gpt2.encode("a"))
+        text = "".join(decoder.push(index) for index in half + gpt2.encode(" ok then"))
+        assert text == f"{OPEN} ok then"
+
+    def test_a_replacement_character_in_the_text_itself_survives(self, gpt2):
+        assert "".join(streamed(gpt2, gpt2.encode("a"), gpt2.encode(f"b{OPEN}c"))) == f"b{OPEN}c"
+
+    def test_special_tokens_give_nothing(self):
+        assert streamed(LEARNT["gpt2"], [0], [0, *LEARNT["gpt2"].encode("The"), 0])[-1] == ""
+
+
+class TestWordCuts:
+    """Which tokenizers may be fed a text in pieces."""
+
+    @patterns
+    def test_learnt_ones_may(self, pattern):
+        assert LEARNT[pattern].cuts_at_words
+
+    def test_gpt2_may_and_those_that_normalize_may_not(self, gpt2, bert, stories):
+        assert gpt2.cuts_at_words and not bert.cuts_at_words and not stories.cuts_at_words
+
+    @pytest.mark.parametrize("token, safe", [
+        (AddedToken("<mask>"), True), (AddedToken("<mask>", lstrip=True), False),
+        (AddedToken("MASK", rstrip=True), False), (AddedToken("new york"), False)])
+    def test_an_added_token_that_takes_in_white_space_forbids_it(self, token, safe):
+        tokenizer = tokenizers.learn(SAMPLE, TokenizerConfig(300))
+        tokenizer.core.add_tokens([token])
+        assert tokenizers.Tokenizer(tokenizer.core).cuts_at_words is safe
+
+
+class TestErrors:
+    def test_a_missing_folder(self, tmp_path):
+        with pytest.raises(UserError, match="nowhere: no such folder"):
+            tokenizers.load(tmp_path / "nowhere")
+
+    def test_a_folder_without_tokenizer(self, tmp_path):
+        (tmp_path / "vocab.json").write_text("{}")
+        with pytest.raises(UserError, match="holds no tokenizer") as caught:
+            tokenizers.load(tmp_path)
+        assert "vocab.json and merges.txt" in caught.value.hint
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"type": "none"}}'])
+    def test_a_broken_tokenizer(self, tmp_path, content):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match=r"tokenizer\.json: is no tokenizer: "):
+            tokenizers.load(tmp_path)
+
+    @pytest.mark.parametrize("content, message", [(b"{", "is not JSON"), (b"[]", "is not a JSON object"),
+                                                  (b"\xff", "is not JSON")])
+    def test_broken_settings(self, tmp_path, content, message):
+        LEARNT["gpt2"].save(tmp_path)
+        (tmp_path / "tokenizer_config.json").write_bytes(content)
+        with pytest.raises(UserError, match=rf"tokenizer_config\.json: {message}"):
+            tokenizers.load(tmp_path)
+
+    def test_broken_gpt2_files(self, tmp_path):
+        (tmp_path / "vocab.json").write_text('{"a": 0}')
+        (tmp_path / "merges.txt").write_text("a b\n")
+        with pytest.raises(UserError, match=r"vocab\.json: is no tokenizer"):
+            tokenizers.load(tmp_path)
