@@ -21,8 +21,10 @@ from lmcli.text.records import CHUNK_BYTES, FORMATS, bad_record, json_row, open_
 SEPARATOR = b"<|endoftext|>"
 PIECE_CHARS = 1 << 15
 # Between these two characters every pattern we train with (GPT-2's, Qwen2's) ends a word, so text cut here gives the
-# same tokens as text in one go: after a single newline, and before a single space between letters.
-SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
+# same tokens as text in one go: after a single newline, before a single space between letters, and, for languages that
+# write no spaces, before punctuation after a letter (of those that every version of Unicode has).
+SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])"
+                      r"|(?<=[A-Za-zぁ-ゖァ-ヺ一-龥가-힣])(?=[,.;:!?，．。、；：！？])")
 
 
 class Document(NamedTuple):

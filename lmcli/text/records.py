@@ -254,7 +254,7 @@ class Output:
 
     def write(self, text: str) -> None:
         """Appends text as UTF-8."""
-        data = text.encode("utf-8", "backslashreplace")  # a JSON field may hold a lone surrogate: \\ud800, as it came
+        data = text.encode("utf-8", "backslashreplace")  # a JSON field may hold a lone surrogate: \ud800, as it came
         with user_errors(self.path or "standard output", "write"):
             self.file.write(data)
 

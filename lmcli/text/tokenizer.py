@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from lmcli.config import TokenizerConfig
 from lmcli.errors import UserError
 from lmcli.storage import user_errors, write_text
+from lmcli.text.documents import SAFE_CUT
 
 END_OF_TEXT = "<|endoftext|>"
 OPEN = "\ufffd"  # how a decoder shows bytes that are no whole character
@@ -106,9 +107,9 @@ class Tokenizer:
         """Whether text cut at documents.SAFE_CUT gives the same ids as text in one go (GPT-2's and Qwen2's patterns)."""
         if self._definition["normalizer"] is not None or self._definition["truncation"]:
             return False
-        if any(token["lstrip"] or token["rstrip"] or any(map(str.isspace, token["content"]))
-               for token in self._definition["added_tokens"]):
-            return False  # such a token takes in the white space beside it, across a cut
+        if any(token["lstrip"] or token["rstrip"] or token["single_word"] or any(map(str.isspace, token["content"]))
+               or SAFE_CUT.search(token["content"]) for token in self._definition["added_tokens"]):
+            return False  # such a token may reach, or look, across a cut
         splitter = self._definition["pre_tokenizer"] or {}
         parts = splitter.get("pretokenizers", [splitter])
         kinds = [part.get("type") for part in parts]

@@ -267,8 +267,9 @@ class TestWordCuts:
 
     @pytest.mark.parametrize("token, safe", [
         (AddedToken("<mask>"), True), (AddedToken("<mask>", lstrip=True), False),
-        (AddedToken("MASK", rstrip=True), False), (AddedToken("new york"), False)])
-    def test_an_added_token_that_takes_in_white_space_forbids_it(self, token, safe):
+        (AddedToken("MASK", rstrip=True), False), (AddedToken("new york"), False),
+        (AddedToken("e.g."), False), (AddedToken(",x", single_word=True), False)])
+    def test_an_added_token_that_reaches_across_a_cut_forbids_it(self, token, safe):
         tokenizer = tokenizers.learn(SAMPLE, TokenizerConfig(300))
         tokenizer.core.add_tokens([token])
         assert tokenizers.Tokenizer(tokenizer.core).cuts_at_words is safe
