@@ -1,0 +1,141 @@
+"""The corpus: ids equal to encoding each document, written once, found again by content and by nothing else."""
+
+import os
+
+import numpy as np
+import pytest
+
+from lmcli.config import TokenizerConfig
+from lmcli.errors import UserError
+from lmcli.text import corpus, tokenizer
+from lmcli.text.documents import Layout
+from lmcli.text.tokenizer import Tokenizer
+
+TOKENIZER = tokenizer.learn(["one two three four\n"] * 20, TokenizerConfig(vocab_size=280))
+OTHER = tokenizer.learn(["eins zwei drei vier\n"] * 20, TokenizerConfig(vocab_size=280))
+CONTENT = "one two\n\nthree 字 four\r\n"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "corpus"
+
+
+def build(folder, content=CONTENT, name="a.txt", end_of_text=0, using=TOKENIZER, **options):
+    file = folder / name
+    file.write_bytes(content.encode())
+    layout = Layout(**options)
+    documents, hashes = layout.survey([str(file)])
+    return corpus.build(documents, hashes, layout, using, end_of_text)
+
+
+def written_at(cache):
+    return {path: path.stat().st_mtime_ns for path in cache.glob("*/*")}
+
+
+def test_ids_are_each_documents_and_the_closing_token(tmp_path):
+    found = build(tmp_path, documents="line")
+    expected = [index for line in ("one two", "three 字 four\r") for index in [*TOKENIZER.encode(line), 0]]
+    assert found.ids.tolist() == expected
+    assert (found.documents, found.tokens, found.bytes) == (2, len(expected), len("one twothree 字 four\r".encode()))
+
+
+def test_without_a_closing_token_nothing_stands_between(tmp_path):
+    found = build(tmp_path, end_of_text=None)
+    assert found.ids.tolist() == TOKENIZER.encode(CONTENT) and 0 not in found.ids
+
+
+def test_json_rows_give_the_ids_of_their_text(tmp_path):
+    found = build(tmp_path, '{"text": "one\\ntwo"}\n{"text": "three"}\n', "a.jsonl")
+    assert found.ids.tolist() == [*TOKENIZER.encode("one\ntwo"), 0, *TOKENIZER.encode("three"), 0]
+    assert found.bytes == len("one\ntwothree")
+
+
+def test_a_second_build_writes_nothing(tmp_path, cache):
+    first = build(tmp_path)
+    before = written_at(cache)
+    second = build(tmp_path)
+    assert len(before) == 2 and written_at(cache) == before
+    assert second.key == first.key and np.array_equal(first.ids, second.ids)
+
+
+def test_the_key_goes_by_content_and_not_by_name(tmp_path):
+    assert build(tmp_path).key == build(tmp_path, name="b.txt").key
+
+
+@pytest.mark.parametrize("change", [
+    {"content": CONTENT + "!"}, {"using": OTHER}, {"end_of_text": None}, {"end_of_text": 5}, {"documents": "line"},
+    {"documents": "blank"}])
+def test_the_key_changes_with_whatever_changes_the_ids(tmp_path, change):
+    first, second = build(tmp_path), build(tmp_path, **change)
+    assert first.key != second.key and not np.array_equal(first.ids, second.ids)
+
+
+def test_other_fields_of_the_same_rows_are_another_corpus(tmp_path):
+    rows = '{"text": "one", "b": "two"}\n'
+    assert not np.array_equal(build(tmp_path, rows, "a.jsonl").ids, build(tmp_path, rows, "a.jsonl", fields=("b",)).ids)
+
+
+def test_an_unfinished_cache_entry_is_built_anew(tmp_path, cache):
+    first = build(tmp_path).ids.tolist()
+    (facts,) = cache.glob("*/facts.json")
+    facts.unlink()
+    assert build(tmp_path).ids.tolist() == first and facts.is_file()
+
+
+def test_ids_take_two_bytes_when_they_fit_and_four_when_not(tmp_path):
+    assert build(tmp_path).ids.dtype == np.uint16
+    TOKENIZER_LARGE = Tokenizer(TOKENIZER.core)
+    TOKENIZER_LARGE.size = (1 << 16) + 1
+    found = build(tmp_path, content="one", using=TOKENIZER_LARGE)
+    assert found.ids.dtype == np.uint32 and found.ids.tolist() == [*TOKENIZER.encode("one"), 0]
+
+
+def test_many_documents_keep_their_order(tmp_path):
+    lines = [f"one {i} two" for i in range(300)]
+    found = build(tmp_path, "\n".join(lines), documents="line")
+    assert TOKENIZER.decode(found.ids.tolist()) == "<|endoftext|>".join([*lines, ""])
+
+
+def test_a_cache_folder_that_cannot_be_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot write the token cache"):
+        build(tmp_path)
+
+
+def test_a_failed_build_leaves_nothing(tmp_path, cache):
+    file = tmp_path / "a.txt"
+    file.write_text("one two three\n")
+    layout = Layout()
+    documents, hashes = layout.survey([str(file)])
+    file.write_text("one\n")
+    with pytest.raises(UserError, match="is shorter than when it was first read"):
+        corpus.build(documents, hashes, layout, TOKENIZER, 0)
+    assert os.listdir(cache) == []
+
+
+class TestEncodedDocuments:
+    def test_counts_are_of_the_text(self, tmp_path):
+        (tmp_path / "a.txt").write_bytes(CONTENT.encode())
+        layout = Layout()
+        documents, _ = layout.survey([str(tmp_path / "a.txt")])
+        (found,) = corpus.encode_documents(documents, layout, TOKENIZER)
+        assert found.ids.tolist() == TOKENIZER.encode(CONTENT) and found.document == documents[0]
+        assert (found.bytes, found.characters, found.words) == (len(CONTENT.encode()), len(CONTENT), 5)
+
+    def test_a_text_in_memory_is_encoded_alike(self):
+        found = corpus.encode_text(CONTENT, TOKENIZER)
+        assert found.ids.tolist() == TOKENIZER.encode(CONTENT)
+        assert (found.bytes, found.characters, found.words) == (len(CONTENT.encode()), len(CONTENT), 5)
+
+    def test_a_tokenizer_that_normalizes_gets_the_whole_document(self, tmp_path, shared, monkeypatch):
+        """Its ids could differ at a cut, so there is none."""
+        monkeypatch.setattr("lmcli.text.documents.PIECE_CHARS", 5)
+        bert = tokenizer.load(shared / "tokenizers" / "bert-minilm")
+        file = tmp_path / "a.txt"
+        file.write_text("One two three four, five six\nseven\n" * 3)
+        layout = Layout()
+        (found,) = corpus.encode_documents(layout.survey([str(file)])[0], layout, bert)
+        assert found.ids.tolist() == bert.encode(file.read_text())
