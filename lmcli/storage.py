@@ -52,9 +52,9 @@ def write_text(path: Path, text: str) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`; renamed to it when the block ends well, removed when it does not.
 
-    A folder already at `path` gives way only at the moment of the rename.
+    A folder or link already at `path` gives way only at the moment of the rename, and comes back if that fails.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
         with user_errors(path, "write"):
             shutil.rmtree(part, ignore_errors=True)
@@ -62,11 +62,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             yield part
             for file in part.iterdir():
                 _flush(file)
-            if path.exists():
-                shutil.rmtree(path)
+            if os.path.lexists(path):
+                os.rename(path, old)  # aside and whole: deleting takes time, and a kill would leave half of it
             os.rename(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):
+            if not os.path.lexists(path):
+                os.rename(old, path)
+            elif old.is_symlink():
+                old.unlink()
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask() -> int:
