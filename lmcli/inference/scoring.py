@@ -72,7 +72,7 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """exp(−logprob / tokens); NaN when nothing was scored."""
-        return math.exp(-self.logprob / self.tokens) if self.tokens else math.nan
+        return _exp_per(-self.logprob, self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
@@ -87,10 +87,17 @@ class Perplexity:
     @property
     def word_perplexity(self) -> float:
         """exp(−logprob / words), words being runs of non-space."""
-        return math.exp(min(-self.logprob / self.words, 700.0)) if self.words else math.nan
+        return _exp_per(-self.logprob, self.words)
 
     def _bits_per(self, count: int) -> float:
         return -self.logprob / NATS_PER_BIT / count if count else math.nan
+
+
+def _exp_per(nats: float, count: int) -> float:
+    """exp(nats / count): infinite where a float ends, NaN where there is nothing to divide by."""
+    if not count:
+        return math.nan
+    return math.exp(nats / count) if nats / count < 709 else math.inf
 
 
 @dataclass
