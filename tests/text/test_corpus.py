@@ -72,6 +72,18 @@ def test_the_key_changes_with_whatever_changes_the_ids(tmp_path, change):
     assert first.key != second.key and not np.array_equal(first.ids, second.ids)
 
 
+def test_the_key_changes_with_the_range(tmp_path):
+    """As of a part held out, that ends earlier."""
+    file = tmp_path / "a.txt"
+    file.write_text("one two three\n")
+    layout = Layout()
+    (document,), hashes = layout.survey([str(file)])
+    ranges = [(0, 14), (0, 7), (3, 7)]
+    found = [corpus.build([document._replace(start=start, end=end)], hashes, layout, TOKENIZER, None) for start, end in ranges]
+    assert len({part.key for part in found}) == 3
+    assert [TOKENIZER.decode(part.ids.tolist()) for part in found] == ["one two three\n", "one two", " two"]
+
+
 def test_other_fields_of_the_same_rows_are_another_corpus(tmp_path):
     rows = '{"text": "one", "b": "two"}\n'
     assert not np.array_equal(build(tmp_path, rows, "a.jsonl").ids, build(tmp_path, rows, "a.jsonl", fields=("b",)).ids)

@@ -170,14 +170,14 @@ class TestExpand:
         assert expand(()) == (["-"], 0) and expand(["-"]) == (["-"], 0)
 
     def test_a_directory_gives_its_text_files_sorted(self, tmp_path):
-        for name in ("b.txt", "a.txt", "sub/c.md", ".hidden", ".git/config", "sub/.x/y.txt"):
+        for name in ("z.txt", "b.txt", "a.txt", "sub/c.md", ".hidden", ".git/config", "sub/.x/y.txt"):
             (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
             written(tmp_path, "text\n", name)
         written(tmp_path, b"\x89PNG\0\0", "z.png")
         written(tmp_path, b"caf\xe9\n", "latin.txt")
         written(tmp_path, b"", "empty.txt")
         files, skipped = expand([str(tmp_path)])
-        assert [os.path.relpath(file, tmp_path) for file in files] == ["a.txt", "b.txt", os.path.join("sub", "c.md")]
+        assert [os.path.relpath(file, tmp_path) for file in files] == ["a.txt", "b.txt", os.path.join("sub", "c.md"), "z.txt"]
         assert skipped == 3
         assert expand([str(tmp_path)], "*.md") == ([str(tmp_path / "sub" / "c.md")], 0)
 
@@ -195,6 +195,11 @@ class TestExpand:
         (tmp_path / "d" / "link.txt").symlink_to(tmp_path / "real.txt")
         (tmp_path / "d" / "dangling.txt").symlink_to(tmp_path / "nowhere")
         assert expand([str(tmp_path / "d")]) == ([str(tmp_path / "d" / "link.txt")], 0)
+
+    def test_a_link_to_a_folder_above_does_not_read_it_again(self, tmp_path):
+        written(tmp_path, "text")
+        (tmp_path / "again").symlink_to(tmp_path)
+        assert expand([str(tmp_path)]) == ([str(tmp_path / "a.txt")], 0)
 
     @pytest.mark.parametrize("name, message", [
         ("missing.txt", "missing.txt: no such file or directory"), ("n" * 300, "name too long")])
