@@ -200,7 +200,7 @@ def test_a_loss_that_explodes_keeps_the_last_good_model(lm, story, tmp_path):
 
 
 def test_training_shrinks_what_the_text_has_no_room_for(lm, tmp_path):
-    done = lm("train", "-", "-o", tmp_path / "run", "--preset", "tiny", "--steps", 2,
+    done = lm("train", "-", "-o", tmp_path / "run", "--preset", "tiny", "--steps", 2, "--set", "train.context=512",
               stdin=b"The baker of the village sold a loaf and went home.\n" * 12)
     assert done.returncode == 0
     assert b"context shrinks" in done.stderr and b"room for a vocabulary" in done.stderr

@@ -1,0 +1,114 @@
+"""Schedules, optimizers and states: the arithmetic of a training step and of resuming it."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmcli.config import ModelConfig, TrainConfig
+from lmcli.model.transformer import Transformer
+from lmcli.training import objectives, optimizers, schedules, state
+
+SHARES = st.floats(0, 1)
+TINY = ModelConfig(vocab_size=40, max_position_embeddings=16, hidden_size=16, num_hidden_layers=2,
+                   num_attention_heads=2).complete()
+
+
+@given(SHARES, st.floats(0, 0.9), st.sampled_from(["linear", "cosine", "constant"]))
+def test_factors_lie_between_0_and_1_and_end_at_0(share, warmup, schedule):
+    assert 0 <= schedules.factor(schedule, share, warmup) <= 1
+    assert schedules.factor(schedule, warmup, warmup) == 1
+    assert abs(schedules.factor(schedule, 1.0, warmup) - (schedule == "constant")) < 1e-9
+
+
+@given(st.lists(SHARES, min_size=2, max_size=20).map(sorted), st.floats(0, 0.5))
+def test_rates_fall_after_warmup(shares, warmup):
+    after = [schedules.factor("cosine", share, warmup) for share in shares if share >= warmup]
+    assert after == sorted(after, reverse=True)
+
+
+def test_the_first_budget_reached_ends_a_run():
+    used = schedules.Progress(steps=50, tokens=900, epochs=0.1, seconds=30.0)
+    assert used.share(TrainConfig(steps=100)) == 0.5
+    assert used.share(TrainConfig(steps=100, tokens=1000)) == 0.9
+    assert used.share(TrainConfig(epochs=0.05)) == 1.0
+    assert used.share(TrainConfig(time=60)) == 0.5
+    assert used.share(TrainConfig(time=60), seconds_before=10, seconds_after=10) == 0.5
+    assert used.share(TrainConfig(time=60), seconds_before=10, seconds_after=55) == 1.0
+
+
+def model() -> Transformer:
+    made = Transformer(TINY)
+    made.initialize(0)
+    return made
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    for rule in ("adamw", "muon"):
+        made = model()
+        built = optimizers.build(made, TrainConfig(optimizer=rule))
+        held = [id(p) for group in built.param_groups for p in group["params"]]
+        assert sorted(held) == sorted(id(p) for p in made.parameters())
+        decayed = {id(p) for group in built.param_groups if group["weight_decay"] for p in group["params"]}
+        assert decayed == {id(p) for name, p in made.named_parameters() if p.ndim == 2 and name != "embedding.weight"}
+
+
+def test_one_adamw_step_equals_torch_written_out():
+    made = model()
+    built = optimizers.build(made, TrainConfig(optimizer="adamw", learning_rate=0.01, weight_decay=0.1))
+    loss, count = objectives.causal(made, torch.arange(34).view(2, 17) % 40)
+    (loss / count).backward()
+    weight = made.get_parameter("decoder.layers.0.mlp.gate.weight")
+    before, gradient = weight.detach().clone(), weight.grad.clone()
+    built.set_factor(0.5)
+    built.step()
+    rate = 0.005
+    # at the first step both bias corrections cancel: m̂ = g, v̂ = g²
+    expected = before * (1 - rate * 0.1) - rate * gradient / (gradient.abs() + 1e-8)
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_objective_is_transformers_cross_entropy():
+    made, rows = model(), torch.arange(34).view(2, 17) % 40
+    loss, count = objectives.causal(made, rows)
+    expected = torch.nn.functional.cross_entropy(made(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    assert count == 32
+
+
+def stepped(made, built, count: int) -> None:
+    for _ in range(count):
+        built.zero_grad()
+        rows = torch.randint(40, (2, 17))
+        loss, tokens = objectives.causal(made, rows)
+        (loss / tokens).backward()
+        built.step()
+
+
+def test_a_restored_state_goes_on_to_the_same_bits(tmp_path):
+    torch.manual_seed(0)
+    first = model()
+    built = optimizers.build(first, TrainConfig())
+    stepped(first, built, 3)
+    state.save(tmp_path, state.Counters(step=3, rows=6), first, built)
+    stepped(first, built, 3)
+
+    second = Transformer(TINY)
+    again = optimizers.build(second, TrainConfig())
+    torch.manual_seed(99)
+    assert state.restore(tmp_path, second, again, note=print) == state.Counters(step=3, rows=6)
+    stepped(second, again, 3)
+    for name, weight in first.named_parameters():
+        assert torch.equal(weight, second.get_parameter(name)), name
+
+
+def test_two_states_are_kept_and_a_damaged_newest_is_told(tmp_path):
+    made = model()
+    built = optimizers.build(made, TrainConfig())
+    for step in (1, 2, 3):
+        stepped(made, built, 1)
+        state.save(tmp_path, state.Counters(step=step), made, built)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002", "step-000000003"]
+    (tmp_path / "step-000000003" / "weights.safetensors").write_bytes(b"broken")
+    notes = []
+    assert state.restore(tmp_path, made, built, notes.append).step == 2
+    assert len(notes) == 1 and "step-000000003" in notes[0]
