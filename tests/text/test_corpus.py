@@ -79,7 +79,8 @@ def test_the_key_changes_with_the_range(tmp_path):
     layout = Layout()
     (document,), hashes = layout.survey([str(file)])
     ranges = [(0, 14), (0, 7), (3, 7)]
-    found = [corpus.build([document._replace(start=start, end=end)], hashes, layout, TOKENIZER, None) for start, end in ranges]
+    found = [corpus.build([document._replace(start=start, end=end)], hashes, layout, TOKENIZER, None)
+             for start, end in ranges]
     assert len({part.key for part in found}) == 3
     assert [TOKENIZER.decode(part.ids.tolist()) for part in found] == ["one two three\n", "one two", " two"]
 
