@@ -200,12 +200,12 @@ any_recipe = st.fixed_dictionaries({name: section(kind) for name, kind in recipe
 
 class TestStored:
     @given(any_recipe)
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_a_recipe_comes_back_from_its_yaml(self, recipe):
         assert from_values(yaml.safe_load(to_yaml(recipe)), "recipe.yaml") == recipe
 
     @given(any_recipe)
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     def test_a_stored_recipe_is_a_preset(self, tmp_path_factory, recipe):
         """Its facts about data and result are no settings."""
         text = to_yaml(recipe, versions={"lm": "1"}, data={"files": ["字.txt"]}, validation=[], result={"steps": 3})

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmcli.config import ModelConfig, check
-from lmcli.errors import UserError
+from lmcli.errors import UsageError, UserError
 
 LLAMA_WEIGHTS = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -50,6 +50,8 @@ FAMILIES = {family.model_type: family for family in (
            fixed={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
            options={"query_key_norm": True}),
 )}
+# the largest sizes taken from a file; unlike a preset, it cannot ask by 0 for a size to be derived
+LARGEST = {"vocab_size": 1 << 28, "max_position_embeddings": 1 << 24}
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
 
 
@@ -58,7 +60,7 @@ def read_config(document: dict[str, Any], where: str) -> tuple[Family, ModelConf
 
     Raises UserError naming the key for an unknown family, a missing or impossible value, and what is not supported.
     """
-    family = FAMILIES.get(document.get("model_type"))
+    family = FAMILIES.get(str(document.get("model_type")))
     if family is None:
         raise UserError(f"model_type {document.get('model_type')!r} is not supported", where=where,
                         hint=f"supported: {', '.join(sorted(FAMILIES))}")
@@ -66,22 +68,31 @@ def read_config(document: dict[str, Any], where: str) -> tuple[Family, ModelConf
         if document.get(key, value) != value:
             raise UserError(f"{key} {document[key]!r} is not supported for {family.model_type}", where=where,
                             hint=f"supported: {value!r}")
-    missing = [key for key in REQUIRED if key not in document]
+    missing = [key for key in REQUIRED if document.get(key) is None]
     if missing:
         raise UserError(f"has no {missing[0]}", where=where)
     values = {**family.defaults, **document, "rope_theta": _rope_theta(document, where)}
     for key in ("bos_token_id", "eos_token_id"):
         if isinstance(values.get(key), list):
-            values[key] = values[key][0]
+            values[key] = values[key][0] if values[key] else None
     known = {f.name for f in dataclasses.fields(ModelConfig)} - set(family.options)
     chosen = {key: check(ModelConfig, key, value, where) for key, value in values.items()
               if key in known and (value is not None or key.endswith("token_id"))}
-    return family, ModelConfig(**chosen, **family.options).complete()
+    for key, most in LARGEST.items():
+        if not 1 <= chosen.get(key, 0) <= most:
+            raise UserError(f"{key}: {chosen.get(key, 0)} is outside 1 to {most}", where=where)
+    try:
+        return family, ModelConfig(**chosen, **family.options).complete()
+    except UsageError as error:
+        raise UserError(error.what, where=where) from None
 
 
 def _rope_theta(document: dict[str, Any], where: str) -> float:
     """The rotary base from either of its two homes; scaled rotary positions are refused."""
-    rope = document.get("rope_parameters") or document.get("rope_scaling") or {}
+    home = "rope_parameters" if document.get("rope_parameters") else "rope_scaling"
+    rope = document.get(home) or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{home} is not an object", where=where)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind != "default":
         raise UserError(f"rope type {kind!r} is not supported", where=where, hint="supported: default")

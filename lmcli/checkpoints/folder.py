@@ -10,12 +10,14 @@ import torch
 from lmcli.checkpoints.families import Family, family_of, read_config, weight_names, write_config
 from lmcli.config import GenerateConfig, ModelConfig, check
 from lmcli.errors import UserError
+from lmcli.model.device import dtype_name
 from lmcli.model.transformer import Transformer
 from lmcli.storage import read_tensors, user_errors, write_tensors, write_text
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 # generation_config.json keys that mean the same here; `do_sample: false` is temperature 0
 GENERATE_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams",
                  "length_penalty")
@@ -47,11 +49,12 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     if tokenizer.size > config.vocab_size:
         raise UserError(f"has {tokenizer.size:,} ids, the model has {config.vocab_size:,} rows for them",
                         where=str(folder / "tokenizer.json"), hint="tokenizer and model do not belong together")
-    model = _model(family, config, _tensors(folder), folder)
+    weights = folder / (INDEX if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file() else WEIGHTS)
+    model = _model(family, config, _tensors(weights), str(weights))
     generation = _optional_json(folder / "generation_config.json")
     return Checkpoint(model.to(device=device, dtype=dtype).eval(), tokenizer,
                       _generate_config(generation, str(folder / "generation_config.json")),
-                      tokenizer.prefix, _stops(generation, document, tokenizer))
+                      tokenizer.prefix, _stops(generation, document, tokenizer, folder))
 
 
 def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
@@ -72,42 +75,43 @@ def _optional_json(file: Path) -> dict[str, Any] | None:
     return read_json(file) if file.is_file() else None
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, from one file or from the shards that an index names."""
-    if (folder / WEIGHTS).is_file():
-        return read_tensors(folder / WEIGHTS)
-    index = folder / f"{WEIGHTS}.index.json"
-    if not index.is_file():
-        raise UserError(f"holds no {WEIGHTS}", where=str(folder), hint="only safetensors hold weights here")
-    places = read_json(index).get("weight_map")
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a weights file, or of the shards that an index names."""
+    if not file.is_file():
+        raise UserError(f"holds no {WEIGHTS}", where=str(file.parent), hint="only safetensors hold weights here")
+    if file.name == WEIGHTS:
+        return read_tensors(file)
+    places = read_json(file).get("weight_map")
     if not isinstance(places, dict):
-        raise UserError("has no weight_map", where=str(index))
+        raise UserError("has no weight_map", where=str(file))
     tensors = {}
     for name in sorted({str(name) for name in places.values()}):
-        if Path(name).name != name:
-            raise UserError(f"names a file outside the folder: {name!r}", where=str(index))
-        tensors.update(read_tensors(folder / name))
+        if Path(name).name != name or name == "..":
+            raise UserError(f"names a file outside the folder: {name!r}", where=str(file))
+        tensors.update(read_tensors(file.with_name(name)))
     return tensors
 
 
-def _model(family: Family, config: ModelConfig, tensors: dict[str, torch.Tensor], folder: Path) -> Transformer:
+def _model(family: Family, config: ModelConfig, tensors: dict[str, torch.Tensor], where: str) -> Transformer:
     """A Transformer around the tensors; nothing is allocated for weights that a file already holds."""
     with torch.device("meta"):
         model = Transformer(config)
     state, names = {}, weight_names(family, config)
     for ours, theirs in names.items():
         if theirs not in tensors:
-            raise UserError(f"has no tensor {theirs}", where=str(folder / WEIGHTS),
+            raise UserError(f"has no tensor {theirs}", where=where,
                             hint="the file and config.json do not belong together")
         wanted, found = tuple(model.get_parameter(ours).shape), tuple(tensors[theirs].shape)
         if wanted != found:
-            raise UserError(f"{theirs} has shape {found}, config.json says {wanted}", where=str(folder / WEIGHTS))
+            raise UserError(f"{theirs} has shape {found}, config.json says {wanted}", where=where)
+        if not tensors[theirs].is_floating_point():
+            raise UserError(f"{theirs} holds {dtype_name(tensors[theirs].dtype)}, not floating-point numbers", where=where)
         state[ours] = tensors[theirs]
     ignored = (*family.ignored, "lm_head.weight") if config.tie_word_embeddings else family.ignored
     unknown = [name for name in tensors if name not in names.values() and not name.endswith(ignored)]
     if unknown:
-        raise UserError(f"has a tensor that {family.model_type} does not know: {unknown[0]}",
-                        where=str(folder / WEIGHTS), hint="config.json may name the wrong model_type")
+        raise UserError(f"has a tensor that {family.model_type} does not know: {unknown[0]}", where=where,
+                        hint="config.json may name the wrong model_type")
     model.load_state_dict(state, strict=False, assign=True)
     model.tie()
     return model
@@ -126,11 +130,13 @@ def _generate_config(document: dict[str, Any] | None, where: str) -> GenerateCon
     return replace(config, temperature=0.0) if document.get("do_sample") is False else config
 
 
-def _stops(generation: dict[str, Any] | None, document: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
-    for source in (generation or {}, document):
+def _stops(generation: dict[str, Any] | None, document: dict[str, Any], tokenizer: Tokenizer,
+           folder: Path) -> list[int]:
+    for name, source in (("generation_config.json", generation or {}), ("config.json", document)):
         found = source.get("eos_token_id")
         if found is not None:
-            return [int(i) for i in (found if isinstance(found, list) else [found])]
+            return [check(ModelConfig, "eos_token_id", i, str(folder / name))
+                    for i in (found if isinstance(found, list) else [found])]
     eos = tokenizer.special("eos_token")
     return [] if eos is None else [eos]
 
@@ -141,8 +147,9 @@ def save(folder: Path, model: Transformer, tokenizer: Tokenizer, generate: Gener
     write_text(folder / "config.json", json.dumps(write_config(config, "float32"), indent=2) + "\n")
     tokenizer.save(folder, config.max_position_embeddings)
     settings = {key: value for key, value in asdict(generate).items() if key in GENERATE_KEYS}
-    if not generate.temperature:  # transformers has no temperature 0, it has do_sample
-        settings.pop("temperature")
+    if not generate.temperature:  # transformers has no temperature 0, it has do_sample, and saves no filters beside that
+        for key in ("temperature", "top_k", "top_p", "min_p"):
+            del settings[key]
     write_text(folder / "generation_config.json", json.dumps(
         {"do_sample": bool(generate.temperature), **settings,
          "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}, indent=2) + "\n")

@@ -6,6 +6,13 @@ import torch
 from lmcli.model.attention import KeyValueCache, attention, causal_mask, fast_attention
 
 
+@pytest.fixture(autouse=True)
+def without_gradients():
+    """As in use; with gradients a CPU takes plain products for short rows."""
+    with torch.no_grad():
+        yield
+
+
 def random(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -54,6 +61,17 @@ def test_the_model_gives_the_same_with_either_attention(heads, side, small_model
     fast = model(ids, mask)
     model.set_fast_attention(False)
     assert difference(model(ids, mask), fast) < 1e-5
+
+
+@pytest.mark.parametrize("length", [9, 160])
+def test_training_computes_what_inference_computes(length, small_model, difference):
+    model = small_model()
+    ids = torch.randint(0, 400, (2, length), generator=torch.Generator().manual_seed(1))
+    inferred = model(ids)
+    with torch.enable_grad():
+        trained = model(ids)
+        assert trained.requires_grad
+    assert difference(trained.detach(), inferred) < 1e-5
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,0 +1,290 @@
+"""Folders that cannot be a model: one UserError that names the file and what is wrong, at once, and never a traceback."""
+
+import json
+import shutil
+import struct
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmcli.checkpoints import folder as checkpoints
+from lmcli.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def originals(reference, tmp_path_factory):
+    """A whole folder of each family, and one in shards."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("llama", "qwen3", "shards")}
+    reference(folders["llama"], "llama")
+    reference(folders["qwen3"], "qwen3")
+    reference(folders["shards"], "llama", max_shard_size="20KB")
+    return folders
+
+
+@pytest.fixture
+def copy(originals, tmp_path):
+    def make(name: str = "llama"):
+        return shutil.copytree(originals[name], tmp_path / name)
+    return make
+
+
+def refusal(folder) -> UserError:
+    with pytest.raises(UserError) as caught:
+        checkpoints.load(folder)
+    assert "\n" not in caught.value.what
+    return caught.value
+
+
+def change(file, **values) -> None:
+    document = json.loads(file.read_text())
+    document.update(values)
+    file.write_text(json.dumps({key: value for key, value in document.items() if value is not ...}))
+
+
+def change_tensors(folder, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_no_folder(tmp_path):
+    error = refusal(tmp_path / "nowhere")
+    assert (error.where, error.what) == (str(tmp_path / "nowhere"), "no such model folder")
+
+
+@pytest.mark.parametrize(("file", "message"), [
+    ("config.json", "holds no config.json"), ("model.safetensors", "holds no model.safetensors"),
+    ("tokenizer.json", "holds no tokenizer")])
+def test_a_file_is_missing(file, message, copy):
+    folder = copy()
+    (folder / file).unlink()
+    error = refusal(folder)
+    assert (error.where, error.what) == (str(folder), message)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1, 2]", b"null"],
+                         ids=["empty", "open", "no UTF-8", "list", "null"])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer_config.json", INDEX])
+def test_a_file_is_no_json_object(file, content, copy):
+    folder = copy("shards")
+    (folder / file).write_bytes(content)
+    error = refusal(folder)
+    assert error.where == str(folder / file)
+    assert error.what.startswith("is not")
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", INDEX])
+def test_a_file_is_nested_too_deep(file, copy):
+    folder = copy("shards")
+    (folder / file).write_bytes(b"[" * 100_000)
+    assert refusal(folder).where == str(folder / file)
+
+
+@pytest.mark.parametrize(("kind", "values", "message"), [
+    ("llama", {"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported"),
+    ("llama", {"model_type": ...}, "model_type None is not supported"),
+    ("llama", {"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
+    ("llama", {"attention_bias": True}, "attention_bias True is not supported for llama"),
+    ("llama", {"mlp_bias": True}, "mlp_bias True is not supported for llama"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported for llama"),
+    ("qwen3", {"use_sliding_window": True}, "use_sliding_window True is not supported for qwen3"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope type 'llama3' is not supported"),
+    ("llama", {"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.0}},
+     "rope type 'linear' is not supported"),
+    ("llama", {"rope_parameters": "default"}, "rope_parameters is not an object"),
+    ("llama", {"rope_parameters": {"rope_theta": "wide"}}, "rope_theta: 'wide' is not a number"),
+    ("llama", {"hidden_size": ...}, "has no hidden_size"),
+    ("llama", {"hidden_size": None}, "has no hidden_size"),
+    ("llama", {"max_position_embeddings": None}, "max_position_embeddings: 0 is outside"),
+    ("llama", {"hidden_size": "wide"}, "hidden_size: 'wide' is not a whole number"),
+    ("llama", {"hidden_size": 36.5}, "hidden_size: 36.5 is not a whole number"),
+    ("llama", {"hidden_size": [36]}, "hidden_size: [36] is not a whole number"),
+    ("llama", {"hidden_size": -1}, "hidden_size: -1 is outside 1 to"),
+    ("llama", {"vocab_size": 0}, "vocab_size: 0 is outside 1 to"),
+    ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 is outside 1 to 1024"),
+    ("llama", {"num_hidden_layers": 0}, "num_hidden_layers: 0 is outside 1 to 1024"),
+    ("llama", {"vocab_size": 10**18}, "vocab_size: 1000000000000000000 is outside 1 to"),
+    ("llama", {"hidden_size": 10**30}, "hidden_size: 1"),
+    ("llama", {"max_position_embeddings": 0}, "max_position_embeddings: 0 is outside"),
+    ("llama", {"num_key_value_heads": 4}, "num_key_value_heads 4 does not divide num_attention_heads 6"),
+    ("llama", {"head_dim": 9}, "head_dim 9 is odd"),
+    ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps: nan is outside"),
+    ("llama", {"eos_token_id": "end"}, "eos_token_id: 'end' is not a whole number"),
+], ids=str)
+def test_config_json_describes_no_model(kind, values, message, copy):
+    folder = copy(kind)
+    change(folder / "config.json", **values)
+    error = refusal(folder)
+    assert message in error.what
+    assert str(folder) in str(error)
+
+
+def test_lists_of_ids_may_be_empty(copy):
+    folder = copy()
+    change(folder / "config.json", eos_token_id=[])
+    (folder / "generation_config.json").unlink()
+    assert checkpoints.load(folder).stops == []
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"temperature": -1}, "temperature: -1"), ({"top_p": "all"}, "top_p: 'all' is not a number"),
+    ({"eos_token_id": "end"}, "eos_token_id"), ({"eos_token_id": [1, {}]}, "eos_token_id")], ids=str)
+def test_generation_config_holds_impossible_values(values, message, copy):
+    folder = copy()
+    change(folder / "generation_config.json", **values)
+    error = refusal(folder)
+    assert message in error.what
+    assert error.where == str(folder / "generation_config.json")
+
+
+@pytest.mark.parametrize("layers", [10**9, 1024])
+def test_absurd_sizes_are_refused_at_once(layers, copy):
+    folder = copy()
+    change(folder / "config.json", num_hidden_layers=layers, hidden_size=1 << 17, intermediate_size=1 << 20)
+    start = time.process_time()
+    refusal(folder)
+    assert time.process_time() - start < 10  # and without the memory that the sizes would take
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_missing_tensor_is_named(kind, copy):
+    folder = copy(kind)
+    for name in load_file(folder / "model.safetensors"):
+        shutil.copy(folder / "model.safetensors", folder / "whole")
+        change_tensors(folder, lambda tensors, name=name: tensors.pop(name))
+        error = refusal(folder)
+        assert (error.where, error.what) == (str(folder / "model.safetensors"), f"has no tensor {name}")
+        shutil.move(folder / "whole", folder / "model.safetensors")
+
+
+def test_a_missing_tensor_of_shards_names_their_index(copy):
+    folder = copy("shards")
+    shard = next(file for file in sorted(folder.glob("model-*")) if "model.norm.weight" in load_file(file))
+    save_file({name: tensor for name, tensor in load_file(shard).items() if name != "model.norm.weight"}, shard)
+    error = refusal(folder)
+    assert (error.where, error.what) == (str(folder / INDEX), "has no tensor model.norm.weight")
+
+
+@pytest.mark.parametrize(("name", "shape"), [
+    ("model.embed_tokens.weight", (408, 36)), ("model.layers.1.self_attn.k_proj.weight", (60, 36)),
+    ("model.layers.2.mlp.down_proj.weight", (50, 36)), ("model.norm.weight", (36, 1)), ("lm_head.weight", ())])
+def test_a_wrong_shape_is_named_with_both_shapes(name, shape, copy):
+    folder = copy()
+    right = tuple(load_file(folder / "model.safetensors")[name].shape)
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(shape)}))
+    error = refusal(folder)
+    assert error.where == str(folder / "model.safetensors")
+    assert error.what == f"{name} has shape {shape}, config.json says {right}"
+
+
+@pytest.mark.parametrize(("kind", "name"), [
+    ("llama", "model.layers.0.self_attn.q_norm.weight"),  # a Qwen3 that calls itself Llama must not load without it
+    ("llama", "model.layers.3.mlp.up_proj.weight"), ("qwen3", "model.layers.0.self_attn.q_proj.bias"), ("llama", "x")])
+def test_a_tensor_too_many_is_named(kind, name, copy):
+    folder = copy(kind)
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(3)}))
+    error = refusal(folder)
+    assert error.where == str(folder / "model.safetensors")
+    assert error.what == f"has a tensor that {kind} does not know: {name}"
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_whole_numbers_are_no_weights(name, copy):
+    folder = copy()
+    change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    error = refusal(folder)
+    assert error.where == str(folder / "model.safetensors")
+    assert name in error.what and "int8" in error.what
+
+
+@pytest.mark.parametrize("left", [0, 1, 7, 8, 9, 100, 0.5, 0.99, -1])
+@pytest.mark.parametrize("kind", ["llama", "shards"])
+def test_a_cut_file_is_named(left, kind, copy):
+    folder = copy(kind)
+    file = sorted(folder.glob("model*.safetensors"))[-1]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:int(left * len(whole)) if isinstance(left, float) else left])
+    error = refusal(folder)
+    assert error.where == str(file)
+    assert error.what.startswith("is damaged or no safetensors file")
+
+
+@pytest.mark.parametrize("header", [
+    b"\xff" * 40, b"[" * 40, b"{}", b'{"a": 1}', b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,9]}}',
+    b'{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}',
+    b'{"a":{"dtype":"F32","shape":[99999999999999999999],"data_offsets":[0,4]}}',
+    b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}'], ids=lambda header: header[:60].decode("latin1"))
+@pytest.mark.parametrize("length", [None, 1 << 40, (1 << 64) - 1])
+def test_a_header_of_garbage_is_refused(header, length, copy):
+    folder = copy()
+    file = folder / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", length or len(header)) + header + bytes(8))
+    assert refusal(folder).where == str(file)
+
+
+def test_flipped_bits_in_the_header_never_give_a_traceback(copy):
+    folder = copy()
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    for at in range(0, 8 + length, 37):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x15]) + whole[at + 1:])
+        try:
+            checkpoints.load(folder)
+        except UserError as error:
+            assert str(file) in str(error)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "."])
+def test_an_index_that_leads_out_of_the_folder_is_refused(name, copy):
+    folder = copy("shards")
+    shutil.copy(next(folder.glob("model-*")), folder.parent / "outside.safetensors")
+    places = json.loads((folder / INDEX).read_text())["weight_map"]
+    change(folder / INDEX, weight_map={**places, "model.norm.weight": name})
+    error = refusal(folder)
+    assert (error.where, error.what) == (str(folder / INDEX), f"names a file outside the folder: {name!r}")
+
+
+@pytest.mark.parametrize("weight_map", [..., None, [], "model"], ids=str)
+def test_an_index_without_a_map_is_refused(weight_map, copy):
+    folder = copy("shards")
+    change(folder / INDEX, weight_map=weight_map)
+    error = refusal(folder)
+    assert (error.where, error.what) == (str(folder / INDEX), "has no weight_map")
+
+
+def test_a_missing_shard_is_named(copy):
+    folder = copy("shards")
+    shard = sorted(folder.glob("model-*"))[1]
+    shard.unlink()
+    assert refusal(folder).where == str(shard)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(copy):
+    folder = copy()
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["added_tokens"] += [{**document["added_tokens"][0], "id": 400 + i, "content": f"<{i}>"} for i in range(50)]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    error = refusal(folder)
+    assert (error.where, error.what) == (str(folder / "tokenizer.json"), "has 450 ids, the model has 409 rows for them")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"model": {"type": "None"}}'])
+def test_a_tokenizer_that_is_none(content, copy):
+    folder = copy()
+    (folder / "tokenizer.json").write_bytes(content)
+    error = refusal(folder)
+    assert error.where == str(folder / "tokenizer.json")
+
+
+def test_pickled_weights_are_never_opened(copy):
+    folder = copy()
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    error = refusal(folder)
+    assert error.what == "holds no model.safetensors"
+    assert error.hint == "only safetensors hold weights here"
