@@ -202,7 +202,8 @@ def load(path: str | Path) -> Tokenizer:
     Raises UserError when there is none or it cannot be read.
     """
     path = Path(path)
-    file = path if path.is_file() else path / "tokenizer.json"
+    with user_errors(path, "read"):  # a name too long
+        file = path if path.is_file() else path / "tokenizer.json"
     if file.is_file():
         core = _read(file, lambda: tokenizers.Tokenizer.from_file(str(file)))
     elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():

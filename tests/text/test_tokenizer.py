@@ -280,6 +280,10 @@ class TestErrors:
         with pytest.raises(UserError, match="nowhere: no such folder"):
             tokenizers.load(tmp_path / "nowhere")
 
+    def test_a_name_too_long(self):
+        with pytest.raises(UserError, match="cannot read: File name too long"):
+            tokenizers.load("n" * 300)
+
     def test_a_folder_without_tokenizer(self, tmp_path):
         (tmp_path / "vocab.json").write_text("{}")
         with pytest.raises(UserError, match="holds no tokenizer") as caught:
