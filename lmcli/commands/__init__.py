@@ -71,8 +71,8 @@ def run(arguments: list[str] | None = None) -> int:
         return errors.EXIT_INTERRUPTED
     except errors.ClosedPipe:
         return errors.EXIT_CLOSED_PIPE
-    except SystemExit as stop:  # click's answer to a closed pipe, and the end of its shell completion
-        return errors.EXIT_CLOSED_PIPE if isinstance(stop.__context__, BrokenPipeError) else int(stop.code or 0)
+    except SystemExit as stop:  # the end of click's shell completion; otherwise its answer to a closed pipe
+        return int(stop.code or 0) if "_LM_COMPLETE" in os.environ else errors.EXIT_CLOSED_PIPE
     except OSError as error:
         return _not_written(error)
 

@@ -89,7 +89,7 @@ class Run:
         counters.preparation += self.elapsed() - counters.seconds
         start = self.elapsed()
         share = first = self._share()
-        if 0 < share < 1.0:  # resumed: the step before the stop may have left something due
+        if counters.step and share < 1.0:  # resumed: the step before the stop may have left something due
             yield from self._between(share)
         while share < 1.0 and not self.stop:
             step = self._step(share)

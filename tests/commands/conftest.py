@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lmcli.commands import run
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--preset", "tiny", "--set", "model.hidden_size=64", "--set", "model.num_hidden_layers=2",
          "--set", "tokenizer.vocab_size=512", "--set", "train.context=64", "--set", "train.batch_tokens=512")
@@ -25,6 +27,23 @@ def lm(environment):
     def call(*arguments, stdin: bytes = b"", **options) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "lmcli", *map(str, arguments)]
         return subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=120, **options)
+    return call
+
+
+@pytest.fixture
+def inside(environment, monkeypatch, capfdbinary, tmp_path):
+    """inside(*arguments, stdin=b""): as `lm`, in this process: for what needs neither signals nor pipes, and is fast."""
+    monkeypatch.setenv("LM_CACHE", environment["LM_CACHE"])
+    monkeypatch.delenv("LM_MODEL", raising=False)
+
+    def call(*arguments, stdin: bytes = b"") -> subprocess.CompletedProcess:
+        typed = tmp_path / "stdin"
+        typed.write_bytes(stdin)
+        with typed.open() as handle, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", handle)
+            code = run([*map(str, arguments)])
+        sys.stdout.flush()
+        return subprocess.CompletedProcess(arguments, code, *capfdbinary.readouterr())
     return call
 
 
