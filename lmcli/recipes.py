@@ -35,6 +35,7 @@ def resolve(preset: str, sets: Iterable[str] = (), train: Mapping[str, Any] = Ma
 
     Raises UsageError for an unknown preset, key or value; it names the file, the key and the nearest valid one.
     """
+    sets = list(sets)
     values = _read(_find(preset), seen=())
     given = {setting.partition("=")[0].strip() for setting in sets}
     given |= {f"train.{key}" for key, value in train.items() if value is not None}

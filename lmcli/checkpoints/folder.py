@@ -41,7 +41,9 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     more ids than the model has rows, and a family that is not supported.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    with user_errors(folder, "read"):
+        there = folder.is_dir()
+    if not there:
         raise UserError("no such model folder", where=str(folder), hint="-m takes a folder with config.json in it")
     document = read_json(folder / "config.json", "a model folder needs config.json, model.safetensors, tokenizer.json")
     family, config = read_config(document, str(folder / "config.json"))

@@ -64,7 +64,8 @@ class Decoder:
         rows = [_Row(i, list(prompt), seed, self) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
         cache = real = None
         while rows:
-            if cache is None or any(len(row.window) > self.context for row in rows):
+            # full when the longest text reaches the context, or when it did and has ended since
+            if cache is None or cache.length == cache.capacity:
                 cache, real, logits = self._prefill(rows)
             else:
                 last = torch.tensor([row.window[-1:] for row in rows], device=self._device)  # (B, 1)
@@ -141,18 +142,19 @@ class Decoder:
             candidates = _best_candidates(open_beams, logits.log_softmax(-1), max(2, 1 + len(self.stops)) * width)
             going = []
             for rank, (parent, beam) in enumerate(candidates):
-                if beam.tokens[-1] in self.stops:
+                if beam.tokens[-1] in self.stops or step == steps:  # out of room, open beams count as they are
                     finished += [beam] if rank < width else []
                 elif len(going) < width:
                     going.append((parent, beam))
             finished = sorted(finished, key=self._beam_score, reverse=True)[:width]
+            if not going:
+                break
             cache.keep_rows(torch.tensor([parent for parent, _ in going], device=self._device))
             open_beams = [beam for _, beam in going]
             ids = torch.tensor([[beam.tokens[-1]] for beam in open_beams], device=self._device)
             if len(finished) == width and self._beam_score(finished[-1]) >= self._beam_score(open_beams[0]):
                 break
-        best = sorted(finished + open_beams, key=self._beam_score, reverse=True) if len(finished) < width else finished
-        return [self._beam_result(beam, prompt) for beam in best[:count]]
+        return [self._beam_result(beam, prompt) for beam in finished[:count]]
 
     def _beam_score(self, beam: "_Beam") -> float:
         return sum(beam.logprobs) / len(beam.tokens) ** self.config.length_penalty

@@ -55,16 +55,24 @@ class Layout:
 
     def rows(self, file: str) -> bool:
         """Whether the file holds JSON Lines rows."""
-        kind = FORMATS.get(Path(file.removesuffix(".gz")).suffix, "text") if self.format == "auto" else self.format
-        return kind == "jsonl"
+        return self._kind(file) == "jsonl"
+
+    def _kind(self, file: str) -> str:
+        if self.format != "auto":
+            return self.format
+        return FORMATS.get(Path(file.removesuffix(".gz")).suffix, "text")
 
     def survey(self, files: list[str]) -> tuple[list[Document], dict[str, str]]:
         """(documents, SHA-256 of each file): every byte is read once and checked to be UTF-8. Blank documents are left out.
 
-        Raises UserError naming file and line for invalid UTF-8, bad JSON and a missing field, and for empty data.
+        Raises UserError naming file and line for invalid UTF-8, bad JSON and a missing field, for a TSV file, and for
+        empty data.
         """
         documents, hashes = [], {}
         for file in files:
+            if self._kind(file) == "tsv":
+                raise UserError("rows of a TSV file cannot be documents", where=shown(file),
+                                hint="write them as JSON Lines, or take the file as plain text with --format text")
             digest = hashlib.sha256()
             with user_errors(file, "read"):
                 documents += self._survey_file(file, digest)

@@ -394,3 +394,11 @@ def test_standard_input_is_kept_under_its_content(tmp_path):
     assert names[0] == names[2] != names[1] and hashlib.sha256(b"two").hexdigest()[:16] in names[1]
     assert open(names[0], "rb").read() == b"one\r\n"
     assert len(os.listdir(tmp_path / "cache" / "stdin")) == 2
+
+
+def test_tsv_files_are_refused_as_documents_unless_called_text(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text("text\tlabel\na\tb\n")
+    with pytest.raises(UserError, match="TSV"):
+        Layout().survey([str(path)])
+    assert len(Layout(format="text").survey([str(path)])[0]) == 1

@@ -1,0 +1,124 @@
+"""Beam search against transformers: the same sequences with the same scores."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lmcli.checkpoints import folder as checkpoints
+from lmcli.config import GenerateConfig
+
+
+def theirs(model, prompt: list[int], decoder, count: int) -> list[tuple[list[int], float]]:
+    """(continuation, score) of each of `count` beams by transformers; the end token closes a continuation."""
+    config = decoder.config
+    found = model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+        num_beams=config.num_beams, num_return_sequences=count, max_new_tokens=config.max_new_tokens,
+        length_penalty=config.length_penalty, eos_token_id=decoder.stops or None, pad_token_id=399,
+        return_dict_in_generate=True, output_scores=True)
+    sequences = []
+    for ids, score in zip(found.sequences[:, len(prompt):].tolist(), found.sequences_scores.tolist(), strict=True):
+        end = next((i for i, token in enumerate(ids) if token in decoder.stops), len(ids) - 1)
+        sequences.append((ids[:end + 1], score))
+    return sequences
+
+
+def assert_same(decoder, model, prompt: list[int], count: int) -> list:
+    found, wanted = decoder.beams(prompt, count), theirs(model, prompt, decoder, count)
+    assert [result.tokens for result in found] == [ids for ids, _ in wanted]
+    power = decoder.config.length_penalty
+    scores = [sum(result.token_logprobs) / len(result.tokens) ** power for result in found]
+    assert scores == pytest.approx([score for _, score in wanted], rel=1e-4, abs=1e-5)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pair(small_model, small_tokenizer, tmp_path_factory):
+    """Our model and transformers' reading of it; sharpened, so that beams do not die of equality."""
+    folder = tmp_path_factory.mktemp("beams")
+    model = small_model(max_position_embeddings=64, vocab_size=small_tokenizer.size, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.head.weight *= 2
+    checkpoints.save(folder, model, small_tokenizer, GenerateConfig())
+    return model, AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 0.5, 2.0, 0.0, -1.0])
+@pytest.mark.parametrize("beams", [2, 4, 7])
+def test_the_same_beams_as_transformers(beams, length_penalty, pair, decoder):
+    ours, model = pair
+    ended = 0
+    for start in range(1, 13):
+        prompt = [0, start, 400 - 13 * start]
+        free = decoder(ours, num_beams=beams, max_new_tokens=12, length_penalty=length_penalty).beams(prompt, beams)
+        # ends that fire: tokens that good beams run through early, in the middle and late
+        ends = [free[0].tokens[start % 12], free[-1].tokens[(5 * start) % 12]]
+        for stops in ([], ends[:1], ends):
+            lm = decoder(ours, stops=stops, num_beams=beams, max_new_tokens=12, length_penalty=length_penalty)
+            found = assert_same(lm, model, prompt, beams)
+            ended += sum(result.finish_reason == "stop" for result in found)
+    assert ended > 20
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_fewer_than_all_beams_are_the_best_ones(count, pair, decoder):
+    ours, model = pair
+    lm = decoder(ours, stops=[3, 33, 133], num_beams=4, max_new_tokens=8)
+    assert [result.tokens for result in assert_same(lm, model, [0, 7], 4)[:count]] == [
+        result.tokens for result in assert_same(lm, model, [0, 7], count)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 30])
+def test_short_and_long_searches(steps, pair, decoder):
+    ours, model = pair
+    for stops in ([], [5, 105, 205, 305]):
+        assert_same(decoder(ours, stops=stops, num_beams=4, max_new_tokens=steps), model, [0, 9, 8], 4)
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("stops", [[], [2], [426], [426, 432]], ids=str)  # 426 is the full stop, 432 the comma
+def test_a_trained_model_writes_what_transformers_writes(stops, length_penalty, shared, decoder):
+    folder = shared / "models" / "stories260K"
+    model, loaded = AutoModelForCausalLM.from_pretrained(folder), checkpoints.load(folder)
+    for text in ("Once upon a time", "The dog", ""):
+        lm = decoder(loaded.model, stops=stops, num_beams=4, max_new_tokens=24, length_penalty=length_penalty)
+        lm.tokenizer = loaded.tokenizer
+        found = assert_same(lm, model, [1, *loaded.tokenizer.encode(text)], 4)
+        assert len({result.text for result in found}) > 1
+
+
+def test_one_beam_more_is_no_worse_than_greedy(pair, decoder):
+    ours, _ = pair
+    greedy = decoder(ours, max_new_tokens=6).generate([[0, 5]], [0])[0]
+    best = decoder(ours, num_beams=16, max_new_tokens=6).beams([0, 5], 1)[0]
+    assert sum(best.token_logprobs) >= sum(greedy.token_logprobs)
+
+
+def test_as_many_beams_as_there_are_sequences_find_the_very_best(pair, decoder):
+    """Two tokens after the prompt, by brute force over all pairs."""
+    ours, _ = pair
+    size = ours.config.vocab_size
+    with torch.no_grad():
+        first = ours(torch.tensor([[0, 5]]))[0, -1].log_softmax(-1)
+        rows = torch.stack([torch.full((size,), 0), torch.full((size,), 5), torch.arange(size)], dim=1)
+        both = first[:, None] + ours(rows)[:, -1].log_softmax(-1)
+    best = both.flatten().topk(3)
+    found = decoder(ours, num_beams=600, max_new_tokens=2).beams([0, 5], 3)  # more beams than ids
+    assert [result.tokens for result in found] == [list(divmod(i, size)) for i in best.indices.tolist()]
+    assert [sum(result.token_logprobs) for result in found] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_a_search_past_the_context_ends_there(pair, decoder):
+    ours, _ = pair
+    for length in (60, 63, 64, 100):
+        result = decoder(ours, num_beams=3, max_new_tokens=100).beams([0, *range(1, length)], 1)[0]
+        assert result.finish_reason == "length"
+        assert 0 < len(result.tokens) <= 33
+
+
+def test_stop_strings_cut_beams_too(pair, decoder):
+    ours, _ = pair
+    free = decoder(ours, num_beams=4).beams([0, 5], 1)[0]
+    stop = free.text[3:5]
+    result = decoder(ours, num_beams=4, stop_strings=[stop]).beams([0, 5], 1)[0]
+    assert (result.text, result.finish_reason) == (free.text[:free.text.index(stop)], "stop")

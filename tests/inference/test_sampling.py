@@ -1,0 +1,165 @@
+"""Sampling filters against transformers' processors, and the draw against the probabilities themselves."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lmcli.config import GenerateConfig
+from lmcli.inference import sampling
+
+# whole numbers of 1/64, each once: ties and what falls on a border by rounding are told apart below, by hand
+rows = st.lists(st.integers(-640, 640), min_size=1, max_size=40, unique=True).map(
+    lambda values: torch.tensor([values], dtype=torch.float32) / 64)
+shares = st.floats(0.0, 1.0)
+
+
+def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert torch.equal(found == sampling.NEVER, wanted == sampling.NEVER)
+    assert torch.allclose(found, wanted, rtol=1e-6, atol=0)
+
+
+def on_the_border(logits: torch.Tensor, p: float) -> bool:
+    """Whether the running sum of probabilities passes so close to p that the order of summation decides."""
+    sums = logits.double().sort(descending=True).values.softmax(-1).cumsum(-1)
+    return bool((sums - p).abs().min() < 1e-5)
+
+
+@given(rows, st.integers(1, 50))
+def test_top_k(logits, k):
+    assert_same(sampling.apply_top_k(logits, k), TopKLogitsWarper(k)(None, logits))
+
+
+@given(rows, shares)
+def test_top_p(logits, p):
+    assume(not on_the_border(logits, p))
+    assert_same(sampling.apply_top_p(logits, p), TopPLogitsWarper(p)(None, logits))
+
+
+@given(rows, shares)
+def test_min_p(logits, p):
+    probabilities = logits.double().softmax(-1)
+    assume((probabilities - p * probabilities.max()).abs().min() > 1e-6 * probabilities.max())
+    assert_same(sampling.apply_min_p(logits, p), MinPLogitsWarper(p)(None, logits))
+
+
+@given(rows, st.floats(0.01, 100.0), st.data())
+def test_repetition_penalty(logits, penalty, data):
+    size = logits.shape[-1]
+    seen = torch.tensor([data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=2 * size))])
+    before = logits.clone()
+    assert_same(sampling.apply_repetition_penalty(logits, seen, penalty),
+                RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone()))
+    assert torch.equal(logits, before)
+
+
+@given(rows, st.floats(0.05, 5.0))
+def test_temperature(logits, temperature):
+    config = GenerateConfig(temperature=temperature, top_p=1.0)
+    assert_same(sampling.filtered(logits, config), TemperatureLogitsWarper(temperature)(None, logits))
+
+
+@settings(max_examples=200)
+@given(rows, st.floats(0.2, 3.0), st.integers(0, 10), shares, st.floats(0.0, 0.5), st.floats(0.5, 2.0))
+def test_all_together_in_the_order_of_transformers(logits, temperature, k, p, min_p, penalty):
+    config = GenerateConfig(temperature=temperature, top_k=k, top_p=p, min_p=min_p, repetition_penalty=penalty)
+    seen = torch.tensor([[0]])
+    wanted, steps = logits.clone(), LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty),
+                                                         TemperatureLogitsWarper(temperature)])
+    wanted = steps(seen, wanted)
+    if k:
+        wanted = TopKLogitsWarper(k)(None, wanted)
+    assume(not on_the_border(wanted, p))
+    probabilities = wanted.double().softmax(-1)
+    wanted = TopPLogitsWarper(p)(None, wanted) if p < 1 else wanted
+    assume((probabilities - min_p * probabilities.max()).abs().min() > 1e-6)
+    assert_same(sampling.filtered(logits, config, seen), MinPLogitsWarper(min_p)(None, wanted))
+
+
+def test_the_order_is_the_one_that_generate_of_transformers_uses():
+    """Logits where each order of the filters leaves another set, through the list that transformers itself puts together."""
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=2))
+    options = {"temperature": 0.7, "top_k": 4, "top_p": 0.8, "min_p": 0.3, "repetition_penalty": 1.5}
+    theirs = GenerationConfig(do_sample=True, **options)
+    model._prepare_special_tokens(theirs)
+    processors = model._get_logits_processor(generation_config=theirs, input_ids_seq_length=1)
+    generator = torch.Generator().manual_seed(1)
+    sizes = set()
+    for _ in range(200):
+        logits, seen = 2 * torch.randn(1, 8, generator=generator), torch.randint(0, 8, (1, 2), generator=generator)
+        found = sampling.filtered(logits, GenerateConfig(**options), seen)
+        assert_same(found, processors(seen, logits.clone()))
+        sizes.add(int(found.isfinite().sum()))
+    assert len(sizes) > 2
+
+
+@pytest.mark.parametrize(("apply", "value", "kept"), [
+    # probabilities 1/2, 1/4, 1/8, 1/8
+    (sampling.apply_top_p, 0.0, 1), (sampling.apply_top_p, 0.5, 1), (sampling.apply_top_p, 0.51, 2),
+    (sampling.apply_top_p, 0.75, 2), (sampling.apply_top_p, 0.8, 3), (sampling.apply_top_p, 0.9, 4),
+    (sampling.apply_min_p, 0.0, 4), (sampling.apply_min_p, 0.25, 4), (sampling.apply_min_p, 0.26, 2),
+    (sampling.apply_min_p, 0.51, 1), (sampling.apply_min_p, 1.0, 1),
+    (sampling.apply_top_k, 1, 1), (sampling.apply_top_k, 2, 2), (sampling.apply_top_k, 3, 4),  # a tie at the border stays
+    (sampling.apply_top_k, 9, 4)])
+def test_filters_by_hand(apply, value, kept):
+    logits = torch.tensor([[8.0, 4.0, 2.0, 2.0]]).log2() * math.log(2)
+    assert int(apply(logits, value).isfinite().sum()) == kept
+
+
+def test_greedy_leaves_filters_out_but_not_the_penalty():
+    logits = torch.tensor([[2.0, 1.9]])
+    config = GenerateConfig(temperature=0.0, top_k=1, repetition_penalty=2.0)
+    assert sampling.filtered(logits, config, torch.tensor([[0]])).tolist() == [[1.0, pytest.approx(1.9)]]
+
+
+def test_the_draw_by_hand():
+    # running sums 0, 1/4, 1/4, 3/4, 1, 1
+    logits = torch.tensor([[0.0, 1.0, 0.0, 2.0, 1.0, 0.0]]).log()
+    for chance, wanted in [(0.0, 1), (0.1, 1), (0.2499, 1), (0.2501, 3), (0.5, 3), (0.7499, 3), (0.7501, 4), (0.99, 4)]:
+        assert sampling.draw(logits, torch.tensor([chance], dtype=torch.float64)).tolist() == [wanted], chance
+
+
+@given(st.lists(st.one_of(st.just(-math.inf), st.floats(-50, 50)), min_size=1, max_size=30).filter(
+    lambda row: max(row) > -math.inf), st.one_of(st.just(0.0), st.just(math.nextafter(1.0, 0.0)),
+                                                  st.floats(0, 1, exclude_max=True)))
+def test_what_is_impossible_is_never_drawn(row, chance):
+    logits = torch.tensor([row])
+    index = sampling.draw(logits, torch.tensor([chance], dtype=torch.float64)).item()
+    assert logits.double().softmax(-1)[0, index] > 0
+
+
+def test_frequencies_are_the_probabilities():
+    generator = torch.Generator().manual_seed(1)
+    logits, draws = torch.randn(1, 12, generator=generator), 20_000
+    logits[0, 5] = -math.inf
+    chance = torch.rand(draws, generator=generator, dtype=torch.float64)
+    counts = sampling.draw(logits.expand(draws, -1), chance).bincount(minlength=12).double()
+    expected = draws * logits.double().softmax(-1)[0]
+    assert counts[5] == 0
+    possible = expected > 0
+    chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum().item()
+    assert chi_square < 29.6  # ten degrees of freedom: 1 in 1,000 is larger
+
+
+def test_a_row_is_drawn_without_regard_to_the_others():
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(50, 20, generator=generator)
+    chance = torch.rand(50, generator=generator, dtype=torch.float64)
+    together = sampling.draw(logits, chance)
+    alone = [sampling.draw(logits[i:i + 1], chance[i:i + 1]).item() for i in range(50)]
+    assert together.tolist() == alone
+    assert len(set(alone)) > 5
