@@ -71,7 +71,8 @@ def test_words_are_runs_without_space(inside, trained):
 def test_json_holds_the_same_figures_and_the_other_fields(inside, trained, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"id": 1, "text": "The baker"}\n{"id": 2, "text": ""}\n')
-    found = [json.loads(line) for line in inside("score", "-m", trained[0], "--json", "--per", "token", file).stdout.splitlines()]
+    done = inside("score", "-m", trained[0], "--json", "--per", "token", file)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
     assert found[0]["id"] == 1 and found[0]["bytes"] == 9
     assert sum(piece["logprob"] for piece in found[0]["pieces"]) == pytest.approx(found[0]["logprob"], rel=1e-6)
     assert found[0]["bits_per_byte"] == pytest.approx(-found[0]["logprob"] / math.log(2) / 9)
