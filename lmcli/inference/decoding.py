@@ -137,7 +137,7 @@ class Decoder:
         cache = KeyValueCache(self.model.config, 1, len(window) + steps, self._device, self.model.embedding.weight.dtype)
         ids = torch.tensor([window], device=self._device)
         open_beams, finished = [_Beam([], [])], []
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             logits = self.model.head(self.model.hidden(ids, None, cache)[:, -1]).float()
             candidates = _best_candidates(open_beams, logits.log_softmax(-1), max(2, 1 + len(self.stops)) * width)
             going = []

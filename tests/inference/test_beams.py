@@ -57,7 +57,7 @@ def test_the_same_beams_as_transformers(beams, length_penalty, pair, decoder):
             lm = decoder(ours, stops=stops, num_beams=beams, max_new_tokens=12, length_penalty=length_penalty)
             found = assert_same(lm, model, prompt, beams)
             ended += sum(result.finish_reason == "stop" for result in found)
-    assert ended > 20
+    assert ended > 10
 
 
 @pytest.mark.parametrize("count", [1, 3])

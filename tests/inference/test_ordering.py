@@ -1,6 +1,7 @@
 """Groups of like length: everything once, nothing wasted, results in the order of the input."""
 
 import doctest
+from itertools import pairwise
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_every_index_once_within_the_cost(lengths, most):
         assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= most
     longest = [max(lengths[i] for i in group) for group in groups]
     assert longest == sorted(longest, reverse=True)
-    for group, following in zip(groups, groups[1:], strict=False):  # no group ends before it is full
+    for group, following in pairwise(groups):  # no group ends before it is full
         assert max(lengths[i] for i in group) * (len(group) + 1) > most
         assert min(lengths[i] for i in group) >= max(lengths[i] for i in following)
 
