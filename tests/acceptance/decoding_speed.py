@@ -52,7 +52,8 @@ def measure(path: Path, dtype: str, rows: int) -> None:
     pairs = [(seconds(run_ours), seconds(run_theirs)) for _ in range(ROUNDS + 1)][1:]
     ratio = statistics.median(theirs_ / ours_ for ours_, theirs_ in pairs)
     speeds = [rows * NEW / statistics.median(side) for side in zip(*pairs)]
-    print(f"{dtype}, batch {rows}: ours {speeds[0]:.0f} tokens/s, transformers {speeds[1]:.0f}, ratio {ratio:.2f}", flush=True)
+    print(f"{dtype}, batch {rows}: ours {speeds[0]:.0f} tokens/s, transformers {speeds[1]:.0f}, ratio {ratio:.2f}",
+          flush=True)
     assert ratio >= 1.0
 
 

@@ -66,7 +66,7 @@ def shakespeare(folder: Path) -> None:
 
 def chinese(folder: Path) -> None:
     """Trains three minutes on a novel; nothing shown has half a character."""
-    out, told = lm("train", TEXT / "zh-hongloumeng.txt", "-o", folder, "--preset", "small", "--time", "3m")
+    _, told = lm("train", TEXT / "zh-hongloumeng.txt", "-o", folder, "--preset", "small", "--time", "3m")
     texts = [lm("generate", "-m", folder, "--seed", seed, "却说")[0] for seed in range(20)]
     print(texts[0])
     assert "bits/character" in told and "bits per character" in told

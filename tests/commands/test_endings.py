@@ -179,7 +179,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(lm, environment, tmp_path, numbe
     assert lm("train", *arguments, "-o", tmp_path / "whole").returncode == 0
     steps = [json.loads(line) for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in steps if "loss" in m] == list(range(1, 151))
-    for file in ("model.safetensors", "state/step-000000150/weights.safetensors", "state/step-000000150/optimizer.safetensors"):
+    last = "state/step-000000150"
+    for file in ("model.safetensors", f"{last}/weights.safetensors", f"{last}/optimizer.safetensors"):
         assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
@@ -208,7 +209,8 @@ def test_training_shrinks_what_the_text_has_no_room_for(lm, tmp_path):
 
 def test_training_goes_on_from_another_folder(lm, trained, story, tmp_path):
     done = lm("train", story, "--from", trained[0], "-o", tmp_path / "more", "--preset", "tiny", "--steps", 3,
-              "--set", "train.learning_rate=1e-4", "--set", "train.matrix_learning_rate=1e-4", "--set", "train.batch_tokens=256")
+              "--set", "train.learning_rate=1e-4", "--set", "train.matrix_learning_rate=1e-4",
+              "--set", "train.batch_tokens=256")
     assert done.returncode == 0, done.stderr.decode()
     before, after = (json.loads(lm("perplexity", "-m", folder, "--validation", "--json").stdout)["bits_per_byte"]
                      for folder in (trained[0], tmp_path / "more"))

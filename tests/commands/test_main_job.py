@@ -101,7 +101,8 @@ def test_tokenize_shows_pieces_offsets_counts_and_json(trained, lm):
     assert lm("tokenize", "-m", folder, "--count", stdin=b"The baker\n").stdout == f"{len(ids)}\n".encode()
     assert lm("tokenize", "-m", folder, "--truncate", 1, stdin=b"The baker\n").stdout == f"{ids[0]}\n".encode()
     assert lm("tokenize", "-m", folder, "--special", stdin=b"The\n").stdout.split()[0] == b"0"
-    spans = [part.split(":") for part in lm("tokenize", "-m", folder, "--offsets", stdin=b"The baker\n").stdout.decode().split()]
+    offsets = lm("tokenize", "-m", folder, "--offsets", stdin=b"The baker\n").stdout.decode()
+    spans = [part.split(":") for part in offsets.split()]
     assert [int(span[0]) for span in spans] == ids and spans[-1][2] == "9"
     row = json.loads(lm("tokenize", "-m", folder, "--json", "--format", "jsonl", stdin=b'{"text": "The", "n": 7}\n').stdout)
     assert row["n"] == 7 and row["ids"] == ids[:len(row["ids"])]
@@ -148,7 +149,8 @@ def test_generate_answers_200_prompts_in_200_lines(trained, lm):
 def test_generate_json_names_what_it_did(trained, lm):
     row = json.loads(lm("generate", "-m", trained[0], "--json", "-n", 6, "--seed", 5, "The baker").stdout)
     assert list(row) == ["prompt", "text", "finish_reason", "tokens", "token_logprobs", "seed"]
-    assert row["seed"] == 5 and len(row["tokens"]) == len(row["token_logprobs"]) and row["finish_reason"] in ("stop", "length")
+    assert row["seed"] == 5 and len(row["tokens"]) == len(row["token_logprobs"])
+    assert row["finish_reason"] in ("stop", "length")
     plain = lm("generate", "-m", trained[0], "-n", 6, "--seed", 5, "The baker").stdout.decode()
     assert plain == row["text"] + "\n"
     echoed = lm("generate", "-m", trained[0], "-n", 6, "--seed", 5, "--echo", "The baker").stdout.decode()
