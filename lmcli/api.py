@@ -81,19 +81,22 @@ class Model:
                              hint="give a prompt, or --bos")
         return ids
 
-    def decoder(self, stop: tuple[str, ...] = (), bos: bool | None = None, **options: Any) -> Decoder:
+    def decoder(self, stop: str | tuple[str, ...] = (), bos: bool | None = None, **options: Any) -> Decoder:
         """A Decoder with the folder's defaults under `options` (fields of GenerateConfig; None leaves the default)."""
         known = {f.name for f in fields(GenerateConfig)}
         unknown = set(options) - known
         if unknown:
             raise TypeError(f"unknown option {sorted(unknown)[0]!r}; there are: stop, bos, {', '.join(sorted(known))}")
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stop:
+            raise UsageError("an empty text is in every text", where="--stop", hint="give a text that is to end it")
         chosen = {key: check(GenerateConfig, key, value, "generate") for key, value in options.items()
                   if value is not None}
         return Decoder(self.model, self.tokenizer, self.beginning(bos), self.checkpoint.stops,
-                       replace(self.checkpoint.generate, **chosen), tuple(stop))
+                       replace(self.checkpoint.generate, **chosen), stop)
 
     def generate(self, prompts: str | list[str], num_samples: int = 1, seed: int | None = None,
-                 stop: tuple[str, ...] = (), bos: bool | None = None, **options: Any) -> list[Generated]:
+                 stop: str | tuple[str, ...] = (), bos: bool | None = None, **options: Any) -> list[Generated]:
         """`num_samples` continuations a prompt, in order. Options: max_new_tokens, temperature, top_k, top_p, min_p,
         repetition_penalty, num_beams, length_penalty. Without a seed a random one is drawn; each result names its own."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -101,7 +104,7 @@ class Model:
         ids = [self.prompt(text, bos) for text in prompts]
         return [result for results in decode_all(decoder, ids, num_samples, seed) for result in results]
 
-    def stream(self, prompt: str, seed: int | None = None, stop: tuple[str, ...] = (), bos: bool | None = None,
+    def stream(self, prompt: str, seed: int | None = None, stop: str | tuple[str, ...] = (), bos: bool | None = None,
                **options: Any) -> Iterator[Piece]:
         """One continuation as it comes: pieces of text, the last one with the result."""
         decoder = self.decoder(stop, bos, **options)
@@ -124,6 +127,8 @@ class Model:
 
     def score(self, texts: str | list[str], per: str = "record", **options: Any) -> list[Score]:
         """A Score a text: natural-log probability, tokens, bytes, bits per byte; `per` "token" or "word" adds pieces."""
+        if per not in ("record", "token", "word"):
+            raise UsageError(f"{per!r} is none of record, word, token", where="--per")
         return self.scorer(**options).score([texts] if isinstance(texts, str) else texts, per)
 
     def perplexity(self, text: str, context: int | None = None, stride: int | None = None, **options: Any) -> Perplexity:

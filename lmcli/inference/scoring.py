@@ -128,10 +128,11 @@ class Scorer:
         """Log-probabilities (nats, float32) of the tokens of each sequence; NaN where a token is context only.
 
         A sequence longer than the context is scored in windows, each token once. A beginning token that a text spells
-        out itself is not added a second time, and not scored.
+        out itself is not added a second time, and not scored. With `end`, it closes each sequence.
         """
-        skips = [len(self.beginning) if self.beginning and list(ids[:len(self.beginning)]) == self.beginning else 0
-                 for ids in sequences]
+        # the closing token of an empty text may have the beginning's id, and is none
+        spelt = [list(ids[:len(ids) - (self.end is not None)][:len(self.beginning)]) for ids in sequences]
+        skips = [len(self.beginning) if found == self.beginning else 0 for found in spelt]
         # windows() counts one leading token; a template with more of them leaves less room
         room = self.context - max(0, len(self.beginning) - 1)
         jobs = [(i, window) for i, ids in enumerate(sequences)
@@ -188,7 +189,7 @@ class Scorer:
             scored = ~np.isnan(logprobs)
             total.logprob += float(logprobs[scored].sum(dtype=np.float64))
             total.tokens += int(scored.sum())
-            unseen = self.tokenizer.decode(document.ids[:1].tolist()) if not self.beginning else ""
+            unseen = self.tokenizer.decode(document.ids[~scored[:len(document.ids)]].tolist())
             total.bytes += document.bytes - len(unseen.encode("utf-8"))
             total.characters += document.characters - len(unseen)
             total.words += document.words

@@ -1,0 +1,226 @@
+"""Log-probabilities of tokens, words, records and documents, against one plain forward pass of transformers a window."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from lmcli.checkpoints import folder as checkpoints
+from lmcli.inference.scoring import Perplexity, Scorer
+from lmcli.text.corpus import encode_text
+
+TEXTS = ["", "a", " ", "\t\t", "The old dog slept.", "  two  spaces  ", "日本語の本", "é 🙂 naïve café", "a\rb", "x" * 150,
+         "The baker went to the market and bought a big loaf of bread, " * 6]
+
+
+def plain(model, ids: list[int], beginning: list[int], context: int, stride: int) -> list[float]:
+    """Every token by a forward pass of its own: the window that scores it ends a whole number of strides after the first."""
+    lead, found = len(beginning), []
+    span = context - lead + 1  # the last token of a window is never read
+    for i, token in enumerate(ids):
+        if not beginning and i == 0:
+            found.append(math.nan)
+            continue
+        end = span if i < span else min(span + ((i - span) // stride + 1) * stride, len(ids))
+        seen = beginning + ids[max(0, end - span) if i >= span else 0:i]
+        with torch.inference_mode():
+            found.append(model(torch.tensor([seen])).logits[0, -1].log_softmax(-1)[token].item())
+    return found
+
+
+def ids_of(length: int, seed: int = 1) -> list[int]:
+    return torch.randint(1, 400, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize(("context", "stride"), [(32, 16), (32, 32), (32, 5), (9, 4), (8, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("beginning", [[], [0], [0, 7]], ids=str)
+def test_every_token_in_its_window_as_transformers_has_it(beginning, context, stride, scorer, twin):
+    if len(beginning) > 1 and context < 8:
+        pytest.skip("a template as long as the context leaves no room for text")
+    room = min(stride, context - max(0, len(beginning) - 1))
+    sequences = [ids_of(length) for length in (0, 1, 2, 31, 32, 33, 34, 75)]
+    found = scorer(beginning, context=context, stride=stride).token_logprobs(sequences)
+    for ids, logprobs in zip(sequences, found, strict=True):
+        wanted = np.array(plain(twin[1], ids, beginning, context, room), dtype=np.float32)
+        np.testing.assert_allclose(logprobs, wanted, atol=1e-4, rtol=0, equal_nan=True)
+
+
+def test_left_to_themselves_windows_are_the_context_and_half_of_it(scorer):
+    lm = scorer()
+    assert (lm.context, lm.stride) == (32, 16)
+    ids = ids_of(90)
+    assert np.array_equal(lm.token_logprobs([ids])[0], scorer(context=32, stride=16).token_logprobs([ids])[0])
+    assert not np.allclose(lm.token_logprobs([ids])[0], scorer(context=32, stride=32).token_logprobs([ids])[0])
+
+
+@pytest.mark.parametrize("batch", [1, 40, 200, 100_000])
+def test_neither_batches_nor_order_change_a_figure(batch, scorer):
+    sequences = [ids_of(length, seed=length) for length in (0, 3, 90, 1, 32, 33, 7, 7, 50, 200)]
+    wanted = scorer(batch=1).token_logprobs(sequences)
+    order = random.Random(batch).sample(range(10), 10)
+    found = scorer(batch=batch).token_logprobs([sequences[i] for i in order])
+    for i, logprobs in zip(order, found, strict=True):
+        np.testing.assert_allclose(logprobs, wanted[i], atol=1e-5, rtol=0)
+
+
+def test_lines_of_real_text_whatever_batch_and_order(shared):
+    """500 lines of an article each, up to several contexts long, through a model that others trained."""
+    from transformers import AutoModelForCausalLM
+    folder = shared / "models" / "stories260K"
+    loaded, theirs = checkpoints.load(folder), AutoModelForCausalLM.from_pretrained(folder)
+    lines = [*(shared / "text" / "wikitext-2-test.txt").read_text(encoding="utf-8").split("\n")[:499], ""]
+    ids = [[1, *loaded.tokenizer.encode(line)] for line in lines]
+    short = [i for i in range(500) if len(ids[i]) <= 512]
+    assert 300 < len(short) < 500 and ids[-1] == [1]
+    found = {}
+    for batch, seed in ((600, 1), (8192, 2)):
+        order = random.Random(seed).sample(range(500), 500)
+        lm = Scorer(loaded.model, loaded.tokenizer, loaded.beginning, batch=batch)
+        found[batch] = dict(zip(order, lm.score([lines[i] for i in order]), strict=True))
+    for i in range(500):
+        one, other = found[600][i], found[8192][i]
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4 * max(1, one.tokens / 10))
+        assert (one.tokens, one.bytes) == (other.tokens, other.bytes) == (len(ids[i]) - 1, len(lines[i].encode()))
+    for i in short:
+        with torch.inference_mode():
+            rows = theirs(torch.tensor([ids[i]])).logits[0, :-1].log_softmax(-1)
+        wanted = rows.gather(1, torch.tensor(ids[i])[1:, None]).double().sum().item()
+        assert found[600][i].logprob == pytest.approx(wanted, abs=1e-4 * max(1, len(ids[i]) / 10))
+
+
+def test_scoring_agrees_with_what_generating_reported(scorer, decoder, twin):
+    lm = decoder(twin[0], temperature=1.0, max_new_tokens=25)
+    result = lm.generate([[0, 5, 9]], [3])[0]
+    logprobs = scorer().token_logprobs([[5, 9, *result.tokens]])[0]
+    np.testing.assert_allclose(logprobs[2:], result.token_logprobs, atol=1e-4)
+
+
+def test_a_beginning_that_the_text_spells_is_not_doubled_and_not_scored(scorer):
+    plain, spelt = scorer().score(["The dog", "<|endoftext|>The dog"])
+    assert spelt.logprob == pytest.approx(plain.logprob, abs=1e-5)
+    assert (spelt.tokens, spelt.bytes) == (plain.tokens, plain.bytes) == (plain.tokens, 7)
+    again = scorer().score(["<|endoftext|><|endoftext|>The dog"])[0]  # the second one is text
+    assert again.tokens == plain.tokens + 1
+    only = scorer().score(["<|endoftext|>"], per="token")[0]
+    assert (only.logprob, only.tokens, only.bytes, only.bits_per_byte) == (None, 0, 0, None)
+    assert [(unit.piece, unit.logprob) for unit in only.pieces] == [("<|endoftext|>", None)]
+
+
+def test_without_a_beginning_the_first_token_is_context_only(scorer, small_tokenizer):
+    with_it, without = (scorer(beginning).score(["The old dog"], per="token")[0] for beginning in ([0], []))
+    assert without.pieces[0].logprob is None and without.pieces[0].surprisal is None
+    assert all(unit.logprob is not None for unit in [*with_it.pieces, *without.pieces[1:]])
+    assert without.tokens == with_it.tokens - 1
+    assert without.bytes == with_it.bytes - without.pieces[0].bytes
+    assert scorer([]).score(["T"])[0] == scorer([]).score(["T"], per="record")[0]
+    assert scorer([]).score(["T"])[0].logprob is None  # one token, and that is context
+
+
+def test_a_word_with_a_token_that_is_context_only_has_no_figure(scorer):
+    words = scorer([]).score(["The old dog"], per="word")[0].pieces
+    assert [unit.piece for unit in words] == ["The", "old", "dog"]
+    assert words[0].logprob is None and None not in (words[1].logprob, words[2].logprob)
+
+
+@pytest.mark.parametrize("beginning", [[0], []], ids=str)
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:12]))
+def test_tokens_and_words_add_up_to_the_record(text, beginning, scorer):
+    lm, data = scorer(beginning), text.encode()
+    record, tokens, words = (lm.score([text], per=per)[0] for per in ("record", "token", "word"))
+    assert (record.tokens, record.bytes, record.pieces) == (tokens.tokens, tokens.bytes, None)
+    scored = [unit for unit in tokens.pieces if unit.logprob is not None]
+    assert record.tokens == len(scored)
+    assert sum(unit.logprob for unit in scored) == pytest.approx(record.logprob or 0.0, abs=1e-4)
+    assert sum(unit.bytes for unit in scored) == record.bytes
+    assert sum(unit.bytes for unit in tokens.pieces) == len(data)
+    assert [unit.start for unit in tokens.pieces[1:]] == [unit.end for unit in tokens.pieces[:-1]]
+    assert [data[unit.start:unit.end].decode() for unit in words.pieces] == text.split()
+    if words.pieces and None not in [unit.logprob for unit in words.pieces]:
+        assert sum(unit.logprob for unit in words.pieces) == pytest.approx(record.logprob, abs=1e-4)
+
+
+def test_figures_of_a_record_by_hand():
+    from lmcli.inference.scoring import Score, Unit
+    score = Score(logprob=-6 * math.log(2), tokens=2, bytes=3)
+    assert score.bits_per_byte == pytest.approx(2.0)
+    assert Unit("ab", 4, 6, -math.log(8)).surprisal == pytest.approx(3.0)
+    assert Unit("ab", 4, 6, -1.0).bytes == 2
+    assert Score(None, 0, 0).bits_per_byte is Score(0.0, 0, 0).bits_per_byte is None
+
+
+def test_an_empty_line_scores_nothing(scorer):
+    for per, pieces in (("record", None), ("token", []), ("word", [])):
+        score = scorer().score([""], per=per)[0]
+        assert (score.logprob, score.tokens, score.bytes, score.bits_per_byte, score.pieces) == (0, 0, 0, None, pieces)
+
+
+@pytest.mark.parametrize("text", ["The old dog", "", "x" * 200, "<|endoftext|>a"], ids=lambda text: text[:12])
+def test_the_closing_token_is_scored_when_asked(text, scorer, small_tokenizer, twin):
+    without, closed = scorer().score([text])[0], scorer(end=0).score([text], per="token")[0]
+    assert closed.tokens == without.tokens + 1
+    assert closed.bytes == without.bytes
+    assert len(closed.pieces) == len(small_tokenizer.encode(text))  # no piece of the text, so no row
+    ids = small_tokenizer.encode(text.removeprefix("<|endoftext|>"))
+    wanted = plain(twin[1], [*ids, 0], [0], 32, 16)
+    assert closed.logprob == pytest.approx(sum(wanted), abs=1e-3)
+
+
+def test_another_closing_token_than_the_beginning(scorer, twin):
+    closed = scorer(end=9).score([""])[0]
+    assert (closed.tokens, closed.bytes) == (1, 0)
+    assert closed.logprob == pytest.approx(plain(twin[1], [9], [0], 32, 16)[0], abs=1e-4)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(0, 0), (32, 32), (16, 3), (2, 1)])
+@pytest.mark.parametrize("beginning", [[0], []], ids=str)
+def test_perplexity_is_that_of_a_plain_loop(beginning, context, stride, scorer, twin, small_tokenizer):
+    text = TEXTS[-1] + "\n\nThe end. "
+    found = scorer(beginning, context=context, stride=stride).perplexity([encode_text(text, small_tokenizer)])
+    context, stride = context or 32, stride or 16
+    wanted = [x for x in plain(twin[1], small_tokenizer.encode(text), beginning, context, stride) if not math.isnan(x)]
+    first = 0 if beginning else len(small_tokenizer.decode(small_tokenizer.encode(text)[:1]))
+    assert (found.tokens, found.bytes, found.documents) == (len(wanted), len(text) - first, 1)
+    assert (found.context, found.stride) == (context, stride)
+    assert found.perplexity == pytest.approx(math.exp(-sum(wanted) / len(wanted)), rel=1e-4)
+    assert found.bits_per_byte == pytest.approx(-sum(wanted) / math.log(2) / found.bytes, rel=1e-4)
+
+
+def test_documents_add_up(scorer, small_tokenizer):
+    texts = [text for text in TEXTS if text]
+    documents = [encode_text(text, small_tokenizer) for text in texts]
+    whole, alone = scorer().perplexity(documents), [scorer().perplexity([document]) for document in documents]
+    for name in ("tokens", "bytes", "characters", "words", "documents"):
+        assert getattr(whole, name) == sum(getattr(part, name) for part in alone), name
+    assert whole.logprob == pytest.approx(sum(part.logprob for part in alone), rel=1e-6)
+    assert whole.logprob == pytest.approx(sum(score.logprob for score in scorer().score(texts)), rel=1e-6)
+    assert (whole.bytes, whole.characters) == (sum(len(t.encode()) for t in texts), sum(map(len, texts)))
+    assert whole.words == sum(len(text.split()) for text in texts)
+
+
+def test_documents_are_taken_as_they_come(scorer, small_tokenizer):
+    """More than is scored at a time; a generator is read once."""
+    lm, document = scorer(context=32, stride=32), encode_text("abc " * 8000, small_tokenizer)
+    count = 1 + 200_000 // len(document.ids)
+    one, many = lm.perplexity([document]), lm.perplexity(document for _ in range(count))
+    assert (many.documents, many.tokens) == (count, count * one.tokens)
+    assert many.logprob == pytest.approx(count * one.logprob, rel=1e-6)
+
+
+@pytest.mark.parametrize("beginning", [[0], []], ids=str)
+def test_bytes_of_a_document_are_those_of_the_record(beginning, scorer, small_tokenizer):
+    lm = scorer(beginning)
+    for text in ("The dog", "<|endoftext|>The dog", "<|endoftext|>"):
+        found, score = lm.perplexity([encode_text(text, small_tokenizer)]), lm.score([text])[0]
+        assert (found.tokens, found.bytes) == (score.tokens, score.bytes)
+
+
+def test_figures_of_a_document_by_hand():
+    found = Perplexity(logprob=-12 * math.log(2), tokens=4, bytes=8, characters=6, words=3, documents=1)
+    assert found.perplexity == pytest.approx(8.0)
+    assert (found.bits_per_byte, found.bits_per_character) == (pytest.approx(1.5), pytest.approx(2.0))
+    assert found.word_perplexity == pytest.approx(16.0)
+    nothing = Perplexity()
+    assert all(math.isnan(x) for x in (nothing.perplexity, nothing.bits_per_byte, nothing.word_perplexity))
+    assert Perplexity(logprob=-1e6, tokens=1, words=1).perplexity == math.inf
