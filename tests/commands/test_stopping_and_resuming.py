@@ -55,7 +55,8 @@ def weights(folder) -> dict:
 
 VARIANTS = {
     "plain": (), "accumulated": ("--set", "train.micro_batch_tokens=32", "--set", "train.dropout=0.2"),
-    "adamw, often looked at": ("--set", "train.optimizer=adamw", "--set", "train.eval_every=2", "--set", "train.save_every=3")}
+    "adamw, often looked at": ("--set", "train.optimizer=adamw", "--set", "train.eval_every=2",
+                               "--set", "train.save_every=3")}
 
 
 # evaluations are due after steps 3, 5, 8, 10 … (every eighth of the budget), or 2, 4, 6 …; 1 is before the first of them

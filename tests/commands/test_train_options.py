@@ -174,8 +174,9 @@ def test_overwrite_replaces_the_run_and_nothing_else(inside, train, text, tmp_pa
     assert len(losses(tmp_path / "run")) == 2
 
 
-@pytest.mark.parametrize("data, extra", [("missing.txt", ()), ("empty.txt", ()), ("text.txt", ("--val", "missing.txt")),
-                                         ("text.txt", ("--tokenizer", "missing")), ("text.txt", ("--set", "train.contxt=3"))])
+@pytest.mark.parametrize("data, extra", [
+    ("missing.txt", ()), ("empty.txt", ()), ("text.txt", ("--val", "missing.txt")),
+    ("text.txt", ("--tokenizer", "missing")), ("text.txt", ("--set", "train.contxt=3"))])
 def test_a_run_is_not_overwritten_by_one_that_cannot_begin(inside, train, text, tmp_path, monkeypatch, data, extra):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")

@@ -1,0 +1,37 @@
+"""Standard output that takes no more: a full disk is an error of one line and code 1, a reader that has gone is code 141."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = {
+    "help": ("--help",), "train help": ("train", "--help"),
+    "tokenize": ("tokenize", "-m", "RUN", "STORY"), "score": ("score", "-m", "RUN", "STORY"),
+    "generate": ("generate", "-m", "RUN", "-n", "300", "--stop", "never said", "The"),
+    "generate json": ("generate", "-m", "RUN", "-n", "3", "--json", "The"),
+    "perplexity": ("perplexity", "-m", "RUN", "STORY"),
+    "train": ("train", "STORY", "-o", "NEW", "-q", "--preset", "tiny", "--steps", "1", "--tokenizer", "RUN",
+              "--set", "model.hidden_size=32", "--set", "model.num_hidden_layers=1", "--set", "train.context=32",
+              "--set", "train.batch_tokens=32")}
+
+
+@pytest.fixture(params=COMMANDS)
+def command(request, trained, story, tmp_path):
+    places = {"RUN": trained[0], "STORY": story, "NEW": tmp_path / "new"}
+    return [sys.executable, "-m", "lmcli", *(places.get(word, word) for word in COMMANDS[request.param])]
+
+
+def test_a_full_disk_is_told(command, environment):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, timeout=60)
+    assert (done.returncode, done.stderr) == (1, b"lm: error: standard output: cannot write: No space left on device\n")
+
+
+def test_a_reader_that_has_gone_is_not(command, environment):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
