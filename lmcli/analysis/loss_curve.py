@@ -35,7 +35,7 @@ def _time_axis(end: float) -> list[str]:
     lines = [f'<line x1="{LEFT}" y1="{bottom}" x2="{WIDTH - RIGHT}" y2="{bottom}" stroke="#999"/>']
     unit, name = (60, "min") if end > 180 else (1, "s")
     return lines + [f'<text x="{_x(end * i / 4, end):.0f}" y="{bottom + 16}" text-anchor="middle">'
-                    f'{end * i / 4 / unit:.0f} {name}</text>' for i in range(5)]
+                    f'{end * i / 4 / unit:.3g} {name}</text>' for i in range(5)]
 
 
 def _series(points: list[tuple[float, float]], end: float, color: str, title: str, axis: int, anchor: str,

@@ -81,7 +81,8 @@ def test_a_changed_file_is_named(prepare, tmp_path):
     assert caught.value.where == str(tmp_path / "text.txt")
 
 
-@pytest.mark.parametrize("words, context, told", [(5, None, "at least 32"), (60, None, None), (60, 10_000, "context shrinks")])
+@pytest.mark.parametrize("words, context, told", [
+    (5, None, "at least 32"), (60, None, None), (60, 10_000, "context shrinks")])
 def test_too_little_text(prepare, words, context, told):
     text = "".join(f"{chr(97 + i % 26)}{i}\n" for i in range(words))
     if told == "at least 32":

@@ -1,0 +1,93 @@
+"""What is drawn: plain lines in a pipe, a panel on a terminal, nothing when told to be quiet."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from lmcli import display
+
+STEP = SimpleNamespace(step=1234, share=0.25, epoch=1.5, loss=2.0, learning_rate=3e-3, tokens_per_second=45678.0,
+                       remaining=75)
+FIGURES = SimpleNamespace(bits_per_byte=1.5, bits_per_character=4.5, perplexity=20.0)
+VALIDATION = SimpleNamespace(step=1234, figures=FIGURES, best=True)
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0:00"), (5.4, "0:05"), (65, "1:05"), (59.6, "1:00"), (7384, "2:03:04"), (None, "–")])
+def test_clock(seconds, text):
+    assert display.clock(seconds) == text
+
+
+def test_table_aligns_numbers_right_and_keeps_brackets():
+    text = display.table(("file", "bits"), [("[bold]x", "1.5"), ("longer name", "12.25")])
+    assert [line.rstrip() for line in text.splitlines()] == [
+        "file          bits", "[bold]x        1.5", "longer name  12.25"]
+
+
+@pytest.fixture
+def view(monkeypatch):
+    """view(quiet, terminal, characters): a TrainingView and the stream of its terminal."""
+    def make(quiet=False, terminal=False, characters=False):
+        made, stream = display.TrainingView(quiet, 4.0, characters), io.StringIO()
+        made.console = Console(file=stream, force_terminal=terminal, width=100, highlight=False)
+        return made, stream
+    return make
+
+
+def test_a_pipe_gets_plain_lines_at_intervals(view, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    made, _ = view()
+    with made:
+        for i in range(301):
+            now[0] = i / 10
+            made.step(STEP)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3  # 30 s
+    # 2 nats a token of 4 bytes: 2 / ln 2 / 4 = 0.721 bits a byte
+    assert lines[0] == ("step 1,234 · 25% · epoch 1.50 · loss 2.000 nats/token = 0.721 bits/byte · 45,678 tokens/s "
+                        "· 1:15 left")
+
+
+@pytest.mark.parametrize("characters, told", [(False, ""), (True, " · 4.5000 bits/character")])
+def test_evaluations_and_samples_are_lines_in_a_pipe(view, capsys, characters, told):
+    made, _ = view(characters=characters)
+    with made:
+        made.validation(VALIDATION)
+        made.sample("却说\n  one\ttwo [bold]")
+    assert capsys.readouterr() == ("", f"validation 1.5000 bits/byte{told} · perplexity 20.00 (step 1,234, best)\n"
+                                       "sample     却说 one two [bold]\n")
+
+
+def test_quiet_says_nothing(view, monkeypatch, capsys):
+    for terminal in (False, True):
+        made, stream = view(quiet=True, terminal=terminal)
+        monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0)
+        with made:
+            made.step(STEP)
+            made.validation(VALIDATION)
+            made.sample("text")
+        assert capsys.readouterr() == ("", "") and stream.getvalue() == ""
+
+
+def test_a_terminal_gets_a_panel_that_holds_all(view, capsys):
+    made, stream = view(terminal=True, characters=True)
+    with made:
+        made.validation(VALIDATION)  # before the first step of a resumed run
+        made.step(STEP)
+        made.sample("却说 [red]one")
+    drawn = stream.getvalue()
+    for part in ("25%", "1:15", "step 1,234", "epoch 1.50", "2.000", "0.721", "45,678 tokens/s", "rate 0.003",
+                 "validation 1.5000 bits/byte · 4.5000 bits/character · perplexity 20.00", "却说 [red]one"):
+        assert part in drawn, part
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_loss_shown_is_smoothed(view):
+    made, _ = view()
+    with made:
+        for loss in (4.0, 2.0):
+            made.step(SimpleNamespace(**{**vars(STEP), "loss": loss}))
+    assert made.loss == pytest.approx(0.95 * 4 + 0.05 * 2)

@@ -1,0 +1,156 @@
+"""The loop as a generator: what it yields when, and a clock that can be set by hand."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lmcli.config import ModelConfig, TrainConfig
+from lmcli.errors import UserError
+from lmcli.model.device import Placement
+from lmcli.model.transformer import Transformer
+from lmcli.text.batches import PackedRows
+from lmcli.training import loop
+
+TINY = ModelConfig(vocab_size=40, max_position_embeddings=16, hidden_size=16, num_hidden_layers=1,
+                   num_attention_heads=2).complete()
+
+
+class Clock:
+    """time.monotonic with a hand: it moves when told, and a microsecond when read."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(loop, "time", made)
+    return made
+
+
+@pytest.fixture
+def run(clock):
+    """run(bits=…, **config): a Run over 400 tokens in rows of 8, four rows a step; `bits` are what evaluations find."""
+    def make(bits=(), evaluation_seconds=0.0, **config) -> loop.Run:
+        model = Transformer(TINY)
+        model.initialize(0)
+        found = itertools.chain(bits, itertools.repeat(9.0))
+
+        def evaluate():
+            clock.now += evaluation_seconds
+            return SimpleNamespace(bits_per_byte=next(found))
+        rows = PackedRows(np.arange(400, dtype=np.uint16) % 40, 8, 0, 0)
+        options = {"context": 8, "batch_tokens": 32, **config}
+        placement = Placement(torch.device("cpu"), torch.float32)
+        return loop.Run(model, rows, TrainConfig(**options), placement, evaluate, clock.now)
+    return make
+
+
+def steps_of(run: loop.Run) -> list[loop.Step]:
+    return [event for event in run.events() if isinstance(event, loop.Step)]
+
+
+def kinds(events) -> list[str]:
+    names = {loop.Step: "step", loop.Validation: "validation"}
+    return [f"{names.get(type(event)) or event.what} {event.step}" for event in events]
+
+
+def test_events_of_a_run_by_steps(run):
+    events = list(run(steps=6, eval_every=2, save_every=3, sample_every=4).events())
+    assert kinds(events) == ["step 1", "step 2", "validation 2", "step 3", "save 3", "step 4", "validation 4", "sample 4",
+                             "step 5", "step 6", "validation 6", "save 6"]
+    validations = [event for event in events if isinstance(event, loop.Validation)]
+    assert [event.final for event in validations] == [False, False, True]
+
+
+def test_every_eighth_of_the_budget_is_looked_at_unless_told(run):
+    steps = [event.step for event in run(steps=16).events() if isinstance(event, loop.Validation)]
+    assert steps == [2, 4, 6, 8, 10, 12, 14, 16]
+
+
+def test_best_is_the_lowest_so_far(run):
+    made = run(bits=(3.0, 2.0, 2.5, float("nan"), 1.9), steps=5, eval_every=1)
+    assert [event.best for event in made.events() if isinstance(event, loop.Validation)] == [True, True, False, False, True]
+    assert (made.counters.best, made.counters.best_step) == (1.9, 5)
+
+
+def test_steps_count_tokens_rows_epochs_and_share(run):
+    *_, last = steps_of(run(steps=5))
+    assert (last.tokens, last.share) == (5 * 32, 1.0)
+    assert last.epoch == pytest.approx(5 * 4 / 50)
+    assert len(steps_of(run(epochs=0.4))) == 5
+
+
+def test_losses_are_nats_per_token_whatever_the_micro_batch(run):
+    losses = []
+    for most in (0, 8, 24):
+        torch.manual_seed(0)
+        losses.append([step.loss for step in steps_of(run(steps=4, micro_batch_tokens=most))])
+    assert losses[0][0] == pytest.approx(np.log(40), abs=0.05)  # a fresh model knows nothing
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_the_first_step_has_a_rate_and_the_last_lands_near_0(run):
+    rates = [step.learning_rate for step in steps_of(run(steps=50, learning_rate=1.0, warmup=0.1))]
+    assert 0 < rates[0] < rates[1] < max(rates) <= 1.0 and rates[-1] < 0.05
+
+
+def timed(run, clock, seconds, **options):
+    """Events of a run by time in which each step takes `seconds`; (events, seconds the whole run took)."""
+    made, events = run(**options), []
+    began = clock.now
+    clock.now += 2.0  # before the first step: tokenizing and so on
+    for event in made.events():
+        events.append(event)
+        clock.now += seconds if isinstance(event, loop.Step) else 0
+    return events, clock.now - began
+
+
+@pytest.mark.parametrize("step, evaluation", [(0.05, 0.0), (0.2, 0.5), (0.5, 2.0)])
+def test_a_run_by_time_ends_on_time_with_its_schedule_at_the_end(run, clock, step, evaluation):
+    events, took = timed(run, clock, step, time=30, evaluation_seconds=evaluation)
+    assert 30 * 0.8 <= took <= 30 + step + evaluation
+    *_, last = [event for event in events if isinstance(event, loop.Step)]
+    assert last.learning_rate < 0.1 * TrainConfig().learning_rate
+    assert isinstance(events[-2], loop.Validation) and events[-2].final
+
+
+def test_evaluations_take_a_small_part_of_a_run_by_time(run, clock):
+    events, _ = timed(run, clock, 0.1, time=60, evaluation_seconds=3.0)
+    assert sum(isinstance(event, loop.Validation) for event in events) <= 3
+
+
+def test_a_time_that_is_over_before_the_first_step_still_gives_a_measured_model(run, clock):
+    events, _ = timed(run, clock, 1.0, time=1)
+    assert kinds(events) == ["validation 0", "save 0"]
+
+
+def test_a_stop_ends_after_the_step_and_is_measured_if_nothing_was(run):
+    made, events = run(steps=100), []
+    for event in made.events():
+        events.append(event)
+        made.stop = isinstance(event, loop.Step) and event.step == 2
+    assert kinds(events) == ["step 1", "step 2", "validation 2", "save 2"] and not events[2].final
+
+
+def test_a_gradient_without_end_stops_the_run_with_the_weights_of_before(run):
+    made = run(steps=10)
+    events = made.events()
+    next(events)
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    with torch.no_grad():
+        made.model.decoder.norm.weight[0] = float("inf")
+    before["decoder.norm.weight"] = made.model.decoder.norm.weight.clone()
+    with pytest.raises(UserError, match="at step 2") as caught:
+        list(events)
+    assert "train.learning_rate=" in caught.value.hint
+    assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
+    assert made.counters.step == 1
