@@ -17,12 +17,13 @@ from lmcli.analysis.card import model_card
 from lmcli.analysis.loss_curve import draw
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints.families import family_of
-from lmcli.config import Recipe
-from lmcli.errors import UsageError
+from lmcli.config import ModelConfig, Recipe
+from lmcli.errors import UsageError, UserError
 from lmcli.inference.decoding import Decoder
 from lmcli.inference.scoring import Perplexity, Scorer
 from lmcli.model.device import Placement, place
 from lmcli.model.transformer import Transformer
+from lmcli.recipes import BUDGETS
 from lmcli.storage import write_text
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.batches import PackedRows
@@ -30,6 +31,7 @@ from lmcli.text.documents import Layout
 from lmcli.training import data, loop, run_folder, state
 
 SAMPLE_TOKENS = 60
+BYTES_PER_PARAMETER = 12  # weight, gradient and at least one moment, in float32
 
 
 @dataclass
@@ -57,6 +59,8 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
     recipe = request.recipe
     if request.origin and request.tokenizer:
         raise UsageError("--from brings its own tokenizer: leave --tokenizer out")
+    if not any(getattr(recipe.train, budget) for budget in BUDGETS):
+        raise UsageError(f"no budget: {', '.join(BUDGETS)} are all 0", where="train", hint="give one, for example --time 5m")
     placement = place(request.device, recipe.train.precision, request.threads, training=True)
     origin = checkpoints.load(request.origin) if request.origin else None
     tokenizer = origin.tokenizer if origin else tokenizers.load(request.tokenizer) if request.tokenizer else None
@@ -72,7 +76,7 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
         source = data.find(request.data, request.val, request.layout, request.include, note)
         prepared = data.prepare(source, recipe.tokenizer, context, recipe.train.validation_bytes, tokenizer, note)
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, context=prepared.context))
-        model = _adopted(origin.model, recipe) if origin else _fresh(recipe, prepared)
+        model = _adopted(origin.model, recipe) if origin else _fresh(recipe, prepared, placement)
         recipe = dataclasses.replace(recipe, model=model.config)
         run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
         run.create()
@@ -99,7 +103,7 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
     return run
 
 
-def _fresh(recipe: Recipe, prepared: data.TrainingData) -> Transformer:
+def _fresh(recipe: Recipe, prepared: data.TrainingData, placement: Placement) -> Transformer:
     tokenizer = prepared.tokenizer
     if 0 < recipe.model.vocab_size < tokenizer.size:
         raise UsageError(f"vocab_size {recipe.model.vocab_size} is less than the tokenizer's {tokenizer.size} ids",
@@ -111,9 +115,22 @@ def _fresh(recipe: Recipe, prepared: data.TrainingData) -> Transformer:
     if config.max_position_embeddings < prepared.context:
         raise UsageError(f"max_position_embeddings {config.max_position_embeddings} is less than the context of "
                          f"{prepared.context} tokens", where="model", hint="leave it out, or lower train.context")
+    _check_memory(config.complete(), placement)
     model = Transformer(config.complete(), recipe.train.dropout)
     model.initialize(recipe.train.seed)
     return model
+
+
+def _check_memory(config: ModelConfig, placement: Placement) -> None:
+    """Raises UsageError when weights, gradients and moments alone need more than the machine has: it would be killed."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Transformer(config).parameters())
+    there = torch.cuda.get_device_properties(placement.device).total_memory if placement.device.type == "cuda" else \
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if BYTES_PER_PARAMETER * parameters > there:
+        raise UsageError(f"{parameters:,} parameters need {BYTES_PER_PARAMETER * parameters / 1e9:,.0f} GB of memory to "
+                         f"train, {there / 1e9:,.0f} GB are there", where="model",
+                         hint="lower hidden_size, num_hidden_layers or the vocabulary")
 
 
 def _adopted(model: Transformer, recipe: Recipe) -> Transformer:
@@ -178,11 +195,18 @@ class TrainingRun:
         self.place.open_metrics(0)
 
     def events(self) -> Iterator[tuple[str, object]]:
-        """("step" | "validation" | "sample", record) as they happen; what is to be saved has been saved by then."""
+        """("step" | "validation" | "sample", record) as they happen; what is to be saved has been saved by then.
+
+        Raises UserError, and leaves nothing behind, when the time was over before the first step.
+        """
         for event in self.loop.events():
             if isinstance(event, loop.Step):
                 self.place.log({key: value for key, value in dataclasses.asdict(event).items() if key in LOGGED})
                 yield "step", event
+            elif not self.step and not self.loop.stop:
+                self.place.abandon()
+                raise UserError(f"the {self.recipe.train.time:g} s were over before the first step", where="--time",
+                                hint=f"it could begin after {self.loop.elapsed():.0f} s: give more time")
             elif isinstance(event, loop.Validation):
                 self._validated(event)
                 yield "validation", event

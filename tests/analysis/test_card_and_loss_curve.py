@@ -67,7 +67,8 @@ def card(**changes) -> str:
 def test_the_card_names_model_data_and_figures_with_their_counts():
     text = card()
     for part in ("# stories", "Qwen3ForCausalLM of 1,234,567 parameters", "1,234 steps", "5,000,000 tokens",
-                 "2.50 passes", "61 s", "9,876 bytes, 3,210 tokens", "step 1,200", "| bits per byte | 1.2346 |", "| bits per character | 1.5000 |",
+                 "2.50 passes", "61 s", "9,876 bytes, 3,210 tokens", "step 1,200", "| bits per byte | 1.2346 |",
+                 "| bits per character | 1.5000 |",
                  "| perplexity per token | 12.346 |", "- `a.txt`", "begins with `<|endoftext|>`"):
         assert part in text, part
     assert "/data" not in text  # where the files lay is nobody's business

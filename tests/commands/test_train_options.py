@@ -236,3 +236,13 @@ def test_nothing_on_a_terminal_is_usage(inside, monkeypatch):
         monkeypatch.setattr("sys.stdin", terminal)
         from lmcli.commands import run
         assert run(["train"]) == run(["score", "-m", "x"]) == run(["perplexity", "-m", "x"]) == 2
+
+
+@pytest.mark.parametrize("arguments, code, told", [
+    (("--time", "0s"), 2, "no budget"), (("--set", "train.time=0"), 2, "no budget"),
+    (("--time", "0.1s"), 1, "were over before the first step"),
+    (("--steps", 1, "--set", "model.hidden_size=64000", "--set", "model.num_hidden_layers=64"), 2, "GB of memory")])
+def test_a_run_that_cannot_do_one_step_is_told_and_leaves_nothing(inside, text, tmp_path, arguments, code, told):
+    done = inside("train", text, "-o", tmp_path / "run", *SMALL, *arguments)
+    assert done.returncode == code and told in done.stderr.decode() and done.stdout == b""
+    assert not (tmp_path / "run").exists()
