@@ -44,7 +44,7 @@ def filtered(logits: Tensor, config: GenerateConfig, seen: Tensor | None = None)
         logits = apply_repetition_penalty(logits, seen, config.repetition_penalty)
     if not config.temperature:
         return logits
-    logits = logits / config.temperature
+    logits = logits / max(config.temperature, 1e-30)  # less would divide to infinity, and draws the same
     if config.top_k:
         logits = apply_top_k(logits, config.top_k)
     if config.top_p < 1.0:

@@ -117,6 +117,14 @@ def test_the_repetition_penalty_sees_the_prompt_and_what_was_written(decoder):
     assert decoder(max_new_tokens=30).generate([prompt], [0])[0].tokens != tokens
 
 
+def test_the_repetition_penalty_of_a_row_sees_that_row_only(decoder):
+    prompts = [[5], [6, 7, 8, 9, 10], [11, 12], [13, 14, 15], [16], [17, 18, 19]]
+    lm = decoder(beginning=(), repetition_penalty=0.02, max_new_tokens=4)  # what was seen comes again
+    together = lm.generate(prompts, [0] * 6)
+    for prompt, result in zip(prompts, together, strict=True):
+        assert result.tokens == lm.generate([prompt], [0])[0].tokens
+
+
 @pytest.mark.parametrize("at", [0, 1, 7])
 def test_an_end_token_stops_and_is_not_text(at, decoder):
     free = decoder().generate([[0, 5]], [0])[0]

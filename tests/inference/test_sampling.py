@@ -120,6 +120,12 @@ def test_filters_by_hand(apply, value, kept):
     assert int(apply(logits, value).isfinite().sum()) == kept
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 5e-324])
+def test_the_smallest_temperatures_draw_the_likeliest(temperature):
+    logits = sampling.filtered(torch.tensor([[3.0, 50.0, 2.0]]), GenerateConfig(temperature=temperature))
+    assert [sampling.draw(logits, torch.tensor([chance], dtype=torch.float64)).item() for chance in (0, 0.9)] == [1, 1]
+
+
 def test_greedy_leaves_filters_out_but_not_the_penalty():
     logits = torch.tensor([[2.0, 1.9]])
     config = GenerateConfig(temperature=0.0, top_k=1, repetition_penalty=2.0)

@@ -141,6 +141,16 @@ def test_tokens_and_words_add_up_to_the_record(text, beginning, scorer):
         assert sum(unit.logprob for unit in words.pieces) == pytest.approx(record.logprob, abs=1e-4)
 
 
+def test_space_before_a_word_is_the_words(scorer):
+    for text in ("The old dog", "baker  and\tmarket ", " the.dog café 日本語 x"):
+        tokens, words = (scorer().score([text], per=per)[0].pieces for per in ("token", "word"))
+        assert len(words) > 1 and any(unit.piece.startswith(" ") for unit in tokens)
+        ends = [unit.end for unit in words[:-1]] + [len(text.encode())]
+        for start, end, word in zip([0, *ends], ends, words, strict=False):
+            assert word.logprob == pytest.approx(sum(
+                unit.logprob for unit in tokens if start <= unit.start < end), abs=1e-4), (text, word.piece)
+
+
 def test_figures_of_a_record_by_hand():
     from lmcli.inference.scoring import Score, Unit
     score = Score(logprob=-6 * math.log(2), tokens=2, bytes=3)

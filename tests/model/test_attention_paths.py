@@ -85,6 +85,13 @@ def test_padding_changes_nothing_for_real_tokens(side, query_key_norm, small_mod
         assert difference(together[row, real], model(ids[row, real][None])[0]) < 1e-5
 
 
+def test_positions_count_real_tokens_only(small_model, difference):
+    """Also where padding stands in the middle, as between a padded prompt and its continuation."""
+    model = small_model()
+    gap = model(torch.tensor([[5, 6, 0, 0, 0, 7, 8]]), torch.tensor([[1, 1, 0, 0, 0, 1, 1]]))[0]
+    assert difference(gap[[0, 1, 5, 6]], model(torch.tensor([[5, 6, 7, 8]]))[0]) < 1e-5
+
+
 def test_what_padding_holds_changes_nothing(small_model):
     model = small_model()
     for side in ("left", "right"):
