@@ -99,7 +99,7 @@ class Decoder:
         """The part of a text that the model looks at: all of it, or the beginning and the last half context."""
         if len(ids) <= self.context:
             return ids
-        return self.beginning + ids[len(self.beginning) - self.context // 2:]
+        return self.beginning + ids[-max(1, self.context // 2 - len(self.beginning)):]
 
     def _choose(self, rows: list["_Row"], logits: Tensor) -> Iterator[Piece]:
         """Draws the next token of every row from logits (B, V)."""

@@ -38,6 +38,14 @@ def test_a_model_without_a_beginning_slides_without_one(decoder):
     assert lm.generate([[5, 6]], [0])[0].tokens == plain_greedy(lm.model, [], [5, 6], 150)
 
 
+@pytest.mark.parametrize("context", [2, 3, 4, 5])
+def test_the_smallest_contexts_slide_too(context, decoder, small_model):
+    model = small_model(max_position_embeddings=context)
+    with_cache, without = (decoder(model, use_cache=use, max_new_tokens=12).generate([[0, 5]], [0])[0].tokens
+                           for use in (True, False))
+    assert with_cache == without and len(without) == 12
+
+
 @pytest.mark.parametrize("length", [63, 64, 65, 66, 200])
 def test_prompts_at_and_past_the_context(length, decoder):
     lm = decoder(max_new_tokens=5)
