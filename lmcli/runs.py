@@ -152,7 +152,9 @@ class TrainingRun:
         beginning = tokenizer.prefix[0] if len(tokenizer.prefix) == 1 else None
         rows = PackedRows(prepared.corpus.ids, prepared.context, beginning, recipe.train.seed)
         scorer = Scorer(model, tokenizer, tokenizer.prefix)
-        self.loop = loop.Run(model, rows, recipe.train, placement, lambda: scorer.perplexity(prepared.validation), began)
+        read = sum(len(document.ids) for document in prepared.validation) * scorer.context // scorer.stride
+        self.loop = loop.Run(
+            model, rows, recipe.train, placement, lambda: scorer.perplexity(prepared.validation), began, read)
 
     @property
     def folder(self) -> Path:

@@ -58,7 +58,8 @@ class Due:
 class Run:
     """A training run. `elapsed()` is seconds since its start; set `stop` to end it after the current step.
 
-    `evaluate()` returns figures with `bits_per_byte`; `began` is the clock (time.monotonic) when the command started.
+    `evaluate()` returns figures with `bits_per_byte` and reads `evaluation_tokens` tokens for it; `began` is the clock
+    (time.monotonic) when the command started.
     """
 
     model: Transformer
@@ -67,12 +68,13 @@ class Run:
     placement: Placement
     evaluate: Callable[[], object]
     began: float
+    evaluation_tokens: int = 0
     counters: Counters = field(default_factory=Counters)
     stop: bool = False
 
     def __post_init__(self) -> None:
         self.optimizer = optimizers.build(self.model, self.config)
-        self._evaluation_seconds = self._evaluated_at = 0.0
+        self._evaluation_seconds = self._evaluated_at = self._speed = 0.0
         self._before = 0.0
 
     def elapsed(self) -> float:
@@ -126,9 +128,15 @@ class Run:
     def _share(self) -> float:
         c = self.counters
         progress = schedules.Progress(c.step, c.tokens, c.rows / self.rows.rows_per_epoch, self.elapsed())
-        guess = 0.04 * self.config.time  # until an evaluation has been timed
-        after = 1.1 * self._evaluation_seconds + 0.3 if self._evaluation_seconds else guess
-        return progress.share(self.config, c.preparation, after)
+        return progress.share(self.config, c.preparation, 1.1 * self._evaluation_cost() + 0.3)
+
+    def _evaluation_cost(self) -> float:
+        """Seconds of an evaluation: as timed, else by the speed of training, whose backward pass costs twice a forward."""
+        if self._evaluation_seconds:
+            return self._evaluation_seconds
+        if self.evaluation_tokens and self._speed:
+            return self.evaluation_tokens / (3 * self._speed)
+        return 0.04 * self.config.time
 
     def _due(self, every: int, last: float, share: float) -> bool:
         if every:
@@ -137,8 +145,10 @@ class Run:
 
     def _affordable(self) -> bool:
         """In a run by time, evaluations keep to a fifteenth of it; in a run by steps their places are fixed."""
-        waited = time.monotonic() - self._evaluated_at
-        return bool(self.config.eval_every or not self.config.time or waited >= 15 * self._evaluation_seconds)
+        if self.config.eval_every or not self.config.time:
+            return True
+        room = time.monotonic() - self._evaluated_at if self._evaluated_at else self.config.time
+        return room >= 15 * self._evaluation_cost()
 
     def _validate(self, final: bool) -> Validation:
         counters, started = self.counters, time.monotonic()
@@ -169,7 +179,9 @@ class Run:
         self.optimizer.step()
         counters.step += 1
         counters.tokens += tokens
-        return Step(counters.step, counters.tokens, 0.0, loss, rate, norm, tokens / (time.monotonic() - started), share,
+        seconds = time.monotonic() - started
+        self._speed = max(self._speed, tokens / seconds)  # the first steps are slower than the rest
+        return Step(counters.step, counters.tokens, 0.0, loss, rate, norm, tokens / seconds, share,
                     counters.rows / self.rows.rows_per_epoch, None)
 
     def _gradients(self) -> tuple[float, int]:

@@ -39,7 +39,7 @@ def clock(monkeypatch):
 @pytest.fixture
 def run(clock):
     """run(bits=…, **config): a Run over 400 tokens in rows of 8, four rows a step; `bits` are what evaluations find."""
-    def make(bits=(), evaluation_seconds=0.0, **config) -> loop.Run:
+    def make(bits=(), evaluation_seconds=0.0, evaluation_tokens=0, **config) -> loop.Run:
         model = Transformer(TINY)
         model.initialize(0)
         found = itertools.chain(bits, itertools.repeat(9.0))
@@ -50,7 +50,7 @@ def run(clock):
         rows = PackedRows(np.arange(400, dtype=np.uint16) % 40, 8, 0, 0)
         options = {"context": 8, "batch_tokens": 32, **config}
         placement = Placement(torch.device("cpu"), torch.float32)
-        return loop.Run(model, rows, TrainConfig(**options), placement, evaluate, clock.now)
+        return loop.Run(model, rows, TrainConfig(**options), placement, evaluate, clock.now, evaluation_tokens)
     return make
 
 
@@ -126,6 +126,19 @@ def test_a_run_by_time_ends_on_time_with_its_schedule_at_the_end(run, clock, ste
 def test_evaluations_take_a_small_part_of_a_run_by_time(run, clock):
     events, _ = timed(run, clock, 0.1, time=60, evaluation_seconds=3.0)
     assert sum(isinstance(event, loop.Validation) for event in events) <= 3
+
+
+def test_an_evaluation_too_slow_for_the_time_is_made_once_and_still_in_time(run, clock, monkeypatch):
+    true = loop.Run._gradients
+
+    def slow(made):  # 32 tokens in 0.1 s, so about a third of that forward only: 9,600 tokens are 10 s
+        clock.now += 0.1
+        return true(made)
+    monkeypatch.setattr(loop.Run, "_gradients", slow)
+    events, took = timed(run, clock, 0.0, time=30, evaluation_seconds=10.0, evaluation_tokens=9600)
+    assert sum(isinstance(event, loop.Validation) for event in events) == 1
+    assert 26 <= took <= 31
+    assert sum(isinstance(event, loop.Step) for event in events) > 120
 
 
 def test_a_time_that_is_over_before_the_first_step_still_gives_a_measured_model(run, clock):
