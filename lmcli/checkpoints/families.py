@@ -76,15 +76,15 @@ def read_config(document: dict[str, Any], where: str) -> tuple[Family, ModelConf
         if isinstance(values.get(key), list):
             values[key] = values[key][0] if values[key] else None
     known = {f.name for f in dataclasses.fields(ModelConfig)} - set(family.options)
-    chosen = {key: check(ModelConfig, key, value, where) for key, value in values.items()
-              if key in known and (value is not None or key.endswith("token_id"))}
-    for key, most in LARGEST.items():
-        if not 1 <= chosen.get(key, 0) <= most:
-            raise UserError(f"{key}: {chosen.get(key, 0)} is outside 1 to {most}", where=where)
     try:
+        chosen = {key: check(ModelConfig, key, value, where) for key, value in values.items()
+                  if key in known and (value is not None or key.endswith("token_id"))}
+        for key, most in LARGEST.items():
+            if not 1 <= chosen.get(key, 0) <= most:
+                raise UserError(f"{key}: {chosen.get(key, 0)} is outside 1 to {most}", where=where)
         return family, ModelConfig(**chosen, **family.options).complete()
     except UsageError as error:
-        raise UserError(error.what, where=where) from None
+        raise UserError(error.what, where=where) from None  # a preset's mistake is usage (exit 2), a file's is not
 
 
 def _rope_theta(document: dict[str, Any], where: str) -> float:

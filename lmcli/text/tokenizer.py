@@ -242,7 +242,7 @@ def _settings(folder: Path, core: tokenizers.Tokenizer) -> dict:
     with user_errors(file, "read"):
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"is not JSON: {error}", where=str(file)) from error
     if not isinstance(settings, dict):
         raise UserError("is not a JSON object", where=str(file))

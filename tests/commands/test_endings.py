@@ -167,8 +167,8 @@ def train_and_stop(environment, arguments, after: int, number: int) -> tuple[int
     return process.returncode, errors.decode()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("extra", [(), ("--set", "train.micro_batch_tokens=64", "--set", "train.dropout=0.1")])
+@pytest.mark.parametrize("number, extra", [
+    (signal.SIGINT, ()), (signal.SIGTERM, ("--set", "train.micro_batch_tokens=64", "--set", "train.dropout=0.1"))])
 def test_a_stopped_run_resumes_to_the_same_bits(lm, environment, tmp_path, number, extra):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"The baker of village {i} sold {i % 7} loaves and went home.\n" for i in range(300)))
