@@ -252,6 +252,7 @@ def _settings(folder: Path, core: tokenizers.Tokenizer) -> dict:
 class StreamDecoder:
     """Text of tokens as they come, never half a character: `push` returns what has become certain.
 
+    Bytes that never become a character are left out, and with them U+FFFD, which stands for nothing else.
     `ids` is what stands before the stream (the prompt). Decoding looks at a few earlier ids as well, since some
     tokenizers write a space only between words.
     """
@@ -269,11 +270,11 @@ class StreamDecoder:
         text = self._decoded()
         if text.endswith(OPEN):  # half a character: one OPEN or, by byte fallback, one for each byte of its run
             start, self._given = self._given, max(self._given, len(text.rstrip(OPEN)))
-            return text[start:self._given]
+            return text[start:self._given].replace(OPEN, "")
         new = text[self._given:]
         self._start, self._whole = self._whole, len(self.ids)
         self._given = len(self._decoded())
-        return new
+        return new.replace(OPEN, "")
 
     def _decoded(self) -> str:
         return self.tokenizer.decode(self.ids[self._start:], special=False)
