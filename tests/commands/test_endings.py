@@ -44,19 +44,19 @@ TEXTS = {"missing": (None, "no such file"), "binary": (bytes(range(256)) * 50, "
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-def test_training_on_bad_text_tells_and_leaves_nothing(lm, tmp_path, kind):
+def test_training_on_bad_text_tells_and_leaves_nothing(inside, tmp_path, kind):
     content, expected = TEXTS[kind]
     path = tmp_path / "input.txt"
     if content is not None:
         path.write_bytes(content)
-    assert expected in message(lm("train", path, "-o", tmp_path / "run", *SMALL, "--steps", 2), 1)
+    assert expected in message(inside("train", path, "-o", tmp_path / "run", *SMALL, "--steps", 2), 1)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_directory_without_text_is_told(lm, tmp_path):
+def test_a_directory_without_text_is_told(inside, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "image.bin").write_bytes(b"\0\xff" * 100)
-    assert "holds no text files" in message(lm("train", tmp_path / "folder", "-o", tmp_path / "run"), 1)
+    assert "holds no text files" in message(inside("train", tmp_path / "folder", "-o", tmp_path / "run"), 1)
 
 
 @pytest.mark.parametrize("name, content, expected", [
@@ -64,32 +64,32 @@ def test_a_directory_without_text_is_told(lm, tmp_path):
     ("config.json", b'{"model_type": "mystery"}', "mystery"), ("tokenizer.json", b"[]", "is no tokenizer"),
     ("model.safetensors", b"\x10", "safetensors"), ("model.safetensors", None, "model.safetensors")])
 @pytest.mark.parametrize("command", [("score",), ("generate", "The")])
-def test_damaged_model_folders_are_named(lm, damaged, name, content, expected, command):
-    assert expected in message(lm(command[0], "-m", damaged(name, content), *command[1:], stdin=b"a\n"), 1)
+def test_damaged_model_folders_are_named(inside, damaged, name, content, expected, command):
+    assert expected in message(inside(command[0], "-m", damaged(name, content), *command[1:], stdin=b"a\n"), 1)
 
 
-def test_truncated_weights_are_named(lm, damaged, trained):
+def test_truncated_weights_are_named(inside, damaged, trained):
     whole = (trained[0] / "model.safetensors").read_bytes()
-    assert "model.safetensors" in message(lm("generate", "-m", damaged("model.safetensors", whole[:-1000]), "a"), 1)
+    assert "model.safetensors" in message(inside("generate", "-m", damaged("model.safetensors", whole[:-1000]), "a"), 1)
 
 
-def test_a_tokenizer_larger_than_the_model_is_told(lm, damaged, trained):
+def test_a_tokenizer_larger_than_the_model_is_told(inside, damaged, trained):
     config = json.loads((trained[0] / "config.json").read_text()) | {"vocab_size": 100}
-    assert "512 ids" in message(lm("generate", "-m", damaged("config.json", json.dumps(config).encode()), "a"), 1)
+    assert "512 ids" in message(inside("generate", "-m", damaged("config.json", json.dumps(config).encode()), "a"), 1)
 
 
 @pytest.mark.parametrize("arguments, expected", [
     (("--set", "train.learning_rat=1"), "did you mean 'learning_rate'"), (("--preset", "smal"), "did you mean 'small'"),
     (("--set", "model.hidden_size=65", "--set", "model.num_attention_heads=4"), "does not divide"),
     (("--set", "train.context=-1"), "outside"), (("--set", "nonsense"), "section.key=value")])
-def test_impossible_recipes_end_with_code_2(lm, story, tmp_path, arguments, expected):
-    assert expected in message(lm("train", story, "-o", tmp_path / "run", *arguments), 2)
+def test_impossible_recipes_end_with_code_2(inside, story, tmp_path, arguments, expected):
+    assert expected in message(inside("train", story, "-o", tmp_path / "run", *arguments), 2)
     assert not (tmp_path / "run").exists()
 
 
-def test_an_existing_run_is_not_touched(lm, story, trained):
+def test_an_existing_run_is_not_touched(inside, story, trained):
     before = (trained[0] / "model.safetensors").read_bytes()
-    told = message(lm("train", story, "-o", trained[0], *SMALL, "--steps", 1), 2)
+    told = message(inside("train", story, "-o", trained[0], *SMALL, "--steps", 1), 2)
     assert "--resume" in told and "--overwrite" in told
     assert (trained[0] / "model.safetensors").read_bytes() == before
 
@@ -185,35 +185,35 @@ def test_a_stopped_run_resumes_to_the_same_bits(lm, environment, tmp_path, numbe
         assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
-def test_resume_refuses_changed_data_and_other_options(lm, tmp_path):
+def test_resume_refuses_changed_data_and_other_options(inside, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The baker went home.\n" * 200)
-    assert lm("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 3).returncode == 0
-    assert "--steps" in message(lm("train", "--resume", tmp_path / "run", "--steps", 9), 2)
+    assert inside("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 3).returncode == 0
+    assert "--steps" in message(inside("train", "--resume", tmp_path / "run", "--steps", 9), 2)
     text.write_text("The butcher went home.\n" * 200)
-    assert "text.txt" in message(lm("train", "--resume", tmp_path / "run"), 1)
+    assert "text.txt" in message(inside("train", "--resume", tmp_path / "run"), 1)
 
 
-def test_a_loss_that_explodes_keeps_the_last_good_model(lm, story, tmp_path):
-    done = lm("train", story, "-o", tmp_path / "run", *SMALL, "--steps", 40, "--set", "train.learning_rate=1e9",
+def test_a_loss_that_explodes_keeps_the_last_good_model(inside, story, tmp_path):
+    done = inside("train", story, "-o", tmp_path / "run", *SMALL, "--steps", 40, "--set", "train.learning_rate=1e9",
               "--set", "train.matrix_learning_rate=1e9", "--set", "train.eval_every=1", "--set", "train.warmup=0.9")
     assert done.returncode == 1 and b"lm: error: training: loss is" in done.stderr and b"Traceback" not in done.stderr
-    assert lm("generate", "-m", tmp_path / "run", "-n", 3, "The").returncode == 0
+    assert inside("generate", "-m", tmp_path / "run", "-n", 3, "The").returncode == 0
 
 
-def test_training_shrinks_what_the_text_has_no_room_for(lm, tmp_path):
-    done = lm("train", "-", "-o", tmp_path / "run", "--preset", "tiny", "--steps", 2, "--set", "train.context=512",
+def test_training_shrinks_what_the_text_has_no_room_for(inside, tmp_path):
+    done = inside("train", "-", "-o", tmp_path / "run", "--preset", "tiny", "--steps", 2, "--set", "train.context=512",
               stdin=b"The baker of the village sold a loaf and went home.\n" * 12)
     assert done.returncode == 0
     assert b"context shrinks" in done.stderr and b"room for a vocabulary" in done.stderr
 
 
-def test_training_goes_on_from_another_folder(lm, trained, story, tmp_path):
-    done = lm("train", story, "--from", trained[0], "-o", tmp_path / "more", "--preset", "tiny", "--steps", 3,
+def test_training_goes_on_from_another_folder(inside, trained, story, tmp_path):
+    done = inside("train", story, "--from", trained[0], "-o", tmp_path / "more", "--preset", "tiny", "--steps", 3,
               "--set", "train.learning_rate=1e-4", "--set", "train.matrix_learning_rate=1e-4",
               "--set", "train.batch_tokens=256")
     assert done.returncode == 0, done.stderr.decode()
-    before, after = (json.loads(lm("perplexity", "-m", folder, "--validation", "--json").stdout)["bits_per_byte"]
+    before, after = (json.loads(inside("perplexity", "-m", folder, "--validation", "--json").stdout)["bits_per_byte"]
                      for folder in (trained[0], tmp_path / "more"))
     assert after == pytest.approx(before, abs=0.3)
 

@@ -26,10 +26,10 @@ def test_training_learns(trained):
     assert sum(losses[-5:]) / 5 < losses[0] - 1.0
 
 
-def test_validation_figure_is_what_perplexity_measures(trained, lm):
+def test_validation_figure_is_what_perplexity_measures(trained, inside):
     folder, done = trained
     printed = float(re.search(r"lm: validation ([\d.]+) bits per byte", done.stderr.decode()).group(1))
-    row = json.loads(lm("perplexity", "-m", folder, "--validation", "--json").stdout)
+    row = json.loads(inside("perplexity", "-m", folder, "--validation", "--json").stdout)
     assert row["bits_per_byte"] == pytest.approx(printed, abs=5e-5)
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     best = min(m["val_bits_per_byte"] for m in logged if "val_bits_per_byte" in m)
@@ -83,34 +83,35 @@ def test_perplexity_equals_a_plain_loop_over_transformers(trained, story):
 @pytest.mark.parametrize("text", [
     b"", b"no final newline", b"one\r\ntwo\r\n", b"\n\n\na\n", "却说\n话说贾宝玉 \U0001f600\u2028x\x85\n".encode(),
     b"nul \x00 and tab\t\n", b"<|endoftext|> spelled out\n"])
-def test_tokenize_and_back_is_the_same_file(trained, lm, text):
-    ids = lm("tokenize", "-m", trained[0], stdin=text)
+def test_tokenize_and_back_is_the_same_file(trained, inside, text):
+    ids = inside("tokenize", "-m", trained[0], stdin=text)
     assert ids.returncode == 0 and ids.stdout.count(b"\n") == text.count(b"\n")
-    assert lm("tokenize", "-m", trained[0], "--decode", stdin=ids.stdout).stdout == text
+    assert inside("tokenize", "-m", trained[0], "--decode", stdin=ids.stdout).stdout == text
 
 
 @pytest.mark.parametrize("name", ["tinyshakespeare", "zh-lunyu", "zh-hongloumeng"])
-def test_real_files_come_back_byte_for_byte(trained, lm, shared, name):
+def test_real_files_come_back_byte_for_byte(trained, inside, shared, name):
     path = shared / "text" / f"{name}.txt"
-    ids = lm("tokenize", "-m", trained[0], path).stdout
-    assert lm("tokenize", "-m", trained[0], "--decode", stdin=ids).stdout == path.read_bytes()
+    ids = inside("tokenize", "-m", trained[0], path).stdout
+    assert inside("tokenize", "-m", trained[0], "--decode", stdin=ids).stdout == path.read_bytes()
 
 
-def test_tokenize_shows_pieces_offsets_counts_and_json(trained, lm):
+def test_tokenize_shows_pieces_offsets_counts_and_json(trained, inside):
     folder = trained[0]
-    ids = list(map(int, lm("tokenize", "-m", folder, stdin=b"The baker\n").stdout.split()))
-    assert lm("tokenize", "-m", folder, "--count", stdin=b"The baker\n").stdout == f"{len(ids)}\n".encode()
-    assert lm("tokenize", "-m", folder, "--truncate", 1, stdin=b"The baker\n").stdout == f"{ids[0]}\n".encode()
-    assert lm("tokenize", "-m", folder, "--special", stdin=b"The\n").stdout.split()[0] == b"0"
-    offsets = lm("tokenize", "-m", folder, "--offsets", stdin=b"The baker\n").stdout.decode()
+    ids = list(map(int, inside("tokenize", "-m", folder, stdin=b"The baker\n").stdout.split()))
+    assert inside("tokenize", "-m", folder, "--count", stdin=b"The baker\n").stdout == f"{len(ids)}\n".encode()
+    assert inside("tokenize", "-m", folder, "--truncate", 1, stdin=b"The baker\n").stdout == f"{ids[0]}\n".encode()
+    assert inside("tokenize", "-m", folder, "--special", stdin=b"The\n").stdout.split()[0] == b"0"
+    offsets = inside("tokenize", "-m", folder, "--offsets", stdin=b"The baker\n").stdout.decode()
     spans = [part.split(":") for part in offsets.split()]
     assert [int(span[0]) for span in spans] == ids and spans[-1][2] == "9"
-    row = json.loads(lm("tokenize", "-m", folder, "--json", "--format", "jsonl", stdin=b'{"text": "The", "n": 7}\n').stdout)
+    rows = inside("tokenize", "-m", folder, "--json", "--format", "jsonl", stdin=b'{"text": "The", "n": 7}\n').stdout
+    row = json.loads(rows)
     assert row["n"] == 7 and row["ids"] == ids[:len(row["ids"])]
 
 
-def test_score_gives_a_line_for_each_line(trained, lm):
-    done = lm("score", "-m", trained[0], stdin="The baker\n\na\tb\\c\n却说".encode())
+def test_score_gives_a_line_for_each_line(trained, inside):
+    done = inside("score", "-m", trained[0], stdin="The baker\n\na\tb\\c\n却说".encode())
     header, *rows = [line.split("\t") for line in done.stdout.decode().splitlines()]
     assert header == ["logprob", "tokens", "bytes", "bits_per_byte", "text"]
     assert len(rows) == 4 and rows[1] == ["0", "0", "0", "NA", ""]
@@ -119,59 +120,59 @@ def test_score_gives_a_line_for_each_line(trained, lm):
     assert bits == pytest.approx(-logprob / math.log(2) / size, rel=1e-4)
 
 
-def test_score_per_token_and_word_add_up_to_the_record(trained, lm):
+def test_score_per_token_and_word_add_up_to_the_record(trained, inside):
     line = b"The baker of Harrowgate\n"
-    total = json.loads(lm("score", "-m", trained[0], "--json", stdin=line).stdout)["logprob"]
+    total = json.loads(inside("score", "-m", trained[0], "--json", stdin=line).stdout)["logprob"]
     for unit in ("token", "word"):
-        done = lm("score", "-m", trained[0], "--per", unit, "--no-header", stdin=line)
+        done = inside("score", "-m", trained[0], "--per", unit, "--no-header", stdin=line)
         rows = [row.split("\t") for row in done.stdout.decode().splitlines()]
         assert sum(float(row[6]) for row in rows) == pytest.approx(total, rel=1e-4)
         assert all(float(row[7]) == pytest.approx(-float(row[6]) / math.log(2), rel=1e-4) for row in rows)
     assert [row[2] for row in rows] == ["The", "baker", "of", "Harrowgate"]
 
 
-def test_a_model_without_beginning_token_leaves_the_first_token_out(trained, lm):
-    rows = lm("score", "-m", trained[0], "--no-bos", "--per", "token", "--no-header", stdin=b"The baker\n").stdout
+def test_a_model_without_beginning_token_leaves_the_first_token_out(trained, inside):
+    rows = inside("score", "-m", trained[0], "--no-bos", "--per", "token", "--no-header", stdin=b"The baker\n").stdout
     first, second = [row.split("\t") for row in rows.decode().splitlines()][:2]
     assert first[6:] == ["NA", "NA"] and second[6] != "NA"
-    row = json.loads(lm("score", "-m", trained[0], "--no-bos", "--json", stdin=b"a\n").stdout)
+    row = json.loads(inside("score", "-m", trained[0], "--no-bos", "--json", stdin=b"a\n").stdout)
     assert row["logprob"] is None and row["tokens"] == 0 and row["bits_per_byte"] is None
 
 
-def test_generate_answers_200_prompts_in_200_lines(trained, lm):
+def test_generate_answers_200_prompts_in_200_lines(trained, inside):
     prompts = b"".join(b"The baker %d\n" % i for i in range(200))
-    once = lm("generate", "-m", trained[0], "-n", 8, "--seed", 3, stdin=prompts)
+    once = inside("generate", "-m", trained[0], "-n", 8, "--seed", 3, stdin=prompts)
     assert once.returncode == 0 and once.stdout.count(b"\n") == 200
-    assert lm("generate", "-m", trained[0], "-n", 8, "--seed", 3, stdin=prompts).stdout == once.stdout
-    twice = lm("generate", "-m", trained[0], "-n", 8, "--num-samples", 2, stdin=b"a\n\nb\n")
+    assert inside("generate", "-m", trained[0], "-n", 8, "--seed", 3, stdin=prompts).stdout == once.stdout
+    twice = inside("generate", "-m", trained[0], "-n", 8, "--num-samples", 2, stdin=b"a\n\nb\n")
     assert twice.stdout.count(b"\n") == 6
 
 
-def test_generate_json_names_what_it_did(trained, lm):
-    row = json.loads(lm("generate", "-m", trained[0], "--json", "-n", 6, "--seed", 5, "The baker").stdout)
+def test_generate_json_names_what_it_did(trained, inside):
+    row = json.loads(inside("generate", "-m", trained[0], "--json", "-n", 6, "--seed", 5, "The baker").stdout)
     assert list(row) == ["prompt", "text", "finish_reason", "tokens", "token_logprobs", "seed"]
     assert row["seed"] == 5 and len(row["tokens"]) == len(row["token_logprobs"])
     assert row["finish_reason"] in ("stop", "length")
-    plain = lm("generate", "-m", trained[0], "-n", 6, "--seed", 5, "The baker").stdout.decode()
+    plain = inside("generate", "-m", trained[0], "-n", 6, "--seed", 5, "The baker").stdout.decode()
     assert plain == row["text"] + "\n"
-    echoed = lm("generate", "-m", trained[0], "-n", 6, "--seed", 5, "--echo", "The baker").stdout.decode()
+    echoed = inside("generate", "-m", trained[0], "-n", 6, "--seed", 5, "--echo", "The baker").stdout.decode()
     assert echoed == "The baker" + plain
 
 
-def test_generate_escapes_lines_from_a_pipe_unless_raw(trained, lm):
+def test_generate_escapes_lines_from_a_pipe_unless_raw(trained, inside):
     arguments = ("generate", "-m", trained[0], "-n", 60, "--seed", 1)
-    raw = lm(*arguments, "--raw", stdin=b"The\n").stdout.decode()
+    raw = inside(*arguments, "--raw", stdin=b"The\n").stdout.decode()
     assert "\n" in raw[:-1]
-    assert lm(*arguments, stdin=b"The\n").stdout.decode() == raw[:-1].replace("\\", "\\\\").replace("\n", "\\n") + "\n"
-    assert lm(*arguments, "-0", stdin=b"The\0").stdout.decode() == raw[:-1] + "\0"
+    assert inside(*arguments, stdin=b"The\n").stdout.decode() == raw[:-1].replace("\\", "\\\\").replace("\n", "\\n") + "\n"
+    assert inside(*arguments, "-0", stdin=b"The\0").stdout.decode() == raw[:-1] + "\0"
 
 
-def test_perplexity_rows_are_one_per_file_and_model(trained, lm, story, tmp_path):
+def test_perplexity_rows_are_one_per_file_and_model(trained, inside, story, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("The baker of Harrowgate baked.\n")
-    done = lm("perplexity", "-m", trained[0], "-m", trained[0], story, other)
+    done = inside("perplexity", "-m", trained[0], "-m", trained[0], story, other)
     header, *rows = [line.split("\t") for line in done.stdout.decode().splitlines()]
     assert header[:4] == ["model", "file", "perplexity", "bits_per_byte"] and len(rows) == 4
     assert rows[0] == rows[2] and rows[1][1] == str(other)
-    piped = json.loads(lm("perplexity", "-m", trained[0], "--json", stdin=other.read_bytes()).stdout)
+    piped = json.loads(inside("perplexity", "-m", trained[0], "--json", stdin=other.read_bytes()).stdout)
     assert piped["file"] == "standard input" and f"{piped['bits_per_byte']:.6g}" == rows[1][3]
