@@ -40,6 +40,11 @@ def test_200_prompts_with_two_samples_are_400_lines(generate):
     assert generate("-n", 2, "--num-samples", 2, stdin=b"The baker\n\n" * 100).count("\n") == 400
 
 
+def test_seeds_count_on_over_however_many_prompts(generate):
+    rows = map(json.loads, generate("-n", 1, "--json", stdin=b"The\n" * 600).splitlines())
+    assert [row["seed"] for row in rows] == list(range(7, 607))
+
+
 def test_without_a_seed_each_run_differs_and_names_its_seed(inside, trained):
     first, second = (json.loads(inside("generate", "-m", trained[0], "--json", "-n", 20, "The").stdout) for _ in range(2))
     assert first["seed"] != second["seed"] and first["tokens"] != second["tokens"]
