@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from lmcli.errors import UserError
 from lmcli.storage import user_errors
-from lmcli.text.records import CHUNK_BYTES, FORMATS, bad_record, json_row, open_bytes, row_text, shown
+from lmcli.text.records import CHUNK_BYTES, bad_record, file_format, json_row, open_bytes, row_text, shown
 
 SEPARATOR = b"<|endoftext|>"
 PIECE_CHARS = 1 << 15
@@ -55,12 +55,7 @@ class Layout:
 
     def rows(self, file: str) -> bool:
         """Whether the file holds JSON Lines rows."""
-        return self._kind(file) == "jsonl"
-
-    def _kind(self, file: str) -> str:
-        if self.format != "auto":
-            return self.format
-        return FORMATS.get(Path(file.removesuffix(".gz")).suffix, "text")
+        return file_format(file, self.format) == "jsonl"
 
     def survey(self, files: list[str]) -> tuple[list[Document], dict[str, str]]:
         """(documents, SHA-256 of each file): every byte is read once and checked to be UTF-8. Blank documents are left out.
@@ -70,7 +65,7 @@ class Layout:
         """
         documents, hashes = [], {}
         for file in files:
-            if self._kind(file) == "tsv":
+            if file_format(file, self.format) == "tsv":
                 raise UserError("rows of a TSV file cannot be documents", where=shown(file),
                                 hint="write them as JSON Lines, or take the file as plain text with --format text")
             digest = hashlib.sha256()

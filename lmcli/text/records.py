@@ -49,7 +49,7 @@ class Reader:
         """
         for name in files:
             header: list[str] | None = None
-            layout, number = self._layout(name), 0
+            layout, number = file_format(name, self.format), 0
             with user_errors(name, "read"), open_bytes(name) as handle:
                 for lines in _line_chunks(handle):
                     records = []
@@ -62,11 +62,6 @@ class Reader:
                         if record is not None:
                             records.append(record)
                     yield records
-
-    def _layout(self, name: str) -> str:
-        if self.format != "auto":
-            return self.format
-        return FORMATS.get(Path(name.removesuffix(".gz")).suffix, "text")
 
     def _record(self, line: "_Line", layout: str, header: list[str] | None, name: str, number: int) -> Record | None:
         try:
@@ -82,6 +77,11 @@ class Reader:
                 return Record("", name, number, None, line.newline)
             self.skipped += 1
             return None
+
+
+def file_format(name: str, asked: str) -> str:
+    """text, jsonl or tsv: as asked, or with "auto" what the file's suffix says (before a .gz)."""
+    return asked if asked != "auto" else FORMATS.get(Path(name.removesuffix(".gz")).suffix, "text")
 
 
 def bad_record(error: ValueError, name: str, number: int) -> UserError:
