@@ -54,9 +54,13 @@ def score(files, model, per, base, eos, bos, context, stride, header, as_json, f
         if header and not as_json and not out.lines_kept:
             out.write("\t".join(columns) + "\n")
         for batch in reader.batches(names):
-            batch, done = list(islice(batch, done, None)), max(0, done - len(batch))
             for part in (batch[i:i + 512] for i in range(0, len(batch), 512)):
-                for record, found in zip(part, scorer.score([record.text for record in part], per)):
+                written, done = min(done, len(part)), max(0, done - len(part))
+                if written == len(part):
+                    continue
+                # a part begun is scored whole again: other neighbours in a batch would change the last digits
+                scores = zip(part, scorer.score([record.text for record in part], per))
+                for record, found in islice(scores, written, None):
                     out.write(_json(record, found, per, base) if as_json else
                               _row(record, found) if per == "record" else _unit_rows(record, found, base))
                 out.flush()
