@@ -6,7 +6,7 @@ Each field carries its default, what it means with its unit, and its range; `che
 import dataclasses
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from lmcli.errors import UsageError
 
@@ -29,27 +29,89 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of one Transformer (decoder-only so far)."""
+    """The architecture of one Transformer. What tells checkpoint families apart is an option here like any other."""
 
+    model_type: str = knob("", "checkpoint family it is saved as; empty takes the first that has these options")
+    shape: str = knob("decoder", "which stacks there are", choices=("decoder", "encoder", "encoder-decoder"))
+    head: str = knob("lm", "what the hidden states are turned into: words, a label of the text, of each token, an answer's "
+                     "span", choices=("lm", "sequence", "token", "span", "none"))
+    labels: tuple[str, ...] = knob((), "names of the labels, for the heads sequence and token")
+    multi_label: bool = knob(False, "a text may have several labels, each with a probability of its own")
     vocab_size: int = knob(0, "rows of the embedding; 0 takes the tokenizer's size", 0)
     max_position_embeddings: int = knob(0, "context in tokens; 0 takes train.context", 0, 1 << 24)
-    # width and depth
+    # width and depth; an encoder beside a decoder may differ in depth, heads and MLP, 0 means as the decoder
     hidden_size: int = knob(256, "width of the residual stream", 1, 1 << 17)
-    num_hidden_layers: int = knob(4, "blocks", 1, 1024)
-    intermediate_size: int = knob(0, "width inside the gated MLP; 0 means 8/3 of hidden_size, in steps of 32", 0, 1 << 20)
+    num_hidden_layers: int = knob(4, "blocks of the only stack, or of the decoder", 1, 1024)
+    num_encoder_layers: int = knob(0, "blocks of the encoder; 0 means as many as num_hidden_layers", 0, 1024)
     # attention
     num_attention_heads: int = knob(4, "query heads", 1, 1024)
+    encoder_attention_heads: int = knob(0, "heads of the encoder; 0 means num_attention_heads", 0, 1024)
     num_key_value_heads: int = knob(0, "key and value heads; 0 means as many as query heads", 0, 1024)
     head_dim: int = knob(0, "width of a head; 0 means hidden_size / num_attention_heads", 0, 4096)
     query_key_norm: bool = knob(True, "RMSNorm on the queries and keys of each head (saved as Qwen3; without: Llama)")
+    attention_bias: str = knob("none", "which projections have a bias", choices=("none", "qkv", "all"))
+    scale_attention: bool = knob(True, "divide scores by the root of head_dim")
+    sliding_window: int = knob(0, "tokens seen by layers with a sliding window (encoder: to each side); 0 is all", 0)
+    layer_types: tuple[str, ...] = knob((), "full_attention or sliding_attention of each layer; empty: all slide, if any")
     # positions
+    positions: str = knob("rotary", "how a position is told", choices=("rotary", "learned", "sinusoidal", "relative"))
+    position_offset: int = knob(0, "rows of learned positions before the first", 0, 1024)
     rope_theta: float = knob(10_000.0, "base of the rotary frequencies", 1.0)
-    # norms and embeddings
-    rms_norm_eps: float = knob(1e-6, "added to the mean square", 0.0, 1.0)
+    local_rope_theta: float = knob(0.0, "the base in layers with a sliding window; 0 means rope_theta", 0.0)
+    rotary_fraction: float = knob(1.0, "share of each head that rotary positions turn", 0.0, 1.0)
+    rope_type: str = knob("default", "how rotary positions reach further than training did",
+                          choices=("default", "linear", "llama3", "yarn"))
+    rope_factor: float = knob(1.0, "how many times further", 1.0, 1e6)
+    rope_original_context: int = knob(0, "context of training (llama3, yarn); 0 means max_position_embeddings", 0)
+    rope_low_freq_factor: float = knob(1.0, "turns within it up to which a frequency is divided (llama3)", 0.0)
+    rope_high_freq_factor: float = knob(4.0, "turns within it from which a frequency is kept (llama3)", 0.0)
+    relative_attention_num_buckets: int = knob(32, "distances that relative positions tell apart", 4, 1 << 16)
+    relative_attention_max_distance: int = knob(128, "distance from which all are one", 2, 1 << 24)
+    # norms
+    norm: str = knob("rms", "kind of norm", choices=("rms", "layer"))
+    norm_bias: bool = knob(True, "LayerNorm has a bias")
+    norm_eps: float = knob(1e-6, "added to the mean square", 0.0, 1.0)
+    post_norm: bool = knob(False, "norm(x + f(x)) instead of x + f(norm(x))")
+    parallel_block: bool = knob(False, "attention and MLP read the same x")
+    first_attention_norm: bool = knob(True, "the first block has a norm before its attention")
+    embedding_norm: bool = knob(False, "a norm on the sum of embeddings")
+    # MLP
+    intermediate_size: int = knob(0, "width inside the MLP; 0: 4 times hidden_size, or gated 8/3 in steps of 32", 0, 1 << 20)
+    encoder_intermediate_size: int = knob(0, "the encoder's; 0 means intermediate_size", 0, 1 << 20)
+    hidden_act: str = knob("silu", "activation", choices=(
+        "silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "tanh"))
+    gated_mlp: bool = knob(True, "a second product of the input, multiplied in")
+    mlp_bias: bool = knob(False, "the MLP's products have a bias")
+    # embeddings and head
     tie_word_embeddings: bool = knob(True, "the head uses the embedding matrix")
-    # beginning and end
+    scale_embedding: bool = knob(False, "multiply embeddings by the root of hidden_size")
+    scale_logits: bool = knob(False, "divide what the head reads by the root of hidden_size")
+    type_vocab_size: int = knob(0, "token types; 0 has none", 0, 1024)
+    head_dense: bool = knob(False, "one more dense layer before the output")
+    head_dense_bias: bool = knob(True, "that layer has a bias")
+    head_norm: bool = knob(False, "a norm after that layer")
+    head_act: str = knob("", "activation of that layer; empty means hidden_act")
+    head_bias: bool = knob(False, "the output over the vocabulary has a bias")
+    # special ids
     bos_token_id: int | None = knob(None, "id that starts a context, if the tokenizer names none", 0)
     eos_token_id: int | None = knob(None, "id that ends a text, if the tokenizer names none", 0)
+    pad_token_id: int | None = knob(None, "id that fills rows up", 0)
+    decoder_start_token_id: int | None = knob(None, "id that a decoder starts from when it reads an encoder", 0)
+
+    @property
+    def rotary_size(self) -> int:
+        """How many numbers of each head rotary positions turn."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def encoder_head_dim(self) -> int:
+        """Width of the encoder's heads: head_dim, or where heads share out the hidden size, its share."""
+        shared = self.head_dim * self.num_attention_heads == self.hidden_size
+        return self.hidden_size // self.encoder_attention_heads if shared else self.head_dim
+
+    def kinds_of_layers(self, count: int) -> tuple[str, ...]:
+        """full_attention or sliding_attention, for each of `count` layers."""
+        return self.layer_types or ("sliding_attention" if self.sliding_window else "full_attention",) * count
 
     def complete(self) -> "ModelConfig":
         """The same configuration with every 0 that means "derive it" replaced. Raises UsageError when sizes cannot fit."""
@@ -57,20 +119,34 @@ class ModelConfig:
             raise UsageError(
                 f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}",
                 where="model", hint="choose a divisor of hidden_size, or set head_dim")
+        wide = -(-self.hidden_size * 8 // 3 // 32) * 32 if self.gated_mlp else 4 * self.hidden_size
         done = dataclasses.replace(
             self,
-            intermediate_size=self.intermediate_size or -(-self.hidden_size * 8 // 3 // 32) * 32,
+            intermediate_size=self.intermediate_size or wide,
+            encoder_intermediate_size=self.encoder_intermediate_size or self.intermediate_size or wide,
+            num_encoder_layers=self.num_encoder_layers or self.num_hidden_layers,
+            encoder_attention_heads=self.encoder_attention_heads or self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
             head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
+            head_act=self.head_act or self.hidden_act,
         )
-        if done.num_attention_heads % done.num_key_value_heads:
-            raise UsageError(
-                f"num_key_value_heads {done.num_key_value_heads} does not divide "
-                f"num_attention_heads {done.num_attention_heads}", where="model", hint="choose a divisor, or 0")
-        if done.head_dim % 2:
-            raise UsageError(f"head_dim {done.head_dim} is odd", where="model",
-                             hint="rotary positions turn pairs of numbers: choose an even head_dim")
+        done._check()
         return done
+
+    def _check(self) -> None:
+        for heads in ("num_attention_heads", "encoder_attention_heads"):
+            if getattr(self, heads) * self.num_key_value_heads % self.num_attention_heads \
+                    or self.num_attention_heads % self.num_key_value_heads:
+                raise UsageError(
+                    f"num_key_value_heads {self.num_key_value_heads} does not divide {heads} {getattr(self, heads)}",
+                    where="model", hint="choose a divisor, or 0")
+        if self.positions == "rotary" and self.rotary_size % 2:
+            odd = f"head_dim {self.head_dim}" if self.rotary_fraction == 1.0 else f"rotary part {self.rotary_size} of a head"
+            raise UsageError(f"{odd} is odd", where="model",
+                             hint="rotary positions turn pairs of numbers: choose an even head_dim")
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            raise UsageError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is "
+                             f"{self.num_hidden_layers}", where="model")
 
 
 @dataclass(frozen=True)
@@ -144,6 +220,10 @@ def check(section: type, key: str, value: Any, where: str) -> Any:
 
 
 def _convert(kind: Any, unit: str, value: Any) -> Any:
+    if get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+            raise ValueError
+        return tuple(value)
     if type(None) in get_args(kind):
         return None if value is None else _convert(get_args(kind)[0], unit, value)
     if unit == "time" and isinstance(value, str):
@@ -166,6 +246,8 @@ def _convert(kind: Any, unit: str, value: Any) -> Any:
 
 def _described(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    if get_origin(kind) is tuple:
+        return "a list of words"
     return names[get_args(kind)[0] if get_args(kind) else kind]
 
 
@@ -173,7 +255,7 @@ def _check_range(spec: dataclasses.Field, value: Any, where: str) -> None:
     low, high, choices = (spec.metadata[name] for name in ("low", "high", "choices"))
     if choices and value not in choices:
         raise UsageError(f"{spec.name}: {value!r} is not one of {', '.join(choices)}", where=where)
-    if value is None or isinstance(value, (str, bool)):
+    if value is None or isinstance(value, (str, bool, tuple)):
         return
     too_low, too_high = low is not None and not value >= low, high is not None and not value <= high
     if too_low or too_high or value != value or value in (float("inf"), float("-inf")):

@@ -16,7 +16,7 @@ from lmcli import __version__
 from lmcli.analysis.card import model_card
 from lmcli.analysis.loss_curve import draw
 from lmcli.checkpoints import folder as checkpoints
-from lmcli.checkpoints.families import family_of
+from lmcli.checkpoints.config_json import family_of
 from lmcli.config import ModelConfig, Recipe
 from lmcli.errors import UsageError, UserError
 from lmcli.inference.decoding import Decoder
@@ -134,8 +134,7 @@ def _check_memory(config: ModelConfig, placement: Placement) -> None:
 
 
 def _adopted(model: Transformer, recipe: Recipe) -> Transformer:
-    for layer in model.decoder.layers:
-        layer.dropout = recipe.train.dropout
+    model.set_dropout(recipe.train.dropout)
     return model.train().requires_grad_()
 
 
@@ -245,7 +244,7 @@ class TrainingRun:
         write_text(self.folder / "loss.svg", draw(self.place.metrics()))
         write_text(self.folder / "README.md", model_card(
             self.folder.resolve().name, self.model.config, self.recipe.train,
-            sum(p.numel() for p in self.model.parameters()), family_of(self.model.config).architecture,
+            sum(p.numel() for p in self.model.parameters()), family_of(self.model.config).heads[self.model.config.head],
             self.source.files, self.result, self._beginning()))
 
     def _beginning(self) -> str:

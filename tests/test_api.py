@@ -58,7 +58,7 @@ def test_logits_and_model(lm):
 
 
 def test_precision_is_float32_unless_asked(folder, lm):
-    assert lm.model.head.weight.dtype == torch.float32
+    assert lm.model.head.output.weight.dtype == torch.float32
     assert lmcli.load(folder, dtype="bfloat16").logits([[0, 5]]).dtype == torch.bfloat16
 
 

@@ -75,7 +75,7 @@ class TestFiles:
         ("1: 2", "mine.yaml", "unknown section 1"),
         ("train: {learnig_rate: 1}", "mine.yaml", "unknown key train.learnig_rate; did you mean 'learning_rate'?"),
         ("train: {3: 1}", "mine.yaml", "unknown key train.3"),
-        ("model: {hidden: 1}", "mine.yaml", "unknown key model.hidden; did you mean 'hidden_size'?"),
+        ("model: {hidden: 1}", "mine.yaml", "unknown key model.hidden; did you mean 'hidden_act'?"),
         ("train: [steps]", "mine.yaml", "section train is not a mapping of keys"),
         ("train: {steps: true}", "mine.yaml: train", "steps: True is not a whole number"),
         ("train: {steps: .inf}", "mine.yaml: train", "steps: inf is not a whole number"),
@@ -185,6 +185,10 @@ def value_of(field):
         return st.booleans()
     if field.type is float:
         return st.floats(low, high, allow_nan=False, allow_infinity=False)
+    if field.type is str:
+        return st.text("abcxyz_-0 ", max_size=5)
+    if field.type == tuple[str, ...]:
+        return st.lists(st.text("abcxyz_-0 ", max_size=5), max_size=3).map(tuple)
     numbers = st.integers(low, high)
     return numbers if field.type is int else st.none() | numbers
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from lmcli.checkpoints.families import Family, family_of, read_config, weight_names, write_config
+from lmcli.checkpoints.config_json import family_of, read_config, write_config
+from lmcli.checkpoints.families import Family
+from lmcli.checkpoints.weights import put, tensors_of
 from lmcli.config import GenerateConfig, ModelConfig, check
 from lmcli.errors import UserError
-from lmcli.model.device import dtype_name
 from lmcli.model.transformer import Transformer
 from lmcli.storage import read_tensors, user_errors, write_tensors, write_text
 from lmcli.text import tokenizer as tokenizers
@@ -25,13 +26,15 @@ GENERATE_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "re
 
 @dataclass
 class Checkpoint:
-    """What a model folder holds. `stops` are the ids that end a text; `beginning` those that start a context."""
+    """What a model folder holds. `stops` are the ids that end a text, `beginning` those that start a context, `unused`
+    the names of tensors that the file has and the model does not need."""
 
     model: Transformer
     tokenizer: Tokenizer
     generate: GenerateConfig
     beginning: list[int]
     stops: list[int]
+    unused: list[str]
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
@@ -52,11 +55,11 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
         raise UserError(f"has {tokenizer.size:,} ids, the model has {config.vocab_size:,} rows for them",
                         where=str(folder / "tokenizer.json"), hint="tokenizer and model do not belong together")
     weights = folder / (INDEX if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file() else WEIGHTS)
-    model = _model(family, config, _tensors(weights), str(weights))
+    model, unused = _model(family, config, _tensors(weights), str(weights))
     generation = _optional_json(folder / "generation_config.json")
     return Checkpoint(model.to(device=device, dtype=dtype).eval(), tokenizer,
                       _generate_config(generation, str(folder / "generation_config.json")),
-                      tokenizer.prefix, _stops(generation, document, tokenizer, folder))
+                      tokenizer.prefix, _stops(generation, document, tokenizer, folder), unused)
 
 
 def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
@@ -94,29 +97,15 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _model(family: Family, config: ModelConfig, tensors: dict[str, torch.Tensor], where: str) -> Transformer:
-    """A Transformer around the tensors; nothing is allocated for weights that a file already holds."""
+def _model(family: Family, config: ModelConfig, tensors: dict[str, torch.Tensor],
+           where: str) -> tuple[Transformer, list[str]]:
+    """A Transformer around the tensors, and the names of those it has no use for; nothing is allocated for weights that
+    a file already holds."""
+    if config.head == "none" and not any("pooler." in name for name in tensors):
+        config = replace(config, head_dense=False)  # a bare encoder may come without the layer on its first token
     with torch.device("meta"):
         model = Transformer(config)
-    state, names = {}, weight_names(family, config)
-    for ours, theirs in names.items():
-        if theirs not in tensors:
-            raise UserError(f"has no tensor {theirs}", where=where,
-                            hint="the file and config.json do not belong together")
-        wanted, found = tuple(model.get_parameter(ours).shape), tuple(tensors[theirs].shape)
-        if wanted != found:
-            raise UserError(f"{theirs} has shape {found}, config.json says {wanted}", where=where)
-        if not tensors[theirs].is_floating_point():
-            raise UserError(f"{theirs} holds {dtype_name(tensors[theirs].dtype)}, not floating-point numbers", where=where)
-        state[ours] = tensors[theirs]
-    ignored = (*family.ignored, "lm_head.weight") if config.tie_word_embeddings else family.ignored
-    unknown = [name for name in tensors if name not in names.values() and not name.endswith(ignored)]
-    if unknown:
-        raise UserError(f"has a tensor that {family.model_type} does not know: {unknown[0]}", where=where,
-                        hint="config.json may name the wrong model_type")
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie()
-    return model
+    return model, put(model, family, tensors, where)
 
 
 def _generate_config(document: dict[str, Any] | None, where: str) -> GenerateConfig:
@@ -160,7 +149,4 @@ def save(folder: Path, model: Transformer, tokenizer: Tokenizer, generate: Gener
 
 def save_weights(folder: Path, model: Transformer) -> None:
     """Replaces the weights of a model folder atomically. They are stored as float32."""
-    state = model.state_dict()
-    names = weight_names(family_of(model.config), model.config)
-    write_tensors(folder / WEIGHTS, {theirs: state[ours].detach().float().cpu().contiguous()
-                                     for ours, theirs in names.items()})
+    write_tensors(folder / WEIGHTS, tensors_of(model, family_of(model.config)))

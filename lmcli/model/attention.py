@@ -1,5 +1,8 @@
 """Attention: masks, softmax(QKᵀ/√d)V as one reads it and as it runs fast, and the key–value cache."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,36 +11,66 @@ from lmcli.config import ModelConfig
 from lmcli.model.layers import RMSNorm, rotate
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+              scale: float | None = None) -> Tensor:
     """softmax(QKᵀ/√d)V (Vaswani et al. 2017), written to be read; `fast_attention` gives the same numbers.
 
-    query (B, H, T, D); key and value (B, H, S, D); mask, broadcast to (B, H, T, S), is True where a query may look.
+    query (B, H, T, D); key and value (B, H, S, D); mask, broadcast to (B, H, T, S), is True where a query may look, or
+    numbers to add to the scores; `scale` is 1/√D unless given (T5: 1).
     """
-    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5  # (B, H, T, S)
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)  # (B, H, T, S)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(dim=-1)  # (B, H, T, S)
     return weights @ value  # (B, H, T, D)
 
 
-def fast_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def fast_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool,
+                   scale: float | None = None) -> Tensor:
     """The same by torch's fused kernel; `causal` stands for a causal mask that need not be built."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
 
 
-def causal_mask(read: int, seen: int, device: torch.device) -> Tensor:
-    """(T, S) bool: the last T of S positions, each looking at itself and what stands before it."""
+def visible(read: int, seen: int, causal: bool, window: int, real: Tensor | None, device: torch.device) -> Tensor | None:
+    """Where each of the last T of S positions may look, (B or 1, 1, T, S) bool; None when nothing but `causal` limits it.
+
+    `window` is how many tokens a causal position sees, itself included, or how far one looks to each side otherwise; 0
+    is no limit. `real` (B, S) is True for tokens that are no padding. A padding position looks at itself, so that its
+    softmax exists.
+    """
+    near = 0 < window < seen
+    if real is None and not near:
+        return None
     at = torch.arange(seen, device=device)
-    return at <= at[seen - read:, None]
+    back = at[seen - read:, None] - at  # (T, S): how far before the query a key stands
+    allowed = back >= 0 if causal else torch.ones_like(back, dtype=torch.bool)
+    if near:
+        allowed = allowed & (back < window if causal else back.abs() <= window)
+    if real is None:
+        return allowed[None, None]
+    return (allowed & (real[:, None, :] | (back == 0)))[:, None]
+
+
+class Memory(NamedTuple):
+    """What a decoder reads of an encoder: hidden states (B, S, C), and (B, S) bool, True where they are no padding."""
+
+    states: Tensor
+    real: Tensor | None = None
 
 
 class KeyValueCache:
-    """Keys and values of all layers, allocated once and filled from the left; `length` positions are filled."""
+    """Keys and values of all decoder layers, allocated once and filled from the left; `length` positions are filled.
+
+    `cross` holds those of an encoder's output, made once by each layer that reads it.
+    """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)  # (layers, B, K, capacity, D)
         self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.cross: dict[int, tuple[Tensor, Tensor]] = {}
         self.capacity, self.length = capacity, 0
 
     def add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,56 +83,99 @@ class KeyValueCache:
     def keep_rows(self, rows: Tensor) -> None:
         """Keeps and reorders rows (B', int64), as when some are finished or a beam forks."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.cross = {layer: (key[rows], value[rows]) for layer, (key, value) in self.cross.items()}
+
+
+@dataclass
+class View:
+    """What the positions of a stack look at, made once a forward pass and the same for all layers of a kind.
+
+    `turn` is (cos, sin) of rotary positions, `mask` as for `attention`; without one a causal stack looks at what stands
+    before each position, any other at everything.
+    """
+
+    turn: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
+    cache: KeyValueCache | None
+    memory: Memory | None
 
 
 class Attention(nn.Module):
-    """Self-attention with grouped key–value heads (Ainslie et al. 2023) and, if asked, RMSNorm on queries and keys."""
+    """Attention with grouped key–value heads (Ainslie et al. 2023) and, if asked, RMSNorm on queries and keys.
 
-    def __init__(self, config: ModelConfig, layer: int):
+    Self-attention, or with `cross` from a decoder's positions to an encoder's output.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, heads: int, head_dim: int, causal: bool, cross: bool = False):
         super().__init__()
-        self.layer, self.head_dim, self.fast = layer, config.head_dim, True
-        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.groups = config.num_attention_heads // config.num_key_value_heads
-        self.query = nn.Linear(config.hidden_size, queries, bias=False)
-        self.key = nn.Linear(config.hidden_size, keys, bias=False)
-        self.value = nn.Linear(config.hidden_size, keys, bias=False)
-        self.output = nn.Linear(queries, config.hidden_size, bias=False)
+        self.layer, self.head_dim, self.causal, self.cross, self.fast = layer, head_dim, causal, cross, True
+        self.scale = head_dim ** -0.5 if config.scale_attention else 1.0
+        keys = heads * config.num_key_value_heads // config.num_attention_heads
+        self.groups = heads // keys
+        biased = config.attention_bias != "none"
+        self.query = nn.Linear(config.hidden_size, heads * head_dim, bias=biased)
+        self.key = nn.Linear(config.hidden_size, keys * head_dim, bias=biased)
+        self.value = nn.Linear(config.hidden_size, keys * head_dim, bias=biased)
+        self.output = nn.Linear(heads * head_dim, config.hidden_size, bias=config.attention_bias == "all")
         if config.query_key_norm:
-            self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.query_norm = RMSNorm(head_dim, config.norm_eps)
+            self.key_norm = RMSNorm(head_dim, config.norm_eps)
         self.normed = config.query_key_norm
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None,
-                cache: KeyValueCache | None) -> Tensor:
-        """(B, T, C) → (B, T, C). `turn` is (cos, sin) of the positions; no mask means causal within x itself."""
+    def forward(self, x: Tensor, view: View) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
         rows, read, _ = x.shape
-        split = (rows, read, -1, self.head_dim)
-        query, key, value = self.query(x).view(split), self.key(x).view(split), self.value(x).view(split)
+        query = self.query(x).view(rows, read, -1, self.head_dim)
         if self.normed:
-            query, key = self.query_norm(query), self.key_norm(key)
-        cos, sin = (part.to(query.dtype) for part in turn)
-        query = rotate(query.transpose(1, 2), cos, sin)  # (B, H, T, D)
-        key = rotate(key.transpose(1, 2), cos, sin)  # (B, K, T, D)
-        value = value.transpose(1, 2)  # (B, K, T, D)
-        if cache is not None:
-            key, value = cache.add(self.layer, key, value)  # (B, K, S, D)
+            query = self.query_norm(query)
+        query = query.transpose(1, 2)  # (B, H, T, D)
+        if self.cross:
+            key, value = self._remembered(view)
+            real = view.memory.real
+            mask = None if real is None else real[:, None, None, :]
+        else:
+            key, value = self._keys_and_values(x)  # (B, K, T, D)
+            if view.turn is not None:
+                cos, sin = (part.to(query.dtype) for part in view.turn)
+                query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            if view.cache is not None:
+                key, value = view.cache.add(self.layer, key, value)  # (B, K, S, D)
+            mask = view.mask
         mixed = self._attend(query, key, value, mask)  # (B, H, T, D)
         return self.output(mixed.transpose(1, 2).reshape(rows, read, -1))  # (B, T, C)
 
+    def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        split = (*x.shape[:2], -1, self.head_dim)
+        key, value = self.key(x).view(split), self.value(x).view(split)
+        if self.normed:
+            key = self.key_norm(key)
+        return key.transpose(1, 2), value.transpose(1, 2)  # (B, K, S, D) each
+
+    def _remembered(self, view: View) -> tuple[Tensor, Tensor]:
+        if view.cache is None:
+            return self._keys_and_values(view.memory.states)
+        if self.layer not in view.cache.cross:
+            view.cache.cross[self.layer] = self._keys_and_values(view.memory.states)
+        return view.cache.cross[self.layer]
+
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         read, seen = query.shape[2], key.shape[2]
-        if read == 1 and mask is None and self.groups > 1:
+        fast = self.fast and not _slow_backward(query)
+        if read == 1 and mask is None and self.groups > 1 and fast:
             # one query a head: the heads of a group stand in for T, and keys need no copying
             query = query.view(query.shape[0], -1, self.groups, self.head_dim)  # (B, K, H/K, D)
-            return fast_attention(query, key, value, None, False).reshape(query.shape[0], -1, 1, self.head_dim)
+            mixed = fast_attention(query, key, value, None, False, self.scale)
+            return mixed.reshape(query.shape[0], -1, 1, self.head_dim)
         if self.groups > 1:
             key = key.repeat_interleave(self.groups, dim=1)  # (B, H, S, D)
             value = value.repeat_interleave(self.groups, dim=1)
-        causal = mask is None and read > 1
-        fast = self.fast and not _slow_backward(query)
+        causal = self.causal and mask is None and read > 1
         if causal and (read != seen or not fast):
-            causal, mask = False, causal_mask(read, seen, query.device)
-        return fast_attention(query, key, value, mask, causal) if fast else attention(query, key, value, mask)
+            at = torch.arange(seen, device=query.device)
+            causal, mask = False, at <= at[seen - read:, None]
+        if fast:
+            return fast_attention(query, key, value, mask, causal, self.scale)
+        return attention(query, key, value, mask, self.scale)
 
 
 def _slow_backward(query: Tensor) -> bool:

@@ -1,38 +1,51 @@
-"""The Transformer: block, stack, model. Decoder-only so far; this is how the other two shapes fit.
+"""The Transformer in three shapes: blocks in stacks, one stack (decoder or encoder) or two, and a head.
 
-- A `Stack` is embedding-free: an encoder–decoder is two of them (`encoder`, `decoder`), an encoder only the first,
-  with a mask that is not causal.
-- Post-norm (BERT, BART, Marian) is the block's other order: norm(x + f(x)) instead of x + f(norm(x)); the two norms of
-  a block keep their names, and the stack's final norm falls away. A parallel block (GPT-NeoX) adds both f's to one x.
-- Cross-attention is a third sublayer between the two, the same `Attention` reading keys and values from the encoder's
-  output; its cache is filled once.
-- A relative bias (T5) is one table, owned by the stack, that turns into an additive (1, H, T, S) tensor once a forward
-  and travels beside the mask; rotary (`turn`) travels the same way and is then absent.
+Everything that tells families apart is an option of ModelConfig: nothing here knows a family's name.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
-from lmcli.model.attention import Attention, KeyValueCache, causal_mask
-from lmcli.model.layers import GatedMLP, RMSNorm, rotation
+from lmcli.model.attention import Attention, KeyValueCache, Memory, View, visible
+from lmcli.model.layers import ACTIVATIONS, MLP, RelativeBias, make_norm, rotation, sinusoids
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). (B, T, C) → (B, T, C)."""
+    """Self-attention, then (in a decoder that reads an encoder) cross-attention, then the MLP. (B, T, C) → (B, T, C).
 
-    def __init__(self, config: ModelConfig, layer: int, dropout: float):
+    Each f is added as x + f(norm(x)); with `post_norm` as norm(x + f(x)); in a parallel block all f's read the same x.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, encoder: bool, dropout: float):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config)
-        self.dropout = dropout
+        heads, width = (config.encoder_attention_heads, config.encoder_head_dim) if encoder else \
+            (config.num_attention_heads, config.head_dim)
+        first_normed = layer > 0 or config.first_attention_norm
+        self.attention_norm = make_norm(config) if first_normed else nn.Identity()
+        self.attention = Attention(config, layer, heads, width, causal=not encoder)
+        self.cross_norm = self.cross = None
+        if config.shape == "encoder-decoder" and not encoder:
+            self.cross_norm = make_norm(config)
+            self.cross = Attention(config, layer, heads, width, causal=False, cross=True)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config, config.encoder_intermediate_size if encoder else config.intermediate_size)
+        self.post_norm, self.parallel, self.dropout = config.post_norm, config.parallel_block, dropout
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None,
-                cache: KeyValueCache | None) -> Tensor:
-        x = x + self._drop(self.attention(self.attention_norm(x), turn, mask, cache))
+    def forward(self, x: Tensor, view: View) -> Tensor:
+        if self.parallel:
+            return x + self._drop(self.attention(self.attention_norm(x), view)) + self._drop(self.mlp(self.mlp_norm(x)))
+        if self.post_norm:
+            x = self.attention_norm(x + self._drop(self.attention(x, view)))
+            if self.cross is not None:
+                x = self.cross_norm(x + self._drop(self.cross(x, view)))
+            return self.mlp_norm(x + self._drop(self.mlp(x)))
+        x = x + self._drop(self.attention(self.attention_norm(x), view))
+        if self.cross is not None:
+            x = x + self._drop(self.cross(self.cross_norm(x), view))
         return x + self._drop(self.mlp(self.mlp_norm(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -40,87 +53,199 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks one after another and the final norm. (B, T, C) → (B, T, C)."""
+    """Blocks one after another, with what tells them positions before and, unless post-norm, a norm behind."""
 
-    def __init__(self, config: ModelConfig, dropout: float):
+    def __init__(self, config: ModelConfig, encoder: bool, dropout: float):
         super().__init__()
-        self.layers = nn.ModuleList(Block(config, i, dropout) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.config, self.causal = config, not encoder
+        count = config.num_encoder_layers if encoder else config.num_hidden_layers
+        heads = config.encoder_attention_heads if encoder else config.num_attention_heads
+        learned = config.positions == "learned"
+        rows = config.max_position_embeddings + config.position_offset
+        self.positions = nn.Embedding(rows, config.hidden_size) if learned else None
+        self.types = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
+        self.relative = RelativeBias(config, heads, encoder) if config.positions == "relative" else None
+        self.layers = nn.ModuleList(Block(config, i, encoder, dropout) for i in range(count))
+        self.norm = None if config.post_norm else make_norm(config)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None,
-                cache: KeyValueCache | None) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, turn, mask, cache)
-        return self.norm(x)
+    def forward(self, x: Tensor, real: Tensor | None = None, cache: KeyValueCache | None = None,
+                memory: Memory | None = None, types: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, C) of embedded tokens (B, T, C). `real` (B, S) is True where there is no padding;
+        `types` (B, T) are token types, all 0 when not given."""
+        past = cache.length if cache else 0
+        positions = self._positions(x, real, past)  # (B or 1, T)
+        if self.positions is not None:
+            x = x + self.positions(positions + self.config.position_offset)
+        elif self.config.positions == "sinusoidal":
+            x = x + sinusoids(positions, x.shape[-1]).to(x.dtype)
+        if self.types is not None:
+            x = x + (self.types.weight[0] if types is None else self.types(types))
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        full, local = self._views(x, positions, real, cache, memory, past)
+        for layer, kind in zip(self.layers, self.config.kinds_of_layers(len(self.layers))):
+            x = layer(x, local if kind == "sliding_attention" else full)
+        return x if self.norm is None else self.norm(x)
+
+    def _positions(self, x: Tensor, real: Tensor | None, past: int) -> Tensor:
+        seen = past + x.shape[1]
+        if real is None or not self.causal:
+            return torch.arange(past, seen, device=x.device)[None]
+        return (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]  # padding may stand on either side
+
+    def _views(self, x: Tensor, positions: Tensor, real: Tensor | None, cache: KeyValueCache | None,
+               memory: Memory | None, past: int) -> tuple[View, View]:
+        """What layers with full and with sliding-window attention look at."""
+        config, read = self.config, x.shape[1]
+        seen = past + read
+        mask = visible(read, seen, self.causal, 0, real, x.device)
+        turn = rotation(positions, config, config.rope_theta) if config.positions == "rotary" else None
+        if self.relative is not None:
+            bias = self.relative(past, read)  # (1, H, T, S)
+            if mask is None and self.causal:
+                mask = torch.ones(read, seen, dtype=torch.bool, device=x.device).tril(past)[None, None]
+            mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+        full = View(turn, mask, cache, memory)
+        if not config.sliding_window:
+            return full, full
+        local = replace(full, mask=visible(read, seen, self.causal, config.sliding_window, real, x.device))
+        if turn is not None and config.local_rope_theta:
+            local.turn = rotation(positions, config, config.local_rope_theta)
+        return full, local
+
+
+class LanguageHead(nn.Module):
+    """Hidden states (…, C) → logits over the vocabulary (…, V), in BERT's families after one more dense layer and norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.head_dense_bias) \
+            if config.head_dense else None
+        self.norm = make_norm(config) if config.head_norm else None
+        self.activation = ACTIVATIONS[config.head_act]
+        self.scale = config.hidden_size ** -0.5 if config.scale_logits else 1.0
+        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dense is not None:
+            x = self.activation(self.dense(x))
+        if self.norm is not None:
+            x = self.norm(x)
+        return self.output(x if self.scale == 1.0 else x * self.scale)
+
+
+class LabelHead(nn.Module):
+    """Hidden states (B, T, C) → logits of labels: (B, labels) for a text ("sequence": from its first token), (B, T,
+    labels) for tokens ("token"), (B, T, 2) for where an answer starts and ends ("span").
+
+    Without an output ("none") it is what a bare encoder puts on its first token, (B, C).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.pooled = config.head in ("sequence", "none")
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.head_dense_bias) \
+            if config.head_dense else None
+        self.norm = make_norm(config) if config.head_norm else None
+        self.activation = ACTIVATIONS[config.head_act]
+        labels = {"span": 2, "none": 0}.get(config.head, len(config.labels))
+        self.output = nn.Linear(config.hidden_size, labels) if labels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pooled:
+            x = x[:, 0]
+        if self.dense is not None:
+            x = self.activation(self.dense(x))
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.output is None else self.output(x)
 
 
 class Transformer(nn.Module):
-    """A language model: token ids → hidden states → logits over the next token."""
+    """Token ids → hidden states → logits (Vaswani et al. 2017), in the shape that the configuration names."""
 
     def __init__(self, config: ModelConfig, dropout: float = 0.0):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.decoder = Stack(config, dropout)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.encoder = Stack(config, True, dropout) if config.shape != "decoder" else None
+        self.decoder = Stack(config, False, dropout) if config.shape != "encoder" else None
+        self.head = LanguageHead(config) if config.head == "lm" else LabelHead(config)
         self.tie()
 
     def tie(self) -> None:
         """Lets the head share the embedding's matrix where the configuration says so."""
-        if self.config.tie_word_embeddings:
-            self.head.weight = self.embedding.weight
+        if self.config.tie_word_embeddings and self.config.head == "lm":
+            self.head.output.weight = self.embedding.weight
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                cache: KeyValueCache | None = None) -> Tensor:
-        """Logits (B, T, V) for input ids (B, T); see `hidden` for the other two."""
-        return self.head(self.hidden(input_ids, attention_mask, cache))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None,
+                decoder_input_ids: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
+        """Logits, (B, T, V) or as LabelHead tells, for input ids (B, T); with an encoder–decoder for the
+        `decoder_input_ids` (B, T) given the source (B, S) in `input_ids`. See `hidden` for mask and cache."""
+        if self.config.shape == "encoder-decoder":
+            memory = self.encode(input_ids, attention_mask)
+            return self.head(self.hidden(decoder_input_ids, None, cache, memory))
+        return self.head(self.hidden(input_ids, attention_mask, cache, token_type_ids=token_type_ids))
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-               cache: KeyValueCache | None = None) -> Tensor:
-        """Final hidden states (B, T, C) of input ids (B, T).
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None,
+               memory: Memory | None = None, token_type_ids: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, C) that the head reads, of input ids (B, T).
 
-        `attention_mask` (B, S) is 1 for real tokens and 0 for padding; positions count real tokens only, so padding may
-        stand on either side. With a cache the ids continue what it holds, S counts that too, and the cache grows by T.
+        `attention_mask` (B, S) is 1 for real tokens and 0 for padding; decoders count positions over real tokens only,
+        so padding may stand on either side. With a cache the ids continue what it holds, S counts that too, and the
+        cache grows by T. The decoder of two stacks reads `memory`.
         """
-        read = input_ids.shape[1]
-        past = cache.length if cache else 0
-        seen = past + read
-        if attention_mask is None:
-            mask = None
-            positions = torch.arange(past, seen, device=input_ids.device)[None]  # (1, T)
-        else:
-            mask = _mask(attention_mask.bool(), read)
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]  # (B, T)
-        turn = rotation(positions, self.config.head_dim, self.config.rope_theta)
-        x = self.decoder(self.embedding(input_ids), turn, mask, cache)
+        real = None if attention_mask is None else attention_mask.bool()
+        stack = self.encoder if self.decoder is None else self.decoder
+        hidden = stack(self._embedded(input_ids), real, cache, memory, token_type_ids)
         if cache:
-            cache.length = seen
-        return x
+            cache.length += input_ids.shape[1]
+        return hidden
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Memory:
+        """What the decoder of an encoder–decoder reads: its source (B, S) encoded; `attention_mask` is 0 on padding."""
+        real = None if attention_mask is None else attention_mask.bool()
+        return Memory(self.encoder(self._embedded(input_ids), real), real)
+
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        return x * self.config.hidden_size ** 0.5 if self.config.scale_embedding else x
+
+    def blocks(self) -> list[Block]:
+        """All blocks, those of the encoder first."""
+        return [block for stack in (self.encoder, self.decoder) if stack is not None for block in stack.layers]
+
+    def set_dropout(self, dropout: float) -> None:
+        """Sets the share of sublayer outputs that training sets to zero."""
+        for block in self.blocks():
+            block.dropout = dropout
 
     def set_fast_attention(self, fast: bool) -> None:
         """Chooses between the fused kernel and the attention one can read."""
-        for layer in self.decoder.layers:
-            layer.attention.fast = fast
+        for block in self.blocks():
+            for module in (block.attention, block.cross):
+                if module is not None:
+                    module.fast = fast
 
     def initialize(self, seed: int) -> None:
-        """Draws fresh weights: normal with deviation 0.02 for embeddings and 1/(2·√inputs) for the other matrices.
-
-        The two matrices that write into the residual stream start at zero, so every block starts as the identity.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        for name, weight in self.named_parameters():
-            if weight.ndim < 2:
-                nn.init.ones_(weight)
-            elif name.endswith(("attention.output.weight", "mlp.down.weight")):
-                nn.init.zeros_(weight)
-            else:
-                deviation = 0.02 if name in ("embedding.weight", "head.weight") else 0.5 * weight.shape[1] ** -0.5
-                nn.init.normal_(weight, std=deviation, generator=generator)
+        """Draws fresh weights: see `initialize`; `seed` decides them."""
+        initialize(self, list(self.named_parameters()), torch.Generator().manual_seed(seed))
 
 
-def _mask(real: Tensor, read: int) -> Tensor:
-    """(B, 1, T, S) bool: causal, blind to padding; a padding position looks at itself, so that its softmax exists."""
-    seen = real.shape[1]
-    at = torch.arange(seen, device=real.device)
-    itself = at == at[seen - read:, None]  # (T, S)
-    return (causal_mask(read, seen, real.device) & (real[:, None, :] | itself))[:, None]
+def initialize(model: Transformer, named: list[tuple[str, nn.Parameter]], generator: torch.Generator) -> None:
+    """Draws these parameters: normal with deviation 0.02 for embeddings and head, 1/(2·√inputs) for the other matrices.
+
+    The matrices that write into the residual stream start at zero, so every block starts as the identity. Norms start
+    at 1, biases at 0.
+    """
+    zero = ("attention.output.weight", "cross.output.weight", "mlp.down.weight", "bias")
+    tables = tuple(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    for name, weight in named:
+        if name.endswith(zero):
+            nn.init.zeros_(weight)
+        elif weight.ndim < 2:
+            nn.init.ones_(weight)
+        else:
+            small = name in tables or name == "head.output.weight"
+            nn.init.normal_(weight, std=0.02 if small else 0.5 * weight.shape[1] ** -0.5, generator=generator)

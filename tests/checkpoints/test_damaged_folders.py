@@ -13,6 +13,7 @@ from lmcli.checkpoints import folder as checkpoints
 from lmcli.errors import UserError
 
 INDEX = "model.safetensors.index.json"
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention"] * 3}
 
 
 @pytest.fixture(scope="module")
@@ -85,21 +86,26 @@ def test_a_file_is_nested_too_deep(file, copy):
 
 
 @pytest.mark.parametrize(("kind", "values", "message"), [
-    ("llama", {"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported"),
+    ("llama", {"model_type": "gpt_neo"}, "is not supported; the nearest supported family is 'gpt_neox'"),
+    ("llama", {"model_type": "gpt_neox"}, "architecture 'LlamaForCausalLM' is not supported for gpt_neox"),
+    ("llama", {"model_type": "chatglm", "auto_map": {"AutoModel": "x.py"}}, "comes with code of its own, which lm never"),
+    ("llama", {"architectures": ["LlamaForTokenClassification"]}, "architecture 'LlamaForTokenClassification' is not"),
     ("llama", {"model_type": ...}, "model_type None is not supported"),
     ("llama", {"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
-    ("llama", {"attention_bias": True}, "attention_bias True is not supported for llama"),
-    ("llama", {"mlp_bias": True}, "mlp_bias True is not supported for llama"),
-    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported for llama"),
-    ("qwen3", {"use_sliding_window": True}, "use_sliding_window True is not supported for qwen3"),
-    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope type 'llama3' is not supported"),
-    ("llama", {"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.0}},
-     "rope type 'linear' is not supported"),
+    ("llama", {"attention_bias": True}, "has no tensor model.layers.0.self_attn.q_proj.bias"),
+    ("llama", {"attention_bias": "some"}, "attention_bias 'some' is not supported for llama"),
+    ("llama", {"mlp_bias": True}, "has no tensor model.layers.0.mlp.gate_proj.bias"),
+    ("llama", {"hidden_act": "swish2"}, "hidden_act: 'swish2' is not one of"),
+    ("qwen3", {**SLIDING, "sliding_window": "wide"}, "sliding_window: 'wide' is not a whole number"),
+    ("qwen3", {**SLIDING, "layer_types": ["linear_attention"] * 3}, "layer_types ['linear_attention']"),
+    ("qwen3", {**SLIDING, "layer_types": ["sliding_attention"]}, "layer_types names 1 layers"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 8.0}}, "rope type 'dynamic' is not supported"),
+    ("llama", {"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, "rope type 'linear' without a factor"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "mscale 0.7 of rope type 'yarn'"),
     ("llama", {"rope_parameters": "default"}, "rope_parameters is not an object"),
     ("llama", {"rope_parameters": {"rope_theta": "wide"}}, "rope_theta: 'wide' is not a number"),
     ("llama", {"hidden_size": ...}, "has no hidden_size"),
     ("llama", {"hidden_size": None}, "has no hidden_size"),
-    ("llama", {"max_position_embeddings": None}, "max_position_embeddings: 0 is outside"),
     ("llama", {"hidden_size": "wide"}, "hidden_size: 'wide' is not a whole number"),
     ("llama", {"hidden_size": 36.5}, "hidden_size: 36.5 is not a whole number"),
     ("llama", {"hidden_size": [36]}, "hidden_size: [36] is not a whole number"),

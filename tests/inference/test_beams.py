@@ -38,7 +38,7 @@ def pair(small_model, small_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("beams")
     model = small_model(max_position_embeddings=64, vocab_size=small_tokenizer.size, tie_word_embeddings=False)
     with torch.no_grad():
-        model.head.weight *= 2
+        model.head.output.weight *= 2
     checkpoints.save(folder, model, small_tokenizer, GenerateConfig())
     return model, AutoModelForCausalLM.from_pretrained(folder)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmcli.model.attention import KeyValueCache, attention, causal_mask, fast_attention
+from lmcli.model.attention import KeyValueCache, attention, fast_attention, visible
 
 
 @pytest.fixture(autouse=True)
@@ -28,19 +28,32 @@ def test_one_query_by_hand():
 @pytest.mark.parametrize("kind", ["none", "causal", "random"])
 def test_fast_attention_equals_the_readable_one(kind, difference):
     query, key, value = random(2, 3, 7, 8), random(2, 3, 9, 8, seed=2), random(2, 3, 9, 8, seed=3)
-    mask = {"none": None, "causal": causal_mask(7, 9, torch.device("cpu")),
+    mask = {"none": None, "causal": causal_mask(7, 9),
             "random": (random(2, 1, 7, 9, seed=4) > 0) | (torch.arange(9) == 0)}[kind]
     assert difference(fast_attention(query, key, value, mask, False), attention(query, key, value, mask)) < 1e-6
 
 
 def test_causal_without_a_mask_equals_the_mask(difference):
     query, key, value = random(2, 3, 7, 8), random(2, 3, 7, 8, seed=2), random(2, 3, 7, 8, seed=3)
-    wanted = attention(query, key, value, causal_mask(7, 7, torch.device("cpu")))
+    wanted = attention(query, key, value, causal_mask(7, 7))
     assert difference(fast_attention(query, key, value, None, True), wanted) < 1e-6
 
 
-def test_causal_mask_by_hand():
-    assert causal_mask(2, 3, torch.device("cpu")).tolist() == [[True, True, False], [True, True, True]]
+def causal_mask(read: int, seen: int) -> torch.Tensor:
+    return torch.ones(read, seen, dtype=torch.bool).tril(seen - read)
+
+
+CPU = torch.device("cpu")
+
+
+def test_what_is_visible_by_hand():
+    real = torch.tensor([[False, True, True]])
+    assert visible(2, 3, True, 0, None, CPU) is None and visible(3, 3, False, 3, None, CPU) is None
+    assert visible(2, 3, True, 0, real, CPU).tolist() == [[[[False, True, False], [False, True, True]]]]
+    assert visible(2, 3, True, 2, None, CPU).tolist() == [[[[True, True, False], [False, True, True]]]]
+    assert visible(3, 3, False, 1, None, CPU).tolist() == [[[[True, True, False], [True, True, True], [False, True, True]]]]
+    # padding looks at itself too, so that its softmax exists
+    assert visible(3, 3, False, 0, real, CPU).tolist() == [[[[True, True, True], [False, True, True], [False, True, True]]]]
 
 
 def padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedd
 
 from lmcli.config import ModelConfig
 from lmcli.errors import UsageError
-from lmcli.model.layers import GatedMLP, RMSNorm, rotate, rotation
+from lmcli.model.layers import MLP, RMSNorm, rotate, rotation
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -28,13 +28,13 @@ def test_rotary_positions_are_those_of_transformers(theta, head_dim, difference)
     query = torch.randn(2, 4, 5, head_dim, generator=torch.Generator().manual_seed(1))
     cos, sin = Qwen3RotaryEmbedding(config)(query, positions)
     wanted, _ = apply_rotary_pos_emb(query, query, cos, sin)
-    assert difference(rotate(query, *rotation(positions, head_dim, theta)), wanted) < 1e-5
+    assert difference(rotate(query, *rotation(positions, ModelConfig(head_dim=head_dim), theta)), wanted) < 1e-5
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
     query, key = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(1))
     def turned(x, at):
-        return rotate(x, *rotation(torch.tensor([[at]]), 8, 10_000.0))
+        return rotate(x, *rotation(torch.tensor([[at]]), ModelConfig(head_dim=8), 10_000.0))
     assert turned(query, 9).norm().item() == pytest.approx(query.norm().item(), rel=1e-6)
     near, far = (turned(query, at + 3) * turned(key, at) for at in (0, 40))
     assert near.sum().item() == pytest.approx(far.sum().item(), rel=1e-4)
@@ -42,7 +42,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only():
 
 
 def test_gated_mlp_is_that_of_transformers(difference, randomize):
-    ours = randomize(GatedMLP(ModelConfig(vocab_size=2, hidden_size=24, intermediate_size=40).complete()))
+    ours = randomize(MLP(ModelConfig(vocab_size=2, hidden_size=24, intermediate_size=40).complete(), 40))
     theirs = randomize(Qwen3MLP(Qwen3Config(hidden_size=24, intermediate_size=40)))
     x = torch.randn(3, 24, generator=torch.Generator().manual_seed(1))
     assert difference(ours(x), theirs(x)) < 1e-6

@@ -22,7 +22,7 @@ def test_fresh_weights_follow_from_the_seed_alone():
     again = fresh(3).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert [name for name in first if first[name].ndim > 1 and not torch.equal(first[name], other[name])] == [
-        name for name in first if first[name].ndim > 1 and not name.endswith(("output.weight", "down.weight"))]
+        name for name in first if first[name].ndim > 1 and not name.endswith(("attention.output.weight", "down.weight"))]
 
 
 def test_a_fresh_model_passes_its_input_through_and_knows_nothing(difference):
@@ -33,7 +33,7 @@ def test_a_fresh_model_passes_its_input_through_and_knows_nothing(difference):
 
 
 @pytest.mark.parametrize(("name", "deviation"), [
-    ("embedding.weight", 0.02), ("head.weight", 0.02), ("decoder.layers.0.attention.query.weight", 0.5 / 8),
+    ("embedding.weight", 0.02), ("head.output.weight", 0.02), ("decoder.layers.0.attention.query.weight", 0.5 / 8),
     ("decoder.layers.1.mlp.up.weight", 0.5 / 8), ("decoder.layers.1.mlp.down.weight", 0.0)])
 def test_fresh_matrices_have_the_deviation_that_is_promised(name, deviation):
     assert fresh(0).get_parameter(name).std().item() == pytest.approx(deviation, rel=0.05)
@@ -41,8 +41,8 @@ def test_fresh_matrices_have_the_deviation_that_is_promised(name, deviation):
 
 def test_a_tied_head_is_the_embedding_itself(small_model):
     tied, untied = small_model(tie_word_embeddings=True), small_model(tie_word_embeddings=False)
-    assert tied.head.weight is tied.embedding.weight
-    assert untied.head.weight is not untied.embedding.weight
+    assert tied.head.output.weight is tied.embedding.weight
+    assert untied.head.output.weight is not untied.embedding.weight
     assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters()) == 401 * 32
 
 
