@@ -45,12 +45,13 @@ def build(model: nn.Module, config: TrainConfig) -> Optimizers:
     """AdamW (Loshchilov & Hutter 2019), fused where torch has it; with optimizer "muon" the blocks' matrices get Muon
     (Jordan et al. 2024: momentum, made orthogonal by five Newton–Schulz steps) at `matrix_learning_rate` instead.
 
-    Matrices decay, norms and the embedding do not.
+    Matrices decay; norms, biases and tables of embeddings do not.
     """
     named = list(model.named_parameters())
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     inner = [p for name, p in named if p.ndim == 2 and ".layers." in name]
-    outer = [p for name, p in named if p.ndim == 2 and ".layers." not in name and name != "embedding.weight"]
-    kept = [p for name, p in named if p.ndim < 2 or name == "embedding.weight"]
+    outer = [p for name, p in named if p.ndim == 2 and ".layers." not in name and name not in tables]
+    kept = [p for name, p in named if p.ndim < 2 or name in tables]
     assert len(inner) + len(outer) + len(kept) == len(named)
     by_muon = config.optimizer == "muon"
     decayed = outer if by_muon else inner + outer
