@@ -117,3 +117,25 @@ def test_two_states_are_kept_and_a_damaged_newest_is_told(tmp_path):
     notes = []
     assert state.restore(tmp_path, made, built, notes.append).step == 2
     assert len(notes) == 1 and "step-000000003" in notes[0]
+
+
+def test_muon_is_that_of_torch():
+    ours, theirs = ([torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
+                     for i, shape in enumerate(((8, 12), (12, 8), (8, 12), (16, 4)))] for _ in range(2))
+    built, known = optimizers.Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(3):
+        for mine, its in zip(ours, theirs):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            its.grad = mine.grad.clone()
+        built.step()
+        known.step()
+    for mine, its in zip(ours, theirs):
+        assert ((mine - its).norm() / (0.06 * its.numel() ** 0.5)).item() < 0.01  # bfloat16 products in another order
+
+
+def test_orthogonal_updates_have_singular_values_near_one():
+    for shape in ((3, 24, 24), (2, 40, 8), (1, 8, 40)):
+        found = optimizers.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16())
+        values = torch.linalg.svdvals(found.float())
+        assert values.shape == (shape[0], min(shape[1:])) and 0.3 < values.min() and values.max() < 1.5
