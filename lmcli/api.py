@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmcli.checkpoints import folder
+from lmcli.checkpoints import folder, hub
 from lmcli.config import GenerateConfig, check
 from lmcli.errors import UsageError
 from lmcli.inference.decoding import Decoder, Generated, Piece
@@ -20,13 +20,13 @@ from lmcli.text.corpus import encode_text
 
 
 def load(path: str | Path, device: str = "auto", dtype: str = "auto", threads: int = 0, training: bool = False) -> "Model":
-    """The model of a folder. `dtype` "auto" is float32 (with `training`, which also suits generating, bfloat16 where
-    the hardware is made for it).
+    """The model of a folder, or of a name on Hugging Face's hub (see checkpoints/hub.py). `dtype` "auto" is float32 (with
+    `training`, which also suits generating, bfloat16 where the hardware is made for it).
 
     Raises UserError for a folder that cannot be read and UsageError for a device that is not there.
     """
     placement = place(device, dtype, threads, training)
-    return Model(folder.load(path, placement.device, placement.dtype), placement)
+    return Model(folder.load(hub.find(path), placement.device, placement.dtype), placement)
 
 
 class Model:
