@@ -9,32 +9,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmcli.checkpoints import folder
-from lmcli.config import GenerateConfig, check
-from lmcli.errors import UsageError
+from lmcli.checkpoints import folder, hub
+from lmcli.config import GenerateConfig, ModelConfig, check
+from lmcli.errors import UsageError, UserError
+from lmcli.inference.classification import Classified, Classifier
 from lmcli.inference.decoding import Decoder, Generated, Piece
 from lmcli.inference.ordering import batch_tokens, grouped_by_length
 from lmcli.inference.scoring import Perplexity, Score, Scorer
 from lmcli.model.device import Placement, place
 from lmcli.text.corpus import encode_text
 
+# (shape, head) → what such a model is, and the commands that can use it with what they do
+ABILITIES = {
+    ("decoder", "lm"): ("a language model (decoder)", {
+        "generate": "continues text", "score": "log-probabilities", "perplexity": "bits per byte"}),
+    ("encoder", "lm"): ("a masked language model (encoder)", {"generate": "fills masks"}),
+    ("encoder-decoder", "lm"): ("an encoder–decoder", {"generate": "turns one text into another"}),
+    ("encoder", "sequence"): ("a classifier of texts (encoder)", {"classify": "labels texts"}),
+    ("encoder", "token"): ("a classifier of tokens (encoder)", {"classify": "labels tokens"}),
+    ("encoder", "span"): ("a question-answering model (encoder)", {}),
+    ("encoder", "none"): ("an encoder without a head", {}),
+}
+
 
 def load(path: str | Path, device: str = "auto", dtype: str = "auto", threads: int = 0, training: bool = False) -> "Model":
-    """The model of a folder. `dtype` "auto" is float32 (with `training`, which also suits generating, bfloat16 where
-    the hardware is made for it).
+    """The model of a folder, or of a name on Hugging Face's hub (see checkpoints/hub.py). `dtype` "auto" is float32 (with
+    `training`, which also suits generating, bfloat16 where the hardware is made for it).
 
     Raises UserError for a folder that cannot be read and UsageError for a device that is not there.
     """
     placement = place(device, dtype, threads, training)
-    return Model(folder.load(path, placement.device, placement.dtype), placement)
+    return Model(folder.load(hub.find(path), placement.device, placement.dtype), placement, str(path))
+
+
+def abilities(config: ModelConfig) -> tuple[str, dict[str, str]]:
+    """(what a model is, {command that can use it: what it does})."""
+    return ABILITIES[config.shape, config.head]
 
 
 class Model:
-    """A loaded model folder. `model` is the torch.nn.Module, `tokenizer` and `placement` what it runs with."""
+    """A loaded model folder. `model` is the torch.nn.Module, `tokenizer` and `placement` what it runs with; `name` is
+    what errors call it."""
 
-    def __init__(self, checkpoint: folder.Checkpoint, placement: Placement):
-        self.checkpoint, self.placement = checkpoint, placement
+    def __init__(self, checkpoint: folder.Checkpoint, placement: Placement, name: str = "the model"):
+        self.checkpoint, self.placement, self.name = checkpoint, placement, name
         self.model, self.tokenizer = checkpoint.model, checkpoint.tokenizer
+
+    def require(self, command: str) -> None:
+        """Raises UserError, naming what the model is and can do, when its shape or head is not made for a command."""
+        what, commands = abilities(self.model.config)
+        if command not in commands:
+            able = ", ".join(f"lm {name} ({does})" for name, does in commands.items())
+            raise UserError(f"is {what}, which lm {command} cannot use", where=self.name,
+                            hint=f"it can: {able}" if able else "its outputs: lmcli.load(…).logits in Python")
 
     @property
     def context(self) -> int:
@@ -50,11 +77,36 @@ class Model:
         return self.tokenizer.decode(ids)
 
     @torch.inference_mode()
-    def logits(self, input_ids: Tensor | list[list[int]], attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) for ids (B, T); `attention_mask` (B, T) is 0 on padding. No token is added."""
-        ids = torch.as_tensor(input_ids, device=self.placement.device)
-        mask = None if attention_mask is None else torch.as_tensor(attention_mask, device=self.placement.device)
-        return self.model(ids, mask)
+    def logits(self, input_ids: Tensor | list[list[int]], attention_mask: Tensor | list[list[int]] | None = None,
+               decoder_input_ids: Tensor | list[list[int]] | None = None,
+               token_type_ids: Tensor | list[list[int]] | None = None) -> Tensor:
+        """Logits for ids (B, T): (B, T, V) over the vocabulary, (B, labels) or (B, T, labels) with a classifier, (B, T, 2)
+        with question answering, the first token's state (B, C) without a head.
+
+        `attention_mask` (B, T) is 0 on padding. An encoder–decoder reads the ids and gives logits for the
+        `decoder_input_ids`, without which it raises UsageError. No token is added.
+        """
+        if (decoder_input_ids is None) == (self.model.config.shape == "encoder-decoder"):
+            raise UsageError("an encoder–decoder, and no other model, needs decoder_input_ids", where=self.name)
+        ids, mask, target, types = (
+            None if given is None else torch.as_tensor(given, device=self.placement.device)
+            for given in (input_ids, attention_mask, decoder_input_ids, token_type_ids))
+        return self.model(ids, mask, decoder_input_ids=target, token_type_ids=types)
+
+    def classifier(self, threshold: float = 0.5, batch: int = 0) -> Classifier:
+        """A Classifier for this model; `threshold` is the probability above which a multi-label model's label holds.
+
+        Raises UserError for a model that gives no labels.
+        """
+        self.require("classify")
+        if not 0 <= threshold <= 1:
+            raise UsageError(f"{threshold} is outside 0 to 1", where="--threshold")
+        return Classifier(self.model, self.tokenizer, threshold, batch)
+
+    def classify(self, texts: str | list[str], **options: Any) -> list[Classified]:
+        """What the model says of each text: .label, .probability, .probabilities, .logits, and .pieces when it labels
+        tokens. The tokenizer's special tokens are put around each text; one too long is cut, which `.truncated` tells."""
+        return self.classifier(**options).classify([texts] if isinstance(texts, str) else texts)
 
     def beginning(self, bos: bool | None = None) -> list[int]:
         """The ids that start a context: the tokenizer's own, or as `bos` overrides them.
@@ -114,8 +166,9 @@ class Model:
                stride: int | None = None, batch: int = 0) -> Scorer:
         """A Scorer for this model. `eos` scores the closing token too.
 
-        Raises UsageError for a context or stride that the model cannot have.
+        Raises UsageError for a context or stride that the model cannot have, UserError for one that is no decoder.
         """
+        self.require("score")
         if context is not None and not 2 <= context <= self.context:
             raise UsageError(f"{context} is outside 2 to {self.context}, the model's context", where="--context")
         if stride is not None and not 1 <= stride <= (context or self.context):

@@ -18,6 +18,8 @@ COMMANDS = {
     "generate": "Continues prompts.",
     "score": "Log-probability and surprisal of lines, words or tokens.",
     "perplexity": "Perplexity and bits per byte of files.",
+    "classify": "Labels of lines or tokens, by a classifier.",
+    "info": "What a model, run, tokenizer or text is.",
 }
 
 
@@ -47,6 +49,8 @@ def lm() -> None:
     lm generate -m notes "Once"           continue a prompt
     lm score -m notes < lines.txt         log-probability of each line
     lm perplexity -m notes other.txt      bits per byte of a file
+    lm classify -m sentiment lines.txt    label and probability of each line
+    lm info notes                         what a model, tokenizer or text is
 
     A model is a Hugging Face folder. Results go to standard output, everything else to standard error.
     Completion: eval "$(_LM_COMPLETE=bash_source lm)" in ~/.bashrc; zsh_source and fish_source likewise.

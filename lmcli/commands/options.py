@@ -29,7 +29,8 @@ def _together(*decorators: Callable) -> Callable:
     return decorate
 
 
-model = click.option("-m", "--model", envvar="LM_MODEL", metavar="DIR", show_envvar=True, help="Model folder.")
+model = click.option("-m", "--model", envvar="LM_MODEL", metavar="DIR", show_envvar=True,
+                     help="Model folder, or a name on Hugging Face's hub.")
 json_output = click.option("--json", "as_json", is_flag=True, help="Write JSON Lines.")
 quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
 verbose = click.option("-v", "--verbose", is_flag=True, help="Say what was chosen.")

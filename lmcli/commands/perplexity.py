@@ -55,6 +55,7 @@ def perplexity(files, models, validation, documents, context, stride, eos, bos, 
     def rows():
         for folder in models:
             loaded = options.load_model(folder, device, dtype, threads, verbose)
+            loaded.require("perplexity")
             scorer = loaded.scorer(bos, eos, context, stride, batch_tokens or 0)
             for label, name in sources:
                 found = _validation(folder) if validation else _survey(name, documents, format_, fields, on_error, quiet)
