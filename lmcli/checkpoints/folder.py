@@ -9,7 +9,7 @@ import torch
 
 from lmcli.checkpoints.config_json import family_of, read_config, write_config
 from lmcli.checkpoints.families import Family
-from lmcli.checkpoints.weights import put, tensors_of
+from lmcli.checkpoints.weights import as_stored, new_names, put, tensors_of
 from lmcli.config import GenerateConfig, ModelConfig, check
 from lmcli.errors import UserError
 from lmcli.model.transformer import Transformer
@@ -101,10 +101,9 @@ def _model(family: Family, config: ModelConfig, tensors: dict[str, torch.Tensor]
            where: str) -> tuple[Transformer, list[str]]:
     """A Transformer around the tensors, and the names of those it has no use for; nothing is allocated for weights that
     a file already holds."""
-    if config.head == "none" and not any("pooler." in name for name in tensors):
-        config = replace(config, head_dense=False)  # a bare encoder may come without the layer on its first token
+    tensors = new_names(tensors)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(as_stored(config, family, tensors))
     return model, put(model, family, tensors, where)
 
 
