@@ -243,6 +243,8 @@ def _unsayable(family: Family, config: ModelConfig) -> str | None:
     if config.head not in family.heads:
         return f"head {config.head}"
     expected = {"head_act": config.hidden_act, **family.expected(config.head)}
+    if config.head == "none" and not config.head_dense:
+        expected["head_dense"] = False  # a bare encoder may do without
     if family.padding_first:
         expected["position_offset"] = (config.pad_token_id or 0) + 1
     free = {*family.keys, "multi_label", *(("sliding_window",) if family.window else ()),
@@ -289,7 +291,8 @@ def _write_rope(family: Family, config: ModelConfig) -> dict[str, Any]:
     rope = {"rope_type": config.rope_type, "rope_theta": config.rope_theta}
     if config.rope_type != "default":
         rope |= {theirs: getattr(config, ours) for ours, theirs in ROPE_KEYS.items()
-                 if config.rope_type == "llama3" or ours in ("rope_factor", "rope_original_context")}
+                 if config.rope_type == "llama3" or ours == "rope_factor"}
+    if config.rope_type in ("llama3", "yarn"):
         rope["original_max_position_embeddings"] = config.rope_original_context or config.max_position_embeddings
     if "rotary_fraction" in family.keys:
         rope["partial_rotary_factor"] = config.rotary_fraction

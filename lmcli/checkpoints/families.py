@@ -186,7 +186,7 @@ def _bert_rows(prefix: str) -> tuple[Row, ...]:
 BERT_KEYS = {**IDS, **SIZES, "norm_eps": "layer_norm_eps", "type_vocab_size": "type_vocab_size"}
 BERT_DEFAULTS = {"vocab_size": 30_522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
                  "intermediate_size": 3072, "max_position_embeddings": 512, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
-                 "type_vocab_size": 2, "tie_word_embeddings": True}
+                 "type_vocab_size": 2, "tie_word_embeddings": True, "pad_token_id": 0}
 BERT_FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 BERT_IGNORED = r"embeddings\.position_ids$"
 
@@ -231,7 +231,7 @@ DISTILBERT = Family(
      "sequence": (Row("pre_classifier", ("head.dense",)), Row("classifier", ("head.output",))), **TOKEN_HEADS},
     {"lm": MASKED_HEAD, "sequence": {"head_dense": True, "head_act": "relu"}},
     {"vocab_size": 30_522, "dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 3072, "max_position_embeddings": 512,
-     "activation": "gelu", "tie_word_embeddings": True},
+     "activation": "gelu", "tie_word_embeddings": True, "pad_token_id": 0},
     # sinusoids are stored like learned positions
     choices={"sinusoidal_pos_embds": ((False, {}), (True, {}))}, prefix="distilbert.", ignored=BERT_IGNORED)
 MODERNBERT = Family(

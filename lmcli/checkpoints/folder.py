@@ -1,6 +1,7 @@
 """A model folder ↔ a Transformer, its tokenizer and its generation defaults, in Hugging Face format."""
 
 import json
+import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lmcli.text.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # generation_config.json keys, which mean the same here; `do_sample: false` is temperature 0
 GENERATE_KEYS = tuple(field.name for field in fields(GenerateConfig))
 ALWAYS_WRITTEN = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams",
@@ -58,7 +60,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
         raise UserError(f"has {tokenizer.size:,} ids, the model has {config.vocab_size:,} rows for them",
                         where=str(folder / "tokenizer.json"), hint="tokenizer and model do not belong together")
     weights = folder / (INDEX if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file() else WEIGHTS)
-    model, unused = _model(family, config, _tensors(weights), str(weights))
+    model, unused = _model(family, config, _tensors(weights, family.heads[config.head]), str(weights))
     generation = _optional_json(folder / "generation_config.json")
     return Checkpoint(model.to(device=device, dtype=dtype).eval(), tokenizer,
                       _generate_config(generation, document, config.shape, folder), tokenizer.prefix,
@@ -83,9 +85,19 @@ def _optional_json(file: Path) -> dict[str, Any] | None:
     return read_json(file) if file.is_file() else None
 
 
-def _tensors(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a weights file, or of the shards that an index names."""
+def _converting(folder: Path, architecture: str) -> str:
+    """The command that makes safetensors of pickled weights: reading those may run whatever their author put in."""
+    code = (f"from transformers import {architecture} as M; "
+            f"M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})")
+    return f"if you trust where it comes from: python -c {shlex.quote(code)}"
+
+
+def _tensors(file: Path, architecture: str) -> dict[str, torch.Tensor]:
+    """All tensors of a weights file, or of the shards that an index names; `architecture` is for the hint of a refusal."""
     if not file.is_file():
+        if any(file.with_name(name).is_file() for name in PICKLED):
+            raise UserError(f"holds no {WEIGHTS}, only {PICKLED[0]}, which lm never opens", where=str(file.parent),
+                            hint=_converting(file.parent, architecture))
         raise UserError(f"holds no {WEIGHTS}", where=str(file.parent), hint="only safetensors hold weights here")
     if file.name == WEIGHTS:
         return read_tensors(file)

@@ -102,7 +102,9 @@ def put(model: Transformer, family: Family, tensors: dict[str, Tensor], where: s
         state.update(zip(ours, parted(tensor, [len(part) for part in parts], layout, heads)))
         used.add(name)
     _refuse_other_embeddings(family, config, tensors, where)
-    repeated = {*family.twice, *family.twice.values(), *_repeated(family, config)}
+    repeated = {*_repeated(family, config)}
+    if config.head == "lm":
+        repeated |= {*family.twice, *family.twice.values()}
     unused = [name for name in tensors if name not in used and not re.search(family.ignored, name)
               and not {name, f"{family.prefix}{name}"} & repeated]
     unknown = [name for name in unused if not known_to_other_heads(family, name)]
