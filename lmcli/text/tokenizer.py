@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from lmcli.config import TokenizerConfig
 from lmcli.errors import UserError
@@ -223,12 +223,17 @@ def _ends_from_characters(text: str, spans: list[tuple[int, int]], size: int) ->
     return ends
 
 
-def learn(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+def learn(texts: Iterable[str], config: TokenizerConfig, kind: str = "decoder") -> Tokenizer:
     """A byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) of at most `config.vocab_size` ids, learnt from a stream.
 
-    Any text round-trips, since all 256 bytes are in the vocabulary. `<|endoftext|>` is id 0, and the template puts it
-    in front. Text too small for the vocabulary gives a smaller one: see the result's `size`.
+    Any text round-trips, since all 256 bytes are in the vocabulary. The first ids are the special tokens, which go with
+    the model's shape: `<|endoftext|>` in front for a decoder; `[CLS] … [SEP]` and a mask for an encoder; `… </s>` for an
+    encoder–decoder. Text too small for the vocabulary gives a smaller one: see the result's `size`.
     """
+    special, single, pair, settings = SHAPES[kind]
+    if config.vocab_size < 256 + len(special):
+        raise UserError(f"tokenizer.vocab_size {config.vocab_size} is too small: 256 bytes and the {len(special)} special "
+                        f"tokens of an {kind} make {256 + len(special)}")
     core = tokenizers.Tokenizer(models.BPE())
     if config.pattern == "gpt2":
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -238,14 +243,31 @@ def learn(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size, special_tokens=[END_OF_TEXT], show_progress=False, min_frequency=2,
+        vocab_size=config.vocab_size, special_tokens=special, show_progress=False, min_frequency=2,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     core.train_from_iterator(texts, trainer)
     core.post_processor = processors.TemplateProcessing(
-        single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A {END_OF_TEXT} $B:1", special_tokens=[(END_OF_TEXT, 0)])
-    return Tokenizer(core, {
-        "tokenizer_class": PLAIN, "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT,
-        "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False})
+        single=single, pair=pair, special_tokens=[(str(token.content), i) for i, token in enumerate(special)])
+    return Tokenizer(core, {"tokenizer_class": PLAIN, **settings, "clean_up_tokenization_spaces": False})
+
+
+def _special(*tokens: str) -> list[AddedToken]:
+    """A mask stands for the word with the space before it, as the vocabulary spells words, so it takes that space."""
+    return [AddedToken(token, special=True, normalized=False, lstrip=token == "[MASK]") for token in tokens]
+
+
+# a model's shape → special tokens in the order of their ids, templates for a text and for a pair, settings
+SHAPES = {
+    "decoder": (
+        _special(END_OF_TEXT), f"{END_OF_TEXT} $A", f"{END_OF_TEXT} $A {END_OF_TEXT} $B:1",
+        {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "add_bos_token": True, "add_eos_token": False}),
+    "encoder": (
+        _special("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1",
+        {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
+         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}),
+    "encoder-decoder": (
+        _special("<pad>", "</s>", "<unk>"), "$A </s>", "$A </s> $B </s>",
+        {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"})}
 
 
 def load(path: str | Path) -> Tokenizer:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from lmcli.config import TokenizerConfig
 from lmcli.text import sentencepiece as ours_spm
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.sentencepiece import MarianSide
@@ -319,3 +320,22 @@ def test_a_sentencepiece_file_is_read_as_the_library_reads_it(spm, options):
     assert (ours.charsmap, ours.add_dummy_prefix, ours.remove_extra_whitespaces) == (
         theirs.normalizer_spec.precompiled_charsmap, theirs.normalizer_spec.add_dummy_prefix,
         theirs.normalizer_spec.remove_extra_whitespaces)
+
+
+@pytest.mark.parametrize("kind, model_types", [
+    ("decoder", ("llama", "qwen3")), ("encoder", ("bert", "roberta", "distilbert")),
+    ("encoder-decoder", ("t5", "bart", "marian"))])
+@pytest.mark.parametrize("pattern", ["gpt2", "qwen2"])
+def test_our_own(tmp_path, lines, training, kind, model_types, pattern):
+    """Whatever the model's family, transformers takes the tokenizer.json as it is."""
+    learnt = tokenizers.learn(training[:300], TokenizerConfig(600, pattern), kind)
+    for model_type in model_types:
+        folder = write(tmp_path / model_type, model_type)
+        learnt.save(folder, context=64)
+        ours = check(folder, lines if model_type == model_types[0] else lines[::20])
+        assert ours.hash == learnt.hash and ours.settings == {**learnt.settings, "model_max_length": 64}
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert type(theirs).__name__ == "TokenizersBackend" and theirs.model_max_length == 64
+        assert ("token_type_ids" in theirs("a", "b")) == (kind == "encoder")
+        if kind == "encoder":
+            assert theirs.mask_token_id == 4 and theirs("the [MASK] of").input_ids[-3] == 4

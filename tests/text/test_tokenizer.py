@@ -205,6 +205,18 @@ PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "##b", "."]
 
 
 class TestTemplates:
+    @pytest.mark.parametrize("kind, single, pair, types", [
+        ("decoder", [0, 8], [0, 8, 0, 9], [0, 0, 0, 1]),
+        ("encoder", [2, 8, 3], [2, 8, 3, 9, 3], [0, 0, 0, 1, 1]),
+        ("encoder-decoder", [8, 1], [8, 1, 9, 1], [0] * 4)])
+    def test_each_shape_has_its_own(self, kind, single, pair, types):
+        learnt = tokenizers.learn(SAMPLE, TokenizerConfig(300), kind)
+        assert learnt.with_template([8]) == (single, [0] * len(single))
+        assert learnt.with_template([8], [9]) == (pair, types)
+        assert [*learnt.prefix, 8, *learnt.suffix] == single
+        assert learnt.with_template([])[0] == learnt.prefix + learnt.suffix
+        assert learnt.target is learnt
+
     def test_of_a_tokenizer_without_one(self, gpt2):
         assert gpt2.with_template([8]) == ([8], [0]) and gpt2.with_template([8], [9]) == ([8, 9], [0, 1])
 
@@ -216,6 +228,18 @@ class TestTemplates:
         learnt = tokenizers.learn(SAMPLE, TokenizerConfig(300))
         learnt.core.post_processor = processor
         assert tokenizers.Tokenizer(learnt.core).with_template([8], [9]) == (pair, types)
+
+    def test_the_mask_takes_the_space_before_it(self):
+        learnt = tokenizers.learn(SAMPLE, TokenizerConfig(300), "encoder")
+        ids = learnt.encode("the [MASK] of")
+        assert ids.index(4) == len(learnt.encode("the")) and learnt.pieces(ids)[ids.index(4) + 1].startswith("Ġ")
+        named = [learnt.special(f"{name}_token") for name in ("pad", "unk", "cls", "sep", "mask", "eos")]
+        assert named == [0, 1, 2, 3, 4, None]
+
+    def test_a_vocabulary_too_small_for_the_special_tokens(self):
+        with pytest.raises(UserError, match=r"vocab_size 258 is too small.*an encoder make 261"):
+            tokenizers.learn(SAMPLE, TokenizerConfig(258), "encoder")
+        assert tokenizers.learn(SAMPLE, TokenizerConfig(261), "encoder").size == 261
 
 
 class TestTextOfIds:
