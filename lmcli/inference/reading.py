@@ -56,9 +56,10 @@ class Reading:
 
     def reorder(self, rows: Tensor, since: int) -> None:
         """Reorders texts (B, int64) that are the same up to column `since`, as the beams of one prompt are."""
-        for part in (self.cache.keys, self.cache.values):
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        for part in (self.cache.keys, self.cache.values) if len(moved) else ():
             written = part[:, :, :, since:self.cache.length]  # (layers, B, K, n, D)
-            written.copy_(written.index_select(1, rows))
+            written[:, moved] = written[:, rows[moved]]
 
     def _read(self, ids: Tensor) -> Tensor:
         return self.model.head(self.model.hidden(ids, self.real, self.cache, self.memory)[:, -1]).float()

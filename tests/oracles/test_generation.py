@@ -1,0 +1,119 @@
+"""Greedy, beam search and mask filling beside transformers; tests/acceptance/beam_comparison.py is the long form."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import lmcli
+from lmcli.config import TokenizerConfig
+
+transformers = pytest.importorskip("transformers")
+PATH = Path(__file__).parents[1] / "acceptance" / "beam_comparison.py"
+SETTINGS = ("greedy, rules", "length penalty 0.6, early stopping False", "length penalty 2.0, early stopping never",
+            "length penalty 0.0, early stopping True", "no-repeat 3, all 4 beams", "forced first and last", "suppressed",
+            "bad words", "lengths, penalty", "as long as it may be")
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    spec = importlib.util.spec_from_file_location("beam_comparison", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "marian", "llama", "gpt2"])
+def test_the_same_tokens_as_transformers(family, comparison):
+    found = list(comparison.compare(family, 12, SETTINGS))
+    assert [(name, same) for name, same, total, _ in found] == [(name, total) for name, _, total, _ in found]
+    assert max(lengths for *_, lengths in found) > 3
+
+
+def test_an_old_folder_says_how_to_generate_in_its_config_json(comparison, tmp_path):
+    model = comparison.make("bart", tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    old = {"num_beams": 3, "early_stopping": True, "length_penalty": 2.0, "no_repeat_ngram_size": 3, "min_length": 8,
+           "max_length": 15, "forced_bos_token_id": 11, "forced_eos_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **old}))
+    lm = lmcli.load(tmp_path)
+    rows = [[*row, 2] for row in comparison.inputs(5)]
+    settings = {**old, "eos_token_id": [2], "pad_token_id": 1, "decoder_start_token_id": 2, "bos_token_id": 0}
+    found = [results[0].tokens for results in lmcli.api.decode_all(lm.decoder(), rows)]
+    assert found == comparison.theirs(model, rows, settings)
+    assert all(text[0] == 11 and 7 <= len(text) <= 14 for text in found)
+
+
+@pytest.fixture(scope="module")
+def bert(small_tokenizer, randomize, tmp_path_factory):
+    """A random BERT with a masked-language-model head, in a folder whose tokenizer has the template and mask of BERT."""
+    from tokenizers import AddedToken, processors
+
+    from lmcli.text.tokenizer import learn
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = learn(["the dog saw a cat and the cat ran"] * 3, TokenizerConfig(300))
+    words.core.add_special_tokens([AddedToken(name, special=True) for name in ("[CLS]", "[SEP]", "[MASK]")])
+    ids = {name: words.core.token_to_id(name) for name in ("[CLS]", "[SEP]", "[MASK]")}
+    words.core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])])
+    words.settings = {"tokenizer_class": "PreTrainedTokenizerFast", "mask_token": "[MASK]"}
+    words.save(folder)
+    model = randomize(transformers.BertForMaskedLM(transformers.BertConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=40)), 5)
+    model.save_pretrained(folder)
+    return folder, model, ids["[MASK]"]
+
+
+def test_alternatives_of_a_mask_are_the_likeliest_tokens(bert):
+    folder, model, mask = bert
+    lm = lmcli.load(folder)
+    for text in ("the [MASK] saw a cat", "[MASK] dog", "a cat and the dog ran [MASK]"):
+        ids = torch.tensor([lm.prompt(text)])
+        with torch.no_grad():
+            logits = model(ids).logits[0, ids[0].tolist().index(mask)]
+        best = logits.log_softmax(-1).topk(7)
+        found = lm.generate([text, "the [MASK]"], num_samples=7)[:7]
+        assert [result.tokens for result in found] == [[i] for i in best.indices.tolist()]
+        assert [result.token_logprobs[0] for result in found] == pytest.approx(best.values.tolist(), abs=1e-4)
+        filled = ids[0].where(ids[0] != mask, best.indices[0]).tolist()
+        assert found[0].text == lm.tokenizer.decode(filled, special=False)
+
+
+def test_several_masks_are_filled_surest_first(bert):
+    folder, model, mask = bert
+    lm = lmcli.load(folder)
+    text = "the [MASK] saw [MASK] cat and [MASK] ran"
+    ids, filled = torch.tensor([lm.prompt(text)]), {}
+    while (ids == mask).any():
+        with torch.no_grad():
+            logprobs = model(ids).logits[0].log_softmax(-1)
+        at = max((ids[0] == mask).nonzero()[:, 0].tolist(), key=lambda i: logprobs[i].max())
+        ids[0, at] = logprobs[at].argmax()
+        filled[at] = logprobs[at].max().item()
+    (found,) = lm.generate(text)
+    assert found.tokens == [ids[0, at].item() for at in sorted(filled)]
+    assert found.token_logprobs == pytest.approx([filled[at] for at in sorted(filled)], abs=1e-4)
+    several = lm.generate(text, num_samples=4)
+    scores = [sum(result.token_logprobs) for result in several]
+    assert scores == sorted(scores, reverse=True) and scores[0] >= sum(found.token_logprobs) - 1e-4
+    assert len({tuple(result.tokens) for result in several}) == 4
+
+
+def test_filling_in_a_batch_is_filling_alone_and_draws_follow_seeds(bert):
+    lm = lmcli.load(bert[0])
+    texts = ["the [MASK] saw", "a [MASK] and [MASK] dog ran and ran", "[MASK]"]
+    for options in ({}, {"num_samples": 3}, {"temperature": 1.0, "seed": 4, "num_samples": 2}):
+        together = lm.generate(texts, **options)
+        count = options.get("num_samples", 1)
+        for i, text in enumerate(texts):
+            seed = {"seed": 4 + i * count} if "seed" in options else {}
+            alone = lm.generate(text, **{**options, **seed})
+            assert [result.tokens for result in alone] == [result.tokens for result in together[i * count:(i + 1) * count]]
+    drawn = lm.generate("the [MASK]", num_samples=40, temperature=1.0, seed=1)
+    assert len({tuple(result.tokens) for result in drawn}) > 5
+    assert [result.seed for result in drawn] == list(range(1, 41))
