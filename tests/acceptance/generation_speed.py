@@ -1,4 +1,4 @@
-"""Writing targets with a Marian of 3 + 3 layers, width 256, vocabulary 8,000: beside transformers, and batched beside one by one.
+"""Targets of a Marian (3 + 3 layers, width 256, vocabulary 8,000): beside transformers, batched beside one by one.
 
 python tests/acceptance/generation_speed.py    prints tokens per second of both, interleaved in one sitting, and ratios
 """
