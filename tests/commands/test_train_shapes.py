@@ -66,7 +66,8 @@ def test_transformers_loads_the_folder_as_it_is(run, difference):
     case, folder, _ = run
     theirs, info = getattr(transformers, CLASSES[case]).from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    lm, tokenizer, text = lmcli.load(folder, device="cpu"), transformers.AutoTokenizer.from_pretrained(folder), "two four one"
+    lm, tokenizer = lmcli.load(folder, device="cpu"), transformers.AutoTokenizer.from_pretrained(folder)
+    text = "two four one"
     ids = tokenizer(text)["input_ids"]
     assert ids == lm.tokenizer.with_template(lm.encode(text))[0]
     ids, decoder_ids = torch.tensor([ids]), torch.tensor([[0, 5, 9, 7]])
@@ -101,7 +102,8 @@ def test_a_run_stopped_after_a_step_resumes_to_the_same_bits(rows, run, inside, 
 
 def test_a_masked_model_learns_labels_with_a_new_head(rows, inside, tmp_path):
     preset, file, more = CASES["masked"]
-    assert inside("train", rows / file, "-o", tmp_path / "a", "--preset", preset, *SMALL, *more, "--steps", 2).returncode == 0
+    first = inside("train", rows / file, "-o", tmp_path / "a", "--preset", preset, *SMALL, *more, "--steps", 2)
+    assert first.returncode == 0
     done = inside("train", rows / "labels.tsv", "-o", tmp_path / "b", "--from", tmp_path / "a", "--steps", 2)
     assert done.returncode == 0 and b"the head is new: head." in done.stderr
     again = inside("train", rows / "labels.tsv", "-o", tmp_path / "c", "--from", tmp_path / "b", "--steps", 2)
