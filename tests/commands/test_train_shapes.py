@@ -55,6 +55,14 @@ def test_the_objective_and_its_figures_are_told_and_kept(run):
     assert recipe["result"]["val_loss"] == min(entry["val_loss"] for entry in logged if "val_loss" in entry)
     assert f"{recipe['result']['val_loss']:.4f} nats/" in told
     assert f"{recipe['result']['val_loss']:.4f}" in (folder / "README.md").read_text()
+    samples = [line for line in told.splitlines() if line.startswith("sample ")]
+    assert bool(samples) == (OBJECTIVES[case] == "seq2seq") and all(" → " in sample for sample in samples)
+
+
+def test_examples_longer_than_the_context_are_told(rows, inside, tmp_path):
+    done = inside("train", rows / "pairs.jsonl", "-o", tmp_path / "r", "--preset", "seq2seq-small", *SMALL, "--set",
+                  "train.context=8", "--steps", 1)
+    assert done.returncode == 0 and b"examples are longer than the context of 8 tokens" in done.stderr
 
 
 @torch.no_grad()
