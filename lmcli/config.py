@@ -120,12 +120,13 @@ class ModelConfig:
                 f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}",
                 where="model", hint="choose a divisor of hidden_size, or set head_dim")
         wide = -(-self.hidden_size * 8 // 3 // 32) * 32 if self.gated_mlp else 4 * self.hidden_size
+        two = self.shape == "encoder-decoder"  # an only stack has one set of sizes
         done = dataclasses.replace(
             self,
             intermediate_size=self.intermediate_size or wide,
-            encoder_intermediate_size=self.encoder_intermediate_size or self.intermediate_size or wide,
-            num_encoder_layers=self.num_encoder_layers or self.num_hidden_layers,
-            encoder_attention_heads=self.encoder_attention_heads or self.num_attention_heads,
+            encoder_intermediate_size=(two and self.encoder_intermediate_size) or self.intermediate_size or wide,
+            num_encoder_layers=(two and self.num_encoder_layers) or self.num_hidden_layers,
+            encoder_attention_heads=(two and self.encoder_attention_heads) or self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
             head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
             head_act=self.head_act or self.hidden_act,
@@ -162,6 +163,11 @@ class TrainConfig:
     context: int = knob(256, "tokens in a row", 8, 1 << 24)
     batch_tokens: int = knob(8192, "tokens of an optimizer step", 8)
     micro_batch_tokens: int = knob(0, "tokens of one forward pass; 0 takes batch_tokens up to 16,384", 0)
+    # what is learnt
+    objective: str = knob("auto", "what is predicted; auto goes by the model's shape and the data's fields",
+                          choices=("auto", "causal", "masked", "seq2seq", "classification"))
+    mask_share: float = knob(0.15, "share of tokens to be guessed (masked)", 0.001, 1.0)
+    label_smoothing: float = knob(0.0, "probability spread over all words (seq2seq)", 0.0, 0.9)
     # optimizer and schedule
     optimizer: str = knob("muon", "update rule of the blocks' matrices; all else has AdamW", choices=("muon", "adamw"))
     learning_rate: float = knob(1e-2, "AdamW's, at the top of the schedule", 0.0, 1e9)

@@ -1,5 +1,6 @@
 """Everything drawn: live progress and tables on a terminal, plain lines elsewhere. It is handed records and prints them."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -43,12 +44,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 class TrainingView:
     """The progress of a run. On a terminal a live panel; otherwise a line every ten seconds; with `quiet` nothing.
 
-    `bytes_per_token` turns a loss in nats per token into bits per byte.
+    `target` is what a loss is told for; `bytes_per_token`, unless 0, turns nats per token into bits per byte.
     """
 
-    def __init__(self, quiet: bool, bytes_per_token: float, bits_per_character: bool):
+    def __init__(self, quiet: bool, bytes_per_token: float = 0.0, target: str = "token"):
         self.console = Console(stderr=True, highlight=False)
-        self.quiet, self.bytes_per_token, self.per_character = quiet, bytes_per_token, bits_per_character
+        self.quiet, self.bytes_per_token, self.target = quiet, bytes_per_token, target
         self.live = None
         self.loss = self.speed = self.last = None
         self.figures = self.sample_text = ""
@@ -80,11 +81,14 @@ class TrainingView:
             self.live.update(self._panel(self.last))
 
     def _line(self, step) -> str:
-        return (f"step {step.step:,} · {step.share:.0%} · epoch {step.epoch:.2f} · loss {self.loss:.3f} nats/token "
-                f"= {self._bits():.3f} bits/byte · {self.speed:,.0f} tokens/s · {clock(step.remaining)} left")
+        return (f"step {step.step:,} · {step.share:.0%} · epoch {step.epoch:.2f} · loss {self._loss()} "
+                f"· {self.speed:,.0f} tokens/s · {clock(step.remaining)} left")
 
-    def _bits(self) -> float:
-        return self.loss / 0.6931471805599453 / self.bytes_per_token
+    def _loss(self, mark: str = "", end: str = "") -> str:
+        told = f"{mark}{self.loss:.3f}{end} nats/{self.target}"
+        if not self.bytes_per_token:
+            return told
+        return f"{told} = {mark}{self.loss / math.log(2) / self.bytes_per_token:.3f}{end} bits/byte"
 
     def _panel(self, step) -> Table:
         grid = Table.grid(padding=(0, 1))
@@ -92,8 +96,8 @@ class TrainingView:
         bar.add_row(ProgressBar(total=1.0, completed=step.share, width=30), f"{step.share:.0%}",
                     f"[bold]{clock(step.remaining)}[/bold] left", f"step {step.step:,}", f"epoch {step.epoch:.2f}")
         grid.add_row(bar)
-        grid.add_row(f"training   loss [bold]{self.loss:.3f}[/bold] nats/token · [bold]{self._bits():.3f}[/bold] bits/byte"
-                     f" · {self.speed:,.0f} tokens/s · rate {step.learning_rate:.2g}")
+        grid.add_row(f"training   loss {self._loss('[bold]', '[/bold]')} · {self.speed:,.0f} tokens/s "
+                     f"· rate {step.learning_rate:.2g}")
         if self.figures:
             grid.add_row(Text(self.figures))
         if self.sample_text:
@@ -102,10 +106,7 @@ class TrainingView:
 
     def validation(self, event) -> None:
         """Shows an evaluation."""
-        figures = event.figures
-        characters = f" · {figures.bits_per_character:.4f} bits/character" if self.per_character else ""
-        self.figures = (f"validation {figures.bits_per_byte:.4f} bits/byte{characters} · perplexity "
-                           f"{figures.perplexity:.2f} (step {event.step:,}{', best' if event.best else ''})")
+        self.figures = f"validation {event.figures.headline()} (step {event.step:,}{', best' if event.best else ''})"
         self._draw()
         if not self.live and not self.quiet:
             print(self.figures, file=sys.stderr, flush=True)

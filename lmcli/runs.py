@@ -20,15 +20,17 @@ from lmcli.checkpoints.config_json import family_of
 from lmcli.config import ModelConfig, Recipe
 from lmcli.errors import UsageError, UserError
 from lmcli.inference.decoding import Decoder
-from lmcli.inference.scoring import Perplexity, Scorer
+from lmcli.inference.scoring import Scorer
 from lmcli.model.device import Placement, place
-from lmcli.model.transformer import Transformer
+from lmcli.model.transformer import Transformer, initialize
 from lmcli.recipes import BUDGETS
 from lmcli.storage import write_text
 from lmcli.text import tokenizer as tokenizers
-from lmcli.text.batches import PackedRows
 from lmcli.text.documents import Layout
+from lmcli.text.examples import unigram_entropy
 from lmcli.training import data, loop, run_folder, state
+from lmcli.training.evaluation import Figures, evaluate
+from lmcli.training.objectives import OBJECTIVES, Objective
 
 SAMPLE_TOKENS = 60
 BYTES_PER_PARAMETER = 12  # weight, gradient and at least one moment, in float32
@@ -74,9 +76,14 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
     place_of_run = run_folder.claim(request.output, name or "run", request.overwrite)
     try:
         source = data.find(request.data, request.val, request.layout, request.include, note)
-        prepared = data.prepare(source, recipe.tokenizer, context, recipe.train.validation_bytes, tokenizer, note)
-        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, context=prepared.context))
-        model = _adopted(origin.model, recipe) if origin else _fresh(recipe, prepared, placement)
+        config = origin.model.config if origin else recipe.model
+        objective = data.settle(source, recipe.train.objective, config.shape, note)
+        prepared = data.prepare(source, recipe.tokenizer, context, recipe.train.validation_bytes, tokenizer, note, objective,
+                                config.labels)
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(
+            recipe.train, context=prepared.context, objective=objective.name))
+        model = _adopted(origin.model, recipe, prepared, objective, note) if origin else \
+            _fresh(recipe, prepared, placement, objective)
         recipe = dataclasses.replace(recipe, model=model.config)
         run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
         run.create()
@@ -93,7 +100,8 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
     placement = place(device, recipe.train.precision, threads, training=True)
     source = data.source_from_facts(facts["data"])
     tokenizer = tokenizers.load(path)
-    prepared = data.prepare(source, recipe.tokenizer, recipe.train.context, recipe.train.validation_bytes, tokenizer, note)
+    prepared = data.prepare(source, recipe.tokenizer, recipe.train.context, recipe.train.validation_bytes, tokenizer, note,
+                            OBJECTIVES[recipe.train.objective], recipe.model.labels)
     model = Transformer(recipe.model.complete(), recipe.train.dropout)
     run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
     run.loop.counters = state.restore(place_of_run.states, run.model, run.loop.optimizer, note)
@@ -103,7 +111,7 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
     return run
 
 
-def _fresh(recipe: Recipe, prepared: data.TrainingData, placement: Placement) -> Transformer:
+def _fresh(recipe: Recipe, prepared: data.TrainingData, placement: Placement, objective: Objective) -> Transformer:
     tokenizer = prepared.tokenizer
     if 0 < recipe.model.vocab_size < tokenizer.size:
         raise UsageError(f"vocab_size {recipe.model.vocab_size} is less than the tokenizer's {tokenizer.size} ids",
@@ -111,14 +119,36 @@ def _fresh(recipe: Recipe, prepared: data.TrainingData, placement: Placement) ->
     config = dataclasses.replace(
         recipe.model, vocab_size=recipe.model.vocab_size or tokenizer.size,
         max_position_embeddings=recipe.model.max_position_embeddings or prepared.context,
-        bos_token_id=tokenizer.prefix[0] if tokenizer.prefix else None, eos_token_id=tokenizer.special("eos_token"))
+        bos_token_id=tokenizer.prefix[0] if tokenizer.prefix else None, eos_token_id=_closing(tokenizer),
+        pad_token_id=tokenizer.special("pad_token"), **_head(recipe.model, objective, prepared.labels))
+    if config.shape == "encoder-decoder":
+        config = dataclasses.replace(config, decoder_start_token_id=config.pad_token_id)
     if config.max_position_embeddings < prepared.context:
         raise UsageError(f"max_position_embeddings {config.max_position_embeddings} is less than the context of "
                          f"{prepared.context} tokens", where="model", hint="leave it out, or lower train.context")
-    _check_memory(config.complete(), placement)
-    model = Transformer(config.complete(), recipe.train.dropout)
+    config = config.complete()
+    config = dataclasses.replace(config, model_type=family_of(config).model_type)
+    _check_memory(config, placement)
+    model = Transformer(config, recipe.train.dropout)
     model.initialize(recipe.train.seed)
     return model
+
+
+def _closing(tokenizer: tokenizers.Tokenizer) -> int | None:
+    named = tokenizer.special("eos_token")
+    return named if named is not None or not tokenizer.suffix else tokenizer.suffix[-1]
+
+
+def _head(config: ModelConfig, objective: Objective, labels: tuple[str, ...]) -> dict:
+    """The options of the head that an objective needs, as the model's family has it."""
+    if config.head == objective.head:
+        return {"labels": labels} if labels else {}
+    family = family_of(config.complete())
+    if objective.head not in family.heads:
+        raise UsageError(f"{family.model_type} has no head for {objective.name}", where="train.objective")
+    options = {"head_act": "", **family.expected(objective.head)}
+    return {"head": objective.head, "labels": labels,
+            **{key: value for key, value in options.items() if key.startswith("head_")}}
 
 
 def _check_memory(config: ModelConfig, placement: Placement) -> None:
@@ -133,7 +163,17 @@ def _check_memory(config: ModelConfig, placement: Placement) -> None:
                          hint="lower hidden_size, num_hidden_layers or the vocabulary")
 
 
-def _adopted(model: Transformer, recipe: Recipe) -> Transformer:
+def _adopted(model: Transformer, recipe: Recipe, prepared: data.TrainingData, objective: Objective,
+             note: Callable[[str], None]) -> Transformer:
+    """A loaded model, to be trained further; with a fresh head where the objective needs another one than it has."""
+    changes = _head(model.config, objective, prepared.labels)
+    if any(getattr(model.config, key) != value for key, value in changes.items()):
+        body = {name: weight for name, weight in model.named_parameters() if not name.startswith("head.")}
+        model = Transformer(dataclasses.replace(model.config, **changes).complete())
+        model.load_state_dict(body, strict=False)
+        new = [(name, weight) for name, weight in model.named_parameters() if name.startswith("head.")]
+        initialize(model, new, torch.Generator().manual_seed(recipe.train.seed))
+        note(f"the head is new: {', '.join(name for name, _ in new)}")
     model.set_dropout(recipe.train.dropout)
     return model.train().requires_grad_()
 
@@ -146,14 +186,37 @@ class TrainingRun:
         self.place, self.recipe, self.prepared, self.source = place_of_run, recipe, prepared, source
         self.model, self.placement = model.train(), placement
         self.result: dict = {}
+        self.headline = ""
         torch.manual_seed(recipe.train.seed)
-        tokenizer = prepared.tokenizer
-        beginning = tokenizer.prefix[0] if len(tokenizer.prefix) == 1 else None
-        rows = PackedRows(prepared.corpus.ids, prepared.context, beginning, recipe.train.seed)
-        scorer = Scorer(model, tokenizer, tokenizer.prefix)
-        read = sum(len(document.ids) for document in prepared.validation) * scorer.context // scorer.stride
-        self.loop = loop.Run(
-            model, rows, recipe.train, placement, lambda: scorer.perplexity(prepared.validation), began, read)
+        self.objective = OBJECTIVES[recipe.train.objective]
+        start, seed = model.config.decoder_start_token_id, recipe.train.seed
+        rows = data.training_rows(prepared, self.objective, start, recipe.train.mask_share, seed)
+        measure, read = self._measure(rows)
+        self.loop = loop.Run(model, rows, recipe.train, placement, measure, began, read, objective=self.objective)
+
+    def _measure(self, rows) -> tuple[Callable[[], object], int]:
+        """How the model is measured on its validation part, and how many tokens that reads."""
+        prepared, tokenizer = self.prepared, self.prepared.tokenizer
+        if self.objective.name == "causal":
+            scorer = Scorer(self.model, tokenizer, tokenizer.prefix)
+            read = sum(len(document.ids) for document in prepared.validation) * scorer.context // scorer.stride
+            return lambda: scorer.perplexity(prepared.validation), read
+        known = Figures(self.objective.target)
+        if self.objective.name == "masked":
+            ids = data.validation_ids(prepared)
+            def batches():
+                return rows.in_order(ids, loop.MOST_MICRO_BATCH_TOKENS)
+        else:
+            held_out = data.example_rows(prepared.validation, data.template(
+                prepared, self.model.config.decoder_start_token_id))
+            def batches():
+                return held_out.in_order(loop.MOST_MICRO_BATCH_TOKENS)
+            if self.objective.name == "seq2seq":
+                known = dataclasses.replace(known, end=tokenizer.special("eos_token"), bytes=prepared.validation.bytes)
+        entropy = unigram_entropy(batch.targets.ravel() for batch in batches())
+        known = dataclasses.replace(known, entropy=entropy)
+        read = sum(batch.tokens for batch in batches())
+        return lambda: evaluate(self.objective, self.model, batches(), dataclasses.replace(known)), read
 
     @property
     def folder(self) -> Path:
@@ -172,21 +235,17 @@ class TrainingRun:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of training text a token stands for."""
-        return self.prepared.corpus.bytes / self.prepared.corpus.tokens
-
-    @property
-    def several_bytes_per_character(self) -> bool:
-        """Whether characters and bytes differ enough to tell both figures."""
-        held = self.prepared.validation
-        return sum(document.bytes for document in held) > 1.1 * sum(document.characters for document in held)
+        """UTF-8 bytes of training text that the loss of a token stands for; 0 where the loss is not one of plain tokens."""
+        plain = self.objective.name == "causal"
+        return self.prepared.corpus.bytes / self.prepared.corpus.tokens if plain else 0.0
 
     def description(self) -> str:
         """One line: the model, the data, where it runs."""
         config, parameters = self.model.config, sum(p.numel() for p in self.model.parameters())
-        return (f"{parameters:,} parameters ({config.num_hidden_layers} × {config.hidden_size}), context "
+        depth = f"{config.num_encoder_layers} + " if config.shape == "encoder-decoder" else ""
+        return (f"{parameters:,} parameters ({depth}{config.num_hidden_layers} × {config.hidden_size}), context "
                 f"{self.prepared.context}, vocabulary {config.vocab_size:,}, {self.prepared.corpus.tokens:,} tokens; "
-                f"on {self.placement}; into {self.folder}")
+                f"{self.objective.name} objective; on {self.placement}; into {self.folder}")
 
     def create(self) -> None:
         """Writes the model folder with the weights as they are, the recipe, and empty metrics."""
@@ -212,7 +271,8 @@ class TrainingRun:
                 self._validated(event)
                 yield "validation", event
             elif event.what == "sample":
-                yield "sample", self._sample()
+                if sample := self._sample():
+                    yield "sample", sample
             else:
                 state.save(self.place.states, self.loop.counters, self.model, self.loop.optimizer)
         self._finish()
@@ -220,14 +280,16 @@ class TrainingRun:
     def _validated(self, event: loop.Validation) -> None:
         figures, counters = event.figures, self.loop.counters
         self.place.log({"step": event.step, "tokens": counters.tokens, "elapsed": self.loop.elapsed(),
-                        "val_loss": -figures.logprob / max(1, figures.tokens),
-                        "val_bits_per_byte": figures.bits_per_byte})
+                        **figures.metrics()})
         if event.best:
             checkpoints.save_weights(self.folder, self.model)
-            self.result = _figures(figures, event.step)
+            self.result = {"best_step": event.step, **figures.facts()}
+            self.headline = figures.headline()
             self._write_recipe()
 
     def _sample(self) -> str:
+        if self.objective.name != "causal":
+            return ""
         tokenizer = self.prepared.tokenizer
         prompt = tokenizer.prefix or self.prepared.validation[0].ids[:1].tolist()
         decoder = Decoder(self.model.eval(), tokenizer, tokenizer.prefix, [],
@@ -241,7 +303,7 @@ class TrainingRun:
         self.result |= {"steps": counters.step, "tokens": counters.tokens, "seconds": round(counters.seconds, 1),
                         "epochs": round(counters.rows / self.loop.rows.rows_per_epoch, 3), "stopped": self.stopped}
         self._write_recipe()
-        write_text(self.folder / "loss.svg", draw(self.place.metrics()))
+        write_text(self.folder / "loss.svg", draw(self.place.metrics(), self.objective.target))
         write_text(self.folder / "README.md", model_card(
             self.folder.resolve().name, self.model.config, self.recipe.train,
             sum(p.numel() for p in self.model.parameters()), family_of(self.model.config).heads[self.model.config.head],
@@ -249,7 +311,7 @@ class TrainingRun:
 
     def _beginning(self) -> str:
         tokenizer = self.prepared.tokenizer
-        return "".join(tokenizer.pieces(tokenizer.prefix))
+        return "".join(tokenizer.pieces(tokenizer.prefix)) if self.objective.name == "causal" else ""
 
     def _write_recipe(self) -> None:
         self.place.write_recipe(
@@ -261,13 +323,11 @@ class TrainingRun:
             validation=data.ranges(self.prepared.measured), result=self.result)
 
     def summary(self) -> str:
-        """One line: the figure of the model that was kept."""
+        """One line: the figures of the model that was kept."""
         result = self.result
-        characters = f" ({result['val_bits_per_character']:.4f} bits per character)" \
-            if self.several_bytes_per_character else ""
-        return (f"validation {result['val_bits_per_byte']:.4f} bits per byte{characters}, perplexity "
-                f"{result['val_perplexity']:.3f}, at step {result['best_step']:,} of {result['steps']:,} "
-                f"({result['seconds']:.0f} s); lm perplexity -m {self.folder} --validation measures the same")
+        again = f"; lm perplexity -m {self.folder} --validation measures the same" if self.objective.name == "causal" else ""
+        return (f"validation {self.headline or 'as before'}, at step {result['best_step']:,} of {result['steps']:,} "
+                f"({result['seconds']:.0f} s){again}")
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -286,10 +346,3 @@ class TrainingRun:
 
 
 LOGGED = ("step", "tokens", "elapsed", "loss", "learning_rate", "gradient_norm", "tokens_per_second")
-
-
-def _figures(figures: Perplexity, step: int) -> dict:
-    return {"best_step": step, "val_bits_per_byte": figures.bits_per_byte,
-            "val_bits_per_character": figures.bits_per_character, "val_perplexity": figures.perplexity,
-            "val_bytes": figures.bytes, "val_tokens": figures.tokens, "context": figures.context,
-            "stride": figures.stride}

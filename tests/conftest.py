@@ -1,11 +1,14 @@
 """What several folders of tests need: the real data beside the repository, small models with weights that matter."""
 
+import os
 import signal
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+# as lm does: threads that spin long make a suite beside other work take ten times as long. Before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 ROOT = Path(__file__).resolve().parent.parent
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

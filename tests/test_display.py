@@ -10,7 +10,7 @@ from lmcli import display
 
 STEP = SimpleNamespace(step=1234, share=0.25, epoch=1.5, loss=2.0, learning_rate=3e-3, tokens_per_second=45678.0,
                        remaining=75)
-FIGURES = SimpleNamespace(bits_per_byte=1.5, bits_per_character=4.5, perplexity=20.0)
+FIGURES = SimpleNamespace(headline=lambda: "1.5000 bits/byte · perplexity 20.00")
 VALIDATION = SimpleNamespace(step=1234, figures=FIGURES, best=True)
 
 
@@ -28,9 +28,9 @@ def test_table_aligns_numbers_right_and_keeps_brackets():
 
 @pytest.fixture
 def view(monkeypatch):
-    """view(quiet, terminal, characters): a TrainingView and the stream of its terminal."""
-    def make(quiet=False, terminal=False, characters=False):
-        made, stream = display.TrainingView(quiet, 4.0, characters), io.StringIO()
+    """view(quiet, terminal, **options): a TrainingView and the stream of its terminal."""
+    def make(quiet=False, terminal=False, bytes_per_token=4.0, **options):
+        made, stream = display.TrainingView(quiet, bytes_per_token, **options), io.StringIO()
         made.console = Console(file=stream, force_terminal=terminal, width=100, highlight=False)
         return made, stream
     return make
@@ -51,13 +51,20 @@ def test_a_pipe_gets_plain_lines_at_intervals(view, monkeypatch, capsys):
                         "· 1:15 left")
 
 
-@pytest.mark.parametrize("characters, told", [(False, ""), (True, " · 4.5000 bits/character")])
-def test_evaluations_and_samples_are_lines_in_a_pipe(view, capsys, characters, told):
-    made, _ = view(characters=characters)
+def test_a_loss_of_other_targets_stands_without_bits(view, capsys, monkeypatch):
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0)
+    made, _ = view(bytes_per_token=0.0, target="masked token")
+    with made:
+        made.step(STEP)
+    assert "loss 2.000 nats/masked token · 45,678 tokens/s" in capsys.readouterr().err
+
+
+def test_evaluations_and_samples_are_lines_in_a_pipe(view, capsys):
+    made, _ = view()
     with made:
         made.validation(VALIDATION)
         made.sample("却说\n  one\ttwo [bold]")
-    assert capsys.readouterr() == ("", f"validation 1.5000 bits/byte{told} · perplexity 20.00 (step 1,234, best)\n"
+    assert capsys.readouterr() == ("", "validation 1.5000 bits/byte · perplexity 20.00 (step 1,234, best)\n"
                                        "sample     却说 one two [bold]\n")
 
 
@@ -73,14 +80,14 @@ def test_quiet_says_nothing(view, monkeypatch, capsys):
 
 
 def test_a_terminal_gets_a_panel_that_holds_all(view, capsys):
-    made, stream = view(terminal=True, characters=True)
+    made, stream = view(terminal=True)
     with made:
         made.validation(VALIDATION)  # before the first step of a resumed run
         made.step(STEP)
         made.sample("却说 [red]one")
     drawn = stream.getvalue()
     for part in ("25%", "1:15", "step 1,234", "epoch 1.50", "2.000", "0.721", "45,678 tokens/s", "rate 0.003",
-                 "validation 1.5000 bits/byte · 4.5000 bits/character · perplexity 20.00", "却说 [red]one"):
+                 "validation 1.5000 bits/byte · perplexity 20.00", "却说 [red]one"):
         assert part in drawn, part
     assert capsys.readouterr() == ("", "")
 

@@ -4,6 +4,14 @@ from pathlib import Path
 
 from lmcli.config import ModelConfig, TrainConfig
 
+# what a card of each objective says to the hub, and how the model is used
+USES = {
+    "causal": ("text-generation", 'lm generate -m DIR "Once"\nlm score -m DIR FILE', "AutoModelForCausalLM"),
+    "masked": ("fill-mask", "lm generate -m DIR 'Paris is the [MASK] of France.'", "AutoModelForMaskedLM"),
+    "seq2seq": ("text2text-generation", "lm generate -m DIR < SOURCES", "AutoModelForSeq2SeqLM"),
+    "classification": ("text-classification", "lm classify -m DIR FILE", "AutoModelForSequenceClassification"),
+}
+
 
 def model_card(name: str, config: ModelConfig, train: TrainConfig, parameters: int, architecture: str,
                files: list[str], result: dict, beginning: str) -> str:
@@ -11,14 +19,18 @@ def model_card(name: str, config: ModelConfig, train: TrainConfig, parameters: i
     spells the token that leads every context."""
     sources = "\n".join(f"- `{Path(file).name}`" for file in files[:20]) + ("\n- …" if len(files) > 20 else "")
     first = f"Every context begins with `{beginning}`; `tokenizer.json` puts it there.\n\n" if beginning else ""
+    objective = train.objective if train.objective in USES else "causal"
+    pipeline, commands, auto_class = USES[objective]
+    layers = f"{config.num_encoder_layers} + {config.num_hidden_layers}" if config.shape == "encoder-decoder" else \
+        f"{config.num_hidden_layers}"
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 ---
 
 # {name}
 
-A {architecture} of {parameters:,} parameters ({config.num_hidden_layers} layers, hidden size {config.hidden_size},
+A {architecture} of {parameters:,} parameters ({layers} layers, hidden size {config.hidden_size},
 {config.num_attention_heads} heads, context {config.max_position_embeddings}, vocabulary {config.vocab_size:,}),
 trained with `lm train` in {result['seconds']:.0f} s: {result['steps']:,} steps, {result['tokens']:,} tokens
 ({result['epochs']:.2f} passes over the training text), batches of {train.batch_tokens:,} tokens.
@@ -29,7 +41,22 @@ Trained on:
 
 ## Figures
 
-Of the held-out text that `recipe.yaml` names ({result['val_bytes']:,} bytes, {result['val_tokens']:,} tokens scored),
+{_figures(objective, result, train)}
+
+{first}## Use
+
+```
+{commands}
+```
+
+or `{auto_class}.from_pretrained(DIR)` and `AutoTokenizer.from_pretrained(DIR)` in `transformers`.
+"""
+
+
+def _figures(objective: str, result: dict, train: TrainConfig) -> str:
+    if objective == "causal":
+        counts = f"{result['val_bytes']:,} bytes, {result['val_tokens']:,} tokens scored"
+        return f"""Of the held-out text that `recipe.yaml` names ({counts}),
 with the weights of step {result['best_step']:,}, in float32, windows of {result['context']} tokens every
 {result['stride']}; `lm perplexity -m DIR --validation` measures the same again.
 
@@ -37,14 +64,15 @@ with the weights of step {result['best_step']:,}, in float32, windows of {result
 | --- | --- |
 | bits per byte | {result['val_bits_per_byte']:.4f} |
 | bits per character | {result['val_bits_per_character']:.4f} |
-| perplexity per token | {result['val_perplexity']:.3f} |
+| perplexity per token | {result['val_perplexity']:.3f} |"""
+    what = {"masked": f"masked tokens ({train.mask_share:.0%} of all)", "classification": "texts",
+            "seq2seq": "target tokens, each given the ones before it"}[objective]
+    bits = f"\n| bits per byte of the target | {result['val_bits_per_byte']:.4f} |" if "val_bits_per_byte" in result else ""
+    return f"""Of the held-out part that `recipe.yaml` names ({result['val_targets']:,} {what}), with the weights of step
+{result['best_step']:,}, in float32.
 
-{first}## Use
-
-```
-lm generate -m DIR "Once"
-lm score -m DIR FILE
-```
-
-or `AutoModelForCausalLM.from_pretrained(DIR)` and `AutoTokenizer.from_pretrained(DIR)` in `transformers`.
-"""
+| figure | value |
+| --- | --- |
+| loss, nats each | {result['val_loss']:.4f} |
+| the same by counting alone (unigram entropy) | {result['val_unigram_entropy']:.4f} |
+| right | {result['val_accuracy']:.1%} |{bits}"""

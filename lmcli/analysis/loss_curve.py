@@ -1,4 +1,4 @@
-"""metrics.jsonl → loss.svg: training loss and validation bits per byte against time, as plain SVG."""
+"""metrics.jsonl → loss.svg: training loss and the validation figure against time, as plain SVG."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,18 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 360, 56, 56, 28, 40
 POINTS = 400
 
 
-def draw(metrics: list[dict]) -> str:
-    """An SVG of the logged objects of a run: loss (nats per token, left axis), validation bits per byte (right axis)."""
+def draw(metrics: list[dict], target: str = "token") -> str:
+    """An SVG of the logged objects of a run: loss (nats per `target`, left axis), and on the right axis what validation
+    found: bits per byte, or for all but plain tokens the loss."""
+    figure, unit = ("val_bits_per_byte", "bits per byte") if target == "token" else ("val_loss", f"nats per {target}")
     steps = [(m["elapsed"], m["loss"]) for m in metrics if "loss" in m]
-    checks = [(m["elapsed"], m["val_bits_per_byte"]) for m in metrics if "val_bits_per_byte" in m]
+    checks = [(m["elapsed"], m[figure]) for m in metrics if figure in m]
     end = max([point[0] for point in steps + checks], default=1.0) or 1.0
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
              f'font-size="11" fill="#444">', f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
     parts += _time_axis(end)
-    parts += _series(_smoothed(steps), end, "#4477aa", "training loss (nats per token)", LEFT, "end", marks=False)
-    parts += _series(checks, end, "#cc6677", "validation (bits per byte)", WIDTH - RIGHT, "start", marks=True)
+    parts += _series(_smoothed(steps), end, "#4477aa", f"training loss (nats per {target})", LEFT, "end", marks=False)
+    parts += _series(checks, end, "#cc6677", f"validation ({unit})", WIDTH - RIGHT, "start", marks=True)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmcli.checkpoints.families import FAMILIES, Family
 from lmcli.config import ModelConfig, check
@@ -17,6 +17,13 @@ ROPE_KEYS = {"rope_factor": "factor", "rope_original_context": "original_max_pos
              "rope_low_freq_factor": "low_freq_factor", "rope_high_freq_factor": "high_freq_factor"}
 
 
+class Said(NamedTuple):
+    """A value, and the key under which config.json has it."""
+
+    key: str
+    value: Any
+
+
 def read_config(document: dict[str, Any], where: str) -> tuple[Family, ModelConfig]:
     """The family of a `config.json` and the model it describes.
 
@@ -28,10 +35,10 @@ def read_config(document: dict[str, Any], where: str) -> tuple[Family, ModelConf
              "shape": family.shape, "head": head}
     for ours, theirs in family.keys.items():
         value = document.get(theirs)
-        found[ours] = (theirs, family.defaults.get(theirs) if value is None else value)
-    missing = [name for name in REQUIRED if found[name][1] is None]
+        found[ours] = Said(theirs, family.defaults.get(theirs) if value is None else value)
+    missing = [found[name].key for name in REQUIRED if found[name].value is None]
     if missing:
-        raise UserError(f"has no {found[missing[0]][0]}", where=where)
+        raise UserError(f"has no {missing[0]}", where=where)
     if found.get("positions") == "rotary":
         found |= _read_rope(family, document, where)
     found |= _read_window(family, document, where)
@@ -93,8 +100,8 @@ def _chosen(family: Family, document: dict[str, Any], where: str) -> dict[str, A
 
 
 def _checked(ours: str, value: Any, where: str) -> Any:
-    """A value held against the range of our field; a pair names the file's key for the message."""
-    theirs, value = value if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) else (ours, value)
+    """A value held against the range of our field; the message names the file's key where one is told."""
+    theirs, value = value if isinstance(value, Said) else (ours, value)
     if ours.endswith("token_id") and isinstance(value, list):
         value = value[0] if value else None
     if value is None:
@@ -116,7 +123,8 @@ def _read_rope(family: Family, document: dict[str, Any], where: str) -> dict[str
     if isinstance(rope.get("full_attention"), dict) or "global_rope_theta" in document:
         rope = {"rope_theta": document.get("global_rope_theta"), **(rope.get("full_attention") or {})}
         local = local if isinstance(local, dict) else {}
-        found["local_rope_theta"] = ("rope_theta", local.get("rope_theta") or document.get("local_rope_theta") or 10_000.0)
+        theta = local.get("rope_theta") or document.get("local_rope_theta") or 10_000.0
+        found["local_rope_theta"] = Said("rope_theta", theta)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise UserError(f"rope type {kind!r} is not supported", where=where, hint="supported: default, linear, llama3, yarn")
@@ -125,11 +133,11 @@ def _read_rope(family: Family, document: dict[str, Any], where: str) -> dict[str
     if odd:
         raise UserError(f"{odd[0]} {rope[odd[0]]!r} of rope type 'yarn' is not supported", where=where)
     theta = rope.get("rope_theta") or document.get("rope_theta") or document.get("rotary_emb_base") or 10_000.0
-    found |= {"rope_type": kind, "rope_theta": ("rope_theta", theta)}
+    found |= {"rope_type": kind, "rope_theta": Said("rope_theta", theta)}
     if "rotary_fraction" in family.keys and rope.get("partial_rotary_factor") is not None:
-        found["rotary_fraction"] = ("partial_rotary_factor", rope["partial_rotary_factor"])
+        found["rotary_fraction"] = Said("partial_rotary_factor", rope["partial_rotary_factor"])
     if kind != "default":
-        found |= {ours: (theirs, rope[theirs]) for ours, theirs in ROPE_KEYS.items() if rope.get(theirs) is not None}
+        found |= {ours: Said(theirs, rope[theirs]) for ours, theirs in ROPE_KEYS.items() if rope.get(theirs) is not None}
         if "rope_factor" not in found:
             raise UserError(f"rope type {kind!r} without a factor", where=where)
     return found
@@ -155,7 +163,7 @@ def _read_window(family: Family, document: dict[str, Any], where: str) -> dict[s
                         hint="supported: full_attention, sliding_attention")
     if "sliding_attention" not in types:
         return {}
-    window = _checked("sliding_window", (family.window, window), where)
+    window = _checked("sliding_window", Said(family.window, window), where)
     # ModernBERT tells the width of both sides together
     return {"sliding_window": window // 2 if family.window == "local_attention" else window, "layer_types": types}
 

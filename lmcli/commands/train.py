@@ -64,7 +64,7 @@ def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, to
         run = runs.start(runs.Request(
             recipe, data, output, val, include, Layout(documents, format_, fields, on_error), origin, tokenizer_folder,
             overwrite, device, threads or 0), BEGAN, note)
-    with run.signals(), display.TrainingView(quiet, run.bytes_per_token, run.several_bytes_per_character) as view:
+    with run.signals(), display.TrainingView(quiet, run.bytes_per_token, run.objective.target) as view:
         for kind, event in run.events():
             {"step": view.step, "validation": view.validation, "sample": view.sample}[kind](event)
     if run.stopped:

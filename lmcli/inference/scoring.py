@@ -89,6 +89,26 @@ class Perplexity:
         """exp(−logprob / words), words being runs of non-space."""
         return _exp_per(-self.logprob, self.words)
 
+    @property
+    def criterion(self) -> float:
+        """Bits per byte: what tells the best model of a run."""
+        return self.bits_per_byte
+
+    def metrics(self) -> dict[str, float]:
+        """Plain values for metrics.jsonl."""
+        return {"val_loss": -self.logprob / max(1, self.tokens), "val_bits_per_byte": self.bits_per_byte}
+
+    def facts(self) -> dict[str, float]:
+        """Plain values for recipe.yaml: the figures with their counts and how they were measured."""
+        return {"val_bits_per_byte": self.bits_per_byte, "val_bits_per_character": self.bits_per_character,
+                "val_perplexity": self.perplexity, "val_bytes": self.bytes, "val_tokens": self.tokens,
+                "context": self.context, "stride": self.stride}
+
+    def headline(self) -> str:
+        """The figures on one line; bits per character where characters and bytes differ."""
+        several = f" · {self.bits_per_character:.4f} bits/character" if self.bytes > 1.1 * self.characters else ""
+        return f"{self.bits_per_byte:.4f} bits/byte{several} · perplexity {self.perplexity:.2f}"
+
     def _bits_per(self, count: int) -> float:
         return -self.logprob / NATS_PER_BIT / count if count else math.nan
 

@@ -15,6 +15,12 @@ def target_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: T
     `head` turns hidden states into logits (…, V); logits are made for so many rows at a time that they stay small, and
     are normalised in float32 whatever the model's precision. Differentiable.
     """
-    parts = [-F.cross_entropy(head(rows).float(), wanted, reduction="none")
+    return -target_losses(hidden, head, targets)
+
+
+def target_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """What training makes small, (N,) float32: −log p of each target; with `smoothing` so much of the target's weight is
+    spread over all words (Szegedy et al. 2016)."""
+    parts = [F.cross_entropy(head(rows).float(), wanted, reduction="none", label_smoothing=smoothing)
              for rows, wanted in zip(hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE))]
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else hidden.new_zeros(0)

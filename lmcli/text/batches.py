@@ -1,36 +1,200 @@
-"""Packed rows of a corpus in an order that a position in it, one number, restores."""
+"""Token ids → batches, in an order that a position in it, one number, restores.
+
+Three kinds of rows: packed ones cut from a corpus taken as a ring, the same with masks over some tokens, and examples
+(source and target, or text and label) put together by length.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
+IGNORED = -100  # a target that nothing is to predict, as in transformers
+EXAMPLES_SORTED = 2048  # so many examples are put together by length at a time
+
+
+@dataclass
+class Batch:
+    """What one forward pass reads: `ids` (B, T) int64, `real` (B, T) bool or None where nothing is padding, and, for an
+    encoder–decoder, `decoder_ids` (B, U). `targets`, int64, are what is to be predicted: for each position of the ids
+    (of the decoder's, if there are any), or one a row; IGNORED where nothing is."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+    real: np.ndarray | None = None
+    decoder_ids: np.ndarray | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows, or examples."""
+        return len(self.ids)
+
+    @property
+    def count(self) -> int:
+        """Targets to be predicted."""
+        return int((self.targets != IGNORED).sum())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read, padding aside, and the target tokens of an encoder–decoder."""
+        read = self.ids.size if self.real is None else int(self.real.sum())
+        return read + (self.count if self.decoder_ids is not None else 0)
+
+
+class Ring:
+    """Spans of a corpus taken as a ring, cut anew each epoch from a random offset and drawn in a random order.
+
+    Both follow from (seed, epoch) alone: span number `n` of a run is always the same span.
+    """
+
+    def __init__(self, ids: np.ndarray, stride: int, span: int, seed: int):
+        self.ids, self.stride, self.span, self.seed = ids, stride, span, seed
+        self.per_epoch = max(1, len(ids) // stride)
+        self._epoch, self._order, self._offset = -1, np.zeros(0, dtype=np.int64), 0
+
+    def take(self, number: int) -> np.ndarray:
+        """Span number `number`, int64."""
+        epoch, index = divmod(number, self.per_epoch)
+        if epoch != self._epoch:
+            generator = np.random.default_rng((self.seed, epoch))
+            self._offset = int(generator.integers(len(self.ids)))
+            self._epoch, self._order = epoch, generator.permutation(self.per_epoch)
+        start = (self._offset + int(self._order[index]) * self.stride) % len(self.ids)
+        row = self.ids[start:start + self.span]
+        while len(row) < self.span:  # over the end of the ring
+            row = np.concatenate([row, self.ids[:self.span - len(row)]])
+        return row.astype(np.int64)
+
 
 class PackedRows:
-    """Rows of `context` + 1 ids for training: the beginning token (if there is one), then tokens of the corpus in a row.
+    """Rows of `context` + 1 ids for training a decoder: the beginning token (if there is one), then tokens in a row.
 
-    Reading the first `context` ids predicts the last `context`. An epoch cuts the corpus, taken as a ring, into rows
-    from a random offset, so the cuts differ from epoch to epoch; rows come in a random order. Both follow from
-    (seed, epoch) alone: row number `n` of the run is always the same row.
+    Reading the first `context` ids predicts the last `context`.
     """
 
     def __init__(self, ids: np.ndarray, context: int, beginning: int | None, seed: int):
-        self.ids, self.context, self.beginning, self.seed = ids, context, beginning, seed
+        self.context, self.beginning = context, beginning
         # without a beginning token a row's first id is context only, so it takes one more from the corpus
-        self.span = context if beginning is not None else context + 1
-        self.rows_per_epoch = max(1, len(ids) // context)
-        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+        self.ring = Ring(ids, context, context if beginning is not None else context + 1, seed)
+        self.rows_per_epoch = self.ring.per_epoch
 
     def batch(self, position: int, rows: int) -> np.ndarray:
         """(rows, context + 1) int64: rows number `position` to `position + rows` of the run."""
         return np.stack([self._row(position + i) for i in range(rows)])
 
+    def step(self, position: int, batch_tokens: int, most: int) -> list[Batch]:
+        """The batches of one optimizer step of `batch_tokens`, none of them over `most` tokens (or one row)."""
+        cut = (self.batch(start, rows) for start, rows in _parts(position, batch_tokens, most, self.context))
+        return [Batch(rows[:, :-1], rows[:, 1:]) for rows in cut]
+
     def _row(self, number: int) -> np.ndarray:
-        epoch, index = divmod(number, self.rows_per_epoch)
-        if epoch != self._epoch:
-            generator = np.random.default_rng((self.seed, epoch))
-            self._offset = int(generator.integers(len(self.ids)))
-            self._epoch, self._order = epoch, generator.permutation(self.rows_per_epoch)
-        start = (self._offset + int(self._order[index]) * self.context) % len(self.ids)
-        row = self.ids[start:start + self.span]
-        while len(row) < self.span:  # over the end of the ring
-            row = np.concatenate([row, self.ids[:self.span - len(row)]])
-        row = row.astype(np.int64)
+        row = self.ring.take(number)
         return row if self.beginning is None else np.concatenate([[self.beginning], row])
+
+
+def _parts(position: int, batch_tokens: int, most: int, context: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of each batch of a step."""
+    rows, at_once = max(1, batch_tokens // context), max(1, most // context)
+    for start in range(0, rows, at_once):
+        yield position + start, min(at_once, rows - start)
+
+
+@dataclass
+class Masking:
+    """Which tokens an encoder has to guess (Devlin et al. 2019, §3.1): `share` of all but the special ones; of those
+    80 % are covered by the mask token, 10 % replaced by any token, 10 % left as they are."""
+
+    mask: int
+    vocab_size: int
+    special: tuple[int, ...]
+    share: float
+
+    def apply(self, row: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(ids to read, targets) of a row of ids; one token at least is to be guessed."""
+        chance, what = generator.random(len(row)), generator.random(len(row))
+        chance[np.isin(row, self.special)] = 2.0
+        chosen = chance < self.share
+        if not chosen.any():
+            chosen = chance == chance.min()
+        other = generator.integers(self.vocab_size, size=len(row))
+        read = np.where(chosen & (what < 0.8), self.mask, np.where(chosen & (what >= 0.9), other, row))
+        return read, np.where(chosen, row, IGNORED)
+
+
+class MaskedRows:
+    """Rows of `context` ids for training an encoder: tokens in a row between what the template puts around a text."""
+
+    def __init__(self, ids: np.ndarray, context: int, around: tuple[list[int], list[int]], masking: Masking, seed: int):
+        self.context, self.around, self.masking, self.seed = context, around, masking, seed
+        room = context - len(around[0]) - len(around[1])
+        self.ring = Ring(ids, room, room, seed)
+        self.rows_per_epoch = self.ring.per_epoch
+
+    def step(self, position: int, batch_tokens: int, most: int) -> list[Batch]:
+        """The batches of one optimizer step of `batch_tokens`, none of them over `most` tokens (or one row)."""
+        return [self._batch([self.ring.take(start + i) for i in range(rows)], start)
+                for start, rows in _parts(position, batch_tokens, most, self.context)]
+
+    def in_order(self, ids: np.ndarray, most: int) -> Iterator[Batch]:
+        """Other text, row by row, with masks that are always the same: to measure on. A last row too short is left out."""
+        spans = [ids[i:i + self.ring.span].astype(np.int64) for i in range(0, len(ids), self.ring.span)]
+        spans = [span for i, span in enumerate(spans) if len(span) == self.ring.span or not i]
+        at_once = max(1, most // self.context)
+        for start in range(0, len(spans), at_once):
+            yield self._batch(spans[start:start + at_once], start)
+
+    def _batch(self, spans: list[np.ndarray], first: int) -> Batch:
+        rows = [np.concatenate([self.around[0], span, self.around[1]]).astype(np.int64) for span in spans]
+        pairs = [self.masking.apply(row, np.random.default_rng((self.seed, 1, first + i))) for i, row in enumerate(rows)]
+        return Batch(np.stack([read for read, _ in pairs]), np.stack([targets for _, targets in pairs]))
+
+
+class ExampleRows:
+    """Examples in a random order, examples of like length together. `lengths` counts each one's tokens, and `make`
+    turns numbers of examples into a Batch."""
+
+    def __init__(self, lengths: np.ndarray, make: Callable[[np.ndarray], Batch], seed: int):
+        self.lengths, self.make, self.seed = lengths, make, seed
+        self.rows_per_epoch = len(lengths)
+        self._key, self._plan, self._starts = None, [], np.zeros(0, dtype=np.int64)
+
+    def step(self, position: int, batch_tokens: int, most: int) -> list[Batch]:
+        """The batches of the optimizer step that begins with example number `position` of the run: examples that fill
+        `batch_tokens`, padding counted, none of the batches over `most` tokens (or one example)."""
+        epoch, offset = divmod(position, self.rows_per_epoch)
+        if self._key != (epoch, batch_tokens):
+            generator = np.random.default_rng((self.seed, epoch))
+            order = generator.permutation(self.rows_per_epoch)
+            pools = (order[i:i + EXAMPLES_SORTED] for i in range(0, len(order), EXAMPLES_SORTED))
+            plan = [group for pool in pools for group in self._groups(pool, batch_tokens)]
+            self._plan = [plan[i] for i in generator.permutation(len(plan))]
+            self._starts = np.cumsum([0, *(len(group) for group in self._plan)])
+            self._key = (epoch, batch_tokens)
+        chosen = self._plan[int(np.searchsorted(self._starts, offset, side="right")) - 1]
+        return [self.make(group) for group in self._groups(chosen, most)]
+
+    def in_order(self, most: int) -> Iterator[Batch]:
+        """All examples once, longest first: to measure on."""
+        return (self.make(group) for group in self._groups(np.arange(self.rows_per_epoch), most))
+
+    def _groups(self, examples: np.ndarray, most: int) -> Iterator[np.ndarray]:
+        ordered = examples[np.argsort(-self.lengths[examples], kind="stable")]
+        start = 0
+        while start < len(ordered):
+            rows = max(1, most // max(1, int(self.lengths[ordered[start]])))
+            yield ordered[start:start + rows]
+            start += rows
+
+
+def padded(rows: list[np.ndarray], value: int) -> np.ndarray:
+    """(rows, longest) int64, each row filled up on the right with `value`."""
+    whole = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for i, row in enumerate(rows):
+        whole[i, :len(row)] = row
+    return whole
+
+
+def real_tokens(rows: list[np.ndarray]) -> np.ndarray | None:
+    """(rows, longest) bool, True where `padded` put a token of the row; None where nothing had to be filled up."""
+    lengths = np.array([len(row) for row in rows])
+    return None if lengths.min() == lengths.max() else np.arange(lengths.max()) < lengths[:, None]

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -45,29 +46,57 @@ class Piece(NamedTuple):
 
 @dataclass
 class Layout:
-    """How files hold documents: `documents` is file, line or blank; `format` and `fields` as for records."""
+    """How files hold documents: `documents` is file, line or blank; `format` and `fields` as for records. Where rows
+    must have a label too, `label` names its field."""
 
     documents: str = "file"
     format: str = "auto"
     fields: tuple[str, ...] = ()
     on_error: str = "stop"
+    label: str = ""
     skipped: int = field(default=0, init=False)
+    _headers: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False)
 
     def rows(self, file: str) -> bool:
-        """Whether the file holds JSON Lines rows."""
-        return file_format(file, self.format) == "jsonl"
+        """Whether the file holds rows: JSON Lines or TSV."""
+        return file_format(file, self.format) != "text"
+
+    def first_row(self, files: list[str]) -> dict | None:
+        """The first row of the first file that holds rows, or None; a row that cannot be read is passed over."""
+        for file in filter(self.rows, files):
+            with user_errors(file, "read"):
+                for number, _, line in _lines(file, hashlib.sha256()):
+                    if not (number == 1 and self._tsv(file)):
+                        with suppress(ValueError):
+                            return self._row(file, line)
+        return None
+
+    def _tsv(self, file: str) -> bool:
+        return file_format(file, self.format) == "tsv"
+
+    def _row(self, file: str, line: bytes) -> dict:
+        """The row on one line; ValueError when it is none."""
+        if not self._tsv(file):
+            return json_row(line.decode("utf-8"))
+        if file not in self._headers:
+            first = next((line for _, _, line in _lines(file, hashlib.sha256())), b"")
+            self._headers[file] = first.decode("utf-8").rstrip("\r").split("\t")
+        return dict(zip(self._headers[file], line.decode("utf-8").rstrip("\r").split("\t")))
+
+    def label_of(self, row: dict) -> str:
+        """A row's label as text. ValueError when there is none."""
+        value = row.get(self.label)
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+            raise ValueError(f"field {self.label!r} is missing or no label; fields: {', '.join(map(repr, row))}")
+        return str(value)
 
     def survey(self, files: list[str]) -> tuple[list[Document], dict[str, str]]:
         """(documents, SHA-256 of each file): every byte is read once and checked to be UTF-8. Blank documents are left out.
 
-        Raises UserError naming file and line for invalid UTF-8, bad JSON and a missing field, for a TSV file, and for
-        empty data.
+        Raises UserError naming file and line for invalid UTF-8, bad rows and a missing field, and for empty data.
         """
         documents, hashes = [], {}
         for file in files:
-            if file_format(file, self.format) == "tsv":
-                raise UserError("rows of a TSV file cannot be documents", where=shown(file),
-                                hint="write them as JSON Lines, or take the file as plain text with --format text")
             digest = hashlib.sha256()
             with user_errors(file, "read"):
                 documents += self._survey_file(file, digest)
@@ -86,8 +115,13 @@ class Layout:
 
     def _rows(self, file: str, digest) -> Iterator[Document]:
         for number, start, line in _lines(file, digest):
+            if number == 1 and self._tsv(file):
+                continue
             try:
-                text = row_text(json_row(line.decode("utf-8")), self.fields)
+                row = self._row(file, line)
+                text = row_text(row, self.fields)
+                if self.label:
+                    self.label_of(row)
             except ValueError as error:
                 if self.on_error == "stop":
                     raise bad_record(error, file, number) from error
@@ -135,6 +169,18 @@ class Layout:
 
     def pieces(self, documents: Iterable[Document]) -> Iterator[Piece]:
         """The text of the documents in their order, in pieces of some 32,000 characters."""
+        for document, chunks in self._contents(documents):
+            if self.rows(document.file):
+                row = self._row(document.file, b"".join(chunks))
+                chunks = [row_text(row, self.fields).encode("utf-8")]
+            yield from _cut(chunks, document)
+
+    def raw_rows(self, documents: Iterable[Document]) -> Iterator[dict]:
+        """The rows of documents that are rows, in their order."""
+        return (self._row(document.file, b"".join(chunks)) for document, chunks in self._contents(documents))
+
+    def _contents(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Iterator[bytes]]]:
+        """Each document with its bytes, which are to be read before the next one is asked for."""
         handle, file, position = None, None, 0
         try:
             for document in documents:
@@ -145,11 +191,7 @@ class Layout:
                         handle, file, position = open_bytes(document.file), document.file, 0
                     if document.start != position:
                         handle.seek(document.start)
-                    chunks = _exactly(handle, document)
-                    if self.rows(file):
-                        row = json_row(b"".join(chunks).decode("utf-8"))
-                        chunks = [row_text(row, self.fields).encode("utf-8")]
-                    yield from _cut(chunks, document)
+                    yield document, _exactly(handle, document)
                     position = document.end
         finally:
             if handle:
@@ -228,7 +270,7 @@ def _cut(chunks: Iterable[bytes], document: Document) -> Iterator[Piece]:
 def split(documents: list[Document], layout: Layout) -> tuple[list[Document], list[Document]]:
     """(training, validation): every tenth document when there are 20 or more, else the last 10 % of each, cut at a line end.
 
-    A JSON Lines row cannot be cut: of fewer than 20 rows the last is held out. Raises UserError when nothing would
+    A row cannot be cut: of fewer than 20 rows the last is held out. Raises UserError when nothing would
     be left on one side.
     """
     if len(documents) >= 20:

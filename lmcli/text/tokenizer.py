@@ -1,6 +1,6 @@
-"""The tokenizer of a model folder: learnt as byte-level BPE, or read from any Hugging Face `tokenizer.json`.
+"""The tokenizer of a model folder: learnt as byte-level BPE, or read from whatever files others keep theirs in.
 
-Encoding is the `tokenizers` library's; here stand the special tokens, byte offsets and decoding as a stream.
+Encoding is the `tokenizers` library's; here stand templates, special tokens, byte offsets and decoding as a stream.
 """
 
 import hashlib
@@ -16,13 +16,15 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from lmcli.config import TokenizerConfig
 from lmcli.errors import UserError
-from lmcli.storage import user_errors, write_text
+from lmcli.storage import atomic_path, user_errors, write_text
+from lmcli.text import pretrained
 from lmcli.text.documents import SAFE_CUT
+from lmcli.text.pretrained import END_OF_TEXT, PLAIN, QWEN2_PATTERN
+from lmcli.text.sentencepiece import MarianSide
 
-END_OF_TEXT = "<|endoftext|>"
+CLEANED = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
+           (" 've", "'ve"), (" 're", "'re"))  # what clean_up_tokenization_spaces stands for
 OPEN = "\ufffd"  # how a decoder shows bytes that are no whole character
-QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 class Encoded(NamedTuple):
@@ -32,13 +34,25 @@ class Encoded(NamedTuple):
     ends: list[int]
 
 
-class Tokenizer:
-    """Text ↔ ids. `encode` adds no special tokens; `prefix` and `suffix` are those that the template puts around a text."""
+class Part(NamedTuple):
+    """A place in a template: the first ("A") or second text ("B"), or the ids of a special token; and its token type."""
 
-    def __init__(self, core: tokenizers.Tokenizer, settings: dict | None = None):
+    what: str | list[int]
+    type: int
+
+
+class Tokenizer:
+    """Text ↔ ids. `encode` adds no special tokens; `prefix` and `suffix` are those that the template puts around a text.
+
+    `target` cuts text of the target language: another tokenizer with the same ids in Marian's folders, else this one.
+    `files` are a folder's own files that cannot be written anew; `save` writes them again in place of tokenizer.json.
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer | MarianSide, settings: dict | None = None,
+                 target: "Tokenizer | None" = None, files: dict[str, bytes] | None = None):
         core.no_padding()
         core.no_truncation()
-        self.core, self.settings = core, settings or {}
+        self.core, self.settings, self.target, self.files = core, settings or {}, target or self, files or {}
         self.size = core.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
@@ -55,8 +69,14 @@ class Tokenizer:
                 for text, found in zip(texts, self.core.encode_batch(texts, add_special_tokens=False))]
 
     def decode(self, ids: list[int], special: bool = True) -> str:
-        """Text of ids; `special=False` leaves special tokens out."""
-        return self.core.decode(ids, skip_special_tokens=not special)
+        """Text of ids; `special=False` leaves special tokens out. Spaces are tidied where the settings ask for it."""
+        text = self.core.decode(ids, skip_special_tokens=not special)
+        if isinstance(self.core, MarianSide):
+            text = text.strip()
+        if self.settings.get("clean_up_tokenization_spaces") and self._definition["model"].get("type") != "BPE":
+            for apart, together in CLEANED:
+                text = text.replace(apart, together)
+        return text
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """Tokens as the vocabulary spells them."""
@@ -78,17 +98,36 @@ class Tokenizer:
 
     @cached_property
     def _template(self) -> tuple[list[int], list[int]]:
-        plain = self.core.encode("a", add_special_tokens=False).ids
-        full = self.core.encode("a", add_special_tokens=True).ids
-        at = next((i for i in range(len(full)) if full[i:i + len(plain)] == plain), 0)
-        prefix, suffix = full[:at], full[at + len(plain):]
-        beginning = self.special("bos_token")
-        if not prefix and self.settings.get("add_bos_token") and beginning is not None:
-            prefix = [beginning]
-        return prefix, suffix
+        parts = self._parts[0]
+        at = next((i for i, part in enumerate(parts) if part.what == "A"), len(parts))
+        before, after = ([index for part in side for index in part.what] for side in (parts[:at], parts[at + 1:]))
+        return before, after
+
+    def with_template(self, ids: list[int], pair_ids: list[int] | None = None) -> tuple[list[int], list[int]]:
+        """(ids, token types) of a text, or of a pair of texts, with the template's special tokens around them."""
+        texts, found, types = {"A": ids, "B": pair_ids or []}, [], []
+        for what, kind in self._parts[pair_ids is not None]:
+            part = texts[what] if isinstance(what, str) else what
+            found += part
+            types += [kind] * len(part)
+        return found, types
+
+    @cached_property
+    def _parts(self) -> tuple[list[Part], list[Part]]:
+        """The templates for one text and for a pair."""
+        processor = self._definition["post_processor"] or {}
+        for step in processor.get("processors", [processor]):
+            if step.get("type") == "TemplateProcessing":
+                return _template_parts(step, "single"), _template_parts(step, "pair")
+            if step.get("type") in ("BertProcessing", "RobertaProcessing"):
+                cls, sep = [step["cls"][1]], [step["sep"][1]]
+                single, again = [Part(cls, 0), Part("A", 0), Part(sep, 0)], int(step["type"] == "BertProcessing")
+                doubled = [] if again else [Part(sep, 0)]
+                return single, [*single, *doubled, Part("B", again), Part(sep, again)]
+        return [Part("A", 0)], [Part("A", 0), Part("B", 1)]
 
     def special(self, name: str) -> int | None:
-        """The id of `bos_token`, `eos_token` … as `tokenizer_config.json` names it, or None."""
+        """The id of `bos_token`, `eos_token`, `mask_token` … as the folder's settings or its class name it, or None."""
         value = self.settings.get(name)
         text = value.get("content") if isinstance(value, dict) else value
         return self.id(text) if isinstance(text, str) else None
@@ -143,10 +182,23 @@ class Tokenizer:
         return _ends_from_characters(text, found.offsets, size)
 
     def save(self, folder: Path, context: int | None = None) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`, with a model's `context` if it is to serve one."""
-        write_text(folder / "tokenizer.json", self.core.to_str(pretty=True))
+        """Writes `tokenizer.json` (or a Marian folder's own files) and `tokenizer_config.json`, with a model's `context`."""
+        for name, content in self.files.items():
+            with atomic_path(folder / name) as part:
+                part.write_bytes(content)
+        if not self.files:
+            write_text(folder / "tokenizer.json", self.core.to_str(pretty=True))
         settings = {**self.settings, **({"model_max_length": context} if context else {})}
         write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def _template_parts(step: dict, which: str) -> list[Part]:
+    found = []
+    for piece in step[which]:
+        (kind, fields), = piece.items()
+        what = fields["id"] if kind == "Sequence" else step["special_tokens"][fields["id"]]["ids"]
+        found.append(Part(what, fields["type_id"]))
+    return found
 
 
 def byte_offsets(text: str) -> Sequence[int]:
@@ -171,12 +223,17 @@ def _ends_from_characters(text: str, spans: list[tuple[int, int]], size: int) ->
     return ends
 
 
-def learn(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+def learn(texts: Iterable[str], config: TokenizerConfig, kind: str = "decoder") -> Tokenizer:
     """A byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) of at most `config.vocab_size` ids, learnt from a stream.
 
-    Any text round-trips, since all 256 bytes are in the vocabulary. `<|endoftext|>` is id 0, and the template puts it
-    in front. Text too small for the vocabulary gives a smaller one: see the result's `size`.
+    Any text round-trips, since all 256 bytes are in the vocabulary. The first ids are the special tokens, which go with
+    the model's shape: `<|endoftext|>` in front for a decoder; `[CLS] … [SEP]` and a mask for an encoder; `… </s>` for an
+    encoder–decoder. Text too small for the vocabulary gives a smaller one: see the result's `size`.
     """
+    special, single, pair, settings = SHAPES[kind]
+    if config.vocab_size < 256 + len(special):
+        raise UserError(f"tokenizer.vocab_size {config.vocab_size} is too small: 256 bytes and the {len(special)} special "
+                        f"tokens of an {kind} make {256 + len(special)}")
     core = tokenizers.Tokenizer(models.BPE())
     if config.pattern == "gpt2":
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -186,67 +243,45 @@ def learn(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size, special_tokens=[END_OF_TEXT], show_progress=False, min_frequency=2,
+        vocab_size=config.vocab_size, special_tokens=special, show_progress=False, min_frequency=2,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     core.train_from_iterator(texts, trainer)
     core.post_processor = processors.TemplateProcessing(
-        single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A {END_OF_TEXT} $B:1", special_tokens=[(END_OF_TEXT, 0)])
-    return Tokenizer(core, {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT,
-        "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False})
+        single=single, pair=pair, special_tokens=[(str(token.content), i) for i, token in enumerate(special)])
+    return Tokenizer(core, {"tokenizer_class": PLAIN, **settings, "clean_up_tokenization_spaces": False})
+
+
+def _special(*tokens: str) -> list[AddedToken]:
+    """A mask stands for the word with the space before it, as the vocabulary spells words, so it takes that space."""
+    return [AddedToken(token, special=True, normalized=False, lstrip=token == "[MASK]") for token in tokens]
+
+
+# a model's shape → special tokens in the order of their ids, templates for a text and for a pair, settings
+SHAPES = {
+    "decoder": (
+        _special(END_OF_TEXT), f"{END_OF_TEXT} $A", f"{END_OF_TEXT} $A {END_OF_TEXT} $B:1",
+        {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "add_bos_token": True, "add_eos_token": False}),
+    "encoder": (
+        _special("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1",
+        {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
+         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}),
+    "encoder-decoder": (
+        _special("<pad>", "</s>", "<unk>"), "$A </s>", "$A </s> $B </s>",
+        {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"})}
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder (`tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`) or of a `tokenizer.json`.
+    """The tokenizer of a folder, from any of the files that text/pretrained.py knows, or of a `tokenizer.json`.
 
     Raises UserError when there is none or it cannot be read.
     """
     path = Path(path)
     with user_errors(path, "read"):  # a name too long
-        file = path if path.is_file() else path / "tokenizer.json"
-    if file.is_file():
-        core = _read(file, lambda: tokenizers.Tokenizer.from_file(str(file)))
-    elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        core = _gpt2(path)
-    elif not path.exists():
-        raise UserError("no such folder", where=str(path), hint="-m takes a model folder or a tokenizer.json")
-    else:
-        raise UserError("holds no tokenizer", where=str(path),
-                        hint="a folder needs tokenizer.json, or vocab.json and merges.txt")
-    return Tokenizer(core, _settings(file.parent, core))
-
-
-def _gpt2(folder: Path) -> tokenizers.Tokenizer:
-    def build() -> tokenizers.Tokenizer:
-        core = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        core.decoder = decoders.ByteLevel()
-        if core.token_to_id(END_OF_TEXT) is not None:
-            core.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
-        return core
-    return _read(folder / "vocab.json", build)
-
-
-def _read(file: Path, build) -> tokenizers.Tokenizer:
-    try:
-        return build()
-    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
-        raise UserError(f"is no tokenizer: {error}", where=str(file)) from error
-
-
-def _settings(folder: Path, core: tokenizers.Tokenizer) -> dict:
-    file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        known = core.token_to_id(END_OF_TEXT) is not None
-        return {"tokenizer_class": "PreTrainedTokenizerFast", **({"eos_token": END_OF_TEXT} if known else {})}
-    with user_errors(file, "read"):
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"is not JSON: {error}", where=str(file)) from error
-    if not isinstance(settings, dict):
-        raise UserError("is not a JSON object", where=str(file))
-    return settings
+        if not path.is_file() and not path.exists():
+            raise UserError("no such folder", where=str(path), hint="-m takes a model folder or a tokenizer.json")
+    found = pretrained.read(path)
+    target = Tokenizer(found.target, found.settings) if found.target else None
+    return Tokenizer(found.core, found.settings, target, found.files)
 
 
 class StreamDecoder:
@@ -272,9 +307,10 @@ class StreamDecoder:
             start, self._given = self._given, max(self._given, len(text.rstrip(OPEN)))
             return text[start:self._given].replace(OPEN, "")
         new = text[self._given:]
-        self._start, self._whole = self._whole, len(self.ids)
+        if new:  # a token without text stays in view, lest the next one looks like the first, which loses its space
+            self._start, self._whole = self._whole, len(self.ids)
         self._given = len(self._decoded())
         return new.replace(OPEN, "")
 
     def _decoded(self) -> str:
-        return self.tokenizer.decode(self.ids[self._start:], special=False)
+        return self.tokenizer.core.decode(self.ids[self._start:], skip_special_tokens=True)  # untidied: it only grows

@@ -4,16 +4,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from lmcli.config import TokenizerConfig
-from lmcli.errors import UserError
-from lmcli.text import corpus, documents
+from lmcli.errors import UsageError, UserError
+from lmcli.text import corpus, documents, examples
 from lmcli.text import tokenizer as tokenizers
+from lmcli.text.batches import ExampleRows, MaskedRows, Masking, PackedRows
 from lmcli.text.corpus import Corpus, EncodedDocument
 from lmcli.text.documents import Document, Layout
+from lmcli.text.examples import Examples, Template
 from lmcli.text.records import expand, shown
 from lmcli.text.tokenizer import Tokenizer
+from lmcli.training.objectives import OBJECTIVES, Objective
 
 FEWEST_TOKENS = 32
+# the fields of a row that make a pair, in the order in which they are looked for
+PAIRS = (("source", "target"), ("prompt", "completion"))
+LABELLED = ("text", "label")
 
 
 @dataclass
@@ -28,25 +36,27 @@ class Source:
     def facts(self) -> dict:
         """Plain values for `recipe.yaml`."""
         return {"files": self.files, "validation_files": self.validation_files, "documents": self.layout.documents,
-                "format": self.layout.format, "fields": list(self.layout.fields), "on_error": self.layout.on_error,
-                "sha256": self.hashes}
+                "format": self.layout.format, "fields": list(self.layout.fields), "label": self.layout.label,
+                "on_error": self.layout.on_error, "sha256": self.hashes}
 
 
 def source_from_facts(facts: dict) -> Source:
     """The Source that `facts` came from."""
-    layout = Layout(facts["documents"], facts["format"], tuple(facts["fields"]), facts["on_error"])
+    layout = Layout(facts["documents"], facts["format"], tuple(facts["fields"]), facts["on_error"], facts.get("label", ""))
     return Source(list(facts["files"]), list(facts["validation_files"]), layout, dict(facts["sha256"]))
 
 
 @dataclass
 class TrainingData:
-    """Token ids to train on, documents to validate on (`measured`: those that are), and the tokenizer of both."""
+    """What to train on (token ids, or examples), documents to validate on (`measured`: those that are), the tokenizer
+    of both, and for classification the labels."""
 
     tokenizer: Tokenizer
-    corpus: Corpus
+    corpus: Corpus | Examples
     measured: list[Document]
-    validation: list[EncodedDocument]
+    validation: list[EncodedDocument] | Examples
     context: int
+    labels: tuple[str, ...] = ()
 
 
 def find(arguments: tuple[str, ...], val: tuple[str, ...], layout: Layout, include: str | None,
@@ -60,11 +70,43 @@ def find(arguments: tuple[str, ...], val: tuple[str, ...], layout: Layout, inclu
     return Source(pinned, [str(Path(file).absolute()) for file in held_out], layout)
 
 
+def settle(source: Source, asked: str, shape: str, note: Callable[[str], None]) -> Objective:
+    """The objective that was asked for or, for "auto", follows from the model's shape and the first row's fields; the
+    fields it reads are written into `source.layout`.
+
+    Raises UsageError for an objective that the shape cannot have, UserError when the data has not the fields.
+    """
+    layout = source.layout
+    row = layout.first_row(source.files)
+    keys = list(row or ())
+    if asked == "auto":
+        labelled = set(LABELLED) <= set(keys) or (layout.label and layout.label in keys)
+        asked = {"decoder": "causal", "encoder-decoder": "seq2seq"}.get(shape, "classification" if labelled else "masked")
+    objective = OBJECTIVES[asked]
+    if objective.shape != shape:
+        raise UsageError(f"objective {asked} needs the shape {objective.shape}, not {shape}", where="train",
+                         hint="choose a preset of that shape: encoder-small, seq2seq-small, or small for a decoder")
+    if asked == "seq2seq":
+        layout.fields = layout.fields or next((pair for pair in PAIRS if set(pair) <= set(keys)), ())
+        if len(layout.fields) != 2:
+            raise UserError("an encoder–decoder learns from rows with two texts" + (f"; fields: {', '.join(keys)}" if keys
+                            else ", and there are none"), where=shown(source.files[0]),
+                            hint="JSON Lines or TSV with source and target, or name the two: --field a --field b")
+    elif asked == "classification":
+        *fields, label = layout.fields or LABELLED
+        layout.fields, layout.label = tuple(fields) or ("text",), label
+    elif set(PAIRS[0]) <= set(keys) and not layout.fields:
+        note("the rows have source and target, a decoder reads source alone; --preset seq2seq-small learns from both")
+    return objective
+
+
 def prepare(source: Source, config: TokenizerConfig, context: int, validation_bytes: int, tokenizer: Tokenizer | None,
-            note: Callable[[str], None]) -> TrainingData:
+            note: Callable[[str], None], objective: Objective = OBJECTIVES["causal"],
+            labels: tuple[str, ...] = ()) -> TrainingData:
     """Surveys, splits, learns a tokenizer on the training part if none is given, and encodes.
 
-    Raises UserError for empty or too little text, and when `source` was read before and its content has changed.
+    `labels` are those of a model that is trained further. Raises UserError for empty or too little text, and when
+    `source` was read before and its content has changed.
     """
     layout = source.layout
     found, hashes = layout.survey(source.files)
@@ -79,10 +121,18 @@ def prepare(source: Source, config: TokenizerConfig, context: int, validation_by
     measured = documents.limit(held_out, layout, validation_bytes)
     _note_sizes(note, training, held_out, measured)
     if tokenizer is None:
-        tokenizer = tokenizers.learn((piece.text for piece in layout.pieces(training)), config)
+        texts = (piece.text for piece in layout.pieces(training))
+        tokenizer = tokenizers.learn(texts, config, objective.shape)
         if tokenizer.size < config.vocab_size:
             note(f"the text has room for a vocabulary of {tokenizer.size:,}, not {config.vocab_size:,}")
-    ids = corpus.build(training, hashes, layout, tokenizer, tokenizer.special("eos_token"))
+    if objective.name in ("seq2seq", "classification"):
+        if objective.name == "classification":
+            labels = labels or examples.label_names(training, layout)
+            note(f"{len(labels)} labels: {', '.join(labels[:10])}{', …' if len(labels) > 10 else ''}")
+        sides = [examples.build(part, hashes, layout, tokenizer, labels) for part in (training, measured)]
+        return TrainingData(tokenizer, sides[0], measured, sides[1], context, labels)
+    closing = tokenizer.special("eos_token" if objective.name == "causal" else "sep_token")
+    ids = corpus.build(training, hashes, layout, tokenizer, closing)
     if ids.tokens < FEWEST_TOKENS:
         raise UserError(f"only {ids.tokens} tokens to train on", where=shown(source.files[0]),
                         hint=f"at least {FEWEST_TOKENS} are needed: give more text")
@@ -91,6 +141,42 @@ def prepare(source: Source, config: TokenizerConfig, context: int, validation_by
         context = ids.tokens
     validation = list(corpus.encode_documents(measured, layout, tokenizer))
     return TrainingData(tokenizer, ids, measured, validation, context)
+
+
+def template(prepared: TrainingData, start: int | None) -> Template:
+    """How examples are put together; a decoder begins from `start`."""
+    tokenizer = prepared.tokenizer
+    padding = tokenizer.special("pad_token")
+    return Template(tokenizer.prefix, tokenizer.suffix, prepared.context, 0 if padding is None else padding,
+                    0 if start is None else start, tokenizer.special("eos_token"))
+
+
+def training_rows(prepared: TrainingData, objective: Objective, start: int | None, mask_share: float,
+                  seed: int) -> PackedRows | MaskedRows | ExampleRows:
+    """The rows of a run, in an order that follows from the seed."""
+    tokenizer = prepared.tokenizer
+    if objective.name == "causal":
+        beginning = tokenizer.prefix[0] if len(tokenizer.prefix) == 1 else None
+        return PackedRows(prepared.corpus.ids, prepared.context, beginning, seed)
+    if objective.name == "masked":
+        mask = tokenizer.special("mask_token")
+        if mask is None:
+            raise UserError("the tokenizer has no mask token",
+                            hint="an encoder's tokenizer names one; leave --tokenizer out to learn such a one")
+        special = {tokenizer.special(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+        masking = Masking(mask, tokenizer.size, tuple(special - {None}), mask_share)
+        return MaskedRows(prepared.corpus.ids, prepared.context, (tokenizer.prefix, tokenizer.suffix), masking, seed)
+    return example_rows(prepared.corpus, template(prepared, start), seed)
+
+
+def example_rows(found: Examples, around: Template, seed: int = 0) -> ExampleRows:
+    """Examples as rows, put together by length."""
+    return ExampleRows(around.lengths(found), lambda chosen: around.batch(found, chosen), seed)
+
+
+def validation_ids(prepared: TrainingData) -> np.ndarray:
+    """The ids of all validation documents in a row."""
+    return np.concatenate([document.ids for document in prepared.validation])
 
 
 def _check_unchanged(source: Source, hashes: dict[str, str]) -> None:

@@ -11,8 +11,9 @@ from lmcli.config import TrainConfig
 from lmcli.errors import UserError
 from lmcli.model.device import Placement
 from lmcli.model.transformer import Transformer
-from lmcli.text.batches import PackedRows
+from lmcli.text.batches import ExampleRows, MaskedRows, PackedRows
 from lmcli.training import objectives, optimizers, schedules
+from lmcli.training.objectives import OBJECTIVES, Objective
 from lmcli.training.state import Counters
 
 MOST_MICRO_BATCH_TOKENS = 16_384
@@ -21,7 +22,7 @@ EVALUATIONS = 8  # of a run, unless eval_every says otherwise
 
 @dataclass
 class Step:
-    """One optimizer step. `loss` is nats per token of its batch, `share` how much of the budget is used,
+    """One optimizer step. `loss` is nats per target of its batch, `share` how much of the budget is used,
     `remaining` the seconds the run will still take (None while unknown)."""
 
     step: int
@@ -38,7 +39,7 @@ class Step:
 
 @dataclass
 class Validation:
-    """An evaluation: whatever `evaluate` returned; `best` when its bits per byte are the lowest so far."""
+    """An evaluation: whatever `evaluate` returned; `best` when its criterion is the lowest so far."""
 
     step: int
     figures: object
@@ -58,17 +59,18 @@ class Due:
 class Run:
     """A training run. `elapsed()` is seconds since its start; set `stop` to end it after the current step.
 
-    `evaluate()` returns figures with `bits_per_byte` and reads `evaluation_tokens` tokens for it; `began` is the clock
+    `evaluate()` returns figures with a `criterion` and reads `evaluation_tokens` tokens for it; `began` is the clock
     (time.monotonic) when the command started.
     """
 
     model: Transformer
-    rows: PackedRows
+    rows: PackedRows | MaskedRows | ExampleRows
     config: TrainConfig
     placement: Placement
     evaluate: Callable[[], object]
     began: float
     evaluation_tokens: int = 0
+    objective: Objective = OBJECTIVES["causal"]
     counters: Counters = field(default_factory=Counters)
     stop: bool = False
 
@@ -157,9 +159,9 @@ class Run:
         self.model.train()
         self._evaluated_at = time.monotonic()
         self._evaluation_seconds = self._evaluated_at - started
-        best = figures.bits_per_byte < counters.best
+        best = figures.criterion < counters.best
         if best:
-            counters.best, counters.best_step = figures.bits_per_byte, counters.step
+            counters.best, counters.best_step = figures.criterion, counters.step
         return Validation(counters.step, figures, best, final)
 
     def _step(self, share: float) -> Step:
@@ -185,19 +187,16 @@ class Run:
                     counters.rows / self.rows.rows_per_epoch, None)
 
     def _gradients(self) -> tuple[float, int]:
-        """Adds up the gradients of one optimizer step; returns its loss in nats per token and its tokens."""
+        """Adds up the gradients of one optimizer step; returns its loss in nats per target and its tokens."""
         config, counters = self.config, self.counters
-        context = self.rows.context
-        rows = max(1, config.batch_tokens // context)
-        most = max(1, (config.micro_batch_tokens or MOST_MICRO_BATCH_TOKENS) // context)
-        device = self.placement.device
-        total = torch.zeros((), device=device)
+        batches = self.rows.step(counters.rows, config.batch_tokens, config.micro_batch_tokens or MOST_MICRO_BATCH_TOKENS)
+        targets = sum(batch.count for batch in batches)
+        total = torch.zeros((), device=self.placement.device)
         self.optimizer.zero_grad()
-        for start in range(0, rows, most):
-            batch = torch.from_numpy(self.rows.batch(counters.rows, min(most, rows - start))).to(device)
-            with objectives.autocast(device, self.placement.dtype):
-                loss, _ = objectives.causal(self.model, batch)
-            (loss / (rows * context)).backward()
+        for batch in batches:
+            with objectives.autocast(self.placement.device, self.placement.dtype):
+                loss = objectives.loss(self.objective, self.model, batch, config.label_smoothing)
+            (loss / targets).backward()
             total += loss.detach()
-            counters.rows += len(batch)
-        return float(total) / (rows * context), rows * context
+        counters.rows += sum(batch.rows for batch in batches)
+        return float(total) / targets, sum(batch.tokens for batch in batches)

@@ -1,17 +1,81 @@
-"""(model, batch) → summed loss and the number of targets in it."""
+"""What a model is trained for: (model, batch) → hidden states at the targets, the head over them, and the targets."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from lmcli.model.likelihood import target_logprobs
+from lmcli.model.likelihood import target_losses
 from lmcli.model.transformer import Transformer
+from lmcli.text.batches import IGNORED, Batch
 
 
-def causal(model: Transformer, rows: Tensor) -> tuple[Tensor, int]:
-    """(sum of −log p over all next tokens in nats, their number) for packed rows (B, T + 1) of ids."""
-    hidden = model.hidden(rows[:, :-1])  # (B, T, C)
-    targets = rows[:, 1:].reshape(-1)  # (B·T)
-    return -target_logprobs(hidden.flatten(0, 1), model.head, targets).sum(), len(targets)
+class Predictions(NamedTuple):
+    """Hidden states (N, C) from which `head` makes logits, and the N targets they are to predict."""
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+    targets: Tensor
+
+
+def causal(model: Transformer, batch: Batch) -> Predictions:
+    """Every next token of packed rows."""
+    ids, targets, _ = _tensors(model, batch)
+    return Predictions(model.hidden(ids).flatten(0, 1), model.head, targets.flatten())
+
+
+def masked(model: Transformer, batch: Batch) -> Predictions:
+    """The tokens that were masked (Devlin et al. 2019); the head runs on them alone."""
+    ids, targets, real = _tensors(model, batch)
+    chosen = targets != IGNORED
+    return Predictions(model.hidden(ids, real)[chosen], model.head, targets[chosen])
+
+
+def seq2seq(model: Transformer, batch: Batch) -> Predictions:
+    """Every token of the target and its end, given the source and the target before it (teacher forcing)."""
+    ids, targets, real = _tensors(model, batch)
+    decoder_ids = torch.from_numpy(batch.decoder_ids).to(ids.device)
+    hidden = model.hidden(decoder_ids, memory=model.encode(ids, real))  # what follows a token cannot change it: no mask
+    chosen = targets != IGNORED
+    return Predictions(hidden[chosen], model.head, targets[chosen])
+
+
+def classification(model: Transformer, batch: Batch) -> Predictions:
+    """The label of each text."""
+    ids, targets, real = _tensors(model, batch)
+    return Predictions(model.hidden(ids, real), model.head, targets)
+
+
+def _tensors(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    device = model.embedding.weight.device
+    ids, targets = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (batch.ids, batch.targets))
+    return ids, targets, None if batch.real is None else torch.from_numpy(batch.real).to(device)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One objective: its function, the model's shape and head, and what one target is called."""
+
+    name: str
+    predict: Callable[[Transformer, Batch], Predictions]
+    shape: str
+    head: str
+    target: str
+
+
+OBJECTIVES = {objective.name: objective for objective in (
+    Objective("causal", causal, "decoder", "lm", "token"),
+    Objective("masked", masked, "encoder", "lm", "masked token"),
+    Objective("seq2seq", seq2seq, "encoder-decoder", "lm", "target token"),
+    Objective("classification", classification, "encoder", "sequence", "text"))}
+
+
+def loss(objective: Objective, model: Transformer, batch: Batch, smoothing: float = 0.0) -> Tensor:
+    """The summed loss of a batch in nats; differentiable."""
+    return target_losses(*objective.predict(model, batch), smoothing).sum()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

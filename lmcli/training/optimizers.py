@@ -1,7 +1,9 @@
 """Which parameter is updated how: every parameter in exactly one group of exactly one optimizer."""
 
+from collections import defaultdict
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lmcli.config import TrainConfig
 
@@ -41,16 +43,61 @@ class Optimizers:
         return owner.state[parameter]
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal (Jordan et al. 2024), as torch.optim.Muon; all matrices of one shape in one product.
+
+    The update of a matrix of R rows and C columns is scaled by √max(1, R/C). The five Newton–Schulz steps run in bfloat16.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every matrix that has a gradient."""
+        for group in self.param_groups:
+            shapes: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    shapes[tuple(matrix.shape)].append(matrix)
+            for shape, matrices in shapes.items():
+                rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                updates = orthogonal(self._momentum(matrices, group["momentum"]))
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(matrices, [update.to(matrices[0].dtype) for update in updates], alpha=-rate)
+
+    def _momentum(self, matrices: list[nn.Parameter], momentum: float) -> Tensor:
+        """(matrices, R, C) bfloat16: what the running means of the gradients, looked at one step ahead, say (Nesterov)."""
+        gradients = [matrix.grad for matrix in matrices]
+        for matrix in matrices:
+            if "momentum_buffer" not in self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        means = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        return torch.stack([ahead.bfloat16() for ahead in torch._foreach_lerp(gradients, means, momentum)])
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Matrices (…, R, C) with their singular values brought near 1, by five steps of a quintic Newton–Schulz iteration."""
+    x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
+
+
 def build(model: nn.Module, config: TrainConfig) -> Optimizers:
     """AdamW (Loshchilov & Hutter 2019), fused where torch has it; with optimizer "muon" the blocks' matrices get Muon
     (Jordan et al. 2024: momentum, made orthogonal by five Newton–Schulz steps) at `matrix_learning_rate` instead.
 
-    Matrices decay, norms and the embedding do not.
+    Matrices decay; norms, biases and tables of embeddings do not.
     """
     named = list(model.named_parameters())
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     inner = [p for name, p in named if p.ndim == 2 and ".layers." in name]
-    outer = [p for name, p in named if p.ndim == 2 and ".layers." not in name and name != "embedding.weight"]
-    kept = [p for name, p in named if p.ndim < 2 or name == "embedding.weight"]
+    outer = [p for name, p in named if p.ndim == 2 and ".layers." not in name and name not in tables]
+    kept = [p for name, p in named if p.ndim < 2 or name in tables]
     assert len(inner) + len(outer) + len(kept) == len(named)
     by_muon = config.optimizer == "muon"
     decayed = outer if by_muon else inner + outer
@@ -59,5 +106,5 @@ def build(model: nn.Module, config: TrainConfig) -> Optimizers:
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)]
     if by_muon:
-        parts.append(torch.optim.Muon(inner, lr=config.matrix_learning_rate, weight_decay=config.weight_decay))
+        parts.append(Muon(inner, lr=config.matrix_learning_rate, weight_decay=config.weight_decay))
     return Optimizers(parts)

@@ -18,7 +18,7 @@ KEPT = 2
 @dataclass
 class Counters:
     """Where a run stands. `rows` is the position in the data; `seconds` is time spent, all sittings together,
-    `preparation` the part of it before the first steps. `best` is the best validation figure so far (bits per byte),
+    `preparation` the part of it before the first steps. `best` is the best validation figure so far (what its criterion is),
     reached at `best_step`. `looked` is the share of the budget at which it was last looked whether an evaluation is due.
     """
 

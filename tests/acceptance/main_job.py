@@ -35,7 +35,7 @@ def shakespeare(folder: Path) -> None:
 
     _, told = lm("train", TEXT / "tinyshakespeare.txt", "-o", folder, "--preset", "small", "--time", "5m")
     print(lm("generate", "-m", folder, "--seed", 1, "ROMEO:")[0])
-    printed = float(re.search(r"lm: validation ([\d.]+) bits per byte", told).group(1))
+    printed = float(re.search(r"lm: validation ([\d.]+) bits/byte", told).group(1))
     measured = json.loads(lm("perplexity", "-m", folder, "--validation", "--json")[0])
     assert abs(measured["bits_per_byte"] - printed) < 5e-5, (measured, printed)
 

@@ -188,7 +188,8 @@ class TestDamage:
     def test_what_is_left_is_told(self, copy, files):
         folder = copy(files=files)
         summary = self.refused(folder)
-        assert ("tokenizer" in summary.facts) == ("tokenizer.json" not in files)
+        # which tokenizer a folder holds hangs on config.json, so one that cannot be read takes it along
+        assert ("tokenizer" in summary.facts) == ("tokenizer.json" not in files and files.get("config.json") != b"{")
         assert ("parameters" in summary.facts) == ("config.json" not in files)
         assert ("weights" in summary.facts and "bytes" in summary.facts["weights"]) == ("model.safetensors" not in files)
 

@@ -28,7 +28,7 @@ def test_training_learns(trained):
 
 def test_validation_figure_is_what_perplexity_measures(trained, inside):
     folder, done = trained
-    printed = float(re.search(r"lm: validation ([\d.]+) bits per byte", done.stderr.decode()).group(1))
+    printed = float(re.search(r"lm: validation ([\d.]+) bits/byte", done.stderr.decode()).group(1))
     row = json.loads(inside("perplexity", "-m", folder, "--validation", "--json").stdout)
     assert row["bits_per_byte"] == pytest.approx(printed, abs=5e-5)
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

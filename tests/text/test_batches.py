@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcli.text.batches import PackedRows
+from lmcli.text.batches import IGNORED, Batch, ExampleRows, MaskedRows, Masking, PackedRows, padded, real_tokens
 
 BEGINNING = 60_000
 cases = st.tuples(st.integers(1, 200), st.integers(1, 40), st.integers(0, 3), st.sampled_from([None, BEGINNING]))
@@ -79,3 +79,80 @@ def test_the_array_is_left_as_it_is():
     ids.setflags(write=False)  # as a memory-mapped file
     PackedRows(ids, 8, 0, 0).batch(0, 20)
     assert ids.dtype == np.uint16 and ids.tolist() == list(range(50))
+
+
+MASKING = Masking(mask=4, vocab_size=300, special=(0, 1, 2, 3, 4), share=0.3)
+
+
+@given(st.lists(st.integers(0, 299), min_size=1, max_size=60).filter(lambda ids: max(ids) > 4), st.integers(0, 9))
+def test_masking_asks_only_for_what_stood_there(ids, seed):
+    row = np.array(ids)
+    read, targets = MASKING.apply(row, np.random.default_rng(seed))
+    asked = targets != IGNORED
+    assert asked.any() and (targets[asked] == row[asked]).all() and (row[asked] > 4).all()
+    assert (read[~asked] == row[~asked]).all()
+
+
+def test_masking_covers_replaces_and_keeps_as_bert_does():
+    row = np.full(100_000, 77)
+    read, targets = MASKING.apply(row, np.random.default_rng(0))
+    asked = targets != IGNORED
+    assert asked.mean() == pytest.approx(0.3, abs=0.01)
+    shares = [(read[asked] == MASKING.mask).mean(), (read[asked] == 77).mean()]
+    assert shares == pytest.approx([0.8 + 0.1 / 300, 0.1 + 0.1 / 300], abs=0.01)
+
+
+def test_masked_rows_stand_inside_the_template_and_come_again():
+    rows = MaskedRows(np.arange(5, 295, dtype=np.uint16), 12, ([2], [3]), MASKING, seed=1)
+    batches = rows.step(7, 60, 24)
+    assert [batch.rows for batch in batches] == [2, 2, 1] and all(batch.ids.shape[1] == 12 for batch in batches)
+    assert all((batch.ids[:, 0] == 2).all() and (batch.ids[:, -1] == 3).all() for batch in batches)
+    again = rows.step(8, 12, 12)[0]
+    assert (again.ids[0] == batches[0].ids[1]).all() and (again.targets[0] == batches[0].targets[1]).all()
+
+
+def test_text_to_measure_on_is_masked_the_same_each_time_and_in_order():
+    rows = MaskedRows(np.arange(5, 295), 12, ([2], [3]), MASKING, seed=1)
+    ids = np.arange(10, 45)  # three rows of ten, and five ids too few for a fourth
+    first, second = list(rows.in_order(ids, 24)), list(rows.in_order(ids, 24))
+    assert [batch.rows for batch in first] == [2, 1]
+    assert all((a.ids == b.ids).all() and (a.targets == b.targets).all() for a, b in zip(first, second))
+    whole = np.where(first[0].targets != IGNORED, first[0].targets, first[0].ids)
+    assert whole[:, 1:-1].ravel().tolist() == list(range(10, 30))
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=200), st.integers(1, 300), st.integers(1, 300), st.integers(0, 5))
+def test_an_epoch_of_examples_has_each_once_and_keeps_to_the_sizes(lengths, batch_tokens, most, seed):
+    seen = []
+    rows = ExampleRows(np.array(lengths), lambda chosen: seen.append(chosen) or Batch(chosen[:, None], chosen), seed)
+    position = 0
+    while position < len(lengths):
+        step = rows.step(position, batch_tokens, most)
+        position += sum(batch.rows for batch in step)
+        for batch in step:
+            longest = max(lengths[i] for i in batch.ids.ravel())
+            assert batch.rows == 1 or longest * batch.rows <= min(batch_tokens, most)
+    assert sorted(np.concatenate(seen)) == list(range(len(lengths)))
+
+
+def test_examples_resume_in_the_middle_of_an_epoch():
+    def steps(rows, start, count):
+        for _ in range(count):
+            batches = rows.step(start, 100, 60)
+            start += sum(batch.rows for batch in batches)
+            yield [batch.ids.ravel().tolist() for batch in batches]
+
+    def fresh():
+        return ExampleRows(np.arange(500) % 37 + 1, lambda chosen: Batch(chosen[:, None], chosen), 3)
+    whole = list(steps(fresh(), 0, 200))  # more than one epoch
+    done = sum(len(batch) for step in whole[:150] for batch in step)
+    assert list(steps(fresh(), done, 50)) == whole[150:]
+    sizes = [len(batch) for step in whole[:100] for batch in step]
+    assert sizes != sorted(sizes)  # batches come in a random order
+
+
+def test_padding_by_hand():
+    rows = [np.array([1, 2, 3]), np.array([4])]
+    assert padded(rows, 9).tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert real_tokens(rows).tolist() == [[True, True, True], [True, False, False]]
+    assert real_tokens(rows[:1] * 2) is None

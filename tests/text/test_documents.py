@@ -396,9 +396,24 @@ def test_standard_input_is_kept_under_its_content(tmp_path):
     assert len(os.listdir(tmp_path / "cache" / "stdin")) == 2
 
 
-def test_tsv_files_are_refused_as_documents_unless_called_text(tmp_path):
+def test_rows_of_a_tsv_are_documents_behind_its_header(tmp_path):
     path = tmp_path / "rows.tsv"
-    path.write_text("text\tlabel\na\tb\n")
-    with pytest.raises(UserError, match="TSV"):
-        Layout().survey([str(path)])
+    path.write_text("id\ttext\tlabel\n1\ta b\tx\r\n2\tc\ty\n3\t\tz\n")
+    layout = Layout()
+    found, _ = layout.survey([str(path)])
+    assert [layout.text(document) for document in found] == ["a b", "c"]
+    assert list(layout.raw_rows(found)) == [{"id": "1", "text": "a b", "label": "x"}, {"id": "2", "text": "c", "label": "y"}]
+    assert layout.first_row([str(path)])["label"] == "x"
     assert len(Layout(format="text").survey([str(path)])[0]) == 1
+
+
+@pytest.mark.parametrize(("row", "told"), [
+    ('{"text": "a"}', "field 'label' is missing or no label"), ('{"text": "a", "label": ""}', "no label"),
+    ('{"text": "a", "label": true}', "no label"), ('{"text": "a", "label": [1]}', "no label"), ("[1]", "not a JSON object")])
+def test_a_row_without_a_label_names_its_line(row, told, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "b", "label": 1}\n' + row + "\n")
+    with pytest.raises(UserError, match=told) as caught:
+        Layout(label="label").survey([str(path)])
+    assert caught.value.where == f"{path}, line 2"
+    assert len(Layout(label="label", on_error="skip").survey([str(path)])[0]) == 1

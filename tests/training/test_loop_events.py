@@ -46,7 +46,7 @@ def run(clock):
 
         def evaluate():
             clock.now += evaluation_seconds
-            return SimpleNamespace(bits_per_byte=next(found))
+            return SimpleNamespace(criterion=next(found))
         rows = PackedRows(np.arange(400, dtype=np.uint16) % 40, 8, 0, 0)
         options = {"context": 8, "batch_tokens": 32, **config}
         placement = Placement(torch.device("cpu"), torch.float32)

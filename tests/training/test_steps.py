@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from lmcli.config import ModelConfig, TrainConfig
 from lmcli.model.transformer import Transformer
+from lmcli.text.batches import Batch
 from lmcli.training import objectives, optimizers, schedules, state
+from lmcli.training.objectives import OBJECTIVES
 
 SHARES = st.floats(0, 1)
 TINY = ModelConfig(vocab_size=40, max_position_embeddings=16, hidden_size=16, num_hidden_layers=2,
@@ -36,6 +38,10 @@ def test_the_first_budget_reached_ends_a_run():
     assert used.share(TrainConfig(time=60), seconds_before=10, seconds_after=55) == 1.0
 
 
+def packed(rows: torch.Tensor) -> Batch:
+    return Batch(rows[:, :-1].numpy(), rows[:, 1:].numpy())
+
+
 def model() -> Transformer:
     made = Transformer(TINY)
     made.initialize(0)
@@ -55,8 +61,8 @@ def test_every_parameter_is_in_exactly_one_group():
 def test_one_adamw_step_equals_torch_written_out():
     made = model()
     built = optimizers.build(made, TrainConfig(optimizer="adamw", learning_rate=0.01, weight_decay=0.1))
-    loss, count = objectives.causal(made, torch.arange(34).view(2, 17) % 40)
-    (loss / count).backward()
+    batch = packed(torch.arange(34).view(2, 17) % 40)
+    (objectives.loss(OBJECTIVES["causal"], made, batch) / batch.count).backward()
     weight = made.get_parameter("decoder.layers.0.mlp.gate.weight")
     before, gradient = weight.detach().clone(), weight.grad.clone()
     built.set_factor(0.5)
@@ -69,18 +75,17 @@ def test_one_adamw_step_equals_torch_written_out():
 
 def test_the_objective_is_transformers_cross_entropy():
     made, rows = model(), torch.arange(34).view(2, 17) % 40
-    loss, count = objectives.causal(made, rows)
+    loss = objectives.loss(OBJECTIVES["causal"], made, packed(rows))
     expected = torch.nn.functional.cross_entropy(made(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(loss, expected)
-    assert count == 32
+    assert packed(rows).count == packed(rows).tokens == 32
 
 
 def stepped(made, built, count: int) -> None:
     for _ in range(count):
         built.zero_grad()
-        rows = torch.randint(40, (2, 17))
-        loss, tokens = objectives.causal(made, rows)
-        (loss / tokens).backward()
+        batch = packed(torch.randint(40, (2, 17)))
+        (objectives.loss(OBJECTIVES["causal"], made, batch) / batch.count).backward()
         built.step()
 
 
@@ -112,3 +117,25 @@ def test_two_states_are_kept_and_a_damaged_newest_is_told(tmp_path):
     notes = []
     assert state.restore(tmp_path, made, built, notes.append).step == 2
     assert len(notes) == 1 and "step-000000003" in notes[0]
+
+
+def test_muon_is_that_of_torch():
+    ours, theirs = ([torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
+                     for i, shape in enumerate(((8, 12), (12, 8), (8, 12), (16, 4)))] for _ in range(2))
+    built, known = optimizers.Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(3):
+        for mine, its in zip(ours, theirs):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            its.grad = mine.grad.clone()
+        built.step()
+        known.step()
+    for mine, its in zip(ours, theirs):
+        assert ((mine - its).norm() / (0.06 * its.numel() ** 0.5)).item() < 0.01  # bfloat16 products in another order
+
+
+def test_orthogonal_updates_have_singular_values_near_one():
+    for shape in ((3, 24, 24), (2, 40, 8), (1, 8, 40)):
+        found = optimizers.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16())
+        values = torch.linalg.svdvals(found.float())
+        assert values.shape == (shape[0], min(shape[1:])) and 0.3 < values.min() and values.max() < 1.5

@@ -1,0 +1,110 @@
+"""The objectives of all shapes against the losses that transformers' models return, and their figures by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lmcli.checkpoints.config_json import write_config
+from lmcli.config import ModelConfig
+from lmcli.model.transformer import Transformer
+from lmcli.recipes import resolve
+from lmcli.storage import write_tensors, write_text
+from lmcli.text.batches import IGNORED, Batch
+from lmcli.training import objectives
+from lmcli.training.evaluation import Figures, evaluate
+from lmcli.training.objectives import OBJECTIVES
+
+SIZES = {"vocab_size": 53, "max_position_embeddings": 24, "hidden_size": 24, "num_hidden_layers": 2, "num_encoder_layers": 3,
+         "num_attention_heads": 3, "intermediate_size": 40, "pad_token_id": 0, "eos_token_id": 1}
+
+
+@pytest.fixture
+def both(randomize, tmp_path):
+    """both(preset, **options): a random model of ours and the same in transformers."""
+    import dataclasses
+    import json
+
+    import transformers
+
+    from lmcli.checkpoints.config_json import family_of
+    from lmcli.checkpoints.weights import tensors_of
+
+    def make(preset, **options) -> tuple[Transformer, torch.nn.Module]:
+        config = dataclasses.replace(resolve(preset).model, **{**SIZES, **options}).complete()
+        ours = randomize(Transformer(config))
+        write_text(tmp_path / "config.json", json.dumps(write_config(config, "float32")))
+        write_tensors(tmp_path / "model.safetensors", tensors_of(ours, family_of(config)))
+        kind = getattr(transformers, family_of(config).heads[config.head])
+        return ours, kind.from_pretrained(tmp_path).eval()
+    return make
+
+
+def ids(rows: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(5, 53, size=(rows, width))
+
+
+@torch.no_grad()
+def test_guessing_masked_words_is_the_loss_of_transformers(both):
+    ours, theirs = both("encoder-small")
+    targets = np.where(np.random.default_rng(1).random((3, 11)) < 0.3, ids(3, 11), IGNORED)
+    batch = Batch(ids(3, 11, 2), targets)
+    wanted = theirs(input_ids=torch.from_numpy(batch.ids), labels=torch.from_numpy(targets)).loss
+    assert objectives.loss(OBJECTIVES["masked"], ours, batch).item() / batch.count == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["seq2seq-small", "transformer-2017"])
+def test_teacher_forcing_is_the_loss_of_transformers(preset, both):
+    ours, theirs = both(preset, decoder_start_token_id=0)
+    targets = ids(3, 7, 3)
+    targets[1, 4:] = IGNORED
+    real = np.ones((3, 9), dtype=bool)
+    real[2, 5:] = False
+    inputs = np.concatenate([np.zeros((3, 1), dtype=np.int64), np.where(targets == IGNORED, 0, targets)[:, :-1]], axis=1)
+    batch = Batch(np.where(real, ids(3, 9, 4), 0), targets, real, inputs)
+    wanted = theirs(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(real).long(),
+                    labels=torch.from_numpy(targets)).loss
+    assert objectives.loss(OBJECTIVES["seq2seq"], ours, batch).item() / batch.count == pytest.approx(wanted.item(), rel=1e-5)
+    assert batch.tokens == 23 + 18
+
+
+@torch.no_grad()
+def test_labels_are_the_loss_of_transformers(both):
+    ours, theirs = both("encoder-small", head="sequence", labels=("a", "b", "c"), head_bias=False)
+    real = np.arange(9) < np.array([[9], [4], [6]])
+    batch = Batch(np.where(real, ids(3, 9), 0), np.array([2, 0, 1]), real)
+    wanted = theirs(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(real).long(),
+                    labels=torch.from_numpy(batch.targets)).loss
+    assert objectives.loss(OBJECTIVES["classification"], ours, batch).item() / 3 == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_label_smoothing_is_that_of_torch():
+    model = Transformer(ModelConfig(**{**SIZES, "num_attention_heads": 2}).complete())
+    model.initialize(0)
+    rows = ids(2, 9)
+    batch = Batch(rows[:, :-1], rows[:, 1:])
+    found = objectives.loss(OBJECTIVES["causal"], model, batch, smoothing=0.2)
+    logits = model(torch.from_numpy(batch.ids))
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.targets).flatten(),
+                                               reduction="sum", label_smoothing=0.2)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_figures_leave_the_closing_token_out():
+    model = Transformer(ModelConfig(**{**SIZES, "num_attention_heads": 2}).complete())
+    model.initialize(0)
+    rows = ids(4, 9)
+    rows[:, -1] = 1
+    batch = Batch(rows[:, :-1], rows[:, 1:])
+    figures = evaluate(OBJECTIVES["causal"], model.eval(), [batch, batch], Figures("token", end=1, bytes=100, entropy=2.0))
+    assert figures.targets == 2 * 4 * 7
+    logprobs = model(torch.from_numpy(batch.ids)).log_softmax(-1)[:, :-1]
+    targets = torch.from_numpy(batch.targets)[:, :-1, None].contiguous()
+    total = 2 * logprobs.gather(-1, targets).sum().item()
+    assert figures.logprob == pytest.approx(total, rel=1e-5)
+    assert figures.criterion == pytest.approx(-total / 56, rel=1e-5)
+    assert figures.bits_per_byte == pytest.approx(-total / math.log(2) / 100, rel=1e-5)
+    assert figures.correct == 2 * int((logprobs.argmax(-1) == targets[..., 0]).sum())
+    assert "nats/token" in figures.headline() and figures.metrics()["val_unigram_entropy"] == 2.0
