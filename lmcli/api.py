@@ -14,7 +14,8 @@ from lmcli.config import GenerateConfig, ModelConfig, check
 from lmcli.errors import UsageError, UserError
 from lmcli.inference.classification import Classified, Classifier
 from lmcli.inference.decoding import Decoder, Generated, Piece
-from lmcli.inference.ordering import batch_tokens, grouped_by_length
+from lmcli.inference.filling import Filler
+from lmcli.inference.ordering import batch_tokens, in_order
 from lmcli.inference.scoring import Perplexity, Score, Scorer
 from lmcli.model.device import Placement, place
 from lmcli.text.corpus import encode_text
@@ -125,16 +126,44 @@ class Model:
         return self.checkpoint.beginning or [named]
 
     def prompt(self, text: str, bos: bool | None = None) -> list[int]:
-        """Ids of a prompt with the beginning token in front, never doubled."""
+        """Ids of a prompt with the template's special tokens: for a decoder the beginning token, never doubled, for an
+        encoder what stands behind the text as well.
+
+        Raises UserError for a prompt that nothing can be made of: empty where there is no beginning token, without a
+        mask (or too long to keep all) where masks are to be filled.
+        """
         beginning, ids = self.beginning(bos), self.encode(text)
         ids = ids if beginning and ids[:len(beginning)] == beginning else beginning + ids
+        shape = self.model.config.shape
+        if shape != "decoder":
+            ids += self.tokenizer.suffix
         if not ids:
             raise UsageError("an empty prompt, and this model has no beginning token to start from",
                              hint="give a prompt, or --bos")
+        if shape == "encoder":
+            mask = self._mask()
+            if mask not in ids:
+                raise UserError(f"nothing to fill: the prompt has no {self.tokenizer.pieces([mask])[0]}",
+                                hint="this model fills masked tokens; write that where one is missing")
+            if len(ids) > self.context:
+                raise UserError(f"{len(ids)} tokens are more than the context of {self.context}")
         return ids
 
-    def decoder(self, stop: str | tuple[str, ...] = (), bos: bool | None = None, **options: Any) -> Decoder:
-        """A Decoder with the folder's defaults under `options` (fields of GenerateConfig; None leaves the default)."""
+    def _mask(self) -> int:
+        mask = self.tokenizer.special("mask_token")
+        if mask is None:
+            raise UserError("the tokenizer names no mask token, so there is nothing this encoder could fill",
+                            hint="tokenizer_config.json should name its mask_token")
+        return mask
+
+    def decoder(self, stop: str | tuple[str, ...] = (), bos: bool | None = None, **options: Any) -> Decoder | Filler:
+        """What writes text with this model, with the folder's defaults under `options` (fields of GenerateConfig; None
+        leaves the default): a Decoder, or a Filler for an encoder, which draws only with a temperature in `options`.
+
+        A temperature above 0 without num_beams means drawing, whatever the folder says. Raises UserError for a model that
+        cannot write.
+        """
+        self.require("generate")
         known = {f.name for f in fields(GenerateConfig)}
         unknown = set(options) - known
         if unknown:
@@ -142,15 +171,28 @@ class Model:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in stop:
             raise UsageError("an empty text is in every text", where="--stop", hint="give a text that is to end it")
+        if isinstance(options.get("early_stopping"), bool):
+            options["early_stopping"] = str(options["early_stopping"]).lower()
         chosen = {key: check(GenerateConfig, key, value, "generate") for key, value in options.items()
                   if value is not None}
-        return Decoder(self.model, self.tokenizer, self.beginning(bos), self.checkpoint.stops,
-                       replace(self.checkpoint.generate, **chosen), stop)
+        implied = {"max_length": 0} if "max_new_tokens" in chosen else {}
+        implied |= {"min_length": 0} if "min_new_tokens" in chosen else {}
+        implied |= {"num_beams": 1} if chosen.get("temperature") else {}
+        config = replace(self.checkpoint.generate, **{**implied, **chosen})
+        if self.model.config.shape == "encoder":
+            return Filler(self.model, self.tokenizer, config, self._mask(), bool(chosen.get("temperature")))
+        for key in ("forced_bos_token_id", "forced_eos_token_id"):
+            if (getattr(config, key) or 0) >= self.model.config.vocab_size:
+                raise UserError(f"{key} {getattr(config, key)} is no id of this model", where="generate",
+                                hint=f"ids are 0 to {self.model.config.vocab_size - 1}")
+        return Decoder(self.model, self.tokenizer, self.beginning(bos), self.checkpoint.stops, config, stop,
+                       start=self.checkpoint.start)
 
     def generate(self, prompts: str | list[str], num_samples: int = 1, seed: int | None = None,
                  stop: str | tuple[str, ...] = (), bos: bool | None = None, **options: Any) -> list[Generated]:
-        """`num_samples` continuations a prompt, in order. Options: max_new_tokens, temperature, top_k, top_p, min_p,
-        repetition_penalty, num_beams, length_penalty. Without a seed a random one is drawn; each result names its own."""
+        """`num_samples` results a prompt, in order: continuations, of an encoder–decoder what it makes of the source, of
+        an encoder the text with its masks filled. Options: fields of GenerateConfig, such as max_new_tokens,
+        temperature, top_p, num_beams. Without a seed a random one is drawn; each result names its own."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         decoder = self.decoder(stop, bos, **options)
         ids = [self.prompt(text, bos) for text in prompts]
@@ -158,9 +200,14 @@ class Model:
 
     def stream(self, prompt: str, seed: int | None = None, stop: str | tuple[str, ...] = (), bos: bool | None = None,
                **options: Any) -> Iterator[Piece]:
-        """One continuation as it comes: pieces of text, the last one with the result."""
+        """One continuation as it comes: pieces of text, the last one with the result. A beam search, and an encoder that
+        fills masks, give one piece."""
         decoder = self.decoder(stop, bos, **options)
-        return decoder.stream([self.prompt(prompt, bos)], [new_seed() if seed is None else seed])
+        ids, seed = self.prompt(prompt, bos), new_seed() if seed is None else seed
+        if streams(decoder):
+            return decoder.stream([ids], [seed])
+        (found,), = decode_all(decoder, [ids], 1, seed)
+        return iter([Piece(0, found.text, found)])
 
     def scorer(self, bos: bool | None = None, eos: bool = False, context: int | None = None,
                stride: int | None = None, batch: int = 0) -> Scorer:
@@ -194,22 +241,33 @@ def new_seed() -> int:
     return random.SystemRandom().getrandbits(31)
 
 
-def decode_all(decoder: Decoder, prompts: list[list[int]], num_samples: int = 1,
+def streams(decoder: Decoder | Filler) -> bool:
+    """Whether text comes token by token."""
+    return isinstance(decoder, Decoder) and decoder.config.num_beams == 1
+
+
+def decode_all(decoder: Decoder | Filler, prompts: list[list[int]], num_samples: int = 1,
                seed: int | None = None, batch: int = 0) -> list[list[Generated]]:
     """`num_samples` results for each prompt (ids), in order; worked on in groups of like length.
 
     Sample k of prompt i is drawn from seed + i · num_samples + k, which its `seed` names.
     """
     first = new_seed() if seed is None else seed
-    if decoder.config.num_beams > 1:
-        if num_samples > decoder.config.num_beams:
-            raise UsageError(f"--num-samples {num_samples} is more than --num-beams {decoder.config.num_beams}")
-        return [decoder.beams(prompt, num_samples) for prompt in prompts]
-    rows = [prompt for prompt in prompts for _ in range(num_samples)]
-    most = min(4 * batch_tokens(decoder.model.embedding.weight.device, batch), 64 * decoder.context)
-    found: dict[int, Generated] = {}
-    lengths = [min(len(row), decoder.context) + decoder.config.max_new_tokens for row in rows]
-    for group in grouped_by_length(lengths, most):
-        results = decoder.generate([rows[i] for i in group], [first + i for i in group])
-        found.update(zip(group, results))
-    return [[found[i * num_samples + k] for k in range(num_samples)] for i in range(len(prompts))]
+    seeds = [[first + i * num_samples + k for k in range(num_samples)] for i in range(len(prompts))]
+    most = min(4 * batch_tokens(decoder.model.embedding.weight.device, batch),
+               64 * decoder.model.config.max_position_embeddings)
+    if isinstance(decoder, Filler):
+        return in_order([len(prompt) * num_samples for prompt in prompts], most, lambda group: decoder.fill(
+            [prompts[i] for i in group], num_samples, [seeds[i] for i in group]))
+    width = decoder.config.num_beams
+    if width > 1:
+        if num_samples > width:
+            raise UsageError(f"--num-samples {num_samples} is more than --num-beams {width}",
+                             hint=f"the best of {num_samples} beams need --num-beams {num_samples}; "
+                                  "--temperature 1 draws instead")
+        return in_order([decoder.cost(prompt) * width for prompt in prompts], most, lambda group: decoder.beams(
+            [prompts[i] for i in group], num_samples))
+    rows = [(prompt, own) for prompt, many in zip(prompts, seeds) for own in many]
+    found = in_order([decoder.cost(prompt) for prompt, _ in rows], most, lambda group: decoder.generate(
+        [rows[i][0] for i in group], [rows[i][1] for i in group]))
+    return [found[i * num_samples:(i + 1) * num_samples] for i in range(len(prompts))]

@@ -198,6 +198,17 @@ class GenerateConfig:
     repetition_penalty: float = knob(1.0, "divides positive and multiplies negative logits of tokens seen", 0.01, 100.0)
     num_beams: int = knob(1, "beams kept in a search for the likeliest text; 1 searches none", 1, 1024)
     length_penalty: float = knob(1.0, "power of the length that divides a beam's log-probability", -10.0, 10.0)
+    early_stopping: str = knob("false", "a search ends with num_beams texts finished (true), when a longer one is not "
+                               "likely to beat them (false), when none can (never)", choices=("false", "true", "never"))
+    max_length: int = knob(0, "tokens at most, the prompt or start token counted; 0 leaves it to max_new_tokens", 0)
+    min_new_tokens: int = knob(0, "tokens before a text may end", 0)
+    min_length: int = knob(0, "the same, the prompt or start token counted; min_new_tokens goes first", 0)
+    no_repeat_ngram_size: int = knob(0, "so many tokens in a row never come twice; 0 lets them", 0)
+    forced_bos_token_id: int | None = knob(None, "id that is written first", 0)
+    forced_eos_token_id: int | None = knob(None, "id that is written last when a text grows to its full length", 0)
+    suppress_tokens: tuple[int, ...] = knob((), "ids never written")
+    begin_suppress_tokens: tuple[int, ...] = knob((), "ids never written first")
+    bad_words_ids: tuple[tuple[int, ...], ...] = knob((), "rows of ids never written one after another")
 
 
 @dataclass(frozen=True)
@@ -227,9 +238,9 @@ def check(section: type, key: str, value: Any, where: str) -> Any:
 
 def _convert(kind: Any, unit: str, value: Any) -> Any:
     if get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, (list, tuple)):
             raise ValueError
-        return tuple(value)
+        return tuple(_convert(get_args(kind)[0], "", item) for item in value)
     if type(None) in get_args(kind):
         return None if value is None else _convert(get_args(kind)[0], unit, value)
     if unit == "time" and isinstance(value, str):
@@ -253,7 +264,7 @@ def _convert(kind: Any, unit: str, value: Any) -> Any:
 def _described(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
     if get_origin(kind) is tuple:
-        return "a list of words"
+        return "a list of words" if get_args(kind)[0] is str else "a list of ids"
     return names[get_args(kind)[0] if get_args(kind) else kind]
 
 

@@ -118,7 +118,7 @@ def test_stop_strings_may_be_one_or_several(several, lm):
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [
-    ({"temprature": 1}, TypeError, "unknown option 'temprature'; there are: stop, bos, length_penalty"),
+    ({"temprature": 1}, TypeError, "unknown option 'temprature'; there are: stop, bos, bad_words_ids"),
     ({"temperature": -1}, UsageError, "temperature: -1.0 is outside 0.0 to 100.0"),
     ({"top_p": 1.5}, UsageError, "top_p: 1.5 is outside 0.0 to 1.0"),
     ({"max_new_tokens": 0}, UsageError, "max_new_tokens: 0 is outside 1 or more"),

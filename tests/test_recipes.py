@@ -189,6 +189,10 @@ def value_of(field):
         return st.text("abcxyz_-0 ", max_size=5)
     if field.type == tuple[str, ...]:
         return st.lists(st.text("abcxyz_-0 ", max_size=5), max_size=3).map(tuple)
+    if field.type == tuple[int, ...]:
+        return st.lists(st.integers(0, 99), max_size=3).map(tuple)
+    if field.type == tuple[tuple[int, ...], ...]:
+        return st.lists(st.lists(st.integers(0, 99), max_size=2).map(tuple), max_size=2).map(tuple)
     numbers = st.integers(low, high)
     return numbers if field.type is int else st.none() | numbers
 

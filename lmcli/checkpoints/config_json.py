@@ -13,12 +13,15 @@ LARGEST = {"vocab_size": 1 << 28, "max_position_embeddings": 1 << 24}
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 # fields that a family without a key for them derives from others
 DERIVED = ("head_dim", "num_key_value_heads", "num_encoder_layers", "encoder_attention_heads", "encoder_intermediate_size")
+# other names of activations that are ours under their own
+ACTIVATION_NAMES = {"swish": "silu", "gelu_python": "gelu"}
+MOST_LABELS = 1 << 20
 ROPE_KEYS = {"rope_factor": "factor", "rope_original_context": "original_max_position_embeddings",
              "rope_low_freq_factor": "low_freq_factor", "rope_high_freq_factor": "high_freq_factor"}
 
 
 class Said(NamedTuple):
-    """A value, and the key under which config.json has it."""
+    """A value of a file, and the key under which it stands there, for messages."""
 
     key: str
     value: Any
@@ -30,15 +33,20 @@ def read_config(document: dict[str, Any], where: str) -> tuple[Family, ModelConf
     Raises UserError naming the key for an unknown family, a missing or impossible value, and what is not supported.
     """
     family = _family(document, where)
+    for key, other in family.follows.items():
+        if document.get(key) is None:
+            document = {**document, key: document.get(other, family.defaults.get(other))}
     head = _head(family, document, where)
+    _refuse_others(family, {**family.fixed, **family.head_fixed.get(head, {})}, document, where)
     found = {**family.expected(head), **_chosen(family, document, where), "model_type": family.model_type,
              "shape": family.shape, "head": head}
     for ours, theirs in family.keys.items():
         value = document.get(theirs)
-        found[ours] = Said(theirs, family.defaults.get(theirs) if value is None else value)
-    missing = [found[name].key for name in REQUIRED if found[name].value is None]
+        meant = theirs in document and (ours in DERIVED or ours.endswith("token_id"))  # null: derived, or no such id
+        found[ours] = Said(theirs, family.defaults.get(theirs) if value is None and not meant else value)
+    missing = [name for name in REQUIRED if found[name].value is None]
     if missing:
-        raise UserError(f"has no {missing[0]}", where=where)
+        raise UserError(f"has no {found[missing[0]].key}", where=where)
     if found.get("positions") == "rotary":
         found |= _read_rope(family, document, where)
     found |= _read_window(family, document, where)
@@ -67,11 +75,14 @@ def _family(document: dict[str, Any], where: str) -> Family:
         own_code = "; it comes with code of its own, which lm never runs" if document.get("auto_map") else ""
         raise UserError(f"model_type {name!r} is not supported{own_code}{near}", where=where,
                         hint=f"supported: {', '.join(sorted(FAMILIES))}")
-    for key, value in family.fixed.items():
+    return family
+
+
+def _refuse_others(family: Family, fixed: dict[str, Any], document: dict[str, Any], where: str) -> None:
+    for key, value in fixed.items():
         if document.get(key, value) != value:
             raise UserError(f"{key} {document[key]!r} is not supported for {family.model_type}", where=where,
                             hint=f"supported: {value!r}")
-    return family
 
 
 def _head(family: Family, document: dict[str, Any], where: str) -> str:
@@ -79,7 +90,8 @@ def _head(family: Family, document: dict[str, Any], where: str) -> str:
     if not named:
         return next(iter(family.heads))
     architecture = named[0] if isinstance(named, list) else named
-    head = next((head for head, known in family.heads.items() if known == architecture), None)
+    known = {**{name: head for head, name in family.heads.items()}, **family.also}
+    head = known.get(architecture) if isinstance(architecture, str) else None
     if head is None:
         raise UserError(f"architecture {architecture!r} is not supported for {family.model_type}", where=where,
                         hint=f"supported: {', '.join(family.heads.values())}")
@@ -100,8 +112,10 @@ def _chosen(family: Family, document: dict[str, Any], where: str) -> dict[str, A
 
 
 def _checked(ours: str, value: Any, where: str) -> Any:
-    """A value held against the range of our field; the message names the file's key where one is told."""
+    """A value held against the range of our field."""
     theirs, value = value if isinstance(value, Said) else (ours, value)
+    if ours in ("hidden_act", "head_act") and isinstance(value, str):
+        value = ACTIVATION_NAMES.get(value, value)
     if ours.endswith("token_id") and isinstance(value, list):
         value = value[0] if value else None
     if value is None:
@@ -119,12 +133,15 @@ def _read_rope(family: Family, document: dict[str, Any], where: str) -> dict[str
     if not isinstance(rope, dict):
         raise UserError(f"{home} is not an object", where=where)
     found: dict[str, Any] = {}
-    local = rope.get("sliding_attention")
-    if isinstance(rope.get("full_attention"), dict) or "global_rope_theta" in document:
-        rope = {"rope_theta": document.get("global_rope_theta"), **(rope.get("full_attention") or {})}
-        local = local if isinstance(local, dict) else {}
-        theta = local.get("rope_theta") or document.get("local_rope_theta") or 10_000.0
-        found["local_rope_theta"] = Said("rope_theta", theta)
+    if "global_rope_theta" in family.defaults:
+        known = {**family.defaults, **document}
+        full, local = ({} if rope.get(kind) is None else rope[kind] for kind in ("full_attention", "sliding_attention"))
+        if not isinstance(full, dict) or not isinstance(local, dict):
+            raise UserError(f"{home} holds no object for each type of layer", where=where)
+        if local.get("rope_type", "default") != "default":
+            raise UserError(f"rope type {local['rope_type']!r} of sliding_attention is not supported", where=where)
+        rope = {"rope_theta": known["global_rope_theta"], **full}
+        found["local_rope_theta"] = Said("rope_theta", local.get("rope_theta") or known["local_rope_theta"])
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise UserError(f"rope type {kind!r} is not supported", where=where, hint="supported: default, linear, llama3, yarn")
@@ -151,13 +168,18 @@ def _read_window(family: Family, document: dict[str, Any], where: str) -> dict[s
     window = known[family.window] if known.get("use_sliding_window", True) else None
     if window is None:
         return {}
-    layers = known.get(family.keys["num_hidden_layers"])
+    if not _by_layer(family):
+        return {"sliding_window": Said(family.window, window)}
     types = known.get("layer_types")
-    if types is None and isinstance(layers, int) and 0 < layers <= 1024:
-        first, every = known.get("max_window_layers", 0), known.get("global_attn_every_n_layers", 3)
-        slides = (lambda i: i % every) if family.window == "local_attention" else (lambda i: i >= first)
-        types = ["sliding_attention" if slides(i) else "full_attention" for i in range(layers)]
-    types = _checked("layer_types", types, where) or ()
+    if types is None:
+        layers = _checked("num_hidden_layers", Said(family.keys["num_hidden_layers"], known["num_hidden_layers"]), where)
+        if "max_window_layers" in family.defaults:
+            first = _whole("max_window_layers", known["max_window_layers"], 0, where)
+            types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+        else:
+            every = _whole("global_attn_every_n_layers", known["global_attn_every_n_layers"], 1, where)
+            types = ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
+    types = _checked("layer_types", types, where)
     if set(types) - {"full_attention", "sliding_attention"}:
         raise UserError(f"layer_types {sorted(set(types))} is not supported", where=where,
                         hint="supported: full_attention, sliding_attention")
@@ -168,8 +190,24 @@ def _read_window(family: Family, document: dict[str, Any], where: str) -> dict[s
     return {"sliding_window": window // 2 if family.window == "local_attention" else window, "layer_types": types}
 
 
+def _by_layer(family: Family) -> bool:
+    """Whether the family's config.json tells which layers have the window; otherwise all have."""
+    return "max_window_layers" in family.defaults or "global_attn_every_n_layers" in family.defaults
+
+
+def _whole(key: str, value: Any, low: int, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise UserError(f"{key}: {value!r} is not a whole number from {low}", where=where)
+    return value
+
+
 def _read_labels(document: dict[str, Any], where: str) -> dict[str, Any]:
-    names = document.get("id2label") or {str(i): f"LABEL_{i}" for i in range(document.get("num_labels") or 2)}
+    names = document.get("id2label")
+    if not names:
+        count = _whole("num_labels", document.get("num_labels", 2), 1, where)
+        if count > MOST_LABELS:
+            raise UserError(f"num_labels: {count} is outside 1 to {MOST_LABELS}", where=where)
+        names = {str(i): f"LABEL_{i}" for i in range(count)}
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
         raise UserError("id2label is no object of names for 0, 1, 2 …", where=where)
     problem = document.get("problem_type")
@@ -205,9 +243,14 @@ def _unsayable(family: Family, config: ModelConfig) -> str | None:
     if config.head not in family.heads:
         return f"head {config.head}"
     expected = {"head_act": config.hidden_act, **family.expected(config.head)}
+    if config.head == "none" and not config.head_dense:
+        expected["head_dense"] = False  # a bare encoder may do without
     if family.padding_first:
         expected["position_offset"] = (config.pad_token_id or 0) + 1
-    free = {*family.keys, *(("sliding_window", "layer_types") if family.window else ()), *("multi_label",)}
+    free = {*family.keys, "multi_label", *(("sliding_window",) if family.window else ()),
+            *(("layer_types",) if _by_layer(family) else ())}
+    if family.window and not _by_layer(family):
+        expected["layer_types"] = ()
     for choices in family.choices.values():
         options = next((options for _, options in choices
                         if all(getattr(config, key) == value for key, value in options.items())), None)
@@ -226,7 +269,8 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The `config.json` of a model, readable by `transformers` 4 and 5, vLLM and llama.cpp."""
     family = family_of(config)
     document = {"architectures": [family.heads[config.head]], "model_type": family.model_type}
-    document |= {theirs: getattr(config, ours) for ours, theirs in family.keys.items()} | family.fixed
+    document |= {theirs: getattr(config, ours) for ours, theirs in family.keys.items()}
+    document |= {**family.fixed, **family.head_fixed.get(config.head, {})}
     for key, choices in family.choices.items():
         document[key] = next(theirs for theirs, options in choices
                              if all(getattr(config, ours) == value for ours, value in options.items()))
@@ -247,7 +291,8 @@ def _write_rope(family: Family, config: ModelConfig) -> dict[str, Any]:
     rope = {"rope_type": config.rope_type, "rope_theta": config.rope_theta}
     if config.rope_type != "default":
         rope |= {theirs: getattr(config, ours) for ours, theirs in ROPE_KEYS.items()
-                 if config.rope_type == "llama3" or ours in ("rope_factor", "rope_original_context")}
+                 if config.rope_type == "llama3" or ours == "rope_factor"}
+    if config.rope_type in ("llama3", "yarn"):
         rope["original_max_position_embeddings"] = config.rope_original_context or config.max_position_embeddings
     if "rotary_fraction" in family.keys:
         rope["partial_rotary_factor"] = config.rotary_fraction

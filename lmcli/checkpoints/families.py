@@ -42,6 +42,11 @@ class Family:
     `defaults` fills keys that config.json may leave out; `fixed` are keys whose only supported value is given (they are
     written out, and another value is refused); `choices` are keys whose value stands for some of our options. `prefix`
     leads all names but those of a head, and a bare model leaves it out. `window` is the key of the sliding window.
+    `follows` maps a key that may be left out to the key whose value it then has, `head_fixed` is `fixed` for one head,
+    `also` maps further architectures, whose files hold what one of ours needs, to its head.
+
+    Of the tensors: `copies` are modules that repeat the embedding in some files; `twice` names tensors that are stored
+    beside the one that holds the same; `optional` ones are zero when left out; `aside` belongs to heads we do not have.
     """
 
     model_type: str
@@ -55,6 +60,13 @@ class Family:
     defaults: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
     choices: dict[str, tuple[tuple[Any, dict[str, Any]], ...]] = field(default_factory=dict)
+    follows: dict[str, str] = field(default_factory=dict)
+    head_fixed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    also: dict[str, str] = field(default_factory=dict)
+    copies: tuple[str, ...] = ()
+    twice: dict[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
     prefix: str = ""
     window: str = ""
     padding_first: bool = False  # learned positions begin behind the padding id, and their number counts those rows
@@ -63,6 +75,10 @@ class Family:
     def expected(self, head: str) -> dict[str, Any]:
         """Every option that the family fixes for a head."""
         return {**PLAIN, **self.options, **self.head_options.get(head, {})}
+
+    def module_of(self, ours: str) -> str:
+        """What files call the whole of one of our modules: "embedding", or "head.output" over the vocabulary."""
+        return next(row.theirs for row in (*self.rows, *self.head_rows.get("lm", ())) if row.ours == (ours,))
 
 
 def _same(*names: str) -> dict[str, str]:
@@ -100,12 +116,12 @@ MISTRAL = Family(
 QWEN2 = Family(
     "qwen2", "decoder", {"lm": "Qwen2ForCausalLM"}, LLAMA_KEYS, {"attention_bias": "qkv"}, LLAMA_ROWS, LM_HEAD,
     defaults={**LLAMA_DEFAULTS, "max_position_embeddings": 32_768, "num_key_value_heads": 32,
-              "use_sliding_window": False, "sliding_window": 4096},
+              "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
     prefix="model.", window="sliding_window")
 QWEN3 = Family(
     "qwen3", "decoder", {"lm": "Qwen3ForCausalLM"}, LLAMA_KEYS, {"query_key_norm": True}, LLAMA_ROWS, LM_HEAD,
     defaults={**LLAMA_DEFAULTS, "max_position_embeddings": 32_768, "head_dim": 128, "num_key_value_heads": 32,
-              "use_sliding_window": False, "sliding_window": 4096},
+              "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
     choices={"attention_bias": LLAMA_BIASES["attention_bias"]}, prefix="model.", window="sliding_window")
 
 # GPT-2 and GPT-NeoX --------------------------------------------------------------------------------------------------
@@ -150,6 +166,7 @@ GPT_NEOX = Family(
 BERT_OPTIONS = {**dict(BIAS_EVERYWHERE), "positions": "learned", "norm": "layer", "post_norm": True, "gated_mlp": False,
                 "embedding_norm": True}
 MASKED_HEAD = {"head_dense": True, "head_norm": True, "head_bias": True}
+TIED = ("tie_word_embeddings", True)
 POOLED = {"head_dense": True, "head_act": "tanh"}
 TOKEN_HEADS = {"token": (Row("classifier", ("head.output",)),), "span": (Row("qa_outputs", ("head.output",)),)}
 
@@ -169,9 +186,9 @@ def _bert_rows(prefix: str) -> tuple[Row, ...]:
 BERT_KEYS = {**IDS, **SIZES, "norm_eps": "layer_norm_eps", "type_vocab_size": "type_vocab_size"}
 BERT_DEFAULTS = {"vocab_size": 30_522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
                  "intermediate_size": 3072, "max_position_embeddings": 512, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
-                 "type_vocab_size": 2, "tie_word_embeddings": True}
+                 "type_vocab_size": 2, "tie_word_embeddings": True, "pad_token_id": 0}
 BERT_FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
-BERT_IGNORED = r"embeddings\.position_ids$|^cls\.predictions\.decoder\.bias$|^lm_head\.decoder\.bias$"
+BERT_IGNORED = r"embeddings\.position_ids$"
 
 BERT = Family(
     "bert", "encoder",
@@ -180,22 +197,24 @@ BERT = Family(
     BERT_KEYS, BERT_OPTIONS, _bert_rows("bert."),
     {"lm": (Row("cls.predictions.transform.dense", ("head.dense",)),
             Row("cls.predictions.transform.LayerNorm", ("head.norm",)),
-            Row("cls.predictions.bias", ("head.output.bias",)), Row("cls.predictions.decoder", ("head.output",))),
+            Row("cls.predictions.bias", ("head.output.bias",), when=TIED), Row("cls.predictions.decoder", ("head.output",))),
      "sequence": (Row("bert.pooler.dense", ("head.dense",)), Row("classifier", ("head.output",))),
      **TOKEN_HEADS, "none": (Row("bert.pooler.dense", ("head.dense",)),)},
-    {"lm": MASKED_HEAD, "sequence": POOLED, "none": POOLED}, BERT_DEFAULTS, BERT_FIXED, prefix="bert.", ignored=BERT_IGNORED)
+    {"lm": MASKED_HEAD, "sequence": POOLED, "none": POOLED}, BERT_DEFAULTS, BERT_FIXED, prefix="bert.", ignored=BERT_IGNORED,
+    also={"BertForPreTraining": "lm"}, twice={"cls.predictions.bias": "cls.predictions.decoder.bias"},
+    aside=("cls.seq_relationship",))
 ROBERTA = Family(
     "roberta", "encoder",
     {"lm": "RobertaForMaskedLM", "sequence": "RobertaForSequenceClassification", "token": "RobertaForTokenClassification",
      "span": "RobertaForQuestionAnswering", "none": "RobertaModel"},
     BERT_KEYS, BERT_OPTIONS, _bert_rows("roberta."),
     {"lm": (Row("lm_head.dense", ("head.dense",)), Row("lm_head.layer_norm", ("head.norm",)),
-            Row("lm_head.bias", ("head.output.bias",)), Row("lm_head.decoder", ("head.output",))),
+            Row("lm_head.bias", ("head.output.bias",), when=TIED), Row("lm_head.decoder", ("head.output",))),
      "sequence": (Row("classifier.dense", ("head.dense",)), Row("classifier.out_proj", ("head.output",))),
      **TOKEN_HEADS, "none": (Row("roberta.pooler.dense", ("head.dense",)),)},
     {"lm": {**MASKED_HEAD, "head_act": "gelu"}, "sequence": POOLED, "none": POOLED},
     {**BERT_DEFAULTS, "vocab_size": 50_265, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}, BERT_FIXED,
-    prefix="roberta.", ignored=BERT_IGNORED, padding_first=True)
+    prefix="roberta.", ignored=BERT_IGNORED, padding_first=True, twice={"lm_head.bias": "lm_head.decoder.bias"})
 DISTILBERT = Family(
     "distilbert", "encoder",
     {"lm": "DistilBertForMaskedLM", "sequence": "DistilBertForSequenceClassification",
@@ -212,8 +231,9 @@ DISTILBERT = Family(
      "sequence": (Row("pre_classifier", ("head.dense",)), Row("classifier", ("head.output",))), **TOKEN_HEADS},
     {"lm": MASKED_HEAD, "sequence": {"head_dense": True, "head_act": "relu"}},
     {"vocab_size": 30_522, "dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 3072, "max_position_embeddings": 512,
-     "activation": "gelu", "tie_word_embeddings": True},
-    {"sinusoidal_pos_embds": False}, prefix="distilbert.", ignored=BERT_IGNORED)
+     "activation": "gelu", "tie_word_embeddings": True, "pad_token_id": 0},
+    # sinusoids are stored like learned positions
+    choices={"sinusoidal_pos_embds": ((False, {}), (True, {}))}, prefix="distilbert.", ignored=BERT_IGNORED)
 MODERNBERT = Family(
     "modernbert", "encoder",
     {"lm": "ModernBertForMaskedLM", "sequence": "ModernBertForSequenceClassification",
@@ -231,10 +251,10 @@ MODERNBERT = Family(
                      rows("", "head.", dense="head.dense", norm="head.norm", output="classifier"))},
     {"lm": MASKED_HEAD, **{head: {"head_dense": True, "head_norm": True} for head in ("sequence", "token", "span")}},
     {"max_position_embeddings": 8192, "hidden_activation": "gelu", "classifier_activation": "gelu", "norm_eps": 1e-5,
-     "tie_word_embeddings": True, "local_attention": 128},
-    {"attention_bias": False, "mlp_bias": False, "norm_bias": False, "classifier_bias": False, "classifier_pooling": "cls",
-     "decoder_bias": True},
-    prefix="model.", window="local_attention")
+     "tie_word_embeddings": True, "local_attention": 128, "global_attn_every_n_layers": 3, "global_rope_theta": 160_000.0,
+     "local_rope_theta": 10_000.0},
+    {"attention_bias": False, "mlp_bias": False, "norm_bias": False, "classifier_bias": False, "decoder_bias": True},
+    head_fixed={"sequence": {"classifier_pooling": "cls"}}, prefix="model.", window="local_attention")
 
 # encoder–decoders ----------------------------------------------------------------------------------------------------
 
@@ -270,9 +290,9 @@ def _bart_rows() -> tuple[Row, ...]:
 
 T5 = Family(
     "t5", "encoder-decoder", {"lm": "T5ForConditionalGeneration"},
-    {**_same("vocab_size", "eos_token_id", "pad_token_id"), "hidden_size": "d_model", "head_dim": "d_kv",
-     "intermediate_size": "d_ff", "num_encoder_layers": "num_layers", "num_hidden_layers": "num_decoder_layers",
-     "num_attention_heads": "num_heads", "norm_eps": "layer_norm_epsilon",
+    {**_same("vocab_size", "eos_token_id", "pad_token_id", "tie_word_embeddings"), "hidden_size": "d_model",
+     "head_dim": "d_kv", "intermediate_size": "d_ff", "num_encoder_layers": "num_layers",
+     "num_hidden_layers": "num_decoder_layers", "num_attention_heads": "num_heads", "norm_eps": "layer_norm_epsilon",
      "max_position_embeddings": "n_positions", **_same(
          "relative_attention_num_buckets", "relative_attention_max_distance", "decoder_start_token_id")},
     {"positions": "relative", "scale_attention": False}, _t5_rows(), LM_HEAD,
@@ -280,13 +300,16 @@ T5 = Family(
               "eos_token_id": 1, "decoder_start_token_id": 0, "relative_attention_num_buckets": 32,
               "relative_attention_max_distance": 128},
     fixed={"is_encoder_decoder": True},
-    choices={"tie_word_embeddings": (
-        (True, {"tie_word_embeddings": True, "scale_logits": True}),
-        (False, {"tie_word_embeddings": False, "scale_logits": False})), "feed_forward_proj": (
-        ("relu", {"hidden_act": "relu", "gated_mlp": False}),
-        ("gated-gelu", {"hidden_act": "gelu_new", "gated_mlp": True}),
-        ("gated-silu", {"hidden_act": "silu", "gated_mlp": True}), ("gelu", {"hidden_act": "gelu", "gated_mlp": False}))},
-    ignored=r"^(en|de)coder\.embed_tokens\.weight$|^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias")
+    # T5 1.1 neither ties nor scales, and once had one key for both
+    follows={"num_decoder_layers": "num_layers", "scale_decoder_outputs": "tie_word_embeddings"},
+    choices={"scale_decoder_outputs": ((True, {"scale_logits": True}), (False, {"scale_logits": False})),
+             "feed_forward_proj": (
+                 ("relu", {"hidden_act": "relu", "gated_mlp": False}),
+                 ("gated-gelu", {"hidden_act": "gelu_new", "gated_mlp": True}),
+                 ("gated-silu", {"hidden_act": "silu", "gated_mlp": True}),
+                 ("gelu", {"hidden_act": "gelu", "gated_mlp": False}))},
+    copies=("encoder.embed_tokens", "decoder.embed_tokens"),
+    ignored=r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias")
 BART_KEYS = {
     **IDS, "hidden_size": "d_model", "num_encoder_layers": "encoder_layers", "num_hidden_layers": "decoder_layers",
     "encoder_attention_heads": "encoder_attention_heads", "num_attention_heads": "decoder_attention_heads",
@@ -299,19 +322,22 @@ BART_DEFAULTS = {"max_position_embeddings": 1024, "activation_function": "gelu",
                  "d_model": 1024, "encoder_layers": 12, "decoder_layers": 12, "encoder_attention_heads": 16,
                  "decoder_attention_heads": 16, "encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096}
 SCALED = {"scale_embedding": ((False, {"scale_embedding": False}), (True, {"scale_embedding": True}))}
+COPIES = ("model.encoder.embed_tokens", "model.decoder.embed_tokens")
 BART = Family(
     "bart", "encoder-decoder", {"lm": "BartForConditionalGeneration"}, BART_KEYS,
     {**BART_OPTIONS, "positions": "learned", "position_offset": 2, "embedding_norm": True}, _bart_rows(), BART_HEAD,
     defaults={**BART_DEFAULTS, "vocab_size": 50_265, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
               "decoder_start_token_id": 2},
-    fixed={"is_encoder_decoder": True}, choices=SCALED, ignored=r"^(model\.)?(en|de)coder\.embed_tokens\.weight$")
+    fixed={"is_encoder_decoder": True}, choices=SCALED, prefix="model.", also={"BartModel": "lm"}, copies=COPIES,
+    optional=("final_logits_bias",))
 MARIAN = Family(
     "marian", "encoder-decoder", {"lm": "MarianMTModel"}, BART_KEYS, {**BART_OPTIONS, "positions": "sinusoidal"},
     _bart_rows(), BART_HEAD,
     defaults={**BART_DEFAULTS, "vocab_size": 58_101, "pad_token_id": 58_100, "eos_token_id": 0,
               "decoder_start_token_id": 58_100},
     fixed={"is_encoder_decoder": True, "share_encoder_decoder_embeddings": True}, choices=SCALED,
-    ignored=r"^(model\.)?(en|de)coder\.embed_(tokens|positions)\.weight$")
+    prefix="model.", copies=COPIES, optional=("final_logits_bias",),
+    ignored=r"^(model\.)?(en|de)coder\.embed_positions\.weight$")
 
 FAMILIES = {family.model_type: family for family in (
     QWEN3, LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, MODERNBERT, BERT, ROBERTA, DISTILBERT, T5, MARIAN, BART)}

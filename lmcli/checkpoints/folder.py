@@ -1,7 +1,8 @@
 """A model folder ↔ a Transformer, its tokenizer and its generation defaults, in Hugging Face format."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+import shlex
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from lmcli.checkpoints.config_json import family_of, read_config, write_config
 from lmcli.checkpoints.families import Family
-from lmcli.checkpoints.weights import put, tensors_of
+from lmcli.checkpoints.weights import as_stored, new_names, put, tensors_of
 from lmcli.config import GenerateConfig, ModelConfig, check
 from lmcli.errors import UserError
 from lmcli.model.transformer import Transformer
@@ -19,15 +20,18 @@ from lmcli.text.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-# generation_config.json keys that mean the same here; `do_sample: false` is temperature 0
-GENERATE_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams",
-                 "length_penalty")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# generation_config.json keys, which mean the same here; `do_sample: false` is temperature 0
+GENERATE_KEYS = tuple(field.name for field in fields(GenerateConfig))
+ALWAYS_WRITTEN = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams",
+                  "length_penalty")  # the others only where they do something
 
 
 @dataclass
 class Checkpoint:
     """What a model folder holds. `stops` are the ids that end a text, `beginning` those that start a context, `unused`
-    the names of tensors that the file has and the model does not need."""
+    the names of tensors that the file has and the model does not need, `start` the id that an encoder–decoder's target
+    starts from, if there is one."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -35,6 +39,7 @@ class Checkpoint:
     beginning: list[int]
     stops: list[int]
     unused: list[str]
+    start: int | None = None
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
@@ -55,11 +60,11 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
         raise UserError(f"has {tokenizer.size:,} ids, the model has {config.vocab_size:,} rows for them",
                         where=str(folder / "tokenizer.json"), hint="tokenizer and model do not belong together")
     weights = folder / (INDEX if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file() else WEIGHTS)
-    model, unused = _model(family, config, _tensors(weights), str(weights))
+    model, unused = _model(family, config, _tensors(weights, family.heads[config.head]), str(weights))
     generation = _optional_json(folder / "generation_config.json")
     return Checkpoint(model.to(device=device, dtype=dtype).eval(), tokenizer,
-                      _generate_config(generation, str(folder / "generation_config.json")),
-                      tokenizer.prefix, _stops(generation, document, tokenizer, folder), unused)
+                      _generate_config(generation, document, config.shape, folder), tokenizer.prefix,
+                      _stops(generation, document, tokenizer, folder), unused, _start(generation, config, folder))
 
 
 def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
@@ -80,9 +85,19 @@ def _optional_json(file: Path) -> dict[str, Any] | None:
     return read_json(file) if file.is_file() else None
 
 
-def _tensors(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a weights file, or of the shards that an index names."""
+def _converting(folder: Path, architecture: str) -> str:
+    """The command that makes safetensors of pickled weights: reading those may run whatever their author put in."""
+    code = (f"from transformers import {architecture} as M; "
+            f"M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})")
+    return f"if you trust where it comes from: python -c {shlex.quote(code)}"
+
+
+def _tensors(file: Path, architecture: str) -> dict[str, torch.Tensor]:
+    """All tensors of a weights file, or of the shards that an index names; `architecture` is for the hint of a refusal."""
     if not file.is_file():
+        if any(file.with_name(name).is_file() for name in PICKLED):
+            raise UserError(f"holds no {WEIGHTS}, only {PICKLED[0]}, which lm never opens", where=str(file.parent),
+                            hint=_converting(file.parent, architecture))
         raise UserError(f"holds no {WEIGHTS}", where=str(file.parent), hint="only safetensors hold weights here")
     if file.name == WEIGHTS:
         return read_tensors(file)
@@ -101,24 +116,50 @@ def _model(family: Family, config: ModelConfig, tensors: dict[str, torch.Tensor]
            where: str) -> tuple[Transformer, list[str]]:
     """A Transformer around the tensors, and the names of those it has no use for; nothing is allocated for weights that
     a file already holds."""
-    if config.head == "none" and not any("pooler." in name for name in tensors):
-        config = replace(config, head_dense=False)  # a bare encoder may come without the layer on its first token
+    tensors = new_names(tensors)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(as_stored(config, family, tensors))
     return model, put(model, family, tensors, where)
 
 
-def _generate_config(document: dict[str, Any] | None, where: str) -> GenerateConfig:
-    """Defaults of a folder; without `do_sample` in it, ours."""
+def _generate_config(generation: dict[str, Any] | None, document: dict[str, Any], shape: str,
+                     folder: Path) -> GenerateConfig:
+    """Defaults of a folder: of its generation_config.json, or without one, as in old folders, of its config.json.
+
+    Where `do_sample` stands in neither, a decoder has our defaults, and an encoder–decoder does not sample.
+    """
+    where = folder / ("config.json" if generation is None else "generation_config.json")
+    found = document if generation is None else generation
+    found = {key: value for key, value in found.items() if value is not None}
+    sampled = found.get("do_sample", None if shape == "decoder" else False)
     config = GenerateConfig()
-    if document is None:
-        return config
-    if "do_sample" in document:  # the file means to decide: what it leaves out has transformers' defaults
-        config = replace(config, temperature=1.0, top_p=1.0, top_k=50 if document["do_sample"] else 0)
-    values = {key: check(GenerateConfig, key, document[key], where) for key in GENERATE_KEYS
-              if document.get(key) is not None}
+    if sampled is not None:  # the file means to decide: what it leaves out has transformers' defaults
+        config = replace(config, temperature=1.0, top_p=1.0, top_k=50 if sampled else 0)
+    values = {key: check(GenerateConfig, key, _as_ours(key, found[key]), str(where))
+              for key in GENERATE_KEYS if key in found}
+    if "max_new_tokens" in values:
+        values["max_length"] = 0
     config = replace(config, **values)
-    return replace(config, temperature=0.0) if document.get("do_sample") is False else config
+    return replace(config, temperature=0.0) if sampled is False else config
+
+
+def _as_ours(key: str, value: Any) -> Any:
+    """A value of generation_config.json as GenerateConfig has it."""
+    if key == "early_stopping" and isinstance(value, bool):
+        return str(value).lower()
+    if key == "forced_eos_token_id" and isinstance(value, list) and len(value) == 1:
+        return value[0]
+    return value
+
+
+def _start(generation: dict[str, Any] | None, config: ModelConfig, folder: Path) -> int | None:
+    """The id that a target starts from, by generation_config.json, config.json or else the beginning token."""
+    if config.shape != "encoder-decoder":
+        return None
+    found = (generation or {}).get("decoder_start_token_id")
+    if found is not None:
+        return check(ModelConfig, "decoder_start_token_id", found, str(folder / "generation_config.json"))
+    return config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
 
 
 def _stops(generation: dict[str, Any] | None, document: dict[str, Any], tokenizer: Tokenizer,
@@ -137,7 +178,14 @@ def save(folder: Path, model: Transformer, tokenizer: Tokenizer, generate: Gener
     config = model.config
     write_text(folder / "config.json", json.dumps(write_config(config, "float32"), indent=2) + "\n")
     tokenizer.save(folder, config.max_position_embeddings)
-    settings = {key: value for key, value in asdict(generate).items() if key in GENERATE_KEYS}
+    plain = asdict(GenerateConfig())
+    settings = {key: value for key, value in asdict(generate).items() if key in ALWAYS_WRITTEN or value != plain[key]}
+    if generate.max_length:
+        del settings["max_new_tokens"]
+    if "early_stopping" in settings:
+        settings["early_stopping"] = {"true": True}.get(generate.early_stopping, generate.early_stopping)
+    if config.shape == "encoder-decoder":
+        settings |= {"decoder_start_token_id": config.decoder_start_token_id, "pad_token_id": config.pad_token_id}
     if not generate.temperature:  # transformers has no temperature 0, it has do_sample, and saves no filters beside that
         for key in ("temperature", "top_k", "top_p", "min_p"):
             del settings[key]

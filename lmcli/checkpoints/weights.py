@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -49,8 +50,9 @@ def _instances(row: Row, config: ModelConfig, left: dict[str, None]) -> Iterator
 
 def known_to_other_heads(family: Family, name: str) -> bool:
     """Whether a tensor belongs to another head that the family's files may carry beside this one's."""
-    others = [row.theirs for rows in family.head_rows.values() for row in rows]
-    return name.startswith(tuple(others)) or name.startswith(("cls.seq_relationship.", f"{family.prefix}pooler."))
+    others = {row.theirs for rows in family.head_rows.values() for row in rows} | {*family.aside}
+    return any(spelled == other or spelled.startswith(f"{other}.")
+               for spelled in (name, f"{family.prefix}{name}") for other in others)
 
 
 def joined(parts: list[Tensor], layout: str, heads: int) -> Tensor:
@@ -82,25 +84,29 @@ def put(model: Transformer, family: Family, tensors: dict[str, Tensor], where: s
     Raises UserError naming the tensor that is missing, has a wrong shape (with both shapes) or holds no floating-point
     numbers, and one that only another kind of model can have.
     """
-    tensors = {_new_name(name): tensor for name, tensor in tensors.items()}
     state, used = {}, set()
-    heads = model.config.num_attention_heads
+    heads, config = model.config.num_attention_heads, model.config
     for theirs, ours, layout in stored_tensors(family, model):
-        name = _found_name(theirs, family.prefix, tensors)
+        parts = [model.get_parameter(part) for part in ours]
+        wanted = tuple(joined(parts, layout, heads).shape)
+        name = _found_name(theirs, family, config, tensors)
+        if name is None and theirs in family.optional:
+            name, tensors = theirs, {**tensors, theirs: torch.zeros(wanted)}
         if name is None:
             raise UserError(f"has no tensor {theirs}", where=where, hint="the file and config.json do not belong together")
-        parts = [model.get_parameter(part) for part in ours]
-        wanted, tensor = tuple(joined(parts, layout, heads).shape), tensors[name]
+        tensor = tensors[name]
         if wanted != tuple(tensor.shape):
             raise UserError(f"{name} has shape {tuple(tensor.shape)}, config.json says {wanted}", where=where)
         if not tensor.is_floating_point():
             raise UserError(f"{name} holds {dtype_name(tensor.dtype)}, not floating-point numbers", where=where)
         state.update(zip(ours, parted(tensor, [len(part) for part in parts], layout, heads)))
         used.add(name)
-    unused = [name for name in tensors if name not in used and not re.search(family.ignored, name)]
-    if model.config.tie_word_embeddings:
-        tied = {row.theirs for row in family.head_rows.get("lm", ()) if "head.output" in row.ours}
-        unused = [name for name in unused if name.rpartition(".")[0] not in tied]
+    _refuse_other_embeddings(family, config, tensors, where)
+    repeated = {*_repeated(family, config)}
+    if config.head == "lm":
+        repeated |= {*family.twice, *family.twice.values()}
+    unused = [name for name in tensors if name not in used and not re.search(family.ignored, name)
+              and not {name, f"{family.prefix}{name}"} & repeated]
     unknown = [name for name in unused if not known_to_other_heads(family, name)]
     if unknown:
         raise UserError(f"has a tensor that {family.model_type} does not know: {unknown[0]}", where=where,
@@ -110,18 +116,60 @@ def put(model: Transformer, family: Family, tensors: dict[str, Tensor], where: s
     return unused
 
 
-def _new_name(name: str) -> str:
+def new_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Checkpoints from TensorFlow call a norm's weight and bias gamma and beta."""
-    return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+    return {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)): tensor for name, tensor in tensors.items()}
 
 
-def _found_name(theirs: str, prefix: str, tensors: dict[str, Tensor]) -> str | None:
-    """The name under which a tensor stands: a bare model's file leaves the prefix out, some others carry it all the same."""
+def as_stored(config: ModelConfig, family: Family, tensors: dict[str, Tensor]) -> ModelConfig:
+    """The configuration, corrected by what a file holds: a bare encoder may come without the layer on its first token,
+    and a head that is said to share the embedding with a matrix of its own, which transformers then takes."""
+    if config.head == "none" and not any("pooler." in name for name in tensors):
+        config = replace(config, head_dense=False)
+    if config.head == "lm" and config.tie_word_embeddings:
+        names = [_spelled(f"{family.module_of(ours)}.weight", family.prefix, tensors)
+                 for ours in ("embedding", "head.output")]
+        if None not in names and not _same(*(tensors[name] for name in names)):
+            config = replace(config, tie_word_embeddings=False)
+    return config
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one == other).all())
+
+
+def _refuse_other_embeddings(family: Family, config: ModelConfig, tensors: dict[str, Tensor], where: str) -> None:
+    """Raises UserError where a stack has an embedding of its own: ours share one."""
+    name = _found_name(f"{family.module_of('embedding')}.weight", family, config, tensors)
+    for copy in (_spelled(f"{module}.weight", family.prefix, tensors) for module in family.copies):
+        if copy is not None and not _same(tensors[copy], tensors[name]):
+            raise UserError(f"{copy} differs from {name}", where=where,
+                            hint="stacks with embeddings of their own are not supported")
+
+
+def _repeated(family: Family, config: ModelConfig) -> list[str]:
+    """Names under which the embedding may stand once more, or instead."""
+    head = [family.module_of("head.output")] if config.head == "lm" and config.tie_word_embeddings else []
+    return [f"{module}.weight" for module in (*family.copies, *head)]
+
+
+def _found_name(theirs: str, family: Family, config: ModelConfig, tensors: dict[str, Tensor]) -> str | None:
+    """The name under which a tensor stands in a file, its own first."""
+    names = [theirs, *(name for pair in family.twice.items() if theirs in pair for name in pair)]
+    if theirs == f"{family.module_of('embedding')}.weight":
+        names += _repeated(family, config)
+    found = (_spelled(name, family.prefix, tensors) for name in names)
+    return next((name for name in found if name is not None), None)
+
+
+def _spelled(theirs: str, prefix: str, tensors: dict[str, Tensor]) -> str | None:
+    """A bare model's file leaves the prefix out, some others carry it all the same."""
     return next((name for name in (theirs, theirs.removeprefix(prefix), f"{prefix}{theirs}") if name in tensors), None)
 
 
 def tensors_of(model: Transformer, family: Family) -> dict[str, Tensor]:
     """The tensors of a file of this model, in float32 on the CPU."""
     state = dict(model.named_parameters())
-    return {theirs: joined([state[name].detach() for name in ours], layout, model.config.num_attention_heads)
-            .float().cpu().contiguous() for theirs, ours, layout in stored_tensors(family, model)}
+    tensors = {theirs: joined([state[name].detach() for name in ours], layout, model.config.num_attention_heads)
+               .float().cpu().contiguous() for theirs, ours, layout in stored_tensors(family, model)}
+    return {**tensors, **{name: tensors[read].clone() for name, read in family.twice.items() if read in tensors}}

@@ -1,4 +1,4 @@
-"""lm generate: continues prompts given as arguments, or one a line from standard input."""
+"""lm generate: continues, translates or completes prompts given as arguments, or one a line from standard input."""
 
 import json
 import sys
@@ -16,7 +16,9 @@ Examples:
   lm generate -m runs/s "Once upon a time"
   lm generate -m runs/s --temperature 0 -n 50 --stop "." "The"
   lm generate -m runs/s --num-samples 3 --seed 1 --json "Once"
-  lm generate -m runs/s < prompts.txt > continuations.txt""")
+  lm generate -m runs/s < prompts.txt > continuations.txt
+  lm generate -m marian-en-de --num-beams 4 < english.txt > german.txt
+  echo 'Paris is the [MASK] of France.' | lm generate -m bert --num-samples 5""")
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @options.model
 @click.option("-n", "--max-new-tokens", type=click.IntRange(min=1),
@@ -29,6 +31,11 @@ Examples:
 @click.option("--repetition-penalty", type=click.FloatRange(0.01, 100), help="Above 1: avoid tokens seen before.")
 @click.option("--num-beams", type=click.IntRange(1, 1024), help="Search for the likeliest text with so many beams.")
 @click.option("--length-penalty", type=float, help="Beams are ranked by logprob / length^this.  [default: 1]")
+@click.option("--early-stopping", type=click.Choice(["false", "true", "never"]),
+              help="A search ends with that many texts (true), when no longer one will likely beat them (false), when none "
+                   "can (never).  [default: false]")
+@click.option("--no-repeat-ngram-size", type=click.IntRange(min=0), help="Never write so many tokens in a row twice.")
+@click.option("--min-new-tokens", type=click.IntRange(min=0), help="Tokens before a text may end.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--num-samples", type=click.IntRange(min=1), default=1, show_default=True,
               help="Continuations of each prompt.")
@@ -38,18 +45,22 @@ Examples:
 @click.option("--whole", is_flag=True, help="Take all of standard input as one prompt.")
 @click.option("--raw", is_flag=True, help="From standard input: write text as it is, line ends and all.")
 @click.option("-0", "zero", is_flag=True, help="From standard input: separate prompts and results by NUL, write them raw.")
+@click.option("--on-error", type=click.Choice(["stop", "blank", "skip"]), default="stop", show_default=True,
+              help="A bad line: stop, write an empty result, or leave it out.")
 @options.beginning
 @options.json_output
 @options.hardware
 @options.batch_tokens
 @options.quiet
 @options.verbose
-def generate(prompts, model, stop, num_samples, seed, echo, whole, raw, zero, bos, as_json, device, dtype, threads,
-             batch_tokens, quiet, verbose, **sampling):
-    """Continues prompts. Each PROMPT argument is one, written raw and as it comes; without arguments each line of
-    standard input is one, and each gives one line (backslash, newline, CR and tab escaped).
+def generate(prompts, model, stop, num_samples, seed, echo, whole, raw, zero, on_error, bos, as_json, device, dtype,
+             threads, batch_tokens, quiet, verbose, **sampling):
+    """Continues prompts; with an encoder-decoder (T5, BART, Marian) writes what it makes of them, with an encoder (BERT)
+    fills their masks. Each PROMPT argument is one, written raw and as it comes; without arguments each line of standard
+    input is one, and each gives one line (backslash, newline, CR and tab escaped).
 
-    Only the continuation is written. Sampling defaults come from the folder's generation_config.json.
+    Only what is new is written. Defaults come from the folder's generation_config.json, a beam search included; a
+    --temperature above 0 draws instead. Without any, a decoder draws and the others take the likeliest.
     """
     if not prompts and sys.stdin.isatty():
         raise click.UsageError("no prompt: give one, or pipe prompts in", click.get_current_context())
@@ -67,20 +78,22 @@ def generate(prompts, model, stop, num_samples, seed, echo, whole, raw, zero, bo
         click.echo(f"lm: seed {first}", err=True)
     piped = not prompts or "-" in prompts
     style = _Style(as_json, echo, raw or bool(prompts and not piped) or whole, "\0" if zero else "\n")
+    streamed = prompts and not piped and not as_json and api.streams(decoder)
+    source = _Prompts(loaded, bos, on_error, quiet)
     with Output() as out:
-        if prompts and len(prompts) == num_samples == 1 and not piped and not as_json and decoder.config.num_beams == 1:
-            ids = loaded.prompt(prompts[0], bos)
-            _warn_long([ids], loaded.context, quiet)
-            return _stream(out, decoder, ids, first, prompts[0] if echo else "")
-        for batch in _batches(prompts, whole, zero):
-            ids = [loaded.prompt(text, bos) for text in batch]
-            _warn_long(ids, loaded.context, quiet)
-            results = api.decode_all(decoder, ids, num_samples, first, batch_tokens or 0)
+        for batch in source.batches(prompts, whole, zero):
+            known = [ids for _, ids in batch if ids]
+            if streamed:
+                for number, (text, ids) in enumerate(prompt for prompt in batch for _ in range(num_samples)):
+                    _stream(out, decoder, ids, first + number, text if echo else "")
+                continue
+            found = iter(api.decode_all(decoder, known, num_samples, first, batch_tokens or 0))
             first += len(batch) * num_samples
-            for prompt, found in zip(batch, results):
-                for result in found:
-                    out.write(style.written(prompt, result))
+            for text, ids in batch:
+                for result in next(found) if ids else [api.Generated("", None, [], [], None)] * num_samples:
+                    out.write(style.written(text, result))
             out.flush()
+    source.tell_what_is_missing()
 
 
 def _stream(out, decoder, ids, seed, begin):
@@ -116,34 +129,79 @@ class _Style:
         return (text if self.raw else escaped(text)) + self.end
 
 
-def _batches(prompts, whole, zero):
-    """Lists of prompts: the arguments, with "-" standing for what standard input holds."""
-    from lmcli.text.records import Reader, open_bytes
+class _Prompts:
+    """Prompts as lists of (text, ids), from the arguments, where "-" stands for what standard input holds.
 
-    waiting = []
-    for argument in prompts or ("-",):
-        if argument != "-":
-            waiting.append(argument)
-        elif whole or zero:
-            with open_bytes("-") as handle:
-                data = b"".join(iter(lambda: handle.read(1 << 16), b""))
-            try:
-                text = data.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"invalid UTF-8 (byte {error.start + 1})", where="standard input") from error
-            waiting += [text] if whole else text.removesuffix("\0").split("\0") if text else []
-        else:
-            for batch in Reader("text").batches(["-"]):
-                waiting += [record.text for record in batch]
-                while waiting:
-                    yield waiting[:PROMPTS_AT_ONCE]
+    From standard input an empty line that nothing can be made of has no ids (None), nor has a bad one with
+    `--on-error blank`.
+    """
+
+    def __init__(self, loaded, bos, on_error, quiet):
+        from lmcli.text.records import Reader
+
+        self.loaded, self.bos, self.on_error, self.quiet = loaded, bos, on_error, quiet
+        self.reader, self.empty = Reader("text", on_error=on_error), 0
+
+    def batches(self, arguments, whole, zero):
+        """Lists of prompts as they arrive; those of arguments in one list."""
+        waiting = []
+        for argument in arguments or ("-",):
+            if argument != "-":
+                waiting.append((argument, self.loaded.prompt(argument, self.bos)))
+                continue
+            for records in self._standard_input(whole, zero):
+                waiting += [pair for record in records for pair in self._of_record(record, whole)]
+                while waiting and (argument, whole, zero) == ("-", False, False):
+                    yield self._checked(waiting[:PROMPTS_AT_ONCE])
                     waiting = waiting[PROMPTS_AT_ONCE:]
-    if waiting:
-        yield waiting
+        if waiting:
+            yield self._checked(waiting)
 
+    def _standard_input(self, whole, zero):
+        from lmcli.text.records import Record, open_bytes
 
-def _warn_long(prompts, context, quiet):
-    long = sum(len(ids) > context for ids in prompts)
-    if long and not quiet:
-        which = "1 prompt is" if long == 1 else f"{long} prompts are"
-        click.echo(f"lm: {which} longer than the context of {context} tokens; only the end is read", err=True)
+        if not whole and not zero:
+            yield from self.reader.batches(["-"])
+            return
+        with open_bytes("-") as handle:
+            data = b"".join(iter(lambda: handle.read(1 << 16), b""))
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"invalid UTF-8 (byte {error.start + 1})", where="standard input") from error
+        texts = [text] if whole else text.removesuffix("\0").split("\0") if text else []
+        yield [Record(text, "-", number) for number, text in enumerate(texts, 1)]
+
+    def _of_record(self, record, whole):
+        """The prompt of a record as a list of one, or of none when it is left out."""
+        if record.bad:
+            return [(record.text, None)]
+        try:
+            return [(record.text, self.loaded.prompt(record.text, self.bos))]
+        except UserError as error:
+            if not record.text:
+                self.empty += 1
+            elif self.on_error == "stop":
+                where = "standard input" if whole else f"standard input, line {record.line}"
+                raise UserError(error.what, where, error.hint) from error
+            elif self.on_error == "skip":
+                self.reader.skipped += 1
+                return []
+            return [(record.text, None)]
+
+    def _checked(self, batch):
+        context, shape = self.loaded.context, self.loaded.model.config
+        long = sum(len(ids or ()) > context for _, ids in batch)
+        if long and not self.quiet and not (shape.shape == "encoder-decoder" and shape.positions == "relative"):
+            which = "1 prompt is" if long == 1 else f"{long} prompts are"
+            read = "end" if shape.shape == "decoder" else "beginning"
+            click.echo(f"lm: {which} longer than the context of {context} tokens; only the {read} is read", err=True)
+        return batch
+
+    def tell_what_is_missing(self):
+        """Says how many lines have an empty result or were left out."""
+        if self.empty and not self.quiet:
+            click.echo(f"lm: {self.empty} empty {'lines' if self.empty > 1 else 'line'}, of which this model can make "
+                       "nothing: the results are empty", err=True)
+        if self.reader.skipped and not self.quiet:
+            click.echo(f"lm: {self.reader.skipped} bad {'lines' if self.reader.skipped > 1 else 'line'} left out", err=True)

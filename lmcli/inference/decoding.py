@@ -1,6 +1,7 @@
 """Prompts → text, one token at a time: a prefill, then steps over a key–value cache, in batches, as a stream.
 
-A text may grow past the model's context: the window then slides, keeping the beginning token and the newer half.
+A decoder continues its prompt. It may grow past the model's context: the window then slides, keeping the beginning token
+and the newer half. An encoder–decoder reads its prompt once as the source, and writes a target from its start token.
 """
 
 import random
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from lmcli.config import GenerateConfig
 from lmcli.inference import sampling
-from lmcli.inference.ordering import pad
-from lmcli.model.attention import KeyValueCache
+from lmcli.inference.beams import Found, search
+from lmcli.inference.constraints import Constraints, written
+from lmcli.inference.reading import Reading
 from lmcli.model.transformer import Transformer
 from lmcli.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -24,7 +26,7 @@ class Generated:
     """One continuation. `token_logprobs` are natural logs under the model itself, before temperature and filters."""
 
     text: str
-    finish_reason: str  # "stop": an end token or a stop string; "length": max_new_tokens
+    finish_reason: str  # "stop": an end token or a stop string; "length": as long as it may be
     tokens: list[int]
     token_logprobs: list[float]
     seed: int
@@ -40,7 +42,8 @@ class Piece(NamedTuple):
 
 @dataclass
 class Decoder:
-    """A model with all that decoding needs to know. `beginning` starts a context, `stops` end a text."""
+    """A model with all that decoding needs to know. `beginning` starts a context, `stops` end a text, `start` begins the
+    target of an encoder–decoder (None: as config.json says)."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -49,65 +52,100 @@ class Decoder:
     config: GenerateConfig
     stop_strings: tuple[str, ...] = ()
     use_cache: bool = True
+    start: int | None = None
+
+    def __post_init__(self) -> None:
+        config = self.model.config
+        self.two_stacks = config.shape == "encoder-decoder"
+        for known in (config.decoder_start_token_id, config.bos_token_id, 0):
+            self.start = known if self.start is None else self.start
+        self.rules = Constraints(self.config, self.stops, config.vocab_size, self._device)
 
     @property
     def context(self) -> int:
         """Tokens the model can see at once."""
         return self.model.config.max_position_embeddings
 
+    @property
+    def longest_source(self) -> int | None:
+        """Tokens of a source that are read, its special tokens included; relative positions set no limit (None)."""
+        return None if self.model.config.positions == "relative" else self.context
+
+    def cost(self, prompt: list[int]) -> int:
+        """Tokens that a text will fill, as far as one can tell: a target is seldom twice as long as its source."""
+        if self.two_stacks:
+            return len(prompt) + min(self._limit(prompt), 2 * len(prompt) + 32)
+        return min(len(prompt), self.context) + self._limit(prompt)
+
     @torch.inference_mode()
     def stream(self, prompts: list[list[int]], seeds: list[int]) -> Iterator[Piece]:
-        """Continuations of prompts (ids, beginning included), a Piece a row and step, row `i` drawn from `seeds[i]`.
+        """Continuations of prompts (ids, special tokens included), a Piece a row and step, row `i` drawn from `seeds[i]`.
 
         A row's text depends on its prompt and seed alone, not on the rows beside it (up to rounding).
         """
-        rows = [_Row(i, list(prompt), seed, self) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
-        cache = real = None
+        rows = [self._row(i, prompt, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
+        reading = None
         while rows:
             # full when the longest text reaches the context, or when it did and has ended since
-            if cache is None or cache.length == cache.capacity:
-                cache, real, logits = self._prefill(rows)
+            if reading is None or reading.full:
+                reading = self._read(rows)
             else:
-                last = torch.tensor([row.window[-1:] for row in rows], device=self._device)  # (B, 1)
-                if real is not None:
-                    real = torch.cat([real, torch.ones_like(last)], dim=1)
-                logits = self.model.head(self.model.hidden(last, real, cache)[:, -1])
-            yield from self._choose(rows, logits.float())
+                reading.add(torch.tensor([row.window[-1] for row in rows], device=self._device))
+            yield from self._choose(rows, reading.logits)
             going = [i for i, row in enumerate(rows) if row.finish_reason is None]
             if not self.use_cache:
-                cache = None
+                reading = None
             elif 0 < len(going) < len(rows):
-                kept = torch.tensor(going, device=self._device)
-                cache.keep_rows(kept)
-                real = real[kept] if real is not None else None
+                reading.keep(torch.tensor(going, device=self._device))
             rows = [rows[i] for i in going]
 
     @property
     def _device(self) -> torch.device:
         return self.model.embedding.weight.device
 
-    def _prefill(self, rows: list["_Row"]) -> tuple[KeyValueCache, Tensor | None, Tensor]:
+    def _row(self, number: int, prompt: list[int], seed: int) -> "_Row":
+        if self.two_stacks:
+            return _Row(number, [self.start], seed, self, self._limit(prompt), self._source(prompt))
+        return _Row(number, list(prompt), seed, self, self._limit(prompt))
+
+    def _limit(self, prompt: list[int]) -> int:
+        """Tokens that may be written: an encoder–decoder's target ends at the context, a decoder's window slides."""
+        config = self.config
+        length = 1 if self.two_stacks else len(prompt)
+        limit = max(1, config.max_length - length) if config.max_length else config.max_new_tokens
+        return min(limit, self.context) if self.two_stacks and self.longest_source else limit
+
+    def _source(self, ids: list[int]) -> list[int]:
+        """The part of a source that is read: its beginning, and the special tokens at its end."""
+        most, end = self.longest_source, self.tokenizer.suffix
+        return ids if most is None or len(ids) <= most else ids[:most - len(end)] + end
+
+    def _read(self, rows: list["_Row"]) -> Reading:
         for row in rows:
             row.window = self._view(row.window)
-        longest = max(len(row.window) for row in rows)
-        capacity = min(self.context, longest + max(self.config.max_new_tokens - len(row.tokens) for row in rows))
-        cache = KeyValueCache(self.model.config, len(rows), capacity, self._device, self.model.embedding.weight.dtype)
-        ids, real = pad([row.window for row in rows], 0, left=True, device=self._device)
-        return cache, real, self.model.head(self.model.hidden(ids, real, cache)[:, -1])
+        capacity = max(len(row.window) for row in rows) + max(row.limit - len(row.tokens) for row in rows)
+        if not self.two_stacks:
+            capacity = min(self.context, capacity)
+        return self._reading(rows, capacity)
+
+    def _reading(self, rows: list["_Row"], capacity: int) -> Reading:
+        sources = [row.source for row in rows] if self.two_stacks else None
+        return Reading(self.model, [row.window for row in rows], sources, capacity)
 
     def _view(self, ids: list[int]) -> list[int]:
         """The part of a text that the model looks at: all of it, or the beginning and the last half context."""
-        if len(ids) <= self.context:
+        if len(ids) <= self.context or self.two_stacks:
             return ids
         return self.beginning + ids[-max(1, self.context // 2 - len(self.beginning)):]
 
     def _choose(self, rows: list["_Row"], logits: Tensor) -> Iterator[Piece]:
         """Draws the next token of every row from logits (B, V)."""
-        seen = None
-        if self.config.repetition_penalty != 1.0:
-            width = max(len(row.seen) for row in rows)  # short rows repeat an id of theirs: once more changes nothing
-            seen = torch.tensor([(list(row.seen) * width)[:width] for row in rows], device=logits.device)
-        allowed = sampling.filtered(logits, self.config, seen)
+        allowed = logits
+        if self.rules.active:
+            at = written([row.prompt for row in rows], [row.tokens for row in rows], [row.limit for row in rows],
+                         logits.device)
+            allowed = self.rules.apply(logits, at)
+        allowed = sampling.filtered(allowed, self.config)
         if self.config.temperature:
             chance = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
             chosen = sampling.draw(allowed, chance).to(logits.device)
@@ -124,72 +162,41 @@ class Decoder:
         return [found[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
-    def beams(self, prompt: list[int], count: int) -> list[Generated]:
-        """The `count` best continuations of one prompt by beam search, best first: by log-probability of the tokens,
+    def beams(self, prompts: list[list[int]], count: int) -> list[list[Generated]]:
+        """The `count` best continuations of each prompt by beam search, best first: by log-probability of the tokens,
         divided by their number to the power `length_penalty`. Deterministic; temperature and filters play no part.
 
-        Ends when no open beam can still beat the worst finished one, judged by the length reached, as transformers does.
+        A decoder's text ends at the context.
         """
-        config, width = self.config, self.config.num_beams
-        window = self.beginning + prompt[len(self.beginning):][-self.context // 2:] \
-            if len(prompt) >= self.context else prompt
-        steps = min(config.max_new_tokens, self.context - len(window))
-        cache = KeyValueCache(self.model.config, 1, len(window) + steps, self._device, self.model.embedding.weight.dtype)
-        ids = torch.tensor([window], device=self._device)
-        open_beams, finished = [_Beam([], [])], []
-        for step in range(1, steps + 1):
-            logits = self.model.head(self.model.hidden(ids, None, cache)[:, -1]).float()
-            candidates = _best_candidates(open_beams, logits.log_softmax(-1), max(2, 1 + len(self.stops)) * width)
-            going = []
-            for rank, (parent, beam) in enumerate(candidates):
-                if beam.tokens[-1] in self.stops or step == steps:  # out of room, open beams count as they are
-                    finished += [beam] if rank < width else []
-                elif len(going) < width:
-                    going.append((parent, beam))
-            finished = sorted(finished, key=self._beam_score, reverse=True)[:width]
-            if not going:
-                break
-            cache.keep_rows(torch.tensor([parent for parent, _ in going], device=self._device))
-            open_beams = [beam for _, beam in going]
-            ids = torch.tensor([[beam.tokens[-1]] for beam in open_beams], device=self._device)
-            if len(finished) == width and self._beam_score(finished[-1]) >= self._beam_score(open_beams[0]):
-                break
-        return [self._beam_result(beam, prompt) for beam in finished[:count]]
+        rows = [self._row(i, prompt, 0) for i, prompt in enumerate(prompts)]
+        for row in rows if not self.two_stacks else ():
+            if len(row.window) >= self.context:
+                row.window = self.beginning + row.window[len(self.beginning):][-self.context // 2:]
+            row.limit = min(row.limit, self.context - len(row.window))
+        reading = self._reading(rows, max(len(row.window) for row in rows) + max(row.limit for row in rows))
+        at = written([row.prompt for row in rows], [[] for _ in rows], [row.limit for row in rows], self._device)
+        found = search(reading, at, self.config, self.stops)
+        return [[self._found(prompt, text) for text in texts[:count]] for prompt, texts in zip(prompts, found)]
 
-    def _beam_score(self, beam: "_Beam") -> float:
-        return sum(beam.logprobs) / len(beam.tokens) ** self.config.length_penalty
-
-    def _beam_result(self, beam: "_Beam", prompt: list[int]) -> Generated:
-        row = _Row(0, list(prompt), 0, self)
-        for token, logprob in zip(beam.tokens, beam.logprobs):
+    def _found(self, prompt: list[int], found: Found) -> Generated:
+        row = self._row(0, prompt, 0)
+        for token, logprob in zip(found.tokens, found.logprobs):
             if row.finish_reason is None:
                 row.add(token, logprob)
         row.finish_reason = row.finish_reason or "length"
         return row.result()
 
 
-class _Beam(NamedTuple):
-    tokens: list[int]
-    logprobs: list[float]
-
-
-def _best_candidates(beams: list[_Beam], logprobs: Tensor, count: int) -> list[tuple[int, _Beam]]:
-    """The best `count` one-token extensions as (parent, beam), best first; logprobs is (beams, V)."""
-    sums = torch.tensor([sum(beam.logprobs) for beam in beams], device=logprobs.device)
-    best = (sums[:, None] + logprobs).flatten().topk(min(count, logprobs.numel())).indices.tolist()
-    places = [divmod(index, logprobs.shape[-1]) for index in best]
-    return [(parent, _Beam([*beams[parent].tokens, token],
-                           [*beams[parent].logprobs, logprobs[parent, token].item()])) for parent, token in places]
-
-
 @dataclass
 class _Row:
-    """One prompt while it is being continued."""
+    """One text while it is being written."""
 
     number: int
     window: list[int]  # ids in the model's view
     seed: int
     decoder: Decoder
+    limit: int  # tokens at most
+    source: list[int] = field(default_factory=list)  # what an encoder reads
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
@@ -197,7 +204,7 @@ class _Row:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        self.seen = dict.fromkeys(self.window)  # in order, each once
+        self.prompt = list(self.window)
         self._stream = StreamDecoder(self.decoder.tokenizer, self.window)
         self._given = 0  # characters of `text` handed out
 
@@ -206,11 +213,10 @@ class _Row:
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.window.append(token)
-        self.seen[token] = None
         if token in self.decoder.stops:
             self.finish_reason = "stop"
             return self._give("")
-        if len(self.tokens) == self.decoder.config.max_new_tokens:
+        if len(self.tokens) == self.limit:
             self.finish_reason = "length"
         return self._give(self._stream.push(token))
 

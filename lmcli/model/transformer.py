@@ -111,7 +111,7 @@ class Stack(nn.Module):
             return full, full
         local = replace(full, mask=visible(read, seen, self.causal, config.sliding_window, real, x.device))
         if turn is not None and config.local_rope_theta:
-            local.turn = rotation(positions, config, config.local_rope_theta)
+            local.turn = rotation(positions, replace(config, rope_type="default"), config.local_rope_theta)
         return full, local
 
 

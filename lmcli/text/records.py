@@ -20,13 +20,15 @@ TEXT_FIELDS = (("text",), ("prompt", "completion"), ("source",), ("prompt",))
 
 @dataclass(slots=True)
 class Record:
-    """One text to work on. `fields` is its whole JSON or TSV row; `newline` is False on a last line that has none."""
+    """One text to work on. `fields` is its whole JSON or TSV row; `newline` is False on a last line that has none; `bad`
+    marks the empty text that stands for a bad record."""
 
     text: str
     file: str
     line: int
     fields: dict | None = None
     newline: bool = True
+    bad: bool = False
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Reader:
             if self.on_error == "stop":
                 raise bad_record(error, name, number) from error
             if self.on_error == "blank":
-                return Record("", name, number, None, line.newline)
+                return Record("", name, number, None, line.newline, bad=True)
             self.skipped += 1
             return None
 

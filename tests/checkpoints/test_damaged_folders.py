@@ -1,6 +1,8 @@
 """Folders that cannot be a model: one UserError that names the file and what is wrong, at once, and never a traceback."""
 
 import json
+import resource
+import shlex
 import shutil
 import struct
 import time
@@ -10,9 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmcli.checkpoints import folder as checkpoints
+from lmcli.checkpoints.config_json import read_config
+from lmcli.checkpoints.families import FAMILIES
+from lmcli.config import GenerateConfig
 from lmcli.errors import UserError
 
 INDEX = "model.safetensors.index.json"
+SMALL = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention"] * 3}
 
 
@@ -147,13 +153,87 @@ def test_generation_config_holds_impossible_values(values, message, copy):
     assert error.where == str(folder / "generation_config.json")
 
 
-@pytest.mark.parametrize("layers", [10**9, 1024])
-def test_absurd_sizes_are_refused_at_once(layers, copy):
-    folder = copy()
-    change(folder / "config.json", num_hidden_layers=layers, hidden_size=1 << 17, intermediate_size=1 << 20)
-    start = time.process_time()
+@pytest.mark.parametrize("values", [
+    {"num_hidden_layers": 10**9}, {"num_hidden_layers": 1024, "hidden_size": 1 << 17, "intermediate_size": 1 << 20},
+    {"vocab_size": 1 << 28, "hidden_size": 1 << 17}, {"num_attention_heads": 1024, "num_key_value_heads": 1024,
+                                                     "head_dim": 4096}, {"max_position_embeddings": 1 << 24},
+], ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES])
+def test_absurd_sizes_are_refused_at_once_and_take_no_memory(family, values, copy):
+    folder, row = copy(), FAMILIES[family]
+    document = {"model_type": family, "hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 409}
+    keys = {**{key: key for key in document}, "vocab_size": "vocab_size", **row.keys}
+    document = {keys.get(key, key): value for key, value in {**document, **values}.items()}
+    (folder / "config.json").write_text(json.dumps(document))
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refusal(folder)
-    assert time.process_time() - start < 10  # and without the memory that the sizes would take
+    assert time.process_time() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"num_labels": 10**9}, "num_labels: 1000000000 is outside 1 to"),
+    ({"num_labels": "two"}, "num_labels: 'two' is not a whole number from 1"),
+    ({"num_labels": 0}, "num_labels: 0 is not a whole number from 1"),
+    ({"id2label": ["a", "b"]}, "id2label is no object of names for 0, 1, 2"),
+    ({"id2label": {"0": "a", "2": "b"}}, "id2label is no object of names for 0, 1, 2"),
+    ({"num_labels": 1}, "a model that gives one number and no label is not supported"),
+    ({"problem_type": "regression"}, "a model that gives one number and no label is not supported"),
+], ids=str)
+def test_labels_that_are_none(values, message):
+    with pytest.raises(UserError) as caught:
+        read_config({"model_type": "bert", "architectures": ["BertForSequenceClassification"], **values}, "here")
+    assert message in caught.value.what
+
+
+@pytest.mark.parametrize(("family", "values", "message"), [
+    ("bert", {"is_decoder": True}, "is_decoder True is not supported for bert"),
+    ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key' is not supported"),
+    ("bert", {"architectures": [["BertModel"]]}, "architecture ['BertModel'] is not supported for bert"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True is not supported"),
+    ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings False is not supported"),
+    ("t5", {"vocab_size": 9, "d_model": 8, "num_heads": 2}, "has no num_decoder_layers"),
+    ("t5", {"d_model": 8, "num_heads": 2, "vocab_size": 9, "num_layers": 2, "feed_forward_proj": "gated-mish"},
+     "feed_forward_proj 'gated-mish' is not supported for t5"),
+    ("modernbert", {"architectures": ["ModernBertForSequenceClassification"], "classifier_pooling": "mean"},
+     "classifier_pooling 'mean' is not supported for modernbert"),
+    *(("modernbert", {**SMALL, **values}, message)
+      for values, message in [
+          ({"global_attn_every_n_layers": 0}, "global_attn_every_n_layers: 0 is not a whole number from 1"),
+          ({"global_attn_every_n_layers": "3"}, "global_attn_every_n_layers: '3' is not a whole number from 1"),
+          ({"rope_parameters": {"full_attention": 3}}, "rope_parameters holds no object for each type of layer"),
+          ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2}}},
+           "rope type 'linear' of sliding_attention is not supported")]),
+    ("qwen2", {**SMALL, "num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": None},
+     "max_window_layers: None is not a whole number from 0"),
+], ids=str)
+def test_options_of_a_family_that_are_not_supported(family, values, message):
+    with pytest.raises(UserError) as caught:
+        read_config({"model_type": family, **values}, "here")
+    assert message in caught.value.what and caught.value.where == "here"
+
+
+@pytest.mark.parametrize(("head", "foreign"), [
+    ("lm", "bert.pooler.dense.weight"), ("lm", "cls.seq_relationship.weight"), ("lm", "classifier.weight"),
+    ("lm", "qa_outputs.bias"), ("sequence", "cls.predictions.bias"), ("token", "pooler.dense.bias")])
+def test_a_tensor_of_another_head_is_told_and_no_error(head, foreign, small_model, small_tokenizer, tmp_path):
+    labels = {} if head == "lm" else {"labels": ("a", "b")}
+    options = {**FAMILIES["bert"].expected(head), **labels, "shape": "encoder", "head": head, "model_type": "bert",
+               "num_key_value_heads": 4, "type_vocab_size": 2}
+    checkpoints.save(tmp_path, small_model(**options), small_tokenizer, GenerateConfig())
+    change_tensors(tmp_path, lambda tensors: tensors.update({foreign: torch.zeros(3)}))
+    assert checkpoints.load(tmp_path).unused == [foreign]
+
+
+@pytest.mark.parametrize("foreign", [
+    "bert.embeddings.extra", "classifiers.weight", "bert.encoder.layer.2.output.dense.weight",
+    "cls.predictions.transform.second.weight", "lm_head.weight"])
+def test_any_other_tensor_is_an_error(foreign, small_model, small_tokenizer, tmp_path):
+    options = {**FAMILIES["bert"].expected("lm"), "shape": "encoder", "head": "lm", "model_type": "bert",
+               "num_key_value_heads": 4}
+    checkpoints.save(tmp_path, small_model(**options), small_tokenizer, GenerateConfig())
+    change_tensors(tmp_path, lambda tensors: tensors.update({foreign: torch.zeros(3)}))
+    assert refusal(tmp_path).what == f"has a tensor that bert does not know: {foreign}"
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -287,10 +367,24 @@ def test_a_tokenizer_that_is_none(content, copy):
     assert error.where == str(folder / "tokenizer.json")
 
 
-def test_pickled_weights_are_never_opened(copy):
+def test_pickled_weights_are_never_opened_and_the_hint_converts_them(copy, difference):
     folder = copy()
+    wanted = checkpoints.load(folder).model
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     error = refusal(folder)
-    assert error.what == "holds no model.safetensors"
-    assert error.hint == "only safetensors hold weights here"
+    assert error.where == str(folder)
+    assert error.what == "holds no model.safetensors, only pytorch_model.bin, which lm never opens"
+    python, option, code = shlex.split(error.hint.partition(": ")[2])
+    assert (python, option) == ("python", "-c")
+    exec(code, {})
+    found = checkpoints.load(folder).model
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_pickled_weights_may_be_garbage(name, copy):
+    folder = copy()
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(b"rm -rf")
+    assert "LlamaForCausalLM" in refusal(folder).hint

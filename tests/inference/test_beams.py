@@ -24,7 +24,7 @@ def theirs(model, prompt: list[int], decoder, count: int) -> list[tuple[list[int
 
 
 def assert_same(decoder, model, prompt: list[int], count: int) -> list:
-    found, wanted = decoder.beams(prompt, count), theirs(model, prompt, decoder, count)
+    found, wanted = decoder.beams([prompt], count)[0], theirs(model, prompt, decoder, count)
     assert [result.tokens for result in found] == [ids for ids, _ in wanted]
     power = decoder.config.length_penalty
     scores = [sum(result.token_logprobs) / len(result.tokens) ** power for result in found]
@@ -50,7 +50,7 @@ def test_the_same_beams_as_transformers(beams, length_penalty, pair, decoder):
     ended = 0
     for start in range(1, 13):
         prompt = [0, start, 400 - 13 * start]
-        free = decoder(ours, num_beams=beams, max_new_tokens=12, length_penalty=length_penalty).beams(prompt, beams)
+        free = decoder(ours, num_beams=beams, max_new_tokens=12, length_penalty=length_penalty).beams([prompt], beams)[0]
         # ends that fire: tokens that good beams run through early, in the middle and late
         ends = [free[0].tokens[start % 12], free[-1].tokens[(5 * start) % 12]]
         for stops in ([], ends[:1], ends):
@@ -90,7 +90,7 @@ def test_a_trained_model_writes_what_transformers_writes(stops, length_penalty, 
 def test_one_beam_more_is_no_worse_than_greedy(pair, decoder):
     ours, _ = pair
     greedy = decoder(ours, max_new_tokens=6).generate([[0, 5]], [0])[0]
-    best = decoder(ours, num_beams=16, max_new_tokens=6).beams([0, 5], 1)[0]
+    best = decoder(ours, num_beams=16, max_new_tokens=6).beams([[0, 5]], 1)[0][0]
     assert sum(best.token_logprobs) >= sum(greedy.token_logprobs)
 
 
@@ -103,7 +103,7 @@ def test_as_many_beams_as_there_are_sequences_find_the_very_best(pair, decoder):
         rows = torch.stack([torch.full((size,), 0), torch.full((size,), 5), torch.arange(size)], dim=1)
         both = first[:, None] + ours(rows)[:, -1].log_softmax(-1)
     best = both.flatten().topk(3)
-    found = decoder(ours, num_beams=600, max_new_tokens=2).beams([0, 5], 3)  # more beams than ids
+    found = decoder(ours, num_beams=600, max_new_tokens=2).beams([[0, 5]], 3)[0]  # more beams than ids
     assert [result.tokens for result in found] == [list(divmod(i, size)) for i in best.indices.tolist()]
     assert [sum(result.token_logprobs) for result in found] == pytest.approx(best.values.tolist(), abs=1e-4)
 
@@ -111,14 +111,14 @@ def test_as_many_beams_as_there_are_sequences_find_the_very_best(pair, decoder):
 def test_a_search_past_the_context_ends_there(pair, decoder):
     ours, _ = pair
     for length in (60, 63, 64, 100):
-        result = decoder(ours, num_beams=3, max_new_tokens=100).beams([0, *range(1, length)], 1)[0]
+        result = decoder(ours, num_beams=3, max_new_tokens=100).beams([[0, *range(1, length)]], 1)[0][0]
         assert result.finish_reason == "length"
         assert 0 < len(result.tokens) <= 33
 
 
 def test_stop_strings_cut_beams_too(pair, decoder):
     ours, _ = pair
-    free = decoder(ours, num_beams=4).beams([0, 5], 1)[0]
+    free = decoder(ours, num_beams=4).beams([[0, 5]], 1)[0][0]
     stop = free.text[3:5]
-    result = decoder(ours, num_beams=4, stop_strings=[stop]).beams([0, 5], 1)[0]
+    result = decoder(ours, num_beams=4, stop_strings=[stop]).beams([[0, 5]], 1)[0][0]
     assert (result.text, result.finish_reason) == (free.text[:free.text.index(stop)], "stop")

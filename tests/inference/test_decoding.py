@@ -158,7 +158,7 @@ def story(decoder, small_tokenizer, small_model):
             self.embedding.weight.data = torch.eye(401)
             self.head = torch.nn.Identity()
 
-        def hidden(self, ids, mask=None, cache=None):
+        def hidden(self, ids, mask=None, cache=None, memory=None):
             found = torch.zeros(*ids.shape, 401)
             if cache is not None:
                 cache.length += ids.shape[1]

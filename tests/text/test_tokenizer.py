@@ -5,11 +5,12 @@ import json
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 
 from lmcli.config import TokenizerConfig
 from lmcli.errors import UserError
 from lmcli.text import tokenizer as tokenizers
+from lmcli.text.sentencepiece import parse
 from lmcli.text.tokenizer import END_OF_TEXT, OPEN, StreamDecoder, byte_offsets
 
 SAMPLE = ["The baker's child didn't sleep; it's 2024, they'll say.\r\n\tHello  world!\n\n",
@@ -187,10 +188,83 @@ class TestOthers:
     def test_stories_template(self, stories):
         assert (stories.prefix, stories.suffix) == ([1], []) and stories.pieces([1]) == ["<s>"]
 
-    def test_a_beginning_token_named_in_the_settings_counts_when_the_template_has_none(self, gpt2):
-        asked = tokenizers.Tokenizer(gpt2.core, {"bos_token": {"content": END_OF_TEXT}, "add_bos_token": True})
-        assert asked.prefix == [50256]
-        assert tokenizers.Tokenizer(gpt2.core, {"bos_token": END_OF_TEXT, "add_bos_token": False}).prefix == []
+    def test_a_beginning_asked_for_in_the_settings_counts_where_no_tokenizer_json_says_a_template(self, shared, tmp_path):
+        """As transformers 5 has it: with a tokenizer.json, add_bos_token is not read."""
+        for name in ("vocab.json", "merges.txt"):
+            (tmp_path / name).write_bytes((shared / "tokenizers" / "gpt2" / name).read_bytes())
+        settings = {"bos_token": {"content": END_OF_TEXT}, "add_bos_token": True, "add_eos_token": True}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        asked = tokenizers.load(tmp_path)
+        assert (asked.prefix, asked.suffix) == ([50256], [50256])
+        asked.core.post_processor = None
+        asked.save(tmp_path)
+        assert tokenizers.load(tmp_path).prefix == []
+
+
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "##b", "."]
+
+
+class TestTemplates:
+    @pytest.mark.parametrize("kind, single, pair, types", [
+        ("decoder", [0, 8], [0, 8, 0, 9], [0, 0, 0, 1]),
+        ("encoder", [2, 8, 3], [2, 8, 3, 9, 3], [0, 0, 0, 1, 1]),
+        ("encoder-decoder", [8, 1], [8, 1, 9, 1], [0] * 4)])
+    def test_each_shape_has_its_own(self, kind, single, pair, types):
+        learnt = tokenizers.learn(SAMPLE, TokenizerConfig(300), kind)
+        assert learnt.with_template([8]) == (single, [0] * len(single))
+        assert learnt.with_template([8], [9]) == (pair, types)
+        assert [*learnt.prefix, 8, *learnt.suffix] == single
+        assert learnt.with_template([])[0] == learnt.prefix + learnt.suffix
+        assert learnt.target is learnt
+
+    def test_of_a_tokenizer_without_one(self, gpt2):
+        assert gpt2.with_template([8]) == ([8], [0]) and gpt2.with_template([8], [9]) == ([8, 9], [0, 1])
+
+    @pytest.mark.parametrize("processor, pair, types", [
+        (processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2)), [2, 8, 3, 9, 3], [0, 0, 0, 1, 1]),
+        (processors.RobertaProcessing(("</s>", 3), ("<s>", 2)), [2, 8, 3, 3, 9, 3], [0] * 6),
+        (processors.Sequence([processors.ByteLevel(), processors.TemplateProcessing("$A", "$B:1 $A", [])]), [9, 8], [1, 0])])
+    def test_of_every_kind_in_a_tokenizer_json(self, processor, pair, types):
+        learnt = tokenizers.learn(SAMPLE, TokenizerConfig(300))
+        learnt.core.post_processor = processor
+        assert tokenizers.Tokenizer(learnt.core).with_template([8], [9]) == (pair, types)
+
+    def test_the_mask_takes_the_space_before_it(self):
+        learnt = tokenizers.learn(SAMPLE, TokenizerConfig(300), "encoder")
+        ids = learnt.encode("the [MASK] of")
+        assert ids.index(4) == len(learnt.encode("the")) and learnt.pieces(ids)[ids.index(4) + 1].startswith("Ġ")
+        named = [learnt.special(f"{name}_token") for name in ("pad", "unk", "cls", "sep", "mask", "eos")]
+        assert named == [0, 1, 2, 3, 4, None]
+
+    def test_a_vocabulary_too_small_for_the_special_tokens(self):
+        with pytest.raises(UserError, match=r"vocab_size 258 is too small.*an encoder make 261"):
+            tokenizers.learn(SAMPLE, TokenizerConfig(258), "encoder")
+        assert tokenizers.learn(SAMPLE, TokenizerConfig(261), "encoder").size == 261
+
+
+class TestTextOfIds:
+    @pytest.mark.parametrize("settings, expected", [
+        ({}, "the ' the."), ({"clean_up_tokenization_spaces": True}, "the'the.")])
+    def test_spaces_are_tidied_where_the_settings_say_so(self, tmp_path, settings, expected):
+        (tmp_path / "vocab.txt").write_text("\n".join([*PIECES, "'"]) + "\n")
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        tokenizer = tokenizers.load(tmp_path)
+        assert tokenizer.decode(tokenizer.prefix + tokenizer.encode("The ' THE ."), special=False) == expected
+
+    def test_but_not_of_a_byte_level_vocabulary(self):
+        learnt = tokenizers.learn(SAMPLE, TokenizerConfig(300))
+        asked = tokenizers.Tokenizer(learnt.core, {"clean_up_tokenization_spaces": True})
+        assert asked.decode(learnt.encode("a , b ' c")) == "a , b ' c"
+
+
+class TestSpecialTokens:
+    def test_those_that_only_an_older_file_names(self, tmp_path):
+        (tmp_path / "vocab.txt").write_text("\n".join([*PIECES, "<begin>"]) + "\n")
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(
+            {"bos_token": "<begin>", "eos_token": {"content": "[SEP]", "lstrip": False}}))
+        tokenizer = tokenizers.load(tmp_path)
+        assert [tokenizer.special(f"{name}_token") for name in ("bos", "eos", "cls", "mask")] == [9, 3, 2, 4]
+        assert tokenizer.encode("a<begin>") == [6, 9]
 
 
 def streamed(tokenizer, before, after):
@@ -252,6 +326,10 @@ class TestStreaming:
         decoder = StreamDecoder(gpt2, gpt2.encode("a"))
         assert "".join(decoder.push(index) for index in gpt2.encode(f"b{OPEN}c")) == "bc"
 
+    def test_the_space_after_a_special_token_survives(self, stories):
+        ids = [*stories.encode("one"), 2, *stories.encode("two three")]
+        assert "".join(streamed(stories, [], ids)) == "one two three"
+
     def test_special_tokens_give_nothing(self):
         assert streamed(LEARNT["gpt2"], [0], [0, *LEARNT["gpt2"].encode("The"), 0])[-1] == ""
 
@@ -274,6 +352,16 @@ class TestWordCuts:
         tokenizer = tokenizers.learn(SAMPLE, TokenizerConfig(300))
         tokenizer.core.add_tokens([token])
         assert tokenizers.Tokenizer(tokenizer.core).cuts_at_words is safe
+
+
+# protobuf by hand: field 1 (a piece) of 14 bytes: text "<unk>", score 0.0, type 2; then of 8: "a", -1.0, no type
+TWO_PIECES = b"\x0a\x0e\x0a\x05<unk>\x15\0\0\0\0\x18\x02" b"\x0a\x08\x0a\x01a\x15\0\0\x80\xbf"
+
+
+def test_a_sentencepiece_file_by_hand():
+    found = parse(TWO_PIECES)
+    assert found.pieces == [("<unk>", 0.0, 2), ("a", -1.0, 1)] and found.names == {"unk_token": "<unk>", "bos_token": "<s>"}
+    assert found.add_dummy_prefix and found.remove_extra_whitespaces and found.charsmap == b"" and found.unk_id == 0
 
 
 class TestErrors:
@@ -309,4 +397,39 @@ class TestErrors:
         (tmp_path / "vocab.json").write_text('{"a": 0}')
         (tmp_path / "merges.txt").write_text("a b\n")
         with pytest.raises(UserError, match=r"vocab\.json: is no tokenizer"):
+            tokenizers.load(tmp_path)
+
+    @pytest.mark.parametrize("name, content, message", [
+        ("vocab.txt", b"\xff\n", "is no tokenizer"), ("vocab.txt", b"a\nb\n", r"is no tokenizer: it lacks \[UNK\]"),
+        ("spiece.model", b"\x0a\xff", "is no tokenizer: it is damaged or no SentencePiece model"),
+        ("tokenizer.model", b"hello there", "is no tokenizer: it is damaged or no SentencePiece model"),
+        ("tokenizer.model", b"", "is no tokenizer: it has no pieces"),
+        ("source.spm", b"", "cannot read: No such file")])
+    def test_files_of_each_kind(self, tmp_path, name, content, message):
+        (tmp_path / name).write_bytes(content)
+        where = "target.spm" if name == "source.spm" else name
+        with pytest.raises(UserError, match=rf"{where}: {message}"):
+            tokenizers.load(tmp_path)
+
+    @pytest.mark.parametrize("name, content, message", [
+        ("special_tokens_map.json", "{", "is not JSON"), ("special_tokens_map.json", "[]", "is not a JSON object"),
+        ("added_tokens.json", "nothing", "is not JSON"), ("added_tokens.json", '{"a": "b"}', "is no tokenizer"),
+        ("config.json", "{", "is not JSON"), ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "is no tokenizer"),
+        ("tokenizer_config.json", '{"eos_token": {"lstrip": true}}', "is no tokenizer")])
+    def test_what_lies_beside_them(self, tmp_path, name, content, message):
+        LEARNT["gpt2"].save(tmp_path)
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=rf"{name}: {message}"):
+            tokenizers.load(tmp_path)
+
+    @pytest.mark.parametrize("files, message", [
+        ({"source.spm": b"?"}, r"source\.spm: is no tokenizer"), ({"target.spm": b"?"}, r"target\.spm: is no tokenizer"),
+        ({"vocab.json": b"{}"}, r"vocab\.json: is no tokenizer: it lacks <unk>"),
+        ({"vocab.json": b'{"<unk>": "0"}'}, r"vocab\.json: is no tokenizer: an id is no number"),
+        ({"tokenizer_config.json": b'{"separate_vocabs": true}'}, "has a vocabulary for each language")])
+    def test_marians_files(self, tmp_path, files, message):
+        good = {"source.spm": TWO_PIECES, "target.spm": TWO_PIECES, "vocab.json": b'{"<unk>": 0, "a": 1, "</s>": 2}'}
+        for name, content in (good | files).items():
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
             tokenizers.load(tmp_path)
