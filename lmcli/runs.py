@@ -16,6 +16,7 @@ from lmcli import __version__
 from lmcli.analysis.card import model_card
 from lmcli.analysis.loss_curve import draw
 from lmcli.checkpoints import folder as checkpoints
+from lmcli.checkpoints import hub
 from lmcli.checkpoints.config_json import family_of
 from lmcli.config import ModelConfig, Recipe
 from lmcli.errors import UsageError, UserError
@@ -64,8 +65,9 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
     if not any(getattr(recipe.train, budget) for budget in BUDGETS):
         raise UsageError(f"no budget: {', '.join(BUDGETS)} are all 0", where="train", hint="give one, for example --time 5m")
     placement = place(request.device, recipe.train.precision, request.threads, training=True)
-    origin = checkpoints.load(request.origin) if request.origin else None
-    tokenizer = origin.tokenizer if origin else tokenizers.load(request.tokenizer) if request.tokenizer else None
+    origin = checkpoints.load(hub.find(request.origin)) if request.origin else None
+    tokenizer = origin.tokenizer if origin else \
+        tokenizers.load(hub.find(request.tokenizer, weights=False)) if request.tokenizer else None
     context = recipe.train.context
     if origin and context > origin.model.config.max_position_embeddings:
         context = origin.model.config.max_position_embeddings
