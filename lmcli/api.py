@@ -104,9 +104,9 @@ class Model:
             raise UsageError(f"{threshold} is outside 0 to 1", where="--threshold")
         return Classifier(self.model, self.tokenizer, threshold, batch)
 
-    def classify(self, texts: str | list[str], **options: Any) -> list[Classified]:
-        """What the model says of each text: .label, .probability, .probabilities, .logits, and .pieces when it labels
-        tokens. The tokenizer's special tokens are put around each text; one too long is cut, which `.truncated` tells."""
+    def classify(self, texts: str | list[str | tuple[str, str]], **options: Any) -> list[Classified]:
+        """What the model says of each text, or pair of texts: .label, .probability, .probabilities, .logits, and .pieces
+        when it labels tokens. The tokenizer's special tokens are put around; `truncated` tells what was cut."""
         return self.classifier(**options).classify([texts] if isinstance(texts, str) else texts)
 
     def beginning(self, bos: bool | None = None) -> list[int]:

@@ -16,6 +16,7 @@ from lmcli import __version__
 from lmcli.analysis.card import model_card
 from lmcli.analysis.loss_curve import draw
 from lmcli.checkpoints import folder as checkpoints
+from lmcli.checkpoints import hub
 from lmcli.checkpoints.config_json import family_of
 from lmcli.config import ModelConfig, Recipe
 from lmcli.errors import UsageError, UserError
@@ -64,8 +65,9 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
     if not any(getattr(recipe.train, budget) for budget in BUDGETS):
         raise UsageError(f"no budget: {', '.join(BUDGETS)} are all 0", where="train", hint="give one, for example --time 5m")
     placement = place(request.device, recipe.train.precision, request.threads, training=True)
-    origin = checkpoints.load(request.origin) if request.origin else None
-    tokenizer = origin.tokenizer if origin else tokenizers.load(request.tokenizer) if request.tokenizer else None
+    origin = checkpoints.load(hub.find(request.origin)) if request.origin else None
+    tokenizer = origin.tokenizer if origin else \
+        tokenizers.load(hub.find(request.tokenizer, weights=False)) if request.tokenizer else None
     context = recipe.train.context
     if origin and context > origin.model.config.max_position_embeddings:
         context = origin.model.config.max_position_embeddings
@@ -80,6 +82,9 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
         objective = data.settle(source, recipe.train.objective, config.shape, note)
         prepared = data.prepare(source, recipe.tokenizer, context, recipe.train.validation_bytes, tokenizer, note, objective,
                                 config.labels)
+        if cut := data.too_long(prepared):
+            note(f"{cut:,} of {len(prepared.corpus):,} examples are longer than the context of {context} tokens: their ends "
+                 "are cut off")
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(
             recipe.train, context=prepared.context, objective=objective.name))
         model = _adopted(origin.model, recipe, prepared, objective, note) if origin else \
@@ -288,6 +293,8 @@ class TrainingRun:
             self._write_recipe()
 
     def _sample(self) -> str:
+        if self.objective.name == "seq2seq":
+            return self._translated()
         if self.objective.name != "causal":
             return ""
         tokenizer = self.prepared.tokenizer
@@ -297,6 +304,17 @@ class TrainingRun:
         text = decoder.generate([prompt], [self.step])[0].text
         self.model.train()
         return text
+
+    def _translated(self) -> str:
+        """A source of the validation part, another one each time, and the target that the model gives it."""
+        held_out, tokenizer = self.prepared.validation, self.prepared.tokenizer
+        ids = held_out.sources[self.step % len(held_out)]
+        config = dataclasses.replace(self.recipe.generate, max_new_tokens=SAMPLE_TOKENS, num_beams=1, temperature=0.0)
+        decoder = Decoder(self.model.eval(), tokenizer, tokenizer.prefix, [self.model.config.eos_token_id], config)
+        source = data.template(self.prepared, self.model.config.decoder_start_token_id).source(ids)
+        text = decoder.generate([source.tolist()], [self.step])[0].text
+        self.model.train()
+        return f"{tokenizer.decode(ids.tolist())} → {text}"
 
     def _finish(self) -> None:
         counters = self.loop.counters

@@ -14,6 +14,7 @@ Examples:
   echo "This is a test sentence." | lm classify -m bert-sentiment
   lm classify -m bert-sentiment --logits reviews.txt
   lm classify -m bert-topics --top 3 --json news.jsonl
+  lm classify -m bert-nli --field premise,hypothesis pairs.jsonl
   lm classify -m bert-names --per token letters.txt | grep PER""")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
 @options.model
@@ -39,17 +40,19 @@ def classify(files, model, per, logits, top, threshold, on_long, header, as_json
 
     A multi-label model gives all labels that hold, joined by commas, and their probabilities likewise; NA when none
     does, and for an empty record. With --json a field of the record that is named like a result (as label) is kept as
-    given_NAME. The tokenizer's special tokens are put around each text.
+    given_NAME. The tokenizer's special tokens are put around each text. Two fields joined by a comma are a pair of texts,
+    as models of inference or paraphrase read them; several --field are one text, put together as they stand.
     """
     from lmcli.text import records
 
     if logits and top:
         raise UsageError("--logits and --top are two ways to write a result: leave one out")
     names = options.input_files(files, include, quiet)
-    reader = records.Reader(format_, fields, on_error)
+    pair = tuple(fields[0].split(",")) if len(fields) == 1 and fields[0].count(",") == 1 else ()
+    reader = records.Reader(format_, pair or fields, on_error)
     loaded = options.load_model(model, device, dtype, threads, verbose)
     classifier = loaded.classifier(threshold, batch_tokens or 0)
-    style = _Style(classifier, per, logits, top, as_json)
+    style = _Style(classifier, per, logits, top, as_json, pair)
     header = not as_json and (header if header is not None else logits or classifier.per_token)
     if resume and classifier.per_token and not as_json:
         raise UsageError("--continue cannot count records in rows of a token each",
@@ -65,7 +68,7 @@ def classify(files, model, per, logits, top, threshold, on_long, header, as_json
                 if written == len(part):
                     continue
                 # a part begun is worked on whole again: other neighbours in a batch would change the last digits
-                results = zip(part, classifier.classify([record.text for record in part]))
+                results = zip(part, classifier.classify([style.text(record) for record in part]))
                 for record, found in islice(results, written, None):
                     if found.truncated and on_long == "error":
                         raise UserError(f"longer than the model's context of {loaded.context} tokens",
@@ -84,12 +87,18 @@ def classify(files, model, per, logits, top, threshold, on_long, header, as_json
 class _Style:
     """How results are written: `written` gives the lines of one record, `columns` their names."""
 
-    def __init__(self, classifier, per, logits, top, as_json):
+    def __init__(self, classifier, per, logits, top, as_json, pair):
         given = "token" if classifier.per_token else "record"
+        if pair and classifier.per_token:
+            raise UsageError("this model labels the tokens of one text, not of a pair", where="--field")
         if per and per != given:
             raise UsageError(f"this model labels each {given}, not each {per}", where="--per")
         self.per_token, self.labels = classifier.per_token, classifier.labels
-        self.logits, self.top, self.as_json = logits, top and min(top, len(self.labels)), as_json
+        self.logits, self.top, self.as_json, self.pair = logits, top and min(top, len(self.labels)), as_json, pair
+
+    def text(self, record):
+        """What is labelled: the text of a record, or its pair of texts."""
+        return tuple((record.fields or {}).get(name, "") for name in self.pair) if self.pair else record.text
 
     def columns(self):
         if self.logits:
@@ -97,7 +106,7 @@ class _Style:
         else:
             found = ["label", "probability"] if not self.top else [
                 f"{name}_{k + 1}" for k in range(self.top) for name in ("label", "probability")]
-        return ["line", "index", "piece", "start", "end", *found] if self.per_token else [*found, "text"]
+        return ["line", "index", "piece", "start", "end", *found] if self.per_token else [*found, *(self.pair or ["text"])]
 
     def written(self, record, found):
         from lmcli.text.records import escaped
@@ -105,7 +114,8 @@ class _Style:
         if self.as_json:
             return self._json(record, found)
         if not self.per_token:
-            return "\t".join((*self._cells(found), escaped(record.text))) + "\n"
+            text = self.text(record) if self.pair else (record.text,)
+            return "\t".join((*self._cells(found), *map(escaped, text))) + "\n"
         return "".join("\t".join((str(record.line), str(i), escaped(piece.piece), str(piece.start), str(piece.end),
                                   *self._cells(piece))) + "\n" for i, piece in enumerate(found.pieces))
 
@@ -122,7 +132,7 @@ class _Style:
                 ",".join(_number(verdict.probabilities[label]) for label in verdict.labels) or "NA"]
 
     def _json(self, record, found):
-        facts = {"text": record.text, "truncated": found.truncated}
+        facts = {**({} if self.pair else {"text": record.text}), "truncated": found.truncated}
         if self.per_token:
             facts["pieces"] = [{"piece": piece.piece, "start": piece.start, "end": piece.end, **self._facts(piece)}
                                for piece in found.pieces]

@@ -47,10 +47,11 @@ def tokenize(files, model, decode, pieces, offsets, count, truncate, special, le
         return _learn(options.input_files(files, include, quiet), output, vocab_size, pattern,
                       (format_, fields, on_error), quiet)
     options.need_model(model)
+    from lmcli.checkpoints import hub
     from lmcli.text import records
     from lmcli.text import tokenizer as tokenizers
 
-    tokenizer = tokenizers.load(model)
+    tokenizer = tokenizers.load(hub.find(model, weights=False))
     reader = records.Reader(format_, fields, on_error)
     show = {"pieces": pieces, "offsets": offsets, "count": count}
     with records.Output(output, resume) as out:

@@ -1,11 +1,12 @@
 """Texts → labels: of the whole text, or of each of its tokens, with logits and probabilities."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lmcli.errors import UsageError
 from lmcli.inference.ordering import batch_tokens, in_order, pad
 from lmcli.model.transformer import Transformer
 from lmcli.text.tokenizer import Tokenizer
@@ -74,27 +75,53 @@ class Classifier:
                 self.labels[i] = f"{label}_{i}"
 
     @torch.inference_mode()
-    def classify(self, texts: list[str]) -> list[Classified]:
-        """A Classified for each text, in order; texts of like length are worked on together."""
-        encoded = self.tokenizer.encode_with_ends(texts)
-        lead, tail = self.tokenizer.prefix, self.tokenizer.suffix
-        room = max(0, self.model.config.max_position_embeddings - len(lead) - len(tail))
-        found = [Classified(truncated=len(item.ids) > room, pieces=[] if self.per_token else None) for item in encoded]
-        jobs = [i for i, item in enumerate(encoded) if item.ids]
-        rows = [[*lead, *encoded[i].ids[:room], *tail] for i in jobs]
+    def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[Classified]:
+        """A Classified for each text, or pair of texts, in order; those of like length are worked on together. Too long
+        ones are cut at the end, of a pair the longer text first.
 
-        def work(group: list[int]) -> list[Tensor]:
-            ids, real = pad([rows[g] for g in group], self.model.config.pad_token_id or 0, left=False, device=self.device)
-            return list(self.model(ids, real).float().cpu())
-
-        for i, logits in zip(jobs, in_order([len(row) for row in rows], self.batch, work)):
+        Raises UsageError for pairs when the model labels tokens.
+        """
+        pairs = [text if isinstance(text, tuple) else (text, None) for text in texts]
+        if self.per_token and any(second is not None for _, second in pairs):
+            raise UsageError("this model labels the tokens of one text, not of a pair")
+        encoded = self.tokenizer.encode_with_ends([first for first, _ in pairs])
+        seconds = iter(self.tokenizer.encode_batch([second for _, second in pairs if second is not None]))
+        ids = [(item.ids, None if second is None else next(seconds)) for item, (_, second) in zip(encoded, pairs)]
+        cut = [self._cut(*both) for both in ids]
+        found = [Classified(truncated=before != after, pieces=[] if self.per_token else None)
+                 for before, after in zip(ids, cut)]
+        jobs = [i for i, (first, second) in enumerate(cut) if first or second]
+        rows = [self.tokenizer.with_template(*cut[i]) for i in jobs]
+        lengths = [len(row) for row, _ in rows]
+        for i, logits in zip(jobs, in_order(lengths, self.batch, lambda group: self._logits([rows[g] for g in group]))):
             if self.per_token:
-                inside = logits[len(lead):len(lead) + min(room, len(encoded[i].ids))]
-                found[i].pieces = list(self._pieces(texts[i], encoded[i].ends, inside))
+                lead = len(self.tokenizer.prefix)
+                found[i].pieces = list(self._pieces(texts[i], encoded[i].ends, logits[lead:lead + len(cut[i][0])]))
             else:
                 (verdict,) = self._verdicts(logits[None])
                 found[i].labels, found[i].probabilities, found[i].logits = verdict
         return found
+
+    def _logits(self, rows: list[tuple[list[int], list[int]]]) -> list[Tensor]:
+        """The logits of rows of (ids, token types)."""
+        ids, real = pad([row for row, _ in rows], self.model.config.pad_token_id or 0, left=False, device=self.device)
+        types = pad([types for _, types in rows], 0, left=False, device=self.device)[0]
+        has_types = self.model.config.type_vocab_size > 1
+        return list(self.model(ids, real, token_type_ids=types if has_types else None).float().cpu())
+
+    def _cut(self, first: list[int], second: list[int] | None) -> tuple[list[int], list[int] | None]:
+        """A text, or both of a pair, cut to the context as `tokenizers` does it: the longer loses its end first."""
+        around = len(self.tokenizer.with_template([], None if second is None else [])[0])
+        room = max(0, self.model.config.max_position_embeddings - around)
+        if second is None:
+            return first[:room], None
+        short = min(len(first), len(second))
+        if len(first) + len(second) <= room:
+            return first, second
+        if 2 * short <= room:
+            return (first[:room - short], second) if len(first) > short else (first, second[:room - short])
+        half, more = room // 2, room - room // 2
+        return (first[:more], second[:half]) if len(first) > len(second) else (first[:half], second[:more])
 
     def _pieces(self, text: str, ends: list[int], logits: Tensor) -> Iterator[LabelledPiece]:
         data = text.encode("utf-8")

@@ -151,6 +151,11 @@ def template(prepared: TrainingData, start: int | None) -> Template:
                     0 if start is None else start, tokenizer.special("eos_token"))
 
 
+def too_long(prepared: TrainingData) -> int:
+    """How many training examples do not fit into the context."""
+    return template(prepared, None).cut(prepared.corpus) if isinstance(prepared.corpus, Examples) else 0
+
+
 def training_rows(prepared: TrainingData, objective: Objective, start: int | None, mask_share: float,
                   seed: int) -> PackedRows | MaskedRows | ExampleRows:
     """The rows of a run, in an order that follows from the seed."""

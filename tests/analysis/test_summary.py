@@ -24,7 +24,7 @@ MADE = {  # architecture → (its configuration, shape)
     "Qwen3ForCausalLM": ({**SIZES, "num_key_value_heads": 2, "head_dim": 6}, "decoder"),
     "GPTNeoXForCausalLM": ({**SIZES, "rotary_pct": 1.0}, "decoder"),
     "GPT2LMHeadModel": ({"vocab_size": 409, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}, "decoder"),
-    "BertForSequenceClassification": ({**SIZES, "num_labels": 3}, "encoder"), "BertModel": (SIZES, "encoder"),
+    "BertForSequenceClassification": (SIZES, "encoder"), "BertModel": (SIZES, "encoder"),
     "BertForMaskedLM": (SIZES, "encoder"), "RobertaForTokenClassification": ({**SIZES, "num_labels": 3}, "encoder"),
     "DistilBertForQuestionAnswering": ({"vocab_size": 409, "dim": 24, "n_layers": 2, "n_heads": 4, "hidden_dim": 40,
                                         "max_position_embeddings": 64}, "encoder"),
@@ -120,7 +120,7 @@ def test_shards_and_half_precision_are_read_from_their_headers(made, tmp_path, s
 def test_a_classifier_tells_its_labels(made):
     facts = describe(made("BertForSequenceClassification")[1]).facts
     assert (facts["head"], facts["multi_label"]) == ("a label of the text", False)
-    assert facts["labels"] == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert facts["labels"] == ["LABEL_0", "LABEL_1"]
 
 
 class TestTokenizers:
@@ -188,7 +188,8 @@ class TestDamage:
     def test_what_is_left_is_told(self, copy, files):
         folder = copy(files=files)
         summary = self.refused(folder)
-        assert ("tokenizer" in summary.facts) == ("tokenizer.json" not in files)
+        # which tokenizer a folder holds hangs on config.json, so one that cannot be read takes it along
+        assert ("tokenizer" in summary.facts) == ("tokenizer.json" not in files and files.get("config.json") != b"{")
         assert ("parameters" in summary.facts) == ("config.json" not in files)
         assert ("weights" in summary.facts and "bytes" in summary.facts["weights"]) == ("model.safetensors" not in files)
 

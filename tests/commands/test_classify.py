@@ -113,6 +113,23 @@ def test_long_records_are_cut_and_counted_or_stop(inside, folders):
     assert done.stdout.count(b"\n") == 1  # what was ready
 
 
+def test_two_fields_joined_by_a_comma_are_a_pair(inside, folders, tmp_path):
+    import lmcli
+
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"a": "The baker", "b": "went\\thome"}\n{"a": 1}\n{"a": "", "b": ""}\n')
+    found = lines(inside("classify", "-m", folders(), "--field", "a,b", "--logits", "--on-error", "blank", file))
+    assert found[0][3:] == ["a", "b"] and found[1][3:] == ["The baker", "went\\thome"]
+    (expected,) = lmcli.load(folders(), device="cpu").classify([("The baker", "went\thome")])
+    assert [float(cell) for cell in found[1][:3]] == pytest.approx(expected.logits, rel=1e-5)
+    assert found[2] == found[3] == ["NA", "NA", "NA", "", ""]
+    row = json.loads(inside("classify", "-m", folders(), "--field", "a,b", "--json", "--on-error", "skip", file
+                            ).stdout.splitlines()[0])
+    assert (row["a"], row["b"], row["label"]) == ("The baker", "went\thome", expected.label)
+    done = inside("classify", "-m", folders(head="token"), "--field", "a,b", file)
+    assert done.returncode == 2 and b"not of a pair" in done.stderr
+
+
 @pytest.mark.parametrize("on_error, code, texts", [("stop", 1, []), ("blank", 0, ["fine", "", "too"]),
                                                    ("skip", 0, ["fine", "too"])])
 def test_bad_records_stop_or_blank_or_skip(inside, folders, on_error, code, texts):

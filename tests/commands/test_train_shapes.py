@@ -55,6 +55,14 @@ def test_the_objective_and_its_figures_are_told_and_kept(run):
     assert recipe["result"]["val_loss"] == min(entry["val_loss"] for entry in logged if "val_loss" in entry)
     assert f"{recipe['result']['val_loss']:.4f} nats/" in told
     assert f"{recipe['result']['val_loss']:.4f}" in (folder / "README.md").read_text()
+    samples = [line for line in told.splitlines() if line.startswith("sample ")]
+    assert bool(samples) == (OBJECTIVES[case] == "seq2seq") and all(" → " in sample for sample in samples)
+
+
+def test_examples_longer_than_the_context_are_told(rows, inside, tmp_path):
+    done = inside("train", rows / "pairs.jsonl", "-o", tmp_path / "r", "--preset", "seq2seq-small", *SMALL, "--set",
+                  "train.context=8", "--steps", 1)
+    assert done.returncode == 0 and b"examples are longer than the context of 8 tokens" in done.stderr
 
 
 @torch.no_grad()
@@ -66,7 +74,8 @@ def test_transformers_loads_the_folder_as_it_is(run, difference):
     case, folder, _ = run
     theirs, info = getattr(transformers, CLASSES[case]).from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    lm, tokenizer, text = lmcli.load(folder, device="cpu"), transformers.AutoTokenizer.from_pretrained(folder), "two four one"
+    lm, tokenizer = lmcli.load(folder, device="cpu"), transformers.AutoTokenizer.from_pretrained(folder)
+    text = "two four one"
     ids = tokenizer(text)["input_ids"]
     assert ids == lm.tokenizer.with_template(lm.encode(text))[0]
     ids, decoder_ids = torch.tensor([ids]), torch.tensor([[0, 5, 9, 7]])
@@ -101,7 +110,8 @@ def test_a_run_stopped_after_a_step_resumes_to_the_same_bits(rows, run, inside, 
 
 def test_a_masked_model_learns_labels_with_a_new_head(rows, inside, tmp_path):
     preset, file, more = CASES["masked"]
-    assert inside("train", rows / file, "-o", tmp_path / "a", "--preset", preset, *SMALL, *more, "--steps", 2).returncode == 0
+    first = inside("train", rows / file, "-o", tmp_path / "a", "--preset", preset, *SMALL, *more, "--steps", 2)
+    assert first.returncode == 0
     done = inside("train", rows / "labels.tsv", "-o", tmp_path / "b", "--from", tmp_path / "a", "--steps", 2)
     assert done.returncode == 0 and b"the head is new: head." in done.stderr
     again = inside("train", rows / "labels.tsv", "-o", tmp_path / "c", "--from", tmp_path / "b", "--steps", 2)

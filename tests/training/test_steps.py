@@ -138,4 +138,4 @@ def test_orthogonal_updates_have_singular_values_near_one():
     for shape in ((3, 24, 24), (2, 40, 8), (1, 8, 40)):
         found = optimizers.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16())
         values = torch.linalg.svdvals(found.float())
-        assert values.shape == (shape[0], min(shape[1:])) and 0.3 < values.min() and values.max() < 1.5
+        assert values.shape == (shape[0], min(shape[1:])) and values.min() > 0.3 and values.max() < 1.5
