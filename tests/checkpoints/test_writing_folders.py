@@ -86,6 +86,8 @@ def test_transformers_tokenizes_real_lines_as_we_do(saved, small_tokenizer, shar
 @pytest.mark.parametrize("generate", [
     GenerateConfig(), GenerateConfig(temperature=0.0), GenerateConfig(top_k=40, min_p=0.05, repetition_penalty=1.1),
     GenerateConfig(temperature=0.0, num_beams=4, length_penalty=0.5),
+    GenerateConfig(temperature=0.0, num_beams=2, early_stopping="never", no_repeat_ngram_size=3,
+                   forced_eos_token_id=0, suppress_tokens=(4, 5), begin_suppress_tokens=(6,), bad_words_ids=((7,), (8, 9))),
 ], ids=str)
 def test_transformers_takes_the_generation_defaults(generate, saved, caplog):
     folder, _ = saved(generate)
@@ -108,7 +110,10 @@ def test_transformers_takes_the_generation_defaults(generate, saved, caplog):
 
 @pytest.mark.parametrize("generate", [
     GenerateConfig(), GenerateConfig(top_k=40, top_p=0.5, min_p=0.1, max_new_tokens=7),
-    GenerateConfig(temperature=1.0, top_p=1.0), GenerateConfig(temperature=0.0, top_p=1.0, num_beams=3)], ids=str)
+    GenerateConfig(temperature=1.0, top_p=1.0), GenerateConfig(temperature=0.0, top_p=1.0, num_beams=3),
+    GenerateConfig(temperature=0.0, top_p=1.0, num_beams=2, early_stopping="true", min_new_tokens=3, max_length=40),
+    GenerateConfig(temperature=0.0, top_p=1.0, forced_bos_token_id=3, min_length=2, suppress_tokens=(4, 5),
+                   bad_words_ids=((7,), (8, 9)))], ids=str)
 def test_generation_defaults_come_back(generate, saved):
     assert checkpoints.load(saved(generate)[0]).generate == generate
 

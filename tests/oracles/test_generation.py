@@ -117,3 +117,16 @@ def test_filling_in_a_batch_is_filling_alone_and_draws_follow_seeds(bert):
     drawn = lm.generate("the [MASK]", num_samples=40, temperature=1.0, seed=1)
     assert len({tuple(result.tokens) for result in drawn}) > 5
     assert [result.seed for result in drawn] == list(range(1, 41))
+
+
+def test_options_that_cannot_be_are_told(comparison, tmp_path):
+    comparison.make("marian", tmp_path)
+    lm = lmcli.load(tmp_path)
+    assert lm.decoder(early_stopping=True).config.early_stopping == "true"
+    with pytest.raises(lmcli.errors.UserError, match="forced_bos_token_id 9999 is no id of this model"):
+        lm.decoder(forced_bos_token_id=9999)
+    with pytest.raises(lmcli.errors.UserError, match="suppress_tokens: 'x' is not a list of ids"):
+        lm.decoder(suppress_tokens="x")
+    (tmp_path / "generation_config.json").write_text('{"early_stopping": "soon"}')
+    with pytest.raises(lmcli.errors.UserError, match="generation_config.json.*early_stopping: 'soon' is not one of"):
+        lmcli.load(tmp_path)
