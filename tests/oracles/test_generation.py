@@ -128,5 +128,5 @@ def test_options_that_cannot_be_are_told(comparison, tmp_path):
     with pytest.raises(lmcli.errors.UserError, match="suppress_tokens: 'x' is not a list of ids"):
         lm.decoder(suppress_tokens="x")
     (tmp_path / "generation_config.json").write_text('{"early_stopping": "soon"}')
-    with pytest.raises(lmcli.errors.UserError, match="generation_config.json.*early_stopping: 'soon' is not one of"):
+    with pytest.raises(lmcli.errors.UserError, match=r"generation_config\.json.*early_stopping: 'soon' is not one of"):
         lmcli.load(tmp_path)
