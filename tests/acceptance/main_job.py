@@ -69,7 +69,7 @@ def chinese(folder: Path) -> None:
     _, told = lm("train", TEXT / "zh-hongloumeng.txt", "-o", folder, "--preset", "small", "--time", "3m")
     texts = [lm("generate", "-m", folder, "--seed", seed, "却说")[0] for seed in range(20)]
     print(texts[0])
-    assert "bits/character" in told and "bits per character" in told
+    assert "bits/character" in told.splitlines()[-1]
     halves = sum(text.count("\ufffd") for text in texts) + told.count("\ufffd")
     print(f"{halves} replacement characters in {sum(map(len, texts)):,} characters generated and what progress showed")
     assert halves == 0

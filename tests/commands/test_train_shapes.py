@@ -60,7 +60,9 @@ def test_the_objective_and_its_figures_are_told_and_kept(run):
 
 
 def test_examples_longer_than_the_context_are_told(rows, inside, tmp_path):
-    done = inside("train", rows / "pairs.jsonl", "-o", tmp_path / "r", "--preset", "seq2seq-small", *SMALL, "--set",
+    pair = {"source": "one two three four five six seven eight", "target": "x"}
+    (tmp_path / "long.jsonl").write_text((json.dumps(pair) + "\n") * 30)
+    done = inside("train", tmp_path / "long.jsonl", "-o", tmp_path / "r", "--preset", "seq2seq-small", *SMALL, "--set",
                   "train.context=8", "--steps", 1)
     assert done.returncode == 0 and b"examples are longer than the context of 8 tokens" in done.stderr
 
