@@ -13,12 +13,14 @@ Examples:
   lm train notes.txt                              a model of notes.txt in runs/notes
   lm train book.txt -o runs/book --preset small --time 10m
   lm train chat.jsonl --field message --set model.hidden_size=192
+  lm train pairs.jsonl --preset seq2seq-small     rows with source and target
+  lm train reviews.tsv --preset encoder-small     columns text and label
   lm train more.txt --from runs/book -o runs/more
   lm train --resume runs/book""")
 @click.argument("data", nargs=-1, metavar="DATA...")
 @click.option("-o", "--output", metavar="DIR", help="Run folder.  [default: runs/NAME, the next free number]")
 @click.option("--preset", default="small", show_default=True, metavar="NAME|FILE",
-              help="Recipe: tiny, small, base, or a .yaml file.")
+              help="Recipe: tiny, small, base, encoder-small, seq2seq-small, transformer-2017, or a .yaml file.")
 @click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value of the preset.")
 @click.option("--from", "origin", metavar="MODEL", help="Go on training this model folder, with its tokenizer.")
 @click.option("--tokenizer", "tokenizer_folder", metavar="DIR", help="Use this tokenizer instead of learning one.")
@@ -40,8 +42,10 @@ def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, to
           resume, overwrite, format_, fields, include, on_error, device, dtype, threads, quiet, verbose):
     """Trains a model on text files (or a directory, or standard input) and prints the folder it lies in.
 
-    Without --tokenizer a byte-level BPE is learnt first, on the training part only. The first budget reached of --time,
-    --steps, --tokens and --epochs ends the run; any of them replaces the preset's. Ctrl-C saves and tells how to resume.
+    A decoder learns from text; an encoder from text (masked words) or from rows with text and label; an encoder–decoder
+    from rows with source and target. Without --tokenizer a byte-level BPE is learnt first, on the training part only.
+    The first budget reached of --time, --steps, --tokens and --epochs ends the run; any of them replaces the preset's.
+    Ctrl-C saves and tells how to resume.
     """
     if dtype == "float16":
         raise UsageError("float16 training needs loss scaling, which lm does not have", hint="--dtype bfloat16 or float32")
