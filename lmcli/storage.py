@@ -1,10 +1,12 @@
 """Files and folders that are either whole or not there: written under a temporary name, flushed to disk, renamed."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from lmcli.errors import ClosedPipe, UserError
 
@@ -40,6 +42,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # on a disk that refuses, the error that ended the block is the one to tell
             part.unlink()
+
+
+def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
+    """A JSON object from a file; UserError when there is none."""
+    if not file.is_file():
+        raise UserError(f"holds no {file.name}", where=str(file.parent), hint=hint)
+    with user_errors(file, "read"):
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"is not JSON: {error}", where=str(file)) from error
+    if not isinstance(document, dict):
+        raise UserError("is not a JSON object", where=str(file))
+    return document
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from lmcli import recipes
 from lmcli.config import ModelConfig
 from lmcli.errors import UserError
-from lmcli.storage import user_errors
+from lmcli.storage import read_json, user_errors
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
 from lmcli.text.records import CHUNK_BYTES, Reader, expand, file_format, json_row, open_bytes
@@ -113,14 +113,13 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _model_folder(path: Path, kind: str) -> Summary:
-    from lmcli.checkpoints import folder
     from lmcli.checkpoints.config_json import read_config
 
     summary = Summary({"kind": kind, "path": str(path)})
     facts, family, tokenizer, header = summary.facts, None, None, None
     with summary.noting():
-        document = folder.read_json(path / "config.json",
-                                    "a model folder needs config.json, model.safetensors, tokenizer.json")
+        document = read_json(path / "config.json",
+                             "a model folder needs config.json, model.safetensors, tokenizer.json")
         facts |= {"family": document.get("model_type"), "architecture": document.get("architectures")}
         family, summary.config = read_config(document, str(path / "config.json"))
         facts |= {"architecture": family.heads[summary.config.head], **_shape(summary.config)}
@@ -227,7 +226,7 @@ def _run(document: dict[str, Any]) -> dict[str, Any]:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: the one, or the shards that its index names."""
-    from lmcli.checkpoints.folder import load, read_json
+    from lmcli.checkpoints.folder import load
 
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]

@@ -14,7 +14,7 @@ from lmcli.checkpoints.weights import as_stored, new_names, put, tensors_of
 from lmcli.config import GenerateConfig, ModelConfig, check
 from lmcli.errors import UserError
 from lmcli.model.transformer import Transformer
-from lmcli.storage import read_tensors, user_errors, write_tensors, write_text
+from lmcli.storage import read_json, read_tensors, user_errors, write_tensors, write_text
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.tokenizer import Tokenizer
 
@@ -65,20 +65,6 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     return Checkpoint(model.to(device=device, dtype=dtype).eval(), tokenizer,
                       _generate_config(generation, document, config.shape, folder), tokenizer.prefix,
                       _stops(generation, document, tokenizer, folder), unused, _start(generation, config, folder))
-
-
-def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
-    """A JSON object from a file; UserError when there is none."""
-    if not file.is_file():
-        raise UserError(f"holds no {file.name}", where=str(file.parent), hint=hint)
-    with user_errors(file, "read"):
-        try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"is not JSON: {error}", where=str(file)) from error
-    if not isinstance(document, dict):
-        raise UserError("is not a JSON object", where=str(file))
-    return document
 
 
 def _optional_json(file: Path) -> dict[str, Any] | None:

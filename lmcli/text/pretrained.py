@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from lmcli.errors import UserError
-from lmcli.storage import user_errors
+from lmcli.storage import read_json, user_errors
 from lmcli.text import sentencepiece
 from lmcli.text.sentencepiece import MarianSide, Proto
 
@@ -128,16 +128,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 def _json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; an empty one when there is no file."""
-    if not file.is_file():
-        return {}
-    with user_errors(file, "read"):
-        try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"is not JSON: {error}", where=str(file)) from error
-    if not isinstance(document, dict):
-        raise UserError("is not a JSON object", where=str(file))
-    return document
+    return read_json(file) if file.is_file() else {}
 
 
 def _parsed(file: Path, build: Callable[[], Any]) -> Any:
