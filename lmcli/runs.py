@@ -22,6 +22,7 @@ from lmcli.config import ModelConfig, Recipe
 from lmcli.errors import UsageError, UserError
 from lmcli.inference.decoding import Decoder
 from lmcli.inference.scoring import Scorer
+from lmcli.model import kernels
 from lmcli.model.device import Placement, place
 from lmcli.model.transformer import Transformer, initialize
 from lmcli.recipes import BUDGETS
@@ -95,7 +96,7 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
     except BaseException:
         place_of_run.abandon()
         raise
-    note(run.description())
+    _tell(run, note)
     return run
 
 
@@ -112,8 +113,15 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
     run.loop.counters = state.restore(place_of_run.states, run.model, run.loop.optimizer, note)
     run.result = facts.get("result") or {}
     place_of_run.open_metrics(run.step)
-    note(f"going on after step {run.step:,}; {run.description()}")
+    note(f"going on after step {run.step:,}")
+    _tell(run, note)
     return run
+
+
+def _tell(run: "TrainingRun", note: Callable[[str], None]) -> None:
+    note(run.description())
+    if run.placement.device.type == "cpu" and kernels.problem():
+        note(f"without the compiled kernels training takes half as long again: {kernels.problem()}")
 
 
 def _fresh(recipe: Recipe, prepared: data.TrainingData, placement: Placement, objective: Objective) -> Transformer:

@@ -136,3 +136,9 @@ def read_tensors(path: Path, device: str = "cpu") -> dict:
         except SafetensorError as error:
             raise UserError(f"is damaged or no safetensors file ({error})", where=str(path),
                             hint="fetch or save it again") from error
+
+
+def cache_folder() -> Path:
+    """Where token ids, piped-in text and compiled kernels are kept: $LM_CACHE, else the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LM_CACHE") or Path(base) / "lm")

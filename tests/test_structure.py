@@ -118,8 +118,8 @@ class TestImports:
             graph = {module: targets for module, targets in graph.items() if module not in leaves}
 
     def test_within_model_layers_come_before_attention_before_the_transformer(self):
-        order = {"layers": set(), "attention": {"layers"}, "transformer": {"layers", "attention"}, "likelihood": set(),
-                 "device": set()}
+        order = {"kernels": set(), "fused": {"kernels"}, "layers": {"fused"}, "attention": {"fused", "layers"},
+                 "transformer": {"layers", "attention"}, "likelihood": {"fused"}, "device": set()}
         for name, allowed in order.items():
             found = {module.removeprefix("lmcli.model.") for module, _ in imports(PACKAGE / "model" / f"{name}.py")
                      if module.startswith("lmcli.model.")}
@@ -253,7 +253,8 @@ class TestReadme:
                 inside = line[0] in "│ " and folder
                 found.append((folder if inside else "") + name)
                 assert comment.strip(), f"{name} has no comment"
-        existing = [str(file.relative_to(PACKAGE)) for file in FILES if file.name != "__init__.py" or file.stat().st_size]
+        files = (*FILES, *PACKAGE.rglob("*.c"))
+        existing = [str(file.relative_to(PACKAGE)) for file in files if file.name != "__init__.py" or file.stat().st_size]
         assert sorted(found) == sorted(existing)
 
     def test_the_command_of_ci_stands_in_it_word_for_word(self):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
-from lmcli.model.layers import RMSNorm, rotate
+from lmcli.model import fused
+from lmcli.model.layers import Linear, RMSNorm, rotate
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
@@ -20,7 +21,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     """
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)  # (B, H, T, S)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
     weights = scores.softmax(dim=-1)  # (B, H, T, S)
     return weights @ value  # (B, H, T, D)
 
@@ -113,10 +114,10 @@ class Attention(nn.Module):
         keys = heads * config.num_key_value_heads // config.num_attention_heads
         self.groups = heads // keys
         biased = config.attention_bias != "none"
-        self.query = nn.Linear(config.hidden_size, heads * head_dim, bias=biased)
-        self.key = nn.Linear(config.hidden_size, keys * head_dim, bias=biased)
-        self.value = nn.Linear(config.hidden_size, keys * head_dim, bias=biased)
-        self.output = nn.Linear(heads * head_dim, config.hidden_size, bias=config.attention_bias == "all")
+        self.query = Linear(config.hidden_size, heads * head_dim, bias=biased)
+        self.key = Linear(config.hidden_size, keys * head_dim, bias=biased)
+        self.value = Linear(config.hidden_size, keys * head_dim, bias=biased)
+        self.output = Linear(heads * head_dim, config.hidden_size, bias=config.attention_bias == "all")
         if config.query_key_norm:
             self.query_norm = RMSNorm(head_dim, config.norm_eps)
             self.key_norm = RMSNorm(head_dim, config.norm_eps)
@@ -124,6 +125,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, view: View) -> Tensor:
         """(B, T, C) → (B, T, C)."""
+        if self._fusable(x, view):
+            return self._fused(x, *view.turn)
         rows, read, _ = x.shape
         query = self.query(x).view(rows, read, -1, self.head_dim)
         if self.normed:
@@ -143,6 +146,25 @@ class Attention(nn.Module):
             mask = view.mask
         mixed = self._attend(query, key, value, mask)  # (B, H, T, D)
         return self.output(mixed.transpose(1, 2).reshape(rows, read, -1))  # (B, T, C)
+
+    def _fusable(self, x: Tensor, view: View) -> bool:
+        """Whether this is a decoder's plain self-attention in training: whole rows with rotary positions."""
+        return (self.causal and not self.cross and self.fast and self.query.bias is None and view.mask is None
+                and view.cache is None and view.turn is not None and view.turn[0].shape[0] == 1
+                and view.turn[0].shape[-1] == self.head_dim and fused.active(x))
+
+    def _fused(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        rows, read, _ = x.shape
+        heads, half = self.query.out_features // self.head_dim, self.head_dim // 2
+        weights = (self.query_norm.weight, self.key_norm.weight) if self.normed else None
+        products = fused.linear(x.flatten(0, 1), self.query.weight, self.key.weight, self.value.weight)
+        query, key, value = fused.split_heads(
+            products, cos[0, 0, :, :half], sin[0, 0, :, :half], weights,
+            (rows, read, heads, heads // self.groups, self.head_dim), self.query_norm.eps if self.normed else 0.0)
+        if self.groups > 1:
+            key, value = (part.repeat_interleave(self.groups, dim=1) for part in (key, value))  # (B, H, T, D)
+        mixed = fused.causal_attention(query, key, value, self.scale)
+        return self.output(fused.join_heads(mixed).view(rows, read, -1))  # (B, T, C)
 
     def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         split = (*x.shape[:2], -1, self.head_dim)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
 from lmcli.model.attention import Attention, KeyValueCache, Memory, View, visible
-from lmcli.model.layers import ACTIVATIONS, MLP, RelativeBias, make_norm, rotation, sinusoids
+from lmcli.model.layers import ACTIVATIONS, MLP, Linear, RelativeBias, make_norm, rotation, sinusoids
 
 
 class Block(nn.Module):
@@ -76,11 +76,11 @@ class Stack(nn.Module):
         past = cache.length if cache else 0
         positions = self._positions(x, real, past)  # (B or 1, T)
         if self.positions is not None:
-            x = x + self.positions(positions + self.config.position_offset)
+            x = x + self.positions(positions + self.config.position_offset).to(x.dtype)
         elif self.config.positions == "sinusoidal":
             x = x + sinusoids(positions, x.shape[-1]).to(x.dtype)
         if self.types is not None:
-            x = x + (self.types.weight[0] if types is None else self.types(types))
+            x = x + (self.types.weight[0] if types is None else self.types(types)).to(x.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         full, local = self._views(x, positions, real, cache, memory, past)
@@ -120,19 +120,23 @@ class LanguageHead(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.head_dense_bias) \
+        self.dense = Linear(config.hidden_size, config.hidden_size, bias=config.head_dense_bias) \
             if config.head_dense else None
         self.norm = make_norm(config) if config.head_norm else None
         self.activation = ACTIVATIONS[config.head_act]
         self.scale = config.hidden_size ** -0.5 if config.scale_logits else 1.0
-        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.output = Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.prepared(x))
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """(…, C): what the output matrix is multiplied with."""
         if self.dense is not None:
             x = self.activation(self.dense(x))
         if self.norm is not None:
             x = self.norm(x)
-        return self.output(x if self.scale == 1.0 else x * self.scale)
+        return x if self.scale == 1.0 else x * self.scale
 
 
 class LabelHead(nn.Module):
@@ -145,12 +149,12 @@ class LabelHead(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.pooled = config.head in ("sequence", "none")
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.head_dense_bias) \
+        self.dense = Linear(config.hidden_size, config.hidden_size, bias=config.head_dense_bias) \
             if config.head_dense else None
         self.norm = make_norm(config) if config.head_norm else None
         self.activation = ACTIVATIONS[config.head_act]
         labels = {"span": 2, "none": 0}.get(config.head, len(config.labels))
-        self.output = nn.Linear(config.hidden_size, labels) if labels else None
+        self.output = Linear(config.hidden_size, labels) if labels else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pooled:
@@ -168,6 +172,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, dropout: float = 0.0):
         super().__init__()
         self.config = config
+        self.training_dtype = torch.float32  # of activations while training; weights keep theirs
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.encoder = Stack(config, True, dropout) if config.shape != "decoder" else None
         self.decoder = Stack(config, False, dropout) if config.shape != "encoder" else None
@@ -210,6 +215,8 @@ class Transformer(nn.Module):
 
     def _embedded(self, input_ids: Tensor) -> Tensor:
         x = self.embedding(input_ids)
+        if self.training:
+            x = x.to(self.training_dtype)
         return x * self.config.hidden_size ** 0.5 if self.config.scale_embedding else x
 
     def blocks(self) -> list[Block]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lmcli.storage import atomic_folder, user_errors
-from lmcli.text.documents import Document, Layout, Piece, cache_folder
+from lmcli.storage import atomic_folder, cache_folder, user_errors
+from lmcli.text.documents import Document, Layout, Piece
 from lmcli.text.tokenizer import Tokenizer
 
 PIECES_AT_ONCE = 64

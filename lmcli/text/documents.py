@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmcli.errors import UserError
-from lmcli.storage import user_errors
+from lmcli.storage import cache_folder, user_errors
 from lmcli.text.records import CHUNK_BYTES, bad_record, file_format, json_row, open_bytes, row_text, shown
 
 SEPARATOR = b"<|endoftext|>"
@@ -312,12 +312,6 @@ def _line_end(document: Document, at: int) -> int:
             return at + found + 1
     continuation = next((i for i, byte in enumerate(text) if byte & 0xC0 != 0x80), len(text))
     return at + continuation
-
-
-def cache_folder() -> Path:
-    """Where token ids and piped-in text are kept: $LM_CACHE, else the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LM_CACHE") or Path(base) / "lm")
 
 
 def pin_stdin() -> str:

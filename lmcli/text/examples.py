@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from lmcli.errors import UserError
-from lmcli.storage import atomic_folder, user_errors
+from lmcli.storage import atomic_folder, cache_folder, user_errors
 from lmcli.text.batches import IGNORED, Batch, padded, real_tokens
-from lmcli.text.documents import Document, Layout, cache_folder
+from lmcli.text.documents import Document, Layout
 from lmcli.text.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 2048

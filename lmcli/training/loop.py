@@ -75,6 +75,7 @@ class Run:
     stop: bool = False
 
     def __post_init__(self) -> None:
+        self.model.training_dtype = self.placement.dtype
         self.optimizer = optimizers.build(self.model, self.config)
         self._evaluation_seconds = self._evaluated_at = self._speed = 0.0
         self._before = 0.0
@@ -194,8 +195,7 @@ class Run:
         total = torch.zeros((), device=self.placement.device)
         self.optimizer.zero_grad()
         for batch in batches:
-            with objectives.autocast(self.placement.device, self.placement.dtype):
-                loss = objectives.loss(self.objective, self.model, batch, config.label_smoothing)
+            loss = objectives.loss(self.objective, self.model, batch, config.label_smoothing)
             (loss / targets).backward()
             total += loss.detach()
         counters.rows += sum(batch.rows for batch in batches)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmcli.model.likelihood import target_losses
+from lmcli.model.likelihood import summed_loss
 from lmcli.model.transformer import Transformer
 from lmcli.text.batches import IGNORED, Batch
 
@@ -75,9 +75,4 @@ OBJECTIVES = {objective.name: objective for objective in (
 
 def loss(objective: Objective, model: Transformer, batch: Batch, smoothing: float = 0.0) -> Tensor:
     """The summed loss of a batch in nats; differentiable."""
-    return target_losses(*objective.predict(model, batch), smoothing).sum()
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The context in which forward passes run in `dtype` over float32 weights."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return summed_loss(*objective.predict(model, batch), smoothing)

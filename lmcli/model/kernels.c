@@ -1,0 +1,272 @@
+/* The parts of a block between its matrix products, forward and backward, each in one pass over memory.
+
+   Compiled when first needed and called from fused.py, which says what each computes. Arrays are contiguous; `T` is what
+   they hold, `A` what is calculated with: float for bfloat16, double only to check gradients. Work is cut into `parts` that do not depend on the number of threads, and sums over
+   rows are kept one a part, so that results are the same to the bit in every run. The compiler vectorizes the inner loops.
+
+   N rows, S positions of a row, H query and K key-value heads, D width of a head (even), F width inside the MLP.  */
+
+#ifndef T
+#include <stdint.h>
+#include <string.h>
+#include <tgmath.h>
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))  /* so that loops over a known width lose their ends */
+typedef uint16_t bfloat16;
+
+static inline float bits_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t float_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+static inline float load_bfloat16(bfloat16 x) { return bits_float((uint32_t)x << 16); }
+static inline bfloat16 store_bfloat16(float x) {  /* to the nearest, ties to even; a NaN must not carry over into infinity */
+    uint32_t bits = float_bits(x), rounded = bits + 0x7fff + (bits >> 16 & 1);
+    return (x == x ? rounded : 0x7fc00000) >> 16;
+}
+static inline float load_float(float x) { return x; }
+static inline float store_float(float x) { return x; }
+static inline double load_double(double x) { return x; }
+static inline double store_double(double x) { return x; }
+
+/* e^x to 2 units in the last place (the polynomial of Cephes' expf); 0 below -87, NaN for NaN. */
+static inline float exponential_float(float x) {
+    float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = rintf(bounded * 1.44269504088896341f), r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    float y = (p * r * r + r + 1.0f) * bits_float((uint32_t)((int32_t)n + 127) << 23);
+    return x < -87.0f ? 0.0f : y;
+}
+static inline double exponential_double(double x) { return exp(x); }
+
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define NAME(function) PASTE(function, T)
+#define IN const T *restrict
+#define OUT T *restrict
+#define WEIGHTS const A *restrict
+#define SUMS A *restrict
+#define LOAD PASTE(load, T)
+#define STORE PASTE(store, T)
+#define EXP PASTE(exponential, A)
+#define FOR_PARTS _Pragma("omp parallel for schedule(static)") for (long part = 0; part < parts; part++)
+#define FOR_ROWS(rows) for (long row = (rows) * part / parts; row < (rows) * (part + 1) / parts; row++)
+
+#define A float
+#define T float
+#include "kernels.c"
+#undef T
+#define T bfloat16
+#include "kernels.c"
+#undef T
+#undef A
+#define A double
+#define T double
+#include "kernels.c"
+#else
+
+static A NAME(largest)(IN x, long size) {
+    A lanes[LANES], most = -INFINITY;
+    for (int l = 0; l < LANES; l++) lanes[l] = -INFINITY;
+    long i = 0;
+    for (; i + LANES <= size; i += LANES)
+        for (int l = 0; l < LANES; l++) { A v = LOAD(x[i + l]); lanes[l] = v > lanes[l] ? v : lanes[l]; }
+    for (; i < size; i++) { A v = LOAD(x[i]); most = v > most ? v : most; }
+    for (int l = 0; l < LANES; l++) most = lanes[l] > most ? lanes[l] : most;
+    return most;
+}
+
+INLINE A NAME(inverse_rms)(IN x, long size, A eps) {
+    A sum = 0;
+    for (long i = 0; i < size; i++) { A v = LOAD(x[i]); sum += v * v; }
+    return 1 / sqrt(sum / size + eps);
+}
+
+/* y = x / rms(x) * weight */
+void NAME(rms_norm)(IN x, WEIGHTS weight, OUT y, long rows, long size, A eps, long parts) {
+    FOR_PARTS FOR_ROWS(rows) {
+        IN in = x + row * size;
+        OUT out = y + row * size;
+        A r = NAME(inverse_rms)(in, size, eps);
+        for (long i = 0; i < size; i++) out[i] = STORE(LOAD(in[i]) * r * weight[i]);
+    }
+}
+
+/* dx, and the sums of each part that make dweight (parts, size). */
+void NAME(rms_norm_backward)(IN x, WEIGHTS weight, IN dy, OUT dx, SUMS dweight, long rows, long size,
+                             A eps, long parts) {
+    FOR_PARTS {
+        SUMS sums = dweight + part * size;
+        FOR_ROWS(rows) {
+            IN in = x + row * size, *din = dy + row * size;
+            OUT out = dx + row * size;
+            A r = NAME(inverse_rms)(in, size, eps), dot = 0;
+            for (long i = 0; i < size; i++) dot += LOAD(din[i]) * weight[i] * LOAD(in[i]);
+            dot *= r * r / size;
+            for (long i = 0; i < size; i++) {
+                A v = LOAD(in[i]), d = LOAD(din[i]);
+                sums[i] += d * v * r;
+                out[i] = STORE(r * (d * weight[i] - v * dot));
+            }
+        }
+    }
+}
+
+/* out = silu(gate) * up, of rows [gate, up] */
+void NAME(swiglu)(IN gate_up, OUT out, long rows, long F, long parts) {
+    FOR_PARTS FOR_ROWS(rows) {
+        IN gate = gate_up + row * 2 * F, *up = gate + F;
+        OUT y = out + row * F;
+        for (long i = 0; i < F; i++) {
+            A g = LOAD(gate[i]);
+            y[i] = STORE(g / (1 + EXP(-g)) * LOAD(up[i]));
+        }
+    }
+}
+
+void NAME(swiglu_backward)(IN gate_up, IN dout, OUT dgate_up, long rows, long F, long parts) {
+    FOR_PARTS FOR_ROWS(rows) {
+        IN gate = gate_up + row * 2 * F, *up = gate + F, *d = dout + row * F;
+        OUT dgate = dgate_up + row * 2 * F, *dup = dgate + F;
+        for (long i = 0; i < F; i++) {
+            A g = LOAD(gate[i]), s = 1 / (1 + EXP(-g)), y = LOAD(d[i]);
+            dup[i] = STORE(y * g * s);
+            dgate[i] = STORE(y * LOAD(up[i]) * s * (1 + g * (1 - s)));
+        }
+    }
+}
+
+/* One head of one position: normed (unless weight is NULL) and turned by the angles of its position. */
+INLINE void NAME(turn_sized)(IN x, WEIGHTS weight, WEIGHTS cos, WEIGHTS sin, OUT y, long D, A eps) {
+    A r = weight ? NAME(inverse_rms)(x, D, eps) : 1;
+    for (long i = 0; i < D / 2; i++) {
+        A a = LOAD(x[i]) * r, b = LOAD(x[i + D / 2]) * r;
+        if (weight) { a *= weight[i]; b *= weight[i + D / 2]; }
+        y[i] = STORE(a * cos[i] - b * sin[i]);
+        y[i + D / 2] = STORE(b * cos[i] + a * sin[i]);
+    }
+}
+
+INLINE void NAME(turn_back_sized)(IN x, WEIGHTS weight, WEIGHTS cos, WEIGHTS sin, IN dy, OUT dx,
+                                SUMS dweight, long D, A eps) {
+    A r = weight ? NAME(inverse_rms)(x, D, eps) : 1, dot = 0;
+    A d[1024];  /* the gradient before the turn */
+    for (long i = 0; i < D / 2; i++) {
+        A a = LOAD(dy[i]), b = LOAD(dy[i + D / 2]);
+        d[i] = a * cos[i] + b * sin[i];
+        d[i + D / 2] = b * cos[i] - a * sin[i];
+    }
+    if (!weight) {
+        for (long i = 0; i < D; i++) dx[i] = STORE(d[i]);
+        return;
+    }
+    for (long i = 0; i < D; i++) dot += d[i] * weight[i] * LOAD(x[i]);
+    dot *= r * r / D;
+    for (long i = 0; i < D; i++) {
+        A v = LOAD(x[i]);
+        dweight[i] += d[i] * v * r;
+        dx[i] = STORE(r * (d[i] * weight[i] - v * dot));
+    }
+}
+
+static void NAME(turn)(IN x, WEIGHTS weight, WEIGHTS cos, WEIGHTS sin, OUT y, long D, A eps) {
+    if (D == 32) NAME(turn_sized)(x, weight, cos, sin, y, 32, eps);
+    else if (D == 64) NAME(turn_sized)(x, weight, cos, sin, y, 64, eps);
+    else NAME(turn_sized)(x, weight, cos, sin, y, D, eps);
+}
+
+static void NAME(turn_backward)(IN x, WEIGHTS weight, WEIGHTS cos, WEIGHTS sin, IN dy, OUT dx, SUMS dweight, long D, A eps) {
+    if (D == 32) NAME(turn_back_sized)(x, weight, cos, sin, dy, dx, dweight, 32, eps);
+    else if (D == 64) NAME(turn_back_sized)(x, weight, cos, sin, dy, dx, dweight, 64, eps);
+    else NAME(turn_back_sized)(x, weight, cos, sin, dy, dx, dweight, D, eps);
+}
+
+/* Rows of H + 2K heads, [queries, keys, values], of `rows` x S positions -> query (rows, H, S, D), key and value (rows, K, S, D) */
+void NAME(split_heads)(IN qkv, WEIGHTS cos, WEIGHTS sin, WEIGHTS query_weight, WEIGHTS key_weight,
+                       OUT query, OUT key, OUT value, long rows, long S, long H, long K, long D, A eps, long parts) {
+    FOR_PARTS FOR_ROWS(rows * S) {
+        long b = row / S, t = row % S;
+        IN x = qkv + row * (H + 2 * K) * D;
+        WEIGHTS c = cos + t * (D / 2), *s = sin + t * (D / 2);
+        for (long h = 0; h < H; h++) NAME(turn)(x + h * D, query_weight, c, s, query + ((b * H + h) * S + t) * D, D, eps);
+        x += H * D;
+        for (long h = 0; h < K; h++) NAME(turn)(x + h * D, key_weight, c, s, key + ((b * K + h) * S + t) * D, D, eps);
+        x += K * D;
+        for (long h = 0; h < K; h++) memcpy(value + ((b * K + h) * S + t) * D, x + h * D, D * sizeof(T));
+    }
+}
+
+/* dweights (parts, 2, D): sums of each part for the queries' and the keys' weight */
+void NAME(split_heads_backward)(IN qkv, WEIGHTS cos, WEIGHTS sin, WEIGHTS query_weight,
+                                WEIGHTS key_weight, IN dquery, IN dkey, IN dvalue, OUT dqkv,
+                                SUMS dweights, long rows, long S, long H, long K, long D, A eps, long parts) {
+    FOR_PARTS FOR_ROWS(rows * S) {
+        long b = row / S, t = row % S, at = row * (H + 2 * K) * D;
+        WEIGHTS c = cos + t * (D / 2), *s = sin + t * (D / 2);
+        SUMS sums = dweights + part * 2 * D;
+        for (long h = 0; h < H; h++, at += D)
+            NAME(turn_backward)(qkv + at, query_weight, c, s, dquery + ((b * H + h) * S + t) * D, dqkv + at, sums, D, eps);
+        for (long h = 0; h < K; h++, at += D)
+            NAME(turn_backward)(qkv + at, key_weight, c, s, dkey + ((b * K + h) * S + t) * D, dqkv + at, sums + D, D, eps);
+        for (long h = 0; h < K; h++, at += D) memcpy(dqkv + at, dvalue + ((b * K + h) * S + t) * D, D * sizeof(T));
+    }
+}
+
+/* (rows, H, S, D) -> (rows, S, H, D), or with H and S exchanged, back */
+void NAME(join_heads)(IN x, OUT y, long rows, long S, long H, long D, long parts) {
+    FOR_PARTS FOR_ROWS(rows * S) {
+        long b = row / S, t = row % S;
+        for (long h = 0; h < H; h++) memcpy(y + (row * H + h) * D, x + ((b * H + h) * S + t) * D, D * sizeof(T));
+    }
+}
+
+/* Scores (matrices, queries, keys) -> weights, in place: row t of a matrix sees keys 0 to first + t. */
+void NAME(causal_softmax)(OUT scores, long matrices, long queries, long keys, long first, A scale, long parts) {
+    FOR_PARTS FOR_ROWS(matrices * queries) {
+        OUT x = scores + row * keys;
+        long seen = first + row % queries + 1;
+        A most = NAME(largest)(x, seen), sum = 0;
+        A e[1024];
+        for (long from = 0; from < seen; from += 1024) {  /* in pieces, so that a row of any length fits */
+            long size = seen - from < 1024 ? seen - from : 1024;
+            for (long i = 0; i < size; i++) { e[i] = EXP((LOAD(x[from + i]) - most) * scale); sum += e[i]; }
+            if (seen > 1024) for (long i = 0; i < size; i++) x[from + i] = STORE(e[i]);
+        }
+        A r = 1 / sum;
+        if (seen > 1024) for (long i = 0; i < seen; i++) x[i] = STORE(LOAD(x[i]) * r);
+        else for (long i = 0; i < seen; i++) x[i] = STORE(e[i] * r);
+        memset(x + seen, 0, (keys - seen) * sizeof(T));
+    }
+}
+
+/* Gradient of the scores from weights and the gradient of the weights, which it replaces. */
+void NAME(causal_softmax_backward)(IN weights, OUT dweights, long matrices, long queries, long keys, long first,
+                                   A scale, long parts) {
+    FOR_PARTS FOR_ROWS(matrices * queries) {
+        IN p = weights + row * keys;
+        OUT d = dweights + row * keys;
+        long seen = first + row % queries + 1;
+        A dot = 0;
+        for (long i = 0; i < seen; i++) dot += LOAD(p[i]) * LOAD(d[i]);
+        for (long i = 0; i < seen; i++) d[i] = STORE(LOAD(p[i]) * (LOAD(d[i]) - dot) * scale);
+        memset(d + seen, 0, (keys - seen) * sizeof(T));
+    }
+}
+
+/* losses[row] = -log p(target), or with smoothing its mean with all words'; logits become their gradient. */
+void NAME(cross_entropy)(OUT logits, const int64_t *targets, SUMS losses, long rows, long size, A smoothing, long parts) {
+    FOR_PARTS FOR_ROWS(rows) {
+        OUT x = logits + row * size;
+        A most = NAME(largest)(x, size), sum = 0, total = 0, target = LOAD(x[targets[row]]);
+        for (long i = 0; i < size; i++) { A v = LOAD(x[i]); sum += EXP(v - most); total += v; }
+        A log_sum = most + log(sum), r = 1 / sum, spread = smoothing / size;
+        losses[row] = log_sum - (1 - smoothing) * target - spread * total;
+        for (long i = 0; i < size; i++) x[i] = STORE(EXP(LOAD(x[i]) - most) * r - spread);
+        x[targets[row]] = STORE(EXP(target - most) * r - spread - (1 - smoothing));
+    }
+}
+#endif

@@ -1,0 +1,100 @@
+"""The compiled kernels of kernels.c: built once a machine with its C compiler, and called on tensors."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lmcli.errors import UserError
+from lmcli.storage import atomic_path, cache_folder
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-ffp-contract=fast",
+         # sums may be cut into vector lanes; NaN and infinity must still be seen, so no -ffast-math
+         "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+if platform.machine() in ("x86_64", "AMD64"):
+    FLAGS += ("-mprefer-vector-width=512",)  # by default compilers use half of what AVX-512 has
+SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float64: "double"}
+ACCUMULATED = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
+PARTS = 64  # work is cut into so many parts, whatever the number of threads: results are then the same to the bit
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, compiled first if need be; None where there is no C compiler that builds them (see `problem`)."""
+    if problem():
+        return None
+    return ctypes.CDLL(str(_built()))
+
+
+@functools.cache
+def problem() -> str:
+    """Why the kernels cannot be used here, in words; empty where they can. Compiling takes some two seconds, once."""
+    if os.environ.get("LM_KERNELS") == "0":
+        return "LM_KERNELS=0"
+    if sys.platform != "linux":
+        return f"not built on {platform.system()}"  # elsewhere torch brings an OpenMP that a compiler does not find
+    if not _compiler():
+        return "no C compiler (cc) was found"
+    try:
+        ctypes.CDLL(str(_built()))
+    except subprocess.CalledProcessError as error:
+        return f"{_compiler()} fails: {error.stderr.strip().splitlines()[-1] if error.stderr.strip() else error}"
+    except (OSError, UserError) as error:
+        return str(error)
+    return ""
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
+
+
+@functools.cache
+def _built() -> Path:
+    """The compiled file in the cache folder, named by all that it depends on: source, compiler, flags, processor."""
+    compiler = _compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(SOURCE.read_bytes() + version + repr((compiler, FLAGS)).encode() + _processor())
+    file = cache_folder() / "kernels" / f"{digest.hexdigest()[:32]}.so"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as part:
+            subprocess.run([compiler, *FLAGS, "-o", str(part), str(SOURCE), "-lm"], capture_output=True, check=True, text=True)
+    return file
+
+
+def _processor() -> bytes:
+    """What -march=native goes by: a home folder may be shared by machines with different processors."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.machine().encode()
+    return b"\n".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels can work on tensors like this one."""
+    return x.device.type == "cpu" and x.dtype in SUFFIX and library() is not None
+
+
+def run(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
+    """Calls kernel `name` for tensors of `dtype`, with arguments as kernels.c has them; PARTS is added behind them."""
+    real = ctypes.c_double if dtype == torch.float64 else ctypes.c_float
+    getattr(library(), f"{name}_{SUFFIX[dtype]}")(*(_argument(value, real) for value in arguments), ctypes.c_long(PARTS))
+
+
+def _argument(value: Tensor | int | float | None, real: type) -> ctypes._SimpleCData:
+    if isinstance(value, Tensor):
+        assert value.is_contiguous() and value.device.type == "cpu"
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p(None)
+    return real(value) if isinstance(value, float) else ctypes.c_long(value)
