@@ -8,6 +8,10 @@ from torch import Tensor, nn
 from lmcli.config import TrainConfig
 
 
+# minimax on [0.01, 1] one after another; the first is steep at 1, where a bfloat16 error grows 20-fold: hence the 1.05
+QUINTICS = ((7.7116, -22.1159, 16.2503), (3.7871, -3.0655, 0.6532), (2.6687, -1.9833, 0.4533))
+
+
 class Optimizers:
     """Several torch optimizers that step together; each group keeps its own top learning rate in `group["top"]`."""
 
@@ -46,7 +50,7 @@ class Optimizers:
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal (Jordan et al. 2024), as torch.optim.Muon; all matrices of one shape in one product.
 
-    The update of a matrix of R rows and C columns is scaled by √max(1, R/C). The five Newton–Schulz steps run in bfloat16.
+    The update of a matrix of R rows and C columns is scaled by √max(1, R/C). What makes it orthogonal runs in bfloat16.
     """
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
@@ -78,18 +82,29 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (…, R, C) with their singular values brought near 1, by five steps of a quintic Newton–Schulz iteration."""
+    """Matrices (…, R, C) with their singular values brought near 1: those above a hundredth of the bound on the largest
+    end between 0.73 and 1.28, smaller ones grow a hundredfold.
+
+    Each step is an odd quintic, the best one for the interval that the steps before it leave (Amsel et al. 2025, "Polar
+    Express"). The bound on the largest value comes from the Gram matrix that the first step needs anyway, and is so close
+    that three steps do what five do after division by the Frobenius norm (Jordan et al. 2024).
+    """
     x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    gram = x @ x.mT
+    size = 1.05 * gram.norm(dim=(-2, -1), keepdim=True, dtype=torch.float32).sqrt().clamp(min=1e-7)
+    x, gram = x / size.to(x.dtype), gram / size.square().to(x.dtype)
+    for linear, cubic, quintic in QUINTICS:
+        if gram is None:
+            gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic), x, beta=linear)
+        gram = None
     return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
 
 
 def build(model: nn.Module, config: TrainConfig) -> Optimizers:
     """AdamW (Loshchilov & Hutter 2019), fused where torch has it; with optimizer "muon" the blocks' matrices get Muon
-    (Jordan et al. 2024: momentum, made orthogonal by five Newton–Schulz steps) at `matrix_learning_rate` instead.
+    (Jordan et al. 2024: momentum, made orthogonal) at `matrix_learning_rate` instead.
 
     Matrices decay; norms, biases and tables of embeddings do not.
     """
