@@ -88,6 +88,6 @@ def _cell(value) -> str:
 def _readable(row) -> dict[str, str]:
     """Column → cell of a table that fits on a terminal."""
     return {"name": row["name"], "tokens/s": f"{row['tokens_per_second']:,.0f}",
-            f"G{row['unit']}": f"{row['achieved'] / 1e9:,.1f}", "limit": f"{row['limit'] / 1e9:,.1f}", "share": f"{row['ratio']:.0%}", "dtype": row["dtype"],
-            "threads": str(row["threads"]), "step ms": f"{row['step_ms']:,.1f}",
-            "peak MB": f"{row['peak_memory_bytes'] / 1e6:,.0f}"}
+            f"G{row['unit']}": f"{row['achieved'] / 1e9:,.1f}", "limit": f"{row['limit'] / 1e9:,.1f}",
+            "share": f"{row['ratio']:.0%}", "dtype": row["dtype"], "threads": str(row["threads"]),
+            "step ms": f"{row['step_ms']:,.1f}", "peak MB": f"{row['peak_memory_bytes'] / 1e6:,.0f}"}

@@ -11,7 +11,8 @@ from lmcli.model import cost
 from lmcli.model.transformer import Transformer
 from lmcli.recipes import preset_names, resolve
 
-SIZES = {"vocab_size": 48, "max_position_embeddings": 24, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES = {"vocab_size": 48, "max_position_embeddings": 24, "hidden_size": 32, "num_hidden_layers": 3,
+         "num_attention_heads": 4}
 BERT = {"shape": "encoder", "query_key_norm": False, "attention_bias": "all", "positions": "learned", "norm": "layer",
         "post_norm": True, "embedding_norm": True, "gated_mlp": False, "mlp_bias": True, "type_vocab_size": 2,
         "head_dense": True}
