@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
-from lmcli.model import fused
 from lmcli.model.layers import Linear, RMSNorm, rotate
 
 
@@ -125,8 +124,6 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, view: View) -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        if self._fusable(x, view):
-            return self._fused(x, *view.turn)
         rows, read, _ = x.shape
         query = self.query(x).view(rows, read, -1, self.head_dim)
         if self.normed:
@@ -146,25 +143,6 @@ class Attention(nn.Module):
             mask = view.mask
         mixed = self._attend(query, key, value, mask)  # (B, H, T, D)
         return self.output(mixed.transpose(1, 2).reshape(rows, read, -1))  # (B, T, C)
-
-    def _fusable(self, x: Tensor, view: View) -> bool:
-        """Whether this is a decoder's plain self-attention in training: whole rows with rotary positions."""
-        return (self.causal and not self.cross and self.fast and self.query.bias is None and view.mask is None
-                and view.cache is None and view.turn is not None and view.turn[0].shape[0] == 1
-                and view.turn[0].shape[-1] == self.head_dim and fused.active(x))
-
-    def _fused(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        rows, read, _ = x.shape
-        heads, half = self.query.out_features // self.head_dim, self.head_dim // 2
-        weights = (self.query_norm.weight, self.key_norm.weight) if self.normed else None
-        products = fused.linear(x.flatten(0, 1), self.query.weight, self.key.weight, self.value.weight)
-        query, key, value = fused.split_heads(
-            products, cos[0, 0, :, :half], sin[0, 0, :, :half], weights,
-            (rows, read, heads, heads // self.groups, self.head_dim), self.query_norm.eps if self.normed else 0.0)
-        if self.groups > 1:
-            key, value = (part.repeat_interleave(self.groups, dim=1) for part in (key, value))  # (B, H, T, D)
-        mixed = fused.causal_attention(query, key, value, self.scale)
-        return self.output(fused.join_heads(mixed).view(rows, read, -1))  # (B, T, C)
 
     def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         split = (*x.shape[:2], -1, self.head_dim)

@@ -1,8 +1,11 @@
-"""The parts of a block with a backward pass of their own: as few passes over memory as there can be, for training.
+"""A decoder's block and the head's loss with backward passes of their own: as few passes over memory as there can be.
 
-Each is an autograd function around kernels.c and matrix products; layers.py and attention.py hold the same in plain
-PyTorch, which the tests compare them with, value and gradient (in float64 as well). Letters as in layers.py.
+For training on a CPU. The block is the one of transformer.py with RMSNorm, rotary causal attention and SwiGLU; the tests
+compare both, value and gradient (in float64 as well). Products are torch's, what lies between them is kernels.c.
+Letters as in layers.py; N is B·T, F the width inside the MLP.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,159 +25,193 @@ def active(x: Tensor) -> bool:
     return x.requires_grad and kernels.usable(x)
 
 
-class _Linear(Function):
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a block's work: rows, positions of a row, query and key–value heads, width of a head; the rest of what is
+    no tensor."""
+
+    rows: int
+    length: int
+    heads: int
+    keys: int
+    width: int
+    scale: float
+    eps: float
+    head_eps: float
+    dropout: float
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """As the kernels that part and join heads take them."""
+        return self.rows, self.length, self.heads, self.keys, self.width
+
+
+class _Block(Function):
     @staticmethod
-    def forward(ctx, x: Tensor, *weights: Tensor) -> Tensor:
-        joined = weights[0].to(x.dtype) if len(weights) == 1 else torch.cat([weight.to(x.dtype) for weight in weights])
-        ctx.save_for_backward(x, joined)
-        ctx.sizes, ctx.dtype = [len(weight) for weight in weights], weights[0].dtype
-        return x @ joined.T
+    def forward(ctx, x: Tensor, shape: Shape, cos: Tensor, sin: Tensor, *weights: Tensor | None) -> Tensor:
+        norm1, norm2, query_norm, key_norm, query, key, value, output, gate, up, down = weights
+        ctx.shape, ctx.seeds = shape, torch.randint(1 << 31, (2,)).tolist() if shape.dropout else (0, 0)
+        qkv, out = _joined(x.dtype, query, key, value), _joined(x.dtype, output)
+        into, back = _joined(x.dtype, gate, up), _joined(x.dtype, down)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, joined = ctx.saved_tensors
-        dx = gradient @ joined if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:]):
-            return dx, *(None for _ in ctx.sizes)
-        return dx, *(gradient.T @ x).to(ctx.dtype).split(ctx.sizes)
-
-
-def linear(x: Tensor, *weights: Tensor) -> Tensor:
-    """x (N, C) times each of the weights (outputs, C) in one product → (N, all outputs), in the precision of x."""
-    return _Linear.apply(x, *weights)
-
-
-class _RMSNorm(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        y = torch.empty_like(x)
-        kernels.run("rms_norm", x.dtype, x, weight, y, x.numel() // x.shape[-1], x.shape[-1], eps)
+        products = _rms_norm(x, norm1, shape.eps) @ qkv.T  # (N, (H + 2K)·D)
+        heads = _split_heads(products, cos, sin, query_norm, key_norm, shape)
+        mixed, kept = _attend(*heads, shape)
+        joined = _joined_heads(mixed, shape)  # (N, H·D)
+        middle = _add(x, joined, out, shape, ctx.seeds[0])
+        gate_up = _rms_norm(middle, norm2, shape.eps) @ into.T  # (N, 2F)
+        y = _add(middle, _swiglu(gate_up), back, shape, ctx.seeds[1])
+        ctx.dtype = query.dtype
+        ctx.save_for_backward(x, middle, products, joined, gate_up, cos, sin, norm1, norm2, query_norm, key_norm,
+                              qkv, out, into, back, *heads, *kept)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        size, dx = x.shape[-1], torch.empty_like(x)
-        sums = weight.new_zeros(PARTS, size)
-        kernels.run("rms_norm_backward", x.dtype, x, weight, gradient.contiguous(), dx, sums, x.numel() // size, size, ctx.eps)
-        return dx, sums.sum(0), None
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x, middle, products, joined, gate_up, cos, sin, norm1, norm2, query_norm, key_norm,
+         qkv, out, into, back, query, key, value, *kept) = ctx.saved_tensors
+        shape, dy = ctx.shape, dy.contiguous()
+
+        above = _dropped(dy, shape, ctx.seeds[1])
+        dgate_up, inner = _swiglu_backward(gate_up, above @ back)
+        ddown = above.T @ inner
+        dinto = dgate_up.T @ _rms_norm(middle, norm2, shape.eps)
+        dmiddle, dnorm2 = _rms_norm_backward(middle, norm2, dgate_up @ into, dy, shape.eps)
+        above = _dropped(dmiddle, shape, ctx.seeds[0])
+        doutput = above.T @ joined
+        dheads = _attend_backward(query, key, value, _parted_heads(above @ out, shape), kept, shape)
+        dproducts, dhead_norms = _split_heads_backward(products, cos, sin, query_norm, key_norm, dheads, shape)
+        dqkv = dproducts.T @ _rms_norm(x, norm1, shape.eps)
+        dx, dnorm1 = _rms_norm_backward(x, norm1, dproducts @ qkv, dmiddle, shape.eps)
+
+        dtype, keys = ctx.dtype, shape.keys * shape.width
+        return (dx, None, None, None, dnorm1, dnorm2, *dhead_norms,
+                *dqkv.to(dtype).split((len(dqkv) - 2 * keys, keys, keys)), doutput.to(dtype),
+                *dinto.to(dtype).chunk(2), ddown.to(dtype))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`layers.RMSNorm` of x (…, C) with a float32 weight (C,)."""
-    return _RMSNorm.apply(x.contiguous(), weight.to(ACCUMULATED[x.dtype]), eps)
+def block(x: Tensor, shape: Shape, cos: Tensor, sin: Tensor, weights: tuple[Tensor | None, ...]) -> Tensor:
+    """x (N, C) after a block: x + attention(norm(x)), and then + mlp(norm(·)).
 
-
-class _SwiGLU(Function):
-    @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        rows, size = len(gate_up), gate_up.shape[-1] // 2
-        y = gate_up.new_empty(rows, size)
-        kernels.run("swiglu", gate_up.dtype, gate_up, y, rows, size)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gate_up, = ctx.saved_tensors
-        dx = torch.empty_like(gate_up)
-        kernels.run("swiglu_backward", gate_up.dtype, gate_up, gradient.contiguous(), dx, len(dx), dx.shape[-1] // 2)
-        return dx
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up, (N, F), of rows [gate, up], (N, 2F)."""
-    return _SwiGLU.apply(gate_up)
-
-
-class _SplitHeads(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, query_weight: Tensor | None, key_weight: Tensor | None,
-                shape: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(x, cos, sin, query_weight, key_weight)
-        ctx.shape, ctx.eps = shape, eps
-        rows, seen, heads, keys, width = shape
-        query, key, value = (x.new_empty(rows, count, seen, width) for count in (heads, keys, keys))
-        kernels.run("split_heads", x.dtype, x, cos, sin, query_weight, key_weight, query, key, value, *shape, eps)
-        return query, key, value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, cos, sin, query_weight, key_weight = ctx.saved_tensors
-        dx, sums = torch.empty_like(x), cos.new_zeros(PARTS, 2, ctx.shape[-1])
-        kernels.run("split_heads_backward", x.dtype, x, cos, sin, query_weight, key_weight,
-                    *(gradient.contiguous() for gradient in gradients), dx, sums, *ctx.shape, ctx.eps)
-        by_weight = (None, None) if query_weight is None else sums.sum(0).unbind()
-        return dx, None, None, *by_weight, None, None
-
-
-def split_heads(x: Tensor, cos: Tensor, sin: Tensor, weights: tuple[Tensor, Tensor] | None,
-                shape: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Query (B, H, T, D), key and value (B, K, T, D) of products x (B·T, (H + 2K)·D), queries and keys turned by the angles
-    of their positions and, with `weights` (queries', keys'; (D,) each), normed before.
-
-    cos and sin are (T, D/2); `shape` is (B, T, H, K, D).
+    cos and sin (T, D/2) turn queries and keys. `weights` are those of: norm before attention, norm before the MLP, norm of
+    the queries' heads, of the keys' heads (None: these are not normed), query, key, value, output, gate, up, down; they may
+    be more precise than x, and get gradients as precise as themselves.
     """
     dtype = ACCUMULATED[x.dtype]
-    query_weight, key_weight = (None, None) if weights is None else (weight.to(dtype) for weight in weights)
-    return _SplitHeads.apply(x, cos.to(dtype).contiguous(), sin.to(dtype).contiguous(), query_weight, key_weight, shape, eps)
+    norms = (None if weight is None else weight.to(dtype) for weight in weights[:4])
+    return _Block.apply(x.contiguous(), shape, cos.to(dtype).contiguous(), sin.to(dtype).contiguous(), *norms, *weights[4:])
 
 
-class _JoinHeads(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        rows, heads, seen, width = x.shape
-        y = x.new_empty(rows, seen, heads, width)
-        kernels.run("join_heads", x.dtype, x, y, rows, seen, heads, width)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return _JoinHeads.forward(ctx, gradient.contiguous())
+def _joined(dtype: torch.dtype, *weights: Tensor) -> Tensor:
+    return (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype)
 
 
-def join_heads(x: Tensor) -> Tensor:
-    """(B, H, T, D) → (B, T, H, D), contiguous."""
-    return _JoinHeads.apply(x)
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = torch.empty_like(x)
+    kernels.run("rms_norm", x.dtype, x, weight, y, *x.shape, eps)
+    return y
 
 
-class _CausalAttention(Function):
-    @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        mixed, weights = torch.empty_like(query), []
-        for first, last in _chunks(query):
-            weights.append(_weights(query, key, first, last, scale))
-            torch.bmm(weights[-1], value[:, :last], out=mixed[:, first:last])
-        ctx.scale = scale
-        ctx.save_for_backward(query, key, value, *(weights if key.shape[1] <= KEPT_WEIGHTS else ()))
-        return mixed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        dquery, dkey, dvalue = (torch.empty_like(query) for _ in range(3))
-        for i, (first, last) in reversed(list(enumerate(_chunks(query)))):
-            weights = kept[i] if kept else _weights(query, key, first, last, ctx.scale)
-            rows, above = query[:, first:last], gradient[:, first:last]
-            add = float(last < query.shape[1])  # the last chunk sees all keys and comes first: it sets what others add to
-            dvalue[:, :last].baddbmm_(weights.mT, above, beta=add)
-            scores = above @ value[:, :last].mT  # the weights' gradient, and then the scores'
-            kernels.run("causal_softmax_backward", query.dtype, weights, scores, *scores.shape, first, ctx.scale)
-            torch.bmm(scores, key[:, :last], out=dquery[:, first:last])
-            dkey[:, :last].baddbmm_(scores.mT, rows, beta=add)
-        return dquery, dkey, dvalue, None
+def _rms_norm_backward(x: Tensor, weight: Tensor, dy: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    dx, sums = torch.empty_like(x), weight.new_zeros(PARTS, len(weight))
+    kernels.run("rms_norm_backward", x.dtype, x, weight, dy, residual, dx, sums, *x.shape, eps)
+    return dx, sums.sum(0)
 
 
-def _chunks(query: Tensor) -> list[tuple[int, int]]:
-    size = query.shape[1]
+def _swiglu(gate_up: Tensor) -> Tensor:
+    rows, size = len(gate_up), gate_up.shape[1] // 2
+    y = gate_up.new_empty(rows, size)
+    kernels.run("swiglu", gate_up.dtype, gate_up, y, rows, size)
+    return y
+
+
+def _swiglu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient, what the forward pass gave)."""
+    dx, y = torch.empty_like(gate_up), torch.empty_like(dy)
+    kernels.run("swiglu_backward", gate_up.dtype, gate_up, dy, dx, y, *dy.shape)
+    return dx, y
+
+
+def _add(residual: Tensor, x: Tensor, weight: Tensor, shape: Shape, seed: int) -> Tensor:
+    """residual + what dropout leaves of x · weightᵀ."""
+    if not shape.dropout:
+        return torch.addmm(residual, x, weight.T)
+    return _dropped(x @ weight.T, shape, seed, residual)
+
+
+def _dropped(x: Tensor, shape: Shape, seed: int, residual: Tensor | None = None) -> Tensor:
+    if not shape.dropout:
+        return x
+    y = torch.empty_like(x)
+    kept = min(round((1.0 - shape.dropout) * 2 ** 32), 2 ** 32 - 1)
+    kernels.run("dropout", x.dtype, x, residual, y, *x.shape, seed, kept, 1.0 / (1.0 - shape.dropout))
+    return y
+
+
+def _split_heads(products: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,
+                 shape: Shape) -> tuple[Tensor, ...]:
+    """Query (B, H, T, D), key and value (B, K, T, D); queries and keys normed, if at all, and turned."""
+    query, key, value = (products.new_empty(shape.rows, count, shape.length, shape.width)
+                         for count in (shape.heads, shape.keys, shape.keys))
+    kernels.run("split_heads", products.dtype, products, cos, sin, query_norm, key_norm, query, key, value, *shape.sizes,
+                shape.head_eps)
+    return query, key, value
+
+
+def _split_heads_backward(products: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,
+                          gradients: tuple[Tensor, ...], shape: Shape) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    dx, sums = torch.empty_like(products), cos.new_zeros(PARTS, 2, shape.width)
+    kernels.run("split_heads_backward", products.dtype, products, cos, sin, query_norm, key_norm, *gradients, dx, sums,
+                *shape.sizes, shape.head_eps)
+    return dx, (None, None) if query_norm is None else sums.sum(0).unbind()
+
+
+def _joined_heads(mixed: Tensor, shape: Shape) -> Tensor:
+    """(B, H, T, D) → (N, H·D)."""
+    y = mixed.new_empty(shape.rows * shape.length, shape.heads * shape.width)
+    kernels.run("join_heads", mixed.dtype, mixed, y, shape.rows, shape.length, shape.heads, shape.width)
+    return y
+
+
+def _parted_heads(joined: Tensor, shape: Shape) -> Tensor:
+    """(N, H·D) → (B, H, T, D)."""
+    y = joined.new_empty(shape.rows, shape.heads, shape.length, shape.width)
+    kernels.run("join_heads", joined.dtype, joined, y, shape.rows, shape.heads, shape.length, shape.width)
+    return y
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> tuple[Tensor, list[Tensor]]:
+    """(mixed (B, H, T, D), attention weights of each chunk of queries if they are worth keeping).
+
+    Chunks of queries, each against the keys that it can see: products of batches are faster on a CPU than its fused kernel.
+    """
+    mixed, kept = torch.empty_like(query), []
+    query, key, value, out = _flat(query), _each_head(key, shape), _each_head(value, shape), _flat(mixed)
+    for first, last in _chunks(shape.length):
+        weights = _weights(query, key, first, last, shape.scale)
+        torch.bmm(weights, value[:, :last], out=out[:, first:last])
+        kept.append(weights)
+    return mixed, kept if shape.length <= KEPT_WEIGHTS else []
+
+
+def _attend_backward(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, kept: list[Tensor],
+                     shape: Shape) -> tuple[Tensor, ...]:
+    query, key, value, gradient = _flat(query), _each_head(key, shape), _each_head(value, shape), _flat(gradient)
+    dquery, dkey, dvalue = (torch.empty_like(query) for _ in range(3))
+    for i, (first, last) in reversed(list(enumerate(_chunks(shape.length)))):
+        weights = kept[i] if kept else _weights(query, key, first, last, shape.scale)
+        rows, above = query[:, first:last], gradient[:, first:last]
+        add = float(last < shape.length)  # the last chunk sees all keys and comes first: it sets what others add to
+        dvalue[:, :last].baddbmm_(weights.mT, above, beta=add)
+        scores = above @ value[:, :last].mT  # the weights' gradient, and then the scores'
+        kernels.run("causal_softmax_backward", query.dtype, weights, scores, *scores.shape, first, shape.scale)
+        torch.bmm(scores, key[:, :last], out=dquery[:, first:last])
+        dkey[:, :last].baddbmm_(scores.mT, rows, beta=add)
+    return dquery, _each_key(dkey, shape), _each_key(dvalue, shape)
+
+
+def _chunks(size: int) -> list[tuple[int, int]]:
     return [(first, min(first + QUERIES_AT_ONCE, size)) for first in range(0, size, QUERIES_AT_ONCE)]
 
 
@@ -184,10 +221,38 @@ def _weights(query: Tensor, key: Tensor, first: int, last: int, scale: float) ->
     return scores
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """`attention.attention` with a causal mask, all (B, H, T, D): chunks of queries, each against the keys it can see."""
-    flat = (part.reshape(-1, *part.shape[2:]) for part in (query, key, value))
-    return _CausalAttention.apply(*flat, scale).view(query.shape)
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)  # (B·H, T, D)
+
+
+def _each_head(x: Tensor, shape: Shape) -> Tensor:
+    """Keys or values (B, K, T, D) → (B·H, T, D): those of a group once for each of its heads."""
+    return _flat(x if shape.heads == shape.keys else x.repeat_interleave(shape.heads // shape.keys, dim=1))
+
+
+def _each_key(gradient: Tensor, shape: Shape) -> Tensor:
+    """Back from `_each_head`: summed over a group."""
+    if shape.heads == shape.keys:
+        return gradient
+    return gradient.view(shape.rows, shape.keys, -1, shape.length, shape.width).sum(2)
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _rms_norm(x, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *_rms_norm_backward(*ctx.saved_tensors, gradient.contiguous(), None, ctx.eps), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`layers.RMSNorm` of x (…, C) with weight (C,)."""
+    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight.to(ACCUMULATED[x.dtype]), eps).view(x.shape)
 
 
 class _CrossEntropy(Function):
@@ -200,7 +265,7 @@ class _CrossEntropy(Function):
             rows = slice(first, first + ROWS_AT_ONCE)
             part = hidden[rows]
             logits = part @ matrix.T
-            kernels.run("cross_entropy", hidden.dtype, logits, targets[rows], losses[rows], *logits.shape, float(smoothing))
+            kernels.run("cross_entropy", hidden.dtype, logits, targets[rows], losses[rows], *logits.shape, smoothing)
             torch.mm(logits, matrix, out=dhidden[rows])
             dweight += logits.T @ part
         ctx.save_for_backward(dhidden, dweight)

@@ -28,6 +28,12 @@ static inline float store_float(float x) { return x; }
 static inline double load_double(double x) { return x; }
 static inline double store_double(double x) { return x; }
 
+static inline uint32_t hash(uint32_t x) {  /* Wellons' mixer of two products: every bit of x changes half of the bits */
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
 /* e^x to 2 units in the last place (the polynomial of Cephes' expf); 0 below -87, NaN for NaN. */
 static inline float exponential_float(float x) {
     float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
@@ -96,21 +102,21 @@ void NAME(rms_norm)(IN x, WEIGHTS weight, OUT y, long rows, long size, A eps, lo
     }
 }
 
-/* dx, and the sums of each part that make dweight (parts, size). */
-void NAME(rms_norm_backward)(IN x, WEIGHTS weight, IN dy, OUT dx, SUMS dweight, long rows, long size,
-                             A eps, long parts) {
+/* dx = residual (may be NULL) + the gradient through the norm, and the sums of each part that make dweight (parts, size). */
+void NAME(rms_norm_backward)(IN x, WEIGHTS weight, IN dy, IN residual, OUT dx, SUMS dweight, long rows, long size, A eps,
+                             long parts) {
     FOR_PARTS {
         SUMS sums = dweight + part * size;
         FOR_ROWS(rows) {
-            IN in = x + row * size, *din = dy + row * size;
+            IN in = x + row * size, *d = dy + row * size, *also = residual ? residual + row * size : in;
             OUT out = dx + row * size;
-            A r = NAME(inverse_rms)(in, size, eps), dot = 0;
-            for (long i = 0; i < size; i++) dot += LOAD(din[i]) * weight[i] * LOAD(in[i]);
+            A r = NAME(inverse_rms)(in, size, eps), dot = 0, base = residual ? 1 : 0;
+            for (long i = 0; i < size; i++) dot += LOAD(d[i]) * weight[i] * LOAD(in[i]);
             dot *= r * r / size;
             for (long i = 0; i < size; i++) {
-                A v = LOAD(in[i]), d = LOAD(din[i]);
-                sums[i] += d * v * r;
-                out[i] = STORE(r * (d * weight[i] - v * dot));
+                A v = LOAD(in[i]), g = LOAD(d[i]);
+                sums[i] += g * v * r;
+                out[i] = STORE(base * LOAD(also[i]) + r * (g * weight[i] - v * dot));
             }
         }
     }
@@ -128,15 +134,32 @@ void NAME(swiglu)(IN gate_up, OUT out, long rows, long F, long parts) {
     }
 }
 
-void NAME(swiglu_backward)(IN gate_up, IN dout, OUT dgate_up, long rows, long F, long parts) {
+static void NAME(swiglu_row)(IN gate, IN up, IN dy, OUT y, OUT dgate, OUT dup, long F) {
+    for (long i = 0; i < F; i++) {
+        A g = LOAD(gate[i]), u = LOAD(up[i]), s = 1 / (1 + EXP(-g)), d = LOAD(dy[i]);
+        y[i] = STORE(g * s * u);
+        dup[i] = STORE(d * g * s);
+        dgate[i] = STORE(d * u * s * (1 + g * (1 - s)));
+    }
+}
+
+/* The gradient, and once more what the forward pass gave. */
+void NAME(swiglu_backward)(IN gate_up, IN dy, OUT dgate_up, OUT y, long rows, long F, long parts) {
     FOR_PARTS FOR_ROWS(rows) {
-        IN gate = gate_up + row * 2 * F, *up = gate + F, *d = dout + row * F;
-        OUT dgate = dgate_up + row * 2 * F, *dup = dgate + F;
-        for (long i = 0; i < F; i++) {
-            A g = LOAD(gate[i]), s = 1 / (1 + EXP(-g)), y = LOAD(d[i]);
-            dup[i] = STORE(y * g * s);
-            dgate[i] = STORE(y * LOAD(up[i]) * s * (1 + g * (1 - s)));
-        }
+        long at = row * 2 * F;
+        NAME(swiglu_row)(gate_up + at, gate_up + at + F, dy + row * F, y + row * F, dgate_up + at, dgate_up + at + F, F);
+    }
+}
+
+/* y = residual + what dropout leaves of x: the numbers whose hash is below `kept`, times scale. residual may be NULL. */
+void NAME(dropout)(IN x, IN residual, OUT y, long rows, long size, long seed, long kept, A scale, long parts) {
+    FOR_PARTS FOR_ROWS(rows) {
+        uint32_t first = hash((uint32_t)seed ^ hash((uint32_t)row + 0x9e3779b9u));
+        IN in = x + row * size, *also = residual ? residual + row * size : in;
+        OUT out = y + row * size;
+        A base = residual ? 1 : 0;
+        for (long i = 0; i < size; i++)
+            out[i] = STORE(base * LOAD(also[i]) + (hash(first + (uint32_t)i) < (uint32_t)kept ? LOAD(in[i]) * scale : 0));
     }
 }
 
@@ -154,7 +177,7 @@ INLINE void NAME(turn_sized)(IN x, WEIGHTS weight, WEIGHTS cos, WEIGHTS sin, OUT
 INLINE void NAME(turn_back_sized)(IN x, WEIGHTS weight, WEIGHTS cos, WEIGHTS sin, IN dy, OUT dx,
                                 SUMS dweight, long D, A eps) {
     A r = weight ? NAME(inverse_rms)(x, D, eps) : 1, dot = 0;
-    A d[1024];  /* the gradient before the turn */
+    A d[1024];  /* the gradient before the turn: kernels.MOST_HEAD_WIDTH */
     for (long i = 0; i < D / 2; i++) {
         A a = LOAD(dy[i]), b = LOAD(dy[i + D / 2]);
         d[i] = a * cos[i] + b * sin[i];

@@ -5,9 +5,11 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     FLAGS += ("-mprefer-vector-width=512",)  # by default compilers use half of what AVX-512 has
 SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float64: "double"}
 ACCUMULATED = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
+MOST_HEAD_WIDTH = 1024  # what a buffer in kernels.c holds
 PARTS = 64  # work is cut into so many parts, whatever the number of threads: results are then the same to the bit
 
 
@@ -87,14 +90,17 @@ def usable(x: Tensor) -> bool:
 
 def run(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
     """Calls kernel `name` for tensors of `dtype`, with arguments as kernels.c has them; PARTS is added behind them."""
+    _function(name, dtype)(*[value.data_ptr() if isinstance(value, Tensor) else value for value in arguments], PARTS)
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    """The compiled function, told the types that its line in kernels.c declares."""
+    declared = re.search(rf"^void NAME\({name}\)\((.*?)\) {{", SOURCE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     real = ctypes.c_double if dtype == torch.float64 else ctypes.c_float
-    getattr(library(), f"{name}_{SUFFIX[dtype]}")(*(_argument(value, real) for value in arguments), ctypes.c_long(PARTS))
-
-
-def _argument(value: Tensor | int | float | None, real: type) -> ctypes._SimpleCData:
-    if isinstance(value, Tensor):
-        assert value.is_contiguous() and value.device.type == "cpu"
-        return ctypes.c_void_p(value.data_ptr())
-    if value is None:
-        return ctypes.c_void_p(None)
-    return real(value) if isinstance(value, float) else ctypes.c_long(value)
+    kinds = {"long": ctypes.c_long, "A": real}
+    function = getattr(library(), f"{name}_{SUFFIX[dtype]}")
+    # "long rows" and "A eps" are numbers; everything else ("IN x", "const int64_t *targets") is an array
+    function.argtypes = [kinds.get(kind, ctypes.c_void_p) for kind in re.findall(r"(?:^|, ?)\s*(\w+)", declared[1])]
+    function.restype = None
+    return function

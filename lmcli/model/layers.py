@@ -23,8 +23,6 @@ class Linear(nn.Linear):
     """x Wᵀ + b, (…, C) → (…, outputs), in the precision of x, which may be lower than that of the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None and fused.active(x):
-            return fused.linear(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
@@ -69,7 +67,6 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, intermediate_size: int):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.fusable = config.gated_mlp and config.hidden_act == "silu" and not config.mlp_bias
         self.gate = Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias) if config.gated_mlp else None
         self.up = Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
         self.down = Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
@@ -77,9 +74,6 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
-        if self.fusable and fused.active(x):
-            inner = fused.swiglu(fused.linear(x.flatten(0, -2), self.gate.weight, self.up.weight))  # (B·T, F)
-            return self.down(inner).view(x.shape)
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 

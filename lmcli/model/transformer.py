@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
+from lmcli.model import fused, kernels
 from lmcli.model.attention import Attention, KeyValueCache, Memory, View, visible
 from lmcli.model.layers import ACTIVATIONS, MLP, Linear, RelativeBias, make_norm, rotation, sinusoids
 
@@ -34,8 +35,13 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config, config.encoder_intermediate_size if encoder else config.intermediate_size)
         self.post_norm, self.parallel, self.dropout = config.post_norm, config.parallel_block, dropout
+        plain = config.norm == "rms" and config.gated_mlp and config.hidden_act == "silu" and not (
+            config.mlp_bias or config.attention_bias != "none" or config.post_norm or config.parallel_block)
+        self.fusable = plain and first_normed and self.cross is None and not encoder and width <= kernels.MOST_HEAD_WIDTH
 
     def forward(self, x: Tensor, view: View) -> Tensor:
+        if self._fused(x, view):
+            return self._forward_fused(x, *view.turn)
         if self.parallel:
             return x + self._drop(self.attention(self.attention_norm(x), view)) + self._drop(self.mlp(self.mlp_norm(x)))
         if self.post_norm:
@@ -47,6 +53,23 @@ class Block(nn.Module):
         if self.cross is not None:
             x = x + self._drop(self.cross(self.cross_norm(x), view))
         return x + self._drop(self.mlp(self.mlp_norm(x)))
+
+    def _fused(self, x: Tensor, view: View) -> bool:
+        """Whether `fused.block` can stand in: a decoder's block in training, over whole rows, all of it trained."""
+        return (self.fusable and fused.active(x) and self.attention.fast and view.mask is None and view.cache is None
+                and view.turn is not None and view.turn[0].shape[0] == 1
+                and view.turn[0].shape[-1] == self.attention.head_dim and all(p.requires_grad for p in self.parameters()))
+
+    def _forward_fused(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        attention, mlp, (rows, length, _) = self.attention, self.mlp, x.shape
+        heads, half = attention.query.out_features // attention.head_dim, attention.head_dim // 2
+        normed = (attention.query_norm, attention.key_norm) if attention.normed else ()
+        shape = fused.Shape(rows, length, heads, heads // attention.groups, attention.head_dim, attention.scale,
+                            self.mlp_norm.eps, normed[0].eps if normed else 0.0, self.dropout if self.training else 0.0)
+        weights = (self.attention_norm.weight, self.mlp_norm.weight, *([norm.weight for norm in normed] or (None, None)),
+                   *(part.weight for part in (attention.query, attention.key, attention.value, attention.output,
+                                              mlp.gate, mlp.up, mlp.down)))
+        return fused.block(x.flatten(0, 1), shape, cos[0, 0, :, :half], sin[0, 0, :, :half], weights).view(x.shape)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -78,7 +78,8 @@ class Run:
         self.model.training_dtype = self.placement.dtype
         self.optimizer = optimizers.build(self.model, self.config)
         self._evaluation_seconds = self._evaluated_at = self._speed = 0.0
-        self._before = 0.0
+        self._before = self._sampled_at = 0.0
+        self._sample_seconds = 0.3  # until one has been timed
 
     def elapsed(self) -> float:
         """Seconds spent on this run, earlier sittings included."""
@@ -122,8 +123,10 @@ class Run:
             return
         if self._due(config.eval_every, last, share) and self._affordable():
             yield self._validate(final=False)
-        if self._due(config.sample_every, last, share):
+        if self._due(config.sample_every, last, share) and self._worth_a_sample():
+            started = time.monotonic()
             yield Due("sample", counters.step)
+            self._sampled_at, self._sample_seconds = time.monotonic(), time.monotonic() - started
         if self._due(config.save_every, last, share):
             counters.seconds = self.elapsed()
             yield Due("save", counters.step)
@@ -153,6 +156,12 @@ class Run:
         room = time.monotonic() - self._evaluated_at if self._evaluated_at else self.config.time
         return room >= 15 * self._evaluation_cost()
 
+    def _worth_a_sample(self) -> bool:
+        """In a run by time, samples keep to a fiftieth of it."""
+        if self.config.sample_every or not self.config.time:
+            return True
+        return time.monotonic() - (self._sampled_at or self.began) >= 50 * self._sample_seconds
+
     def _validate(self, final: bool) -> Validation:
         counters, started = self.counters, time.monotonic()
         self.model.eval()
@@ -171,7 +180,7 @@ class Run:
         factor = schedules.factor(config.schedule, max(share, config.warmup / 100), config.warmup)
         rate = factor * config.learning_rate
         loss, tokens = self._gradients()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip or math.inf))
+        norm = self.optimizer.clip(config.gradient_clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
                 f"loss is {loss} and the gradient norm {norm} at step {counters.step + 1} "

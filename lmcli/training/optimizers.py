@@ -1,6 +1,7 @@
 """Which parameter is updated how: every parameter in exactly one group of exactly one optimizer."""
 
 from collections import defaultdict
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,72 +14,124 @@ QUINTICS = ((7.7116, -22.1159, 16.2503), (3.7871, -3.0655, 0.6532), (2.6687, -1.
 
 
 class Optimizers:
-    """Several torch optimizers that step together; each group keeps its own top learning rate in `group["top"]`."""
+    """Rules that step together. Each has `groups` of parameters with a rate of their own, and a `state` by parameter."""
 
-    def __init__(self, parts: list[torch.optim.Optimizer]):
-        self.parts = parts
-        for group in self.param_groups:
-            group["top"] = group["lr"]
+    def __init__(self, rules: "list[AdamW | Muon]"):
+        self.rules = rules
 
     @property
-    def param_groups(self) -> list[dict]:
-        """The groups of all parts."""
-        return [group for part in self.parts for group in part.param_groups]
+    def groups(self) -> "list[Group]":
+        """The groups of all rules."""
+        return [group for rule in self.rules for group in rule.groups]
 
     def set_factor(self, factor: float) -> None:
         """Sets every group's learning rate to `factor` times its top."""
-        for group in self.param_groups:
-            group["lr"] = factor * group["top"]
+        for group in self.groups:
+            group.rate = factor * group.top
+
+    def clip(self, most: float) -> float:
+        """Scales all gradients down together where their norm is above `most` (0: never); returns the norm before."""
+        gradients = [p.grad for group in self.groups for p in group.parameters if p.grad is not None]
+        norm = float(torch.stack(torch._foreach_norm(gradients)).norm()) if gradients else 0.0
+        if most and norm > most:
+            torch._foreach_mul_(gradients, most / (norm + 1e-6))
+        return norm
 
     def step(self) -> None:
         """One update of every parameter."""
-        for part in self.parts:
-            part.step()
+        for rule in self.rules:
+            rule.step()
 
     def zero_grad(self) -> None:
         """Drops all gradients."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+        for group in self.groups:
+            for parameter in group.parameters:
+                parameter.grad = None
 
-    def state_of(self, parameter: nn.Parameter) -> dict:
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The state of one parameter, to be read or filled in place; empty before its first step."""
-        owner = next(part for part in self.parts for group in part.param_groups
-                     if any(parameter is known for known in group["params"]))
-        return owner.state[parameter]
+        return next(rule.state[parameter] for rule in self.rules for group in rule.groups
+                    if any(parameter is known for known in group.parameters))
 
 
-class Muon(torch.optim.Optimizer):
+@dataclass
+class Group:
+    """Parameters with one learning rate: `top` at the top of the schedule, `rate` now."""
+
+    parameters: list[nn.Parameter]
+    top: float
+    weight_decay: float
+    rate: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rate = self.top
+
+    def with_gradient(self) -> list[nn.Parameter]:
+        """Those that the last backward pass reached."""
+        return [parameter for parameter in self.parameters if parameter.grad is not None]
+
+
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019), in one pass over memory, to the bit as torch.optim.AdamW with fused=True.
+
+    That class is not used because making one imports torch's compiler, a second of every command.
+    """
+
+    def __init__(self, groups: list[Group], betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8):
+        self.groups, self.betas, self.eps = groups, betas, eps
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.groups:
+            if not (parameters := group.with_gradient()):
+                continue
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter] |= {"step": torch.zeros((), device=parameter.device),
+                                              "exp_avg": torch.zeros_like(parameter),
+                                              "exp_avg_sq": torch.zeros_like(parameter)}
+            means, squares, steps = ([self.state[parameter][key] for parameter in parameters]
+                                     for key in ("exp_avg", "exp_avg_sq", "step"))
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(parameters, [p.grad for p in parameters], means, squares, [], steps, lr=group.rate,
+                                beta1=self.betas[0], beta2=self.betas[1], weight_decay=group.weight_decay, eps=self.eps,
+                                amsgrad=False, maximize=False)
+
+
+class Muon:
     """Momentum, made orthogonal (Jordan et al. 2024), as torch.optim.Muon; all matrices of one shape in one product.
 
     The update of a matrix of R rows and C columns is scaled by √max(1, R/C). What makes it orthogonal runs in bfloat16.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, groups: list[Group], momentum: float = 0.95):
+        self.groups, self.momentum = groups, momentum
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
 
     @torch.no_grad()
     def step(self) -> None:
         """One update of every matrix that has a gradient."""
-        for group in self.param_groups:
+        for group in self.groups:
             shapes: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
-            for matrix in group["params"]:
-                if matrix.grad is not None:
-                    shapes[tuple(matrix.shape)].append(matrix)
+            for matrix in group.with_gradient():
+                shapes[tuple(matrix.shape)].append(matrix)
             for shape, matrices in shapes.items():
-                rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                updates = orthogonal(self._momentum(matrices, group["momentum"]))
-                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                rate = group.rate * max(1.0, shape[0] / shape[1]) ** 0.5
+                updates = orthogonal(self._momentum(matrices))
+                torch._foreach_mul_(matrices, 1 - group.rate * group.weight_decay)
                 torch._foreach_add_(matrices, [update.to(matrices[0].dtype) for update in updates], alpha=-rate)
 
-    def _momentum(self, matrices: list[nn.Parameter], momentum: float) -> Tensor:
+    def _momentum(self, matrices: list[nn.Parameter]) -> Tensor:
         """(matrices, R, C) bfloat16: what the running means of the gradients, looked at one step ahead, say (Nesterov)."""
         gradients = [matrix.grad for matrix in matrices]
         for matrix in matrices:
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         means = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        torch._foreach_lerp_(means, gradients, 1 - momentum)
-        return torch.stack([ahead.bfloat16() for ahead in torch._foreach_lerp(gradients, means, momentum)])
+        torch._foreach_lerp_(means, gradients, 1 - self.momentum)
+        return torch.stack([ahead.bfloat16() for ahead in torch._foreach_lerp(gradients, means, self.momentum)])
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -103,8 +156,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def build(model: nn.Module, config: TrainConfig) -> Optimizers:
-    """AdamW (Loshchilov & Hutter 2019), fused where torch has it; with optimizer "muon" the blocks' matrices get Muon
-    (Jordan et al. 2024: momentum, made orthogonal) at `matrix_learning_rate` instead.
+    """AdamW, or with optimizer "muon" AdamW beside Muon, which gets the blocks' matrices at `matrix_learning_rate`.
 
     Matrices decay; norms, biases and tables of embeddings do not.
     """
@@ -114,12 +166,6 @@ def build(model: nn.Module, config: TrainConfig) -> Optimizers:
     outer = [p for name, p in named if p.ndim == 2 and ".layers." not in name and name not in tables]
     kept = [p for name, p in named if p.ndim < 2 or name in tables]
     assert len(inner) + len(outer) + len(kept) == len(named)
-    by_muon = config.optimizer == "muon"
-    decayed = outer if by_muon else inner + outer
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)]
-    if by_muon:
-        parts.append(Muon(inner, lr=config.matrix_learning_rate, weight_decay=config.weight_decay))
-    return Optimizers(parts)
+    decay, rate, by_muon = config.weight_decay, config.learning_rate, config.optimizer == "muon"
+    adamw = AdamW([Group(outer if by_muon else inner + outer, rate, decay), Group(kept, rate, 0.0)])
+    return Optimizers([adamw, Muon([Group(inner, config.matrix_learning_rate, decay)])] if by_muon else [adamw])

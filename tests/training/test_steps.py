@@ -52,9 +52,9 @@ def test_every_parameter_is_in_exactly_one_group():
     for rule in ("adamw", "muon"):
         made = model()
         built = optimizers.build(made, TrainConfig(optimizer=rule))
-        held = [id(p) for group in built.param_groups for p in group["params"]]
+        held = [id(p) for group in built.groups for p in group.parameters]
         assert sorted(held) == sorted(id(p) for p in made.parameters())
-        decayed = {id(p) for group in built.param_groups if group["weight_decay"] for p in group["params"]}
+        decayed = {id(p) for group in built.groups if group.weight_decay for p in group.parameters}
         assert decayed == {id(p) for name, p in made.named_parameters() if p.ndim == 2 and name != "embedding.weight"}
 
 
@@ -119,6 +119,33 @@ def test_two_states_are_kept_and_a_damaged_newest_is_told(tmp_path):
     assert len(notes) == 1 and "step-000000003" in notes[0]
 
 
+def test_adamw_is_that_of_torch_to_the_bit():
+    ours, theirs = ([torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
+                     for i, shape in enumerate(((8, 12), (7,), (1, 3)))] for _ in range(2))
+    built = optimizers.AdamW([optimizers.Group(ours[:2], 0.01, 0.1), optimizers.Group(ours[2:], 0.02, 0.0)])
+    known = torch.optim.AdamW([{"params": theirs[:2], "weight_decay": 0.1}, {"params": theirs[2:], "lr": 0.02}], lr=0.01,
+                              betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for _ in range(3):
+        for mine, its in zip(ours, theirs):
+            mine.grad = torch.randn(mine.shape)
+            its.grad = mine.grad.clone()
+        built.step()
+        known.step()
+    assert all(torch.equal(mine, its) for mine, its in zip(ours, theirs))
+
+
+def test_clipping_is_that_of_torch():
+    for most in (0.0, 0.5, 100.0):
+        ours, theirs = model(), model()
+        for made in (ours, theirs):
+            (objectives.loss(OBJECTIVES["causal"], made, packed(torch.arange(34).view(2, 17))) / 32).backward()
+        norm = optimizers.build(ours, TrainConfig()).clip(most)
+        known = torch.nn.utils.clip_grad_norm_(theirs.parameters(), most or float("inf"))
+        assert abs(norm - float(known)) < 1e-6 * norm
+        for mine, its in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(mine.grad, its.grad)
+
+
 def test_muon_is_that_of_torch_but_for_how_it_makes_matrices_orthogonal(monkeypatch):
     from torch.optim import _muon
 
@@ -126,7 +153,7 @@ def test_muon_is_that_of_torch_but_for_how_it_makes_matrices_orthogonal(monkeypa
         _muon._zeropower_via_newtonschulz(matrix, (3.4445, -4.775, 2.0315), 5, 1e-7) for matrix in matrices]))
     ours, theirs = ([torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
                      for i, shape in enumerate(((8, 12), (12, 8), (8, 12), (16, 4)))] for _ in range(2))
-    built, known = optimizers.Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
+    built, known = optimizers.Muon([optimizers.Group(ours, 0.02, 0.1)]), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
     generator = torch.Generator().manual_seed(9)
     for _ in range(3):
         for mine, its in zip(ours, theirs):
