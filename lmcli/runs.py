@@ -13,6 +13,8 @@ import tokenizers as tokenizers_library
 import torch
 
 from lmcli import __version__
+from lmcli.analysis import auto
+from lmcli.analysis.benchmark import measured_rate
 from lmcli.analysis.card import model_card
 from lmcli.analysis.loss_curve import draw
 from lmcli.checkpoints import folder as checkpoints
@@ -35,12 +37,14 @@ from lmcli.training.evaluation import Figures, evaluate
 from lmcli.training.objectives import OBJECTIVES, Objective
 
 SAMPLE_TOKENS = 60
+MEASURING_SECONDS = 1.0  # of each of the two designs that preset auto may try; a sixtieth of the budget at most
 BYTES_PER_PARAMETER = 12  # weight, gradient and at least one moment, in float32
 
 
 @dataclass
 class Request:
-    """What a user asked `lm train` for."""
+    """What a user asked `lm train` for. With `refine` (preset auto) the recipe is chosen by the data: it gives the recipe
+    with such settings below the user's own."""
 
     recipe: Recipe
     data: tuple[str, ...]
@@ -53,6 +57,7 @@ class Request:
     overwrite: bool
     device: str
     threads: int
+    refine: Callable[[dict[str, object]], Recipe] | None = None
 
 
 def start(request: Request, began: float, note: Callable[[str], None]) -> "TrainingRun":
@@ -81,8 +86,11 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
         source = data.find(request.data, request.val, request.layout, request.include, note)
         config = origin.model.config if origin else recipe.model
         objective = data.settle(source, recipe.train.objective, config.shape, note)
-        prepared = data.prepare(source, recipe.tokenizer, context, recipe.train.validation_bytes, tokenizer, note, objective,
-                                config.labels)
+        parts, chosen = data.split(source, recipe.train.validation_bytes, note), []
+        if request.refine and not origin and objective.name == "causal":
+            recipe, chosen = _chosen(request, source, parts, tokenizer, placement, note)
+            context = recipe.train.context
+        prepared = data.prepare(source, parts, recipe.tokenizer, context, tokenizer, note, objective, config.labels)
         if cut := data.too_long(prepared):
             note(f"{cut:,} of {len(prepared.corpus):,} examples are longer than the context of {context} tokens: their ends "
                  "are cut off")
@@ -92,6 +100,7 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
             _fresh(recipe, prepared, placement, objective)
         recipe = dataclasses.replace(recipe, model=model.config)
         run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
+        run.chosen = chosen
         run.create()
     except BaseException:
         place_of_run.abandon()
@@ -106,16 +115,41 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
     placement = place(device, recipe.train.precision, threads, training=True)
     source = data.source_from_facts(facts["data"])
     tokenizer = tokenizers.load(path)
-    prepared = data.prepare(source, recipe.tokenizer, recipe.train.context, recipe.train.validation_bytes, tokenizer, note,
-                            OBJECTIVES[recipe.train.objective], recipe.model.labels)
+    prepared = data.prepare(source, data.split(source, recipe.train.validation_bytes, note), recipe.tokenizer,
+                            recipe.train.context, tokenizer, note, OBJECTIVES[recipe.train.objective], recipe.model.labels)
     model = Transformer(recipe.model.complete(), recipe.train.dropout)
     run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
     run.loop.counters = state.restore(place_of_run.states, run.model, run.loop.optimizer, note)
-    run.result = facts.get("result") or {}
+    run.result, run.chosen = facts.get("result") or {}, facts.get("choice") or []
     place_of_run.open_metrics(run.step)
     note(f"going on after step {run.step:,}")
     _tell(run, note)
     return run
+
+
+def _chosen(request: Request, source: data.Source, parts: data.Parts, tokenizer: tokenizers.Tokenizer | None,
+            placement: Placement, note: Callable[[str], None]) -> tuple[Recipe, list[str]]:
+    """The recipe of preset auto for this data, budget and machine, and why; says so."""
+    train = request.recipe.train
+    text = auto.describe((piece.text for piece in source.layout.pieces(parts.training)), data.size(parts.training))
+
+    def measure(design: auto.Design) -> float:
+        seconds = min(MEASURING_SECONDS, train.time / 60)
+        return measured_rate(request.refine(design.settings), placement, seconds)
+
+    choice = auto.choose(text, auto.budget(train, text), tokenizer.size if tokenizer else 0, measure)
+    recipe, reasons = request.refine(choice.design.settings), list(choice.reasons)
+    if own := [key for key, value in choice.design.settings.items() if _value(recipe, key) != value]:
+        reasons.append(f"but for what you set yourself: {', '.join(own)}")
+    for reason in reasons:
+        note(f"auto: {reason}")
+    return recipe, reasons
+
+
+def _value(recipe: Recipe, key: str) -> object:
+    """What a recipe has for "section.key"."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(recipe, section), name)
 
 
 def _tell(run: "TrainingRun", note: Callable[[str], None]) -> None:
@@ -199,6 +233,7 @@ class TrainingRun:
         self.place, self.recipe, self.prepared, self.source = place_of_run, recipe, prepared, source
         self.model, self.placement = model.train(), placement
         self.result: dict = {}
+        self.chosen: list[str] = []
         self.headline = ""
         torch.manual_seed(recipe.train.seed)
         self.objective = OBJECTIVES[recipe.train.objective]
@@ -346,7 +381,8 @@ class TrainingRun:
                       "python": platform.python_version(), "device": str(self.placement)},
             data=self.source.facts() | {"tokenizer": self.prepared.tokenizer.hash, "tokens": self.prepared.corpus.tokens,
                                         "bytes": self.prepared.corpus.bytes},
-            validation=data.ranges(self.prepared.measured), result=self.result)
+            validation=data.ranges(self.prepared.measured), result=self.result,
+            **({"choice": self.chosen} if self.chosen else {}))
 
     def summary(self) -> str:
         """One line: the figures of the model that was kept."""

@@ -170,6 +170,16 @@ def measure_training(name: str, recipe: Recipe, placement: Placement, seconds: f
         cost.parameters(workload.config).total, peak_memory(placement.device))
 
 
+def measured_rate(recipe: Recipe, placement: Placement, seconds: float) -> float:
+    """FLOP/s of training by a recipe, told by some `seconds` of steps on random ids after two to warm up."""
+    workload, steps = TrainingWorkload(recipe, placement), []
+    for _ in range(2):
+        workload.step()
+    while sum(steps) < seconds or len(steps) < FEWEST_STEPS:
+        steps.append(workload.step())
+    return workload.flops / statistics.median(steps)
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that this process has had resident so far, or on a GPU allocated there."""
     if device.type == "cuda":

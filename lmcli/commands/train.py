@@ -19,8 +19,8 @@ Examples:
   lm train --resume runs/book""")
 @click.argument("data", nargs=-1, metavar="DATA...")
 @click.option("-o", "--output", metavar="DIR", help="Run folder.  [default: runs/NAME, the next free number]")
-@click.option("--preset", default="small", show_default=True, metavar="NAME|FILE",
-              help="Recipe: tiny, small, base, encoder-small, seq2seq-small, transformer-2017, or a .yaml file.")
+@click.option("--preset", default="auto", show_default=True, metavar="NAME|FILE",
+              help="Recipe: auto (chooses by text, time and machine), tiny, small, base, encoder-small, seq2seq-small, transformer-2017, or a .yaml file.")
 @click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value of the preset.")
 @click.option("--from", "origin", metavar="MODEL", help="Go on training this model folder, with its tokenizer.")
 @click.option("--tokenizer", "tokenizer_folder", metavar="DIR", help="Use this tokenizer instead of learning one.")
@@ -62,12 +62,14 @@ def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, to
     if resume:
         run = runs.resume(resume, device, threads or 0, BEGAN, note)
     else:
-        recipe = recipes.resolve(preset, sets, {
-            "time": time_, "steps": steps, "tokens": tokens, "epochs": epochs, "seed": seed,
-            "precision": None if dtype == "auto" else dtype})
+        def resolve(below=None):
+            return recipes.resolve(preset, (*(f"{key}={value}" for key, value in (below or {}).items()), *sets), {
+                "time": time_, "steps": steps, "tokens": tokens, "epochs": epochs, "seed": seed,
+                "precision": None if dtype == "auto" else dtype})
+
         run = runs.start(runs.Request(
-            recipe, data, output, val, include, Layout(documents, format_, fields, on_error), origin, tokenizer_folder,
-            overwrite, device, threads or 0), BEGAN, note)
+            resolve(), data, output, val, include, Layout(documents, format_, fields, on_error), origin, tokenizer_folder,
+            overwrite, device, threads or 0, resolve if preset == "auto" else None), BEGAN, note)
     with run.signals(), display.TrainingView(quiet, run.bytes_per_token, run.objective.target) as view:
         for kind, event in run.events():
             {"step": view.step, "validation": view.validation, "sample": view.sample}[kind](event)

@@ -100,13 +100,19 @@ def settle(source: Source, asked: str, shape: str, note: Callable[[str], None]) 
     return objective
 
 
-def prepare(source: Source, config: TokenizerConfig, context: int, validation_bytes: int, tokenizer: Tokenizer | None,
-            note: Callable[[str], None], objective: Objective = OBJECTIVES["causal"],
-            labels: tuple[str, ...] = ()) -> TrainingData:
-    """Surveys, splits, learns a tokenizer on the training part if none is given, and encodes.
+@dataclass
+class Parts:
+    """The documents to train on, those held out, and of these the ones that are measured."""
 
-    `labels` are those of a model that is trained further. Raises UserError for empty or too little text, and when
-    `source` was read before and its content has changed.
+    training: list[Document]
+    held_out: list[Document]
+    measured: list[Document]
+
+
+def split(source: Source, validation_bytes: int, note: Callable[[str], None]) -> Parts:
+    """Reads all files once and parts what they hold; `source` gets their hashes.
+
+    Raises UserError for empty text, and when `source` was read before and its content has changed.
     """
     layout = source.layout
     found, hashes = layout.survey(source.files)
@@ -118,8 +124,19 @@ def prepare(source: Source, config: TokenizerConfig, context: int, validation_by
     _check_unchanged(source, hashes)
     if layout.skipped:
         note(f"{layout.skipped} bad records left out")
-    measured = documents.limit(held_out, layout, validation_bytes)
-    _note_sizes(note, training, held_out, measured)
+    parts = Parts(training, held_out, documents.limit(held_out, layout, validation_bytes))
+    _note_sizes(note, parts)
+    return parts
+
+
+def prepare(source: Source, parts: Parts, config: TokenizerConfig, context: int, tokenizer: Tokenizer | None,
+            note: Callable[[str], None], objective: Objective = OBJECTIVES["causal"],
+            labels: tuple[str, ...] = ()) -> TrainingData:
+    """Learns a tokenizer on the training part if none is given, and encodes.
+
+    `labels` are those of a model that is trained further. Raises UserError for too little text.
+    """
+    layout, hashes, training, measured = source.layout, source.hashes, parts.training, parts.measured
     if tokenizer is None:
         texts = (piece.text for piece in layout.pieces(training))
         tokenizer = tokenizers.learn(texts, config, objective.shape)
@@ -192,10 +209,14 @@ def _check_unchanged(source: Source, hashes: dict[str, str]) -> None:
     source.hashes = hashes
 
 
-def _note_sizes(note: Callable[[str], None], training: list[Document], held_out: list[Document],
-                measured: list[Document]) -> None:
-    sizes = [sum(document.end - document.start for document in part) for part in (training, held_out, measured)]
-    text = f"{len(training):,} documents, {sizes[0]:,} bytes to train on; {sizes[1]:,} bytes held out"
+def size(documents_: list[Document]) -> int:
+    """Bytes of their files that documents take."""
+    return sum(document.end - document.start for document in documents_)
+
+
+def _note_sizes(note: Callable[[str], None], parts: Parts) -> None:
+    sizes = [size(part) for part in (parts.training, parts.held_out, parts.measured)]
+    text = f"{len(parts.training):,} documents, {sizes[0]:,} bytes to train on; {sizes[1]:,} bytes held out"
     if sizes[2] < sizes[1]:
         text += f", {sizes[2]:,} of them measured (train.validation_bytes)"
     note(text)

@@ -22,7 +22,8 @@ def prepare(tmp_path):
         path, notes = tmp_path / name, []
         path.write_text(text)
         source = data.find((str(path),), (), layout or Layout(), None, notes.append)
-        return data.prepare(source, VOCABULARY, context, validation_bytes, tokenizer, notes.append), source, notes
+        parts = data.split(source, validation_bytes, notes.append)
+        return data.prepare(source, parts, VOCABULARY, context, tokenizer, notes.append), source, notes
     return call
 
 
@@ -73,11 +74,12 @@ def test_facts_hold_all_that_reading_needs(tmp_path):
 
 def test_a_changed_file_is_named(prepare, tmp_path):
     prepared, source, notes = prepare("".join(LINES))
-    again = data.prepare(data.source_from_facts(source.facts()), VOCABULARY, 16, 10**6, prepared.tokenizer, notes.append)
+    known = data.source_from_facts(source.facts())
+    again = data.prepare(known, data.split(known, 10**6, notes.append), VOCABULARY, 16, prepared.tokenizer, notes.append)
     assert again.corpus.ids.tolist() == prepared.corpus.ids.tolist()
     (tmp_path / "text.txt").write_text("".join(LINES[::-1]))
     with pytest.raises(UserError, match="has changed since the run began") as caught:
-        data.prepare(data.source_from_facts(source.facts()), VOCABULARY, 16, 10**6, prepared.tokenizer, notes.append)
+        data.split(data.source_from_facts(source.facts()), 10**6, notes.append)
     assert caught.value.where == str(tmp_path / "text.txt")
 
 
