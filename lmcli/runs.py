@@ -24,7 +24,7 @@ from lmcli.config import ModelConfig, Recipe
 from lmcli.errors import UsageError, UserError
 from lmcli.inference.decoding import Decoder
 from lmcli.inference.scoring import Scorer
-from lmcli.model import kernels
+from lmcli.model import cost, kernels
 from lmcli.model.device import Placement, place
 from lmcli.model.transformer import Transformer, initialize
 from lmcli.recipes import BUDGETS
@@ -200,8 +200,7 @@ def _head(config: ModelConfig, objective: Objective, labels: tuple[str, ...]) ->
 
 def _check_memory(config: ModelConfig, placement: Placement) -> None:
     """Raises UsageError when weights, gradients and moments alone need more than the machine has: it would be killed."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Transformer(config).parameters())
+    parameters = cost.parameters(config).total
     there = torch.cuda.get_device_properties(placement.device).total_memory if placement.device.type == "cuda" else \
         os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if BYTES_PER_PARAMETER * parameters > there:

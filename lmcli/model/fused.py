@@ -1,6 +1,6 @@
 """A decoder's block and the head's loss with backward passes of their own: as few passes over memory as there can be.
 
-For training on a CPU. The block is the one of transformer.py with RMSNorm, rotary causal attention and SwiGLU; the tests
+For whole rows on a CPU: training, scoring. The block is the one of transformer.py with RMSNorm, rotary causal attention and SwiGLU; the tests
 compare both, value and gradient (in float64 as well). Products are torch's, what lies between them is kernels.c.
 Letters as in layers.py; N is B·T, F the width inside the MLP.
 """
@@ -21,8 +21,8 @@ ROWS_AT_ONCE = 1024  # rows of logits in one piece: they stay in the cache
 
 
 def active(x: Tensor) -> bool:
-    """Whether a forward pass over x should use these functions: gradients are wanted, and the kernels are there."""
-    return x.requires_grad and kernels.usable(x)
+    """Whether a forward pass over x should use these functions: all or nothing has a gradient, and the kernels are there."""
+    return (x.requires_grad or not torch.is_grad_enabled()) and kernels.usable(x)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,8 @@ class AdamW:
 
 
 class Muon:
-    """Momentum, made orthogonal (Jordan et al. 2024), as torch.optim.Muon; all matrices of one shape in one product.
+    """Momentum, made orthogonal (Jordan et al. 2024), as torch.optim.Muon; all matrices of one shape, lying or standing, in
+    one product.
 
     The update of a matrix of R rows and C columns is scaled by √max(1, R/C). What makes it orthogonal runs in bfloat16.
     """
@@ -114,36 +115,40 @@ class Muon:
     def step(self) -> None:
         """One update of every matrix that has a gradient."""
         for group in self.groups:
-            shapes: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+            alike: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
             for matrix in group.with_gradient():
-                shapes[tuple(matrix.shape)].append(matrix)
-            for shape, matrices in shapes.items():
-                rate = group.rate * max(1.0, shape[0] / shape[1]) ** 0.5
-                updates = orthogonal(self._momentum(matrices))
+                alike[tuple(sorted(matrix.shape))].append(matrix)
+            for matrices in alike.values():
+                updates = orthogonal(torch.stack([_wide(mean) for mean in self._momentum(matrices)]))
                 torch._foreach_mul_(matrices, 1 - group.rate * group.weight_decay)
-                torch._foreach_add_(matrices, [update.to(matrices[0].dtype) for update in updates], alpha=-rate)
+                for matrix, update in zip(matrices, updates):
+                    rows, columns = matrix.shape
+                    matrix.add_(update.T if rows > columns else update, alpha=-group.rate * max(1.0, rows / columns) ** 0.5)
 
-    def _momentum(self, matrices: list[nn.Parameter]) -> Tensor:
-        """(matrices, R, C) bfloat16: what the running means of the gradients, looked at one step ahead, say (Nesterov)."""
+    def _momentum(self, matrices: list[nn.Parameter]) -> list[Tensor]:
+        """In bfloat16, what the running means of the gradients, looked at one step ahead, say (Nesterov)."""
         gradients = [matrix.grad for matrix in matrices]
         for matrix in matrices:
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         means = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(means, gradients, 1 - self.momentum)
-        return torch.stack([ahead.bfloat16() for ahead in torch._foreach_lerp(gradients, means, self.momentum)])
+        return [ahead.bfloat16() for ahead in torch._foreach_lerp(gradients, means, self.momentum)]
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (…, R, C) with their singular values brought near 1: those above a hundredth of the bound on the largest
+    """Matrices (…, R, C), R ≤ C, with their singular values brought near 1: those above a hundredth of the bound on the largest
     end between 0.73 and 1.28, smaller ones grow a hundredfold.
 
     Each step is an odd quintic, the best one for the interval that the steps before it leave (Amsel et al. 2025, "Polar
     Express"). The bound on the largest value comes from the Gram matrix that the first step needs anyway, and is so close
     that three steps do what five do after division by the Frobenius norm (Jordan et al. 2024).
     """
-    x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     gram = x @ x.mT
     size = 1.05 * gram.norm(dim=(-2, -1), keepdim=True, dtype=torch.float32).sqrt().clamp(min=1e-7)
     x, gram = x / size.to(x.dtype), gram / size.square().to(x.dtype)
@@ -152,7 +157,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
             gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic), x, beta=linear)
         gram = None
-    return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
+    return x
 
 
 def build(model: nn.Module, config: TrainConfig) -> Optimizers:

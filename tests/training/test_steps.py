@@ -166,7 +166,7 @@ def test_muon_is_that_of_torch_but_for_how_it_makes_matrices_orthogonal(monkeypa
 
 
 def test_orthogonal_updates_lie_near_the_polar_factor():
-    for shape in ((3, 24, 24), (2, 40, 8), (1, 8, 40), (2, 192, 512)):
+    for shape in ((3, 24, 24), (1, 8, 40), (2, 192, 512)):
         matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         found = optimizers.orthogonal(matrices.bfloat16()).float()
         left, values, right = torch.linalg.svd(matrices, full_matrices=False)
