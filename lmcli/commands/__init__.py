@@ -20,6 +20,7 @@ COMMANDS = {
     "perplexity": "Perplexity and bits per byte of files.",
     "classify": "Labels of lines or tokens, by a classifier.",
     "info": "What a model, run, tokenizer or text is.",
+    "bench": "Speed of training beside what the machine can do.",
 }
 
 
@@ -51,6 +52,7 @@ def lm() -> None:
     lm perplexity -m notes other.txt      bits per byte of a file
     lm classify -m sentiment lines.txt    label and probability of each line
     lm info notes                         what a model, tokenizer or text is
+    lm bench --train                      speed of training on this machine
 
     A model is a Hugging Face folder. Results go to standard output, everything else to standard error.
     Completion: eval "$(_LM_COMPLETE=bash_source lm)" in ~/.bashrc; zsh_source and fish_source likewise.

@@ -36,11 +36,13 @@ quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors
 verbose = click.option("-v", "--verbose", is_flag=True, help="Say what was chosen.")
 beginning = click.option("--bos/--no-bos", "bos", default=None,
                          help="Begin each context with the beginning token, or do not; default: as the tokenizer says.")
+device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+threads = click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads.  [default: all cores]")
 hardware = _together(
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
+    device,
     click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
                  help="Precision. auto: float32 to measure, bfloat16 to generate where the hardware is made for it."),
-    click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads.  [default: all cores]"))
+    threads)
 batch_tokens = click.option("--batch-tokens", type=click.IntRange(min=1), default=None,
                             help="Tokens of one forward pass; changes speed, not results.")
 reading = _together(

@@ -1,0 +1,92 @@
+"""`lm bench --train`: what is told, for each shape of model. How fast anything was is never asserted."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+
+from lmcli.commands.bench import COLUMNS
+from lmcli.config import ModelConfig
+from lmcli.model import cost
+
+SMALL = ("--set", "model.hidden_size=32", "--set", "model.num_hidden_layers=1", "--set", "model.num_attention_heads=2",
+         "--set", "model.intermediate_size=64", "--set", "model.vocab_size=300", "--set", "train.context=16",
+         "--set", "train.batch_tokens=64", "--seconds", "0.01")
+DECODER = ModelConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=300,
+                      max_position_embeddings=16).complete()
+
+
+def test_an_object_a_measurement(inside):
+    done = inside("bench", "--train", "--json", "--dtype", "float32", "--threads", "1", *SMALL)
+    assert done.returncode == 0, done.stderr.decode()
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["name"] for row in rows] == ["train S", "train R"]
+    for row in rows:
+        assert tuple(row) == COLUMNS
+        assert (row["unit"], row["dtype"], row["threads"]) == ("FLOP/s", "float32", 1) and row["steps"] >= 3
+        assert row["parameters"] == cost.parameters(DECODER).total
+        assert row["flops_per_token"] == cost.training_flops_per_token(DECODER, 16)
+        assert row["achieved"] == pytest.approx(row["tokens_per_second"] * row["flops_per_token"])
+        assert row["ratio"] == pytest.approx(row["achieved"] / row["limit"])
+        assert row["tokens_per_second"] == pytest.approx(64 / row["step_ms"] * 1e3)
+        assert row["peak_memory_bytes"] > 1 << 24
+    assert b"train R: 0.01 s on cpu, 1 threads, float32" in done.stderr
+
+
+@pytest.mark.parametrize("preset", ["tiny", "encoder-small", "seq2seq-small", "transformer-2017"])
+def test_presets_of_every_shape_in_a_pipe(inside, preset):
+    done = inside("bench", "--train", "--preset", preset, *SMALL, "--set", "train.micro_batch_tokens=32", "-q")
+    assert done.returncode == 0, done.stderr.decode()
+    header, line = (line.split("\t") for line in done.stdout.decode().splitlines())
+    row = dict(zip(header, line, strict=True))
+    assert tuple(header) == COLUMNS and row["name"] == f"train {preset}" and not done.stderr
+    assert float(row["ratio"]) > 0 and float(row["flops_per_token"]) > 0
+
+
+def test_the_reference_shapes_are_those_that_are_told():
+    from lmcli.analysis import benchmark
+    from lmcli.model.device import place
+
+    found = {}
+    for name in ("R", "S"):
+        workload = benchmark.TrainingWorkload(benchmark.reference(name), place("cpu", "float32"))
+        config, train = workload.config, workload.train
+        assert (train.optimizer, train.dropout) == ("adamw", 0.0)
+        found[name] = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size,
+                       train.context, workload.tokens // train.context, round(workload.flops / workload.tokens / 1e6, 1))
+    assert found == {"R": (6, 384, 6, 4096, 256, 16, 80.2), "S": (4, 128, 4, 65, 64, 12, 5.2)}
+
+
+def test_a_table_on_a_terminal(environment):
+    leader, follower = pty.openpty()
+    done = subprocess.Popen([sys.executable, "-m", "lmcli", "bench", "--train", "--preset", "tiny", *SMALL],
+                            stdout=follower, stderr=subprocess.DEVNULL, env={**environment, "COLUMNS": "80"})
+    os.close(follower)
+    text = b""
+    with contextlib.suppress(OSError):  # the end, on Linux
+        while chunk := os.read(leader, 1 << 16):
+            text += chunk
+    os.close(leader)
+    assert done.wait(60) == 0 and b"\t" not in text
+    header, line = re.sub(r"\x1b\[\d*m", "", text.decode()).splitlines()
+    assert max(len(header), len(line)) <= 80 and line.split()[:2] == ["train", "tiny"]
+    assert re.split(r"  +", header.strip()) == ["name", "tokens/s", "GFLOP/s", "limit", "share", "dtype", "threads",
+                                                "step ms", "peak MB"]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ((), "there is: --train"),
+    (("--train", "--preset", "tinny"), "did you mean 'tiny'?"),
+    (("--train", "--set", "model.hidden_sise=3"), "did you mean 'hidden_size'?"),
+    (("--train", "--preset", "encoder-small", "--set", "train.objective=classification"), "it measures models that predict"),
+    (("--train", "--preset", "tiny", "--set", "train.objective=masked"), "objective masked with shape decoder"),
+    (("--train", "--dtype", "float16"), "float16"),
+    (("--train", "--seconds", "soon"), "not a duration")])
+def test_what_cannot_be_measured_is_usage(inside, arguments, said):
+    done = inside("bench", *arguments)
+    assert done.returncode == 2 and said in done.stderr.decode() and not done.stdout

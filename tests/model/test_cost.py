@@ -1,0 +1,117 @@
+"""What a model costs, by its configuration: against the real modules, and against torch's own count of FLOPs."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lmcli.config import ModelConfig
+from lmcli.model import cost
+from lmcli.model.transformer import Transformer
+from lmcli.recipes import preset_names, resolve
+
+SIZES = {"vocab_size": 48, "max_position_embeddings": 24, "hidden_size": 32, "num_hidden_layers": 3,
+         "num_attention_heads": 4}
+BERT = {"shape": "encoder", "query_key_norm": False, "attention_bias": "all", "positions": "learned", "norm": "layer",
+        "post_norm": True, "embedding_norm": True, "gated_mlp": False, "mlp_bias": True, "type_vocab_size": 2,
+        "head_dense": True}
+OPTIONS = {
+    "qwen3": {},
+    "llama, grouped, untied": {"query_key_norm": False, "num_key_value_heads": 2, "tie_word_embeddings": False},
+    "qwen2": {"query_key_norm": False, "attention_bias": "qkv", "head_dim": 16},
+    "gpt2": {"query_key_norm": False, "attention_bias": "all", "positions": "learned", "norm": "layer", "gated_mlp": False,
+             "mlp_bias": True},
+    "neox": {"norm": "layer", "parallel_block": True, "rotary_fraction": 0.25, "attention_bias": "all", "mlp_bias": True,
+             "tie_word_embeddings": False, "gated_mlp": False},
+    "bert": {**BERT, "head_norm": True, "head_bias": True},
+    "bert, labels": {**BERT, "head": "sequence", "labels": ("a", "b", "c")},
+    "bert, spans": {**BERT, "head": "span", "head_dense": False},
+    "bert, bare": {**BERT, "head": "none"},
+    "modernbert": {"shape": "encoder", "norm": "layer", "norm_bias": False, "embedding_norm": True,
+                   "first_attention_norm": False, "head_dense": True, "head_norm": True, "sliding_window": 4},
+    "t5": {"shape": "encoder-decoder", "num_encoder_layers": 2, "positions": "relative", "query_key_norm": False,
+           "head_dim": 16},
+    "bart": {"shape": "encoder-decoder", "num_encoder_layers": 2, "encoder_attention_heads": 2,
+             "encoder_intermediate_size": 96, "positions": "learned", "position_offset": 2, "norm": "layer",
+             "post_norm": True, "embedding_norm": True, "attention_bias": "all", "head_bias": True},
+    "two stacks, grouped": {"shape": "encoder-decoder", "encoder_attention_heads": 2, "num_key_value_heads": 2},
+}
+each_family = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+def config(options) -> ModelConfig:
+    return ModelConfig(**{**SIZES, **options}).complete()
+
+
+def modules(known: ModelConfig) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(known)
+
+
+def assert_counted(known: ModelConfig) -> None:
+    model = modules(known)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    assert cost.parameters(known) == (sum(weight.numel() for weight in model.parameters()),
+                                      sum(linear.weight.numel() for linear in linears),
+                                      sum(table.weight.numel() for table in tables))
+
+
+@each_family
+def test_parameters_are_those_of_the_modules(options):
+    assert_counted(config(options))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_so_are_those_of_presets(name):
+    recipe = resolve(name)
+    assert_counted(dataclasses.replace(recipe.model, vocab_size=recipe.tokenizer.vocab_size,
+                                       max_position_embeddings=recipe.train.context).complete())
+
+
+def test_the_published_size_of_gpt2():
+    sizes = ModelConfig(vocab_size=50257, max_position_embeddings=1024, hidden_size=768, num_hidden_layers=12,
+                        num_attention_heads=12, **OPTIONS["gpt2"]).complete()
+    assert cost.parameters(sizes).total == 124_439_808
+
+
+def test_the_convention_by_hand():
+    shape = ModelConfig(vocab_size=4096, max_position_embeddings=256, hidden_size=384, num_hidden_layers=6,
+                        num_attention_heads=6).complete()
+    a_layer, head, attention = 12 * 384 * 384, 4096 * 384, 12 * 6 * 384 * 256
+    assert cost.training_flops_per_token(shape, 256) == 6 * (6 * a_layer + head) + attention
+    assert round(cost.training_flops_per_token(shape, 256) / 1e6, 1) == 80.2
+    untied = dataclasses.replace(shape, tie_word_embeddings=False)
+    assert cost.training_flops_per_token(untied, 256) == cost.training_flops_per_token(shape, 256)
+
+
+@each_family
+def test_the_products_add_up_to_the_convention(options):
+    known = config(options)
+    for passes in (cost.whole_rows(known, 3, 20), cost.whole_rows(known, 2, 24)._replace(predicted=5)):
+        listed = cost.products(known, passes)
+        assert sum(product.flops for product in listed) == cost.training_flops(known, passes)
+        assert all(min(product[1:]) > 0 for product in listed)
+
+
+def test_a_linear_layer_has_three_products_and_attention_six():
+    listed = cost.products(config({"num_hidden_layers": 1}), cost.Passes(2, 0, 10, 20))
+    kinds = [product.kind for product in listed]
+    assert kinds.count("linear") == kinds.count("linear input") == kinds.count("linear weight") == len(listed) // 3 - 2
+    assert cost.Product("linear", 1, 1, 20, 32, 48) in listed  # the head
+    assert cost.Product("linear weight", 1, 1, 48, 20, 32) in listed
+    assert cost.Product("scores", 1, 8, 10, 8, 10) in listed and cost.Product("value", 1, 8, 10, 10, 8) in listed
+
+
+@each_family
+def test_torch_counts_the_same_flops(options):
+    known = config(options)
+    model = Transformer(known)
+    model.set_fast_attention(False)  # plain products, whose FLOPs torch counts in full
+    source, target = torch.randint(48, (2, 3, 20))
+    counter = FlopCounterMode(display=False)
+    with counter:
+        logits = model(source, decoder_input_ids=target) if known.shape == "encoder-decoder" else model(source)
+        logits.sum().backward()
+    assert counter.get_total_flops() == cost.training_flops(known, cost.whole_rows(known, 3, 20))
