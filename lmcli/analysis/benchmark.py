@@ -87,9 +87,9 @@ class TrainingWorkload:
         torch.manual_seed(self.train.seed)
         model = Transformer(config, self.train.dropout)
         model.initialize(self.train.seed)
-        run = loop.Run(model.to(placement.device).train(), rows, self.train, placement,
-                       lambda: SimpleNamespace(criterion=0.0), time.monotonic(), objective=objective)
-        self._events = run.events()
+        self.run = loop.Run(model.to(placement.device).train(), rows, self.train, placement,
+                            lambda: SimpleNamespace(criterion=0.0), time.monotonic(), objective=objective)
+        self._events = self.run.events()
 
     def step(self) -> float:
         """Seconds of the next training step: batch, forward, backward, clipping and update."""

@@ -58,7 +58,7 @@ class Product(NamedTuple):
                 "linear weight": "left", "key": "left", "value": "left"}.get(self.kind, "")
 
 
-class _Linear(NamedTuple):
+class Linear(NamedTuple):
     """`count` linear layers, applied to the positions that `reads` names."""
 
     reads: str
@@ -69,10 +69,12 @@ class _Linear(NamedTuple):
 
     @property
     def matrices(self) -> int:
+        """Weights of all of them, biases aside."""
         return self.count * self.inputs * self.outputs
 
     @property
     def biases(self) -> int:
+        """Their biases' numbers."""
         return self.count * self.outputs * self.biased
 
 
@@ -88,10 +90,10 @@ class _Attention(NamedTuple):
 
 def parameters(config: ModelConfig) -> Parameters:
     """The parameters of a complete configuration (`ModelConfig.complete`)."""
-    linears = _linears(config)
-    matrices, embedding = sum(linear.matrices for linear in linears), _tables(config)
+    layers = linears(config)
+    matrices, embedding = sum(linear.matrices for linear in layers), _tables(config)
     tied = config.vocab_size * config.hidden_size if config.tie_word_embeddings and config.head == "lm" else 0
-    biases = sum(linear.biases for linear in linears)
+    biases = sum(linear.biases for linear in layers)
     return Parameters(matrices + embedding - tied + biases + _norms(config), matrices, embedding)
 
 
@@ -103,7 +105,7 @@ def training_flops(config: ModelConfig, passes: Passes) -> int:
     window. Norms, activations, softmax and the optimizer are not counted. A decoder of 6 layers × 384 with 6 heads, MLP
     of 4 × 384, vocabulary 4,096 and context 256: 6 · 12,189,696 + 12 · 6 · 384 · 256 = 80.2 million a token.
     """
-    linear = sum(6 * part.matrices * _positions(part.reads, passes) for part in _linears(config))
+    linear = sum(6 * part.matrices * _positions(part.reads, passes) for part in linears(config))
     return linear + sum(12 * part.count * part.heads * part.width * passes.rows * _length(part.queries, passes)
                         * _length(part.keys, passes) for part in _attentions(config))
 
@@ -129,7 +131,7 @@ def products(config: ModelConfig, passes: Passes) -> list[Product]:
     `training_flops`.
     """
     found = []
-    for linear in _linears(config):
+    for linear in linears(config):
         read = _positions(linear.reads, passes)
         found += [Product("linear", linear.count, 1, read, linear.inputs, linear.outputs),
                   Product("linear input", linear.count, 1, read, linear.outputs, linear.inputs),
@@ -155,57 +157,58 @@ def _positions(reads: str, passes: Passes) -> int:
     return passes.predicted if reads == "head" else passes.rows * _length(reads, passes)
 
 
-def _stacks(config: ModelConfig) -> list[tuple[str, int, int, int, int]]:
+def stacks(config: ModelConfig) -> list[tuple[str, int, int, int, int]]:
     """(name, layers, heads, width of a head, width inside the MLP) of each stack."""
-    stacks = []
+    found = []
     if config.shape != "decoder":
-        stacks.append(("encoder", config.num_encoder_layers, config.encoder_attention_heads, config.encoder_head_dim,
-                       config.encoder_intermediate_size))
+        found.append(("encoder", config.num_encoder_layers, config.encoder_attention_heads, config.encoder_head_dim,
+                      config.encoder_intermediate_size))
     if config.shape != "encoder":
-        stacks.append(("decoder", config.num_hidden_layers, config.num_attention_heads, config.head_dim,
-                       config.intermediate_size))
-    return stacks
+        found.append(("decoder", config.num_hidden_layers, config.num_attention_heads, config.head_dim,
+                      config.intermediate_size))
+    return found
 
 
 def _attentions(config: ModelConfig) -> list[_Attention]:
-    found = [_Attention(name, name, layers, heads, width) for name, layers, heads, width, _ in _stacks(config)]
+    found = [_Attention(name, name, layers, heads, width) for name, layers, heads, width, _ in stacks(config)]
     if config.shape == "encoder-decoder":
         found.append(found[-1]._replace(keys="encoder"))
     return found
 
 
-def _linears(config: ModelConfig) -> list[_Linear]:
+def linears(config: ModelConfig) -> list[Linear]:
+    """All linear layers, the head's last; its `reads` is "head"."""
     hidden, found = config.hidden_size, []
     for part in _attentions(config):
         size = part.heads * part.width
         keys = size * config.num_key_value_heads // config.num_attention_heads
         biased = config.attention_bias != "none"
-        found += [_Linear(part.queries, part.count, hidden, size, biased),
-                  _Linear(part.keys, 2 * part.count, hidden, keys, biased),
-                  _Linear(part.queries, part.count, size, hidden, config.attention_bias == "all")]
-    for name, layers, _, _, inner in _stacks(config):
-        found += [_Linear(name, layers * (2 if config.gated_mlp else 1), hidden, inner, config.mlp_bias),
-                  _Linear(name, layers, inner, hidden, config.mlp_bias)]
+        found += [Linear(part.queries, part.count, hidden, size, biased),
+                  Linear(part.keys, 2 * part.count, hidden, keys, biased),
+                  Linear(part.queries, part.count, size, hidden, config.attention_bias == "all")]
+    for name, layers, _, _, inner in stacks(config):
+        found += [Linear(name, layers * (2 if config.gated_mlp else 1), hidden, inner, config.mlp_bias),
+                  Linear(name, layers, inner, hidden, config.mlp_bias)]
     if config.head_dense:
-        found.append(_Linear("head", 1, hidden, hidden, config.head_dense_bias))
+        found.append(Linear("head", 1, hidden, hidden, config.head_dense_bias))
     outputs, biased = {"lm": (config.vocab_size, config.head_bias), "span": (2, True), "none": (0, False)}.get(
         config.head, (len(config.labels), True))
-    return [*found, _Linear("head", 1, hidden, outputs, biased)]
+    return [*found, Linear("head", 1, hidden, outputs, biased)]
 
 
 def _tables(config: ModelConfig) -> int:
-    stacks, rows = _stacks(config), config.vocab_size
+    parts, rows = stacks(config), config.vocab_size
     if config.positions == "learned":
-        rows += len(stacks) * (config.max_position_embeddings + config.position_offset)
-    rows += len(stacks) * config.type_vocab_size
-    relative = sum(heads for _, _, heads, _, _ in stacks) if config.positions == "relative" else 0
+        rows += len(parts) * (config.max_position_embeddings + config.position_offset)
+    rows += len(parts) * config.type_vocab_size
+    relative = sum(heads for _, _, heads, _, _ in parts) if config.positions == "relative" else 0
     return rows * config.hidden_size + relative * config.relative_attention_num_buckets
 
 
 def _norms(config: ModelConfig) -> int:
     """Parameters of all norms, those over queries and keys included."""
-    stacks, count = _stacks(config), int(config.head_norm)
-    for name, layers, _, _, _ in stacks:
+    parts, count = stacks(config), int(config.head_norm)
+    for name, layers, _, _, _ in parts:
         in_block = 3 if name == "decoder" and config.shape == "encoder-decoder" else 2
         count += in_block * layers - (not config.first_attention_norm and layers > 0)
         count += config.embedding_norm + (not config.post_norm)

@@ -1,0 +1,143 @@
+"""How much memory training takes, worked out from the configuration alone; so that it is known before anything runs.
+
+All sizes are bytes. Pure arithmetic, no PyTorch; what is counted is what `transformer` with the functions of `fused` (a
+decoder on the CPU) or with plain PyTorch keeps for the backward pass, tensor by tensor. `tests/model/test_memory.py`
+holds it against what autograd really saves.
+"""
+
+from typing import NamedTuple
+
+from lmcli.config import ModelConfig, TrainConfig
+from lmcli.model import cost
+
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MASTER = 4  # weights, their gradients and moments are float32
+# as in `fused`, which may not be imported here since it leads to torch; a test compares them
+QUERIES_AT_ONCE = 128
+KEPT_WEIGHTS = 512
+LOGIT_ROWS_AT_ONCE = 1024
+PLAIN_LOGIT_ROWS_AT_ONCE = 4096  # of `likelihood`
+ORTHOGONAL = 8  # bytes that Muon works with for each number of the largest group of equal matrices, see `optimizers.Muon`
+
+
+class Memory(NamedTuple):
+    """What a training step holds, in bytes: weights and gradients, the optimizer's moments, `activations` (all that is
+    kept for the backward pass of one micro-batch, and what is being worked on when that is most), and `update`, what the
+    optimizer works with, when activations are gone."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    update: int = 0
+
+    @property
+    def total(self) -> int:
+        """The most that is held at any time."""
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.update)
+
+
+def training_memory(config: ModelConfig, train: TrainConfig, micro_batch_tokens: int, dtype: str = "bfloat16",
+                    recompute: bool = False, fused: bool = True) -> Memory:
+    """The Memory of training a complete configuration with micro-batches of so many tokens, activations in `dtype`.
+
+    `recompute` keeps only the input of each block and makes the rest of it again in the backward pass. `fused` says
+    whether the compiled kernels are there; they serve decoders with rotary positions, without biases.
+    """
+    total, inner = cost.parameters(config).total, inner_matrices(config)
+    by_muon = sum(count * rows * columns for count, rows, columns in inner) if train.optimizer == "muon" else 0
+    groups: dict[tuple[int, int], int] = {}
+    for count, rows, columns in inner if by_muon else ():
+        groups[rows, columns] = groups.get((rows, columns), 0) + count * rows * columns
+    return Memory(MASTER * total, MASTER * total, MASTER * (2 * (total - by_muon) + by_muon),
+                  _activations(config, train, micro_batch_tokens, dtype, recompute, fused and serves(config)),
+                  ORTHOGONAL * max(groups.values(), default=0))
+
+
+def serves(config: ModelConfig) -> bool:
+    """Whether the functions of `fused` serve the blocks of this configuration."""
+    return (config.shape == "decoder" and config.positions == "rotary" and config.norm == "rms" and config.gated_mlp
+            and config.hidden_act == "silu" and config.attention_bias == "none" and not config.mlp_bias
+            and not config.sliding_window and config.rotary_fraction == 1.0)
+
+
+def inner_matrices(config: ModelConfig) -> list[tuple[int, int, int]]:
+    """(how many, rows, columns) of the blocks' matrices, which Muon updates."""
+    return [(part.count, part.outputs, part.inputs) for part in cost.linears(config) if part.reads != "head"]
+
+
+def kept_for_backward(config: ModelConfig, train: TrainConfig, tokens: int, dtype: str, recompute: bool = False,
+                      fused: bool = True) -> int:
+    """Bytes that the forward pass of a micro-batch of so many tokens keeps for its backward pass."""
+    size, fused = SIZES[dtype], fused and serves(config)
+    kept = sum(layers * (config.hidden_size if recompute else block) for layers, block, _ in _blocks(config, train, fused))
+    copies = 0 if dtype == "float32" and not fused else size * sum(
+        count * rows * columns for count, rows, columns in inner_matrices(config))  # of the weights, in that precision
+    return int(size * tokens * (kept + config.hidden_size)) + copies + _head(config, train, tokens, size, fused)
+
+
+def _activations(config: ModelConfig, train: TrainConfig, tokens: int, dtype: str, recompute: bool, fused: bool) -> int:
+    """The same, and what the last block's backward pass and the head's work with while all of it is there."""
+    size = SIZES[dtype]
+    widest = max(gradients + (block if recompute else 0) for _, block, gradients in _blocks(config, train, fused))
+    matrix = config.vocab_size * config.hidden_size
+    pieces = 0 if config.head != "lm" else size * config.vocab_size * min(tokens, LOGIT_ROWS_AT_ONCE) + \
+        MASTER * matrix if fused else (MASTER + size) * config.vocab_size * min(tokens, PLAIN_LOGIT_ROWS_AT_ONCE)
+    return kept_for_backward(config, train, tokens, dtype, recompute, fused) + pieces + int(
+        size * tokens * (widest + config.hidden_size))
+
+
+def _blocks(config: ModelConfig, train: TrainConfig, fused: bool) -> list[tuple[int, float, float]]:
+    """(layers, numbers a token that each keeps, numbers a token of the gradients at its widest place) of each stack."""
+    share = 0.5 if config.shape == "encoder-decoder" else 1.0  # of the tokens, in each of two stacks
+    found = []
+    for stack, layers, heads, width, inner in cost.stacks(config):
+        block = _fused_block(config, train.context) if fused else \
+            _plain_block(config, stack, heads, width, inner, train.context)
+        if train.dropout:  # the noise that each part's result is multiplied with
+            block += (3 if config.shape == "encoder-decoder" and stack == "decoder" else 2) * config.hidden_size
+        found.append((layers, share * block, share * (3 * inner + 3 * config.hidden_size)))
+    return found
+
+
+def _fused_block(config: ModelConfig, context: int) -> int:
+    """Numbers a token that a block of `fused` keeps: both norms' inputs and results; the joined products; queries, keys and
+    values; attention weights; mixed heads; gate and up; their product."""
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    repeated = queries if keys < queries else keys  # grouped keys are copied for each query head
+    return (4 * config.hidden_size + (queries + 2 * keys) + (queries + 2 * repeated)
+            + config.num_attention_heads * kept_weights(context) + queries + 3 * config.intermediate_size)
+
+
+def kept_weights(context: int) -> int:
+    """Attention weights a token and head that `fused.causal_attention` keeps: of each chunk of queries, those of all keys
+    up to its end; none in long rows. kept_weights(256) == (128·128 + 128·256) / 256 == 192."""
+    if context > KEPT_WEIGHTS:
+        return 0
+    chunks = range(0, context, QUERIES_AT_ONCE)
+    return sum(min(QUERIES_AT_ONCE, context - first) * min(first + QUERIES_AT_ONCE, context) for first in chunks) // context
+
+
+def _plain_block(config: ModelConfig, stack: str, heads: int, width: int, inner: int, context: int) -> int:
+    """The same of plain PyTorch: close, since what an operation keeps is torch's own choice."""
+    hidden, queries = config.hidden_size, heads * width
+    keys = queries * config.num_key_value_heads // config.num_attention_heads
+    attention = 2 * hidden + 2 * (queries + keys) + 2 * queries  # norm; queries and keys turned, values; mixed heads, twice
+    attention += 2 * (queries + keys) if config.query_key_norm else 0
+    attention += heads * context * (2 if context <= QUERIES_AT_ONCE else 0)  # short rows are not left to torch's kernel
+    if config.shape == "encoder-decoder" and stack == "decoder":
+        attention += attention
+    return attention + 2 * hidden + (4 if config.gated_mlp else 2) * inner
+
+
+def _head(config: ModelConfig, train: TrainConfig, tokens: int, size: int, fused: bool) -> int:
+    """Bytes that the head keeps: fused, the gradients of hidden states and matrix, made beside the loss; plain, the
+    log-probability of every word at every target."""
+    if config.head != "lm":
+        return 0
+    matrix = config.vocab_size * config.hidden_size
+    targets = int({"encoder": train.mask_share, "encoder-decoder": 0.5}.get(config.shape, 1.0) * tokens)
+    if fused and not config.head_bias:
+        return targets * config.hidden_size * size + matrix * MASTER
+    return MASTER * targets * config.vocab_size + (0 if size == MASTER else size) * matrix

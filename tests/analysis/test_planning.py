@@ -1,0 +1,172 @@
+"""What `lm plan` works out: budgets into steps, probes of large models, advice. How fast anything is is never asserted."""
+
+import dataclasses
+
+import pytest
+
+from lmcli.analysis import planning
+from lmcli.analysis.planning import Plan, Planner, Speed
+from lmcli.config import TokenizerConfig
+from lmcli.errors import UsageError, UserError
+from lmcli.model import cost
+from lmcli.model.device import place
+from lmcli.recipes import resolve
+from lmcli.text.documents import Layout
+
+SMALL = ("model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=2", "train.context=16",
+         "train.batch_tokens=64", "tokenizer.vocab_size=300")
+
+
+def silent(text):
+    pass
+
+
+@pytest.fixture
+def story(tmp_path):
+    file = tmp_path / "story.txt"
+    file.write_text("".join(f"The baker of number {i} went home and slept.\n" for i in range(500)))
+    return file
+
+
+def text_of(file, recipe=None):
+    return planning.read((str(file),), (), Layout(), None, recipe or resolve("tiny", SMALL), silent)
+
+
+@pytest.fixture
+def planner(story, monkeypatch):
+    monkeypatch.setattr(planning, "SECONDS", 0.01)
+    return Planner(text_of(story), place("cpu", "float32"))
+
+
+def test_the_text_is_surveyed_as_training_would(story):
+    text = text_of(story)
+    whole = story.stat().st_size
+    assert text.documents == 1 and text.bytes + text.validation_bytes == whole
+    assert text.bytes == pytest.approx(0.9 * whole, rel=0.02)
+    assert "".join(text.sample) == story.read_text()[:text.bytes]  # small enough to be its own sample
+    assert 0.1 < text.compressed < 2
+
+
+@pytest.mark.parametrize("content, said", [(b"", "no text"), (b"\xff\xfe" * 90, "UTF-8"), (b"\n \n", "no text")])
+def test_what_is_no_text_is_told(tmp_path, content, said):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        text_of(tmp_path / "a.txt")
+
+
+def test_a_plan_of_steps(planner):
+    recipe = resolve("tiny", SMALL, {"steps": 10})
+    plan = planner.plan("tiny", recipe)
+    config = dataclasses.replace(recipe.model, vocab_size=plan.vocabulary, max_position_embeddings=16).complete()
+    assert plan.parameters == cost.parameters(config).total and 256 < plan.vocabulary <= 300
+    assert (plan.steps, plan.tokens, plan.batch_tokens, plan.context) == (10, 640, 64, 16)
+    assert plan.flops == 640 * cost.training_flops_per_token(config, 16)
+    assert plan.epochs == 640 / plan.text_tokens and plan.tokens_per_parameter == 640 / plan.parameters
+    assert plan.memory == plan.process + plan.weights + plan.gradients + plan.optimizer + plan.activations
+    assert plan.weights == 4 * plan.parameters and plan.process > 1 << 24 and plan.machine_memory > plan.memory
+    assert plan.tokens_per_second > 0 and plan.seconds > 0 and 0 < plan.bits_per_byte <= 8
+
+
+def test_tokens_of_the_text_are_close_to_what_a_tokenizer_makes_of_it(planner, story):
+    from lmcli.text.tokenizer import learn
+
+    text = story.read_text()[:planner.text.bytes]
+    plan = planner.plan("tiny", resolve("tiny", SMALL, {"epochs": 1}))
+    ids = learn([text], TokenizerConfig(vocab_size=300)).encode(text)
+    assert plan.text_tokens == pytest.approx(len(ids) + 1, rel=0.01)  # and the closing token
+    assert plan.epochs == pytest.approx(1, abs=0.02) and plan.steps == -(-(plan.text_tokens // 16) // 4)
+
+
+@pytest.mark.parametrize("preset", ["encoder-small", "seq2seq-small"])
+def test_other_shapes_have_no_bits_per_byte(planner, preset):
+    plan = planner.plan(preset, resolve(preset, SMALL[:5], {"steps": 2}))
+    assert plan.bits_per_byte is None and plan.steps == 2 and plan.memory > plan.process
+
+
+def test_no_budget_is_usage(planner):
+    with pytest.raises(UsageError, match="no budget"):
+        planner.plan("tiny", resolve("tiny", ("train.time=0",)))
+
+
+SPEED = Speed(token=0.001, update=0.1, evaluated=0.0)
+
+
+def steps(train, sets=(), before=3.0, interlude=(0.5, 0.25), step_tokens=2048, text_tokens=100_000):
+    recipe = resolve("tiny", sets, train)
+    return planning._steps(recipe, SPEED, step_tokens, text_tokens, before, interlude)
+
+
+def test_steps_and_seconds_of_each_budget():
+    step = 2.048 + 0.1
+    assert steps({"steps": 100}) == (100, pytest.approx(3 + 100 * step + 8 * 0.75))
+    assert steps({"steps": 100}, ("train.eval_every=50",)) == (100, pytest.approx(3 + 100 * step + 2 * 0.75))
+    assert steps({"steps": 3}) == (3, pytest.approx(3 + 3 * step + 3 * 0.75))
+    assert steps({"tokens": 10_000})[0] == 5  # the last one is whole
+    assert steps({"epochs": 2})[0] == -(-2 * (100_000 // 128) // 16)
+    assert steps({"epochs": 2, "steps": 7})[0] == 7
+    found, seconds = steps({"time": 600.0})
+    assert seconds == 600 and found == int((600 - 3 - 8 * 0.75) / step)
+    assert steps({"time": 600.0, "steps": 5}) == (5, pytest.approx(3 + 5 * step + 5 * 0.75))
+    assert steps({"time": 2.0}) == (0, 2.0)  # it could not begin
+
+
+def test_evaluations_keep_to_their_share():
+    assert planning._affordable(100, 0.1, 100) == 8
+    assert planning._affordable(100, 2, 100) < 5
+    assert planning._affordable(100, 50, 100) == 1
+
+
+@pytest.mark.parametrize("preset, sets, budget, found", [
+    ("tiny", (), 1e12, [(4, 2048)]), ("tiny", ("train.micro_batch_tokens=1024",), 1e12, [(4, 1024)]),
+    ("small", ("train.batch_tokens=65536",), 1e12, [(6, 16384)]), ("base", (), 1e12, [(1, 6144), (3, 6144)]),
+    ("base", (), 1e9, [(1, 1024), (3, 1024)]), ("seq2seq-small", (), 1e9, [(3, 128)])])
+def test_a_large_model_is_measured_by_few_of_its_layers(preset, sets, budget, found):
+    recipe = resolve(preset, sets)
+    config = dataclasses.replace(recipe.model, vocab_size=recipe.tokenizer.vocab_size,
+                                 max_position_embeddings=recipe.train.context).complete()
+    probes = planning._probes(dataclasses.replace(recipe, model=config), budget)
+    assert [(probe.model.num_hidden_layers, probe.train.batch_tokens) for probe in probes] == found
+    assert all(probe.model.hidden_size == config.hidden_size for probe in probes)
+
+
+def test_more_text_and_more_reading_help_and_repeating_helps_less():
+    def bits(text, read, body=1e6):
+        return planning.expected_bits_per_byte(2.6, text, read, int(body))
+    assert bits(1e6, 1e5) > bits(1e6, 1e6) > bits(1e6, 4e6) > 0
+    assert bits(1e6, 1e8) > bits(1e8, 1e8)
+    assert bits(1e6, 1e8) == pytest.approx(bits(1e6, 1e9), rel=0.01)
+    assert bits(1e6, 1.0) <= 8
+    assert planning.rounded(2.1234) == 2.1 and planning.rounded(None) is None
+
+
+PLAN = Plan("tiny", parameters=10**6, vocabulary=1024, context=128, batch_tokens=2048, text_bytes=10**6,
+            text_tokens=500_000, steps=1000, tokens=2_048_000, epochs=4.1, tokens_per_parameter=2.05, flops=1e13,
+            weights=4_000_000, gradients=4_000_000, optimizer=5_000_000, activations=60_000_000, process=400_000_000,
+            memory=473_000_000, machine_memory=10**10, tokens_per_second=20_000.0, seconds=100.0, bits_per_byte=2.1)
+
+
+def told(**changes):
+    other = dataclasses.replace(PLAN, preset="other", bits_per_byte=2.5, **changes)
+    plans, best = planning.advise([PLAN, other])
+    assert best == "take tiny: about 2.1 bits per byte in 100 s"
+    return plans[1].advice
+
+
+def test_advice():
+    assert planning.advise([PLAN])[0][0].advice == "text, model and budget go together"
+    assert told() == "text, model and budget go together, but tiny is expected to do better"
+    assert told(epochs=320.0) == "your text is 40 × too small for this: it is read 320 times; take tiny"
+    assert told(tokens_per_parameter=0.25) == "there is 4.0 × too little time for a model of this size; take tiny"
+    assert told(epochs=0.1) == "reads 10% of your text; all of it would take 17 min; take tiny"
+    assert told(steps=0) == "the time is over before the first step; take tiny"
+    assert told(memory=2 * 10**10, weights=2 * 10**10) == \
+        "needs 20.0 GB of memory, 10.0 GB are there; take tiny"
+    assert told(memory=12 * 10**9, activations=8 * 10**9) == \
+        "needs 12.0 GB of memory, 10.0 GB are there; --set train.micro_batch_tokens=1280 fits"
+    assert planning.advise([dataclasses.replace(PLAN, steps=0)])[1].startswith("none of these can be trained here")
+
+
+@pytest.mark.parametrize("seconds, said", [(50, "50 s"), (300, "5.0 min"), (4000, "67 min"), (9000, "2.5 h"),
+                                           (10**6, "12 days")])
+def test_durations_in_words(seconds, said):
+    assert planning._spelt(seconds) == said

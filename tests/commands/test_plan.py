@@ -1,0 +1,74 @@
+"""`lm plan` as a user sees it. How fast anything is is never asserted."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = ("--set", "model.hidden_size=32", "--set", "model.num_hidden_layers=1", "--set", "model.num_attention_heads=2",
+         "--set", "train.context=16", "--set", "train.batch_tokens=64", "--set", "tokenizer.vocab_size=300")
+
+
+@pytest.fixture
+def notes(tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("".join(f"The baker of number {i} went home and slept.\n" for i in range(300)))
+    return str(file)
+
+
+def test_an_object_a_preset_and_what_to_take(inside, notes):
+    done = inside("plan", notes, *SMALL, "--steps", "20", "--json", "--threads", "1", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr.decode()
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["preset"] for row in rows] == ["tiny", "small", "base"]
+    for row in rows:
+        assert (row["steps"], row["tokens"], row["context"]) == (20, 1280, 16) and row["advice"]
+        assert row["memory"] == sum(row[part] for part in ("weights", "gradients", "optimizer", "activations", "process"))
+        assert row["bits_per_byte"] == round(row["bits_per_byte"], 1)
+    last = done.stderr.decode().splitlines()
+    assert "trying tiny, small, base on cpu, 1 threads, float32" in last[0] and last[-1].startswith("lm: take ")
+
+
+def test_rows_in_a_pipe_from_standard_input(inside, notes):
+    done = inside("plan", "--preset", "tiny", *SMALL, "--time", "1h", "-q", stdin=Path(notes).read_bytes())
+    assert done.returncode == 0 and not done.stderr
+    header, line = (line.split("\t") for line in done.stdout.decode().splitlines())
+    row = dict(zip(header, line, strict=True))
+    assert row["preset"] == "tiny" and float(row["seconds"]) == 3600 and int(row["steps"]) > 100
+    assert "too small" in row["advice"]
+
+
+def test_a_table_on_a_terminal(environment, notes):
+    leader, follower = pty.openpty()
+    done = subprocess.Popen([sys.executable, "-m", "lmcli", "plan", notes, "--preset", "tiny", *SMALL, "--steps", "5"],
+                            stdout=follower, stderr=subprocess.DEVNULL, env={**environment, "COLUMNS": "80"})
+    os.close(follower)
+    text = b""
+    with contextlib.suppress(OSError):  # the end, on Linux
+        while chunk := os.read(leader, 1 << 16):
+            text += chunk
+    os.close(leader)
+    assert done.wait(60) == 0 and b"\t" not in text
+    header, line, advice = re.sub(r"\x1b\[\d*m", "", text.decode()).splitlines()
+    assert re.split(r"  +", header.strip()) == [
+        "preset", "params", "tokens", "epochs", "tok/par", "FLOPs", "MB", "tok/s", "time", "bits/byte"]
+    assert max(len(header), len(line)) <= 80 and line.split()[0] == "tiny" and "about" in line
+    assert advice.startswith("tiny: ") and "gradients 0, optimizer 0, activations" in advice
+
+
+@pytest.mark.parametrize("arguments, code, said", [
+    (("missing.txt",), 1, "missing.txt"), (("{empty}",), 1, "no text"), (("{binary}",), 1, "UTF-8"),
+    (("{empty}", "--preset", "tinny"), 2, "did you mean 'tiny'?"), (("{empty}", "--time", "soon"), 2, "not a duration"),
+    (("{notes}", "--preset", "tiny", "--set", "train.time=0"), 2, "no budget")])
+def test_what_cannot_be_planned_is_told(inside, notes, tmp_path, arguments, code, said):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\x00\xff\xfe" * 100)
+    names = {"empty": tmp_path / "empty.txt", "binary": tmp_path / "binary.txt", "notes": notes}
+    done = inside("plan", *(word.format(**names) for word in arguments))
+    assert done.returncode == code and said in done.stderr.decode() and not done.stdout
