@@ -39,7 +39,7 @@ EVALUATED_TOKENS = 4096
 MANY_EPOCHS = 8.0  # passes after which validation stops falling (tinyshakespeare, 4 × 192: after 5, with dropout 9)
 FEW_TOKENS = 1.0  # a parameter: with fewer a smaller model is the better one (the same text, 4 × 128 … 4 × 256 in 60 s)
 # of the fit in `expected_bits_per_byte`
-FLOOR, SLOPE, POWER, SIZE_POWER, REPEATS = 0.705, 0.16, 0.5, 0.15, 4.0
+FLOOR, CAPACITY, SLOPE, POWER, SIZE_POWER, REPEATS = 0.615, 0.05, 0.25, 0.5, 0.3, 8.0
 DISK = 5e8  # bytes a second that saves come to
 SECONDS_OF_SAMPLE = 0.05  # for a layer of the model that writes the sample text
 
@@ -338,12 +338,19 @@ def _affordable(room: float, evaluation: float, budget: float) -> int:
 def expected_bits_per_byte(compressed: float, text_bytes: float, read_bytes: float, body: int) -> float:
     """About how many bits per byte a decoder reaches on held-out text like its own.
 
-    FITTED
+    `compressed` is what xz makes of the text, `body` the parameters without the embedding. A floor that falls with the
+    model's size, and above it what is not learnt yet: less with the bytes read, more for a larger model at the same
+    bytes. Reading again counts for less and less (Muennighoff et al. 2023), up to eight further passes.
+
+    Fitted to 30 runs of 8 to 300 s with 0.3 to 3.2 million parameters in their blocks, 21 of them on tinyshakespeare,
+    the others on wikitext-2, two kinds of stories, and a Chinese novel and classic: error 6 % (root mean square), 13 % at
+    most. A text left out of the fit is met within 18 %, one of 60 kB within 26 %. Beyond those sizes it is a guess.
     """
     million = 1e6
     fresh = text_bytes * (1 + REPEATS * (1 - math.exp(-max(0.0, read_bytes / text_bytes - 1) / REPEATS)))
     read = max(1e-3, min(read_bytes, fresh) / million)
-    return min(8.0, compressed * (FLOOR + SLOPE * read ** -POWER * (body / million) ** SIZE_POWER))
+    size = body / million
+    return min(8.0, compressed * (FLOOR * size ** -CAPACITY + SLOPE * read ** -POWER * size ** SIZE_POWER))
 
 
 def rounded(bits: float | None) -> float | None:

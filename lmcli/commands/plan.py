@@ -82,7 +82,7 @@ def _print(plans, as_json):
         lines = [_readable(row) for row in rows]
         print(table(list(lines[0]), [list(line.values()) for line in lines]), end="")
         for row in rows:
-            print(f"{row['preset']}: {row['advice']}")
+            print(f"{row['preset']}: {row['advice']} ({_parts(row)})")
     else:
         print("\t".join(rows[0]))
         for row in rows:
@@ -100,11 +100,17 @@ def _readable(row) -> dict[str, str]:
     from lmcli.display import clock
 
     bits = row["bits_per_byte"]
-    return {"preset": row["preset"], "parameters": _short(row["parameters"]), "tokens": _short(row["tokens"]),
+    return {"preset": row["preset"], "params": _short(row["parameters"]), "tokens": _short(row["tokens"]),
             "epochs": f"{row['epochs']:,.2g}" if row["epochs"] < 100 else f"{row['epochs']:,.0f}",
-            "tokens/par.": f"{row['tokens_per_parameter']:,.2g}", "FLOPs": f"{row['flops']:.1e}",
-            "memory MB": f"{row['memory'] / 1e6:,.0f}", "tokens/s": f"{row['tokens_per_second']:,.0f}",
+            "tok/par": f"{row['tokens_per_parameter']:,.2g}", "FLOPs": f"{row['flops']:.0e}".replace("e+", "e"),
+            "MB": f"{row['memory'] / 1e6:,.0f}", "tok/s": f"{row['tokens_per_second']:,.0f}",
             "time": clock(row["seconds"]), "bits/byte": "–" if bits is None else f"about {bits}"}
+
+
+def _parts(row) -> str:
+    """Where the memory goes."""
+    parts = (f"{name} {row[name] / 1e6:,.0f}" for name in ("weights", "gradients", "optimizer", "activations"))
+    return f"{', '.join(parts)}, the program {row['process'] / 1e6:,.0f} MB"
 
 
 def _short(number) -> str:

@@ -47,7 +47,7 @@ def test_rows_in_a_pipe_from_standard_input(inside, notes):
 def test_a_table_on_a_terminal(environment, notes):
     leader, follower = pty.openpty()
     done = subprocess.Popen([sys.executable, "-m", "lmcli", "plan", notes, "--preset", "tiny", *SMALL, "--steps", "5"],
-                            stdout=follower, stderr=subprocess.DEVNULL, env={**environment, "COLUMNS": "110"})
+                            stdout=follower, stderr=subprocess.DEVNULL, env={**environment, "COLUMNS": "80"})
     os.close(follower)
     text = b""
     with contextlib.suppress(OSError):  # the end, on Linux
@@ -56,8 +56,10 @@ def test_a_table_on_a_terminal(environment, notes):
     os.close(leader)
     assert done.wait(60) == 0 and b"\t" not in text
     header, line, advice = re.sub(r"\x1b\[\d*m", "", text.decode()).splitlines()
-    assert re.split(r"  +", header.strip())[:3] == ["preset", "parameters", "tokens"]
-    assert line.split()[0] == "tiny" and "about" in line and advice.startswith("tiny: ")
+    assert re.split(r"  +", header.strip()) == [
+        "preset", "params", "tokens", "epochs", "tok/par", "FLOPs", "MB", "tok/s", "time", "bits/byte"]
+    assert max(len(header), len(line)) <= 80 and line.split()[0] == "tiny" and "about" in line
+    assert advice.startswith("tiny: ") and "gradients 0, optimizer 0, activations" in advice
 
 
 @pytest.mark.parametrize("arguments, code, said", [
