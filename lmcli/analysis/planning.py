@@ -372,15 +372,17 @@ def advise(plans: list[Plan]) -> tuple[list[Plan], str]:
 def _advice(plan: Plan, best: Plan | None) -> str:
     other = f"; take {best.preset}" if best and best.preset != plan.preset else ""
     if not plan.fits:
-        return f"needs {plan.memory / 1e9:,.1f} GB of memory, {plan.machine_memory / 1e9:,.1f} GB are there{_less(plan, other)}"
+        there = plan.machine_memory / 1e9
+        return f"needs {plan.memory / 1e9:,.1f} GB of memory, {there:,.1f} GB are there{_less(plan, other)}"
     if not plan.steps:
         return f"the time is over before the first step{other or '; give more'}"
     if plan.tokens_per_parameter < FEW_TOKENS and plan.epochs < MANY_EPOCHS:
         return (f"there is {_times_too(FEW_TOKENS / plan.tokens_per_parameter)} too little time for a model of this size"
                 f"{other or '; a smaller one learns faster'}")
     if plan.epochs > MANY_EPOCHS:
-        return (f"your text is {_times_too(plan.epochs / MANY_EPOCHS)} too small for this: it is read {plan.epochs:,.0f} times"
-                f"{other or ', and after some ' + f'{MANY_EPOCHS:.0f} there is little left to learn; stop earlier'}")
+        alone = f", and after some {MANY_EPOCHS:.0f} there is little left to learn; stop earlier"
+        return (f"your text is {_times_too(plan.epochs / MANY_EPOCHS)} too small for this: it is read "
+                f"{plan.epochs:,.0f} times{other or alone}")
     if plan.epochs < 0.5:
         return (f"reads {plan.epochs:.0%} of your text; all of it would take "
                 f"{_spelt(plan.seconds / max(plan.epochs, 1e-9))}{other}")
