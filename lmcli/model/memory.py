@@ -94,24 +94,23 @@ def _blocks(config: ModelConfig, train: TrainConfig, fused: bool) -> list[tuple[
     for stack, layers, heads, width, inner in cost.stacks(config):
         block = _fused_block(config, train.context) if fused else \
             _plain_block(config, stack, heads, width, inner, train.context)
-        if train.dropout:  # the noise that each part's result is multiplied with
+        if train.dropout and not fused:  # the noise that each part's result is multiplied with
             block += (3 if config.shape == "encoder-decoder" and stack == "decoder" else 2) * config.hidden_size
         found.append((layers, share * block, share * (3 * inner + 3 * config.hidden_size)))
     return found
 
 
 def _fused_block(config: ModelConfig, context: int) -> int:
-    """Numbers a token that a block of `fused` keeps: both norms' inputs and results; the joined products; queries, keys and
-    values; attention weights; mixed heads; gate and up; their product."""
+    """Numbers a token that `fused.block` keeps: what enters both norms; the joined products; queries, keys and values;
+    attention weights; mixed heads; gate and up."""
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    repeated = queries if keys < queries else keys  # grouped keys are copied for each query head
-    return (4 * config.hidden_size + (queries + 2 * keys) + (queries + 2 * repeated)
-            + config.num_attention_heads * kept_weights(context) + queries + 3 * config.intermediate_size)
+    return (2 * config.hidden_size + 2 * (queries + 2 * keys)
+            + config.num_attention_heads * kept_weights(context) + queries + 2 * config.intermediate_size)
 
 
 def kept_weights(context: int) -> int:
-    """Attention weights a token and head that `fused.causal_attention` keeps: of each chunk of queries, those of all keys
+    """Attention weights a token and head that `fused.block` keeps: of each chunk of queries, those of all keys
     up to its end; none in long rows. kept_weights(256) == (128·128 + 128·256) / 256 == 192."""
     if context > KEPT_WEIGHTS:
         return 0
