@@ -15,15 +15,16 @@ from lmcli.model import cost
 SAMPLE_CHARACTERS = 1 << 20
 SECONDS_BESIDE_STEPS = 5.0  # starting, reading, choosing, the last evaluation: what a run by time cannot train in
 GUESSED_RATE = 1.5e11  # FLOP/s of a small model on two cores, to choose the shape that is then measured
-KNOWN_FLOPS, KNOWN_RATIO, KNOWN_BATCH = 9e12, 1.6, 2048  # a minute on two cores: training tokens for each parameter of blocks
+KNOWN_FLOPS, KNOWN_RATIO, KNOWN_BATCH = 9e12, 2.2, 2048  # a minute on two cores: training tokens for each parameter of blocks
 FAR_FLOPS, FAR_RATIO = 1e19, 20.0
 BATCH_POWER = 0.35
+WIDE = 384  # hidden size from which heads are 64 wide instead of 32
 PARAMETERS_A_TOKEN = 5.0  # of different text: a larger model only learns it by heart
-TOKENS_AN_ENTRY, PASSES_COUNTED = 700, 2.5  # that training reads for each entry of the vocabulary; reading again helps little
+TOKENS_AN_ENTRY, PASSES_COUNTED = 700, 1.5  # that training reads for each entry of the vocabulary; reading again helps little
 # up to so many parameters in the blocks so many layers, and so long a context; up to so many epochs so much dropout
 DEPTHS = ((0.5e6, 3), (2.4e6, 4), (9e6, 6), (3e7, 8), (math.inf, 12))
 CONTEXTS = ((0.5e6, 64), (1.6e6, 128), (2e7, 256), (6e7, 512), (math.inf, 1024))
-DROPOUTS = ((4.0, 0.0), (6.0, 0.1), (math.inf, 0.2))
+DROPOUTS = ((3.5, 0.0), (6.0, 0.1), (12.0, 0.15), (math.inf, 0.2))
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Design:
     @property
     def heads(self) -> int:
         """Attention heads: of width 32 in small models, 64 in others."""
-        return self.hidden // (64 if self.hidden >= 384 else 32)
+        return self.hidden // (64 if self.hidden >= WIDE else 32)
 
     @property
     def model(self) -> ModelConfig:
@@ -136,7 +137,9 @@ def _design(text: Text, allowed: Budget, rate: float, vocab_size: int) -> Design
     different = _tokens(text, vocabulary)
     blocks = min(blocks, PARAMETERS_A_TOKEN * different)
     layers = next(depth for most, depth in DEPTHS if blocks < most)
-    hidden = max(64, round(math.sqrt(blocks / 12 / layers) / 32) * 32)
+    hidden = math.sqrt(blocks / 12 / layers)
+    grain = 32 if hidden < WIDE - 32 else 64  # the width of a head
+    hidden = max(64, round(hidden / grain) * grain)
     context = next(size for most, size in CONTEXTS if blocks < most)
     draft = Design(layers, hidden, vocabulary, context, 0, 0.0, 0.0)
     a_token = cost.training_flops_per_token(draft.model, context)

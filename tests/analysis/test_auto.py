@@ -1,0 +1,100 @@
+"""Preset auto: what it chooses follows from text, budget and measured speed, and is always a recipe that can be trained."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmcli import recipes
+from lmcli.analysis import auto
+from lmcli.config import TrainConfig
+
+MEGABYTE = auto.Text(1_000_000, 60, 1.0)
+
+
+def chosen(text=MEGABYTE, seconds=0.0, rate=1.5e11, vocab_size=0, **train):
+    """(choice, designs that were measured) for a machine that trains everything at `rate` FLOP/s."""
+    measured = []
+
+    def measure(design):
+        measured.append(design)
+        return rate
+
+    return auto.choose(text, auto.budget(TrainConfig(time=seconds, **train), text), vocab_size, measure), measured
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(50, 10**12), st.integers(1, 8000), st.floats(1.0, 4.0), st.floats(1.0, 1e6), st.floats(1e7, 1e15))
+def test_every_choice_is_a_recipe_that_can_be_trained(size, characters, width, seconds, rate):
+    design = chosen(auto.Text(size, characters, width), seconds, rate)[0].design
+    recipe = recipes.resolve("auto", [f"{key}={value}" for key, value in design.settings.items()], {"time": seconds})
+    recipe.model.complete()
+    assert recipe.train.batch_tokens >= recipe.train.context and recipe.train.time == seconds
+    assert 257 <= recipe.tokenizer.vocab_size <= 32_768 and 0 <= recipe.train.dropout <= 0.2
+
+
+@settings(deadline=None)
+@given(st.integers(10**4, 10**10), st.floats(5.0, 1e5), st.floats(1.0, 4.0))
+def test_more_time_or_more_text_never_makes_a_smaller_model(size, seconds, times):
+    def blocks(text, allowed):
+        design = chosen(text, allowed)[0].design
+        return design.layers * design.hidden ** 2
+
+    small = auto.Text(size, 60, 1.0)
+    few = blocks(small, seconds)
+    # widths come in steps of 32, and a change of depth rounds anew
+    assert blocks(small, times * seconds) >= 0.7 * few
+    assert blocks(auto.Text(int(times * size), 60, 1.0), seconds) >= 0.7 * few
+
+
+def test_a_faster_machine_gets_a_larger_model_and_is_measured_twice_at_most():
+    slow, first = chosen(seconds=60, rate=1.5e11)
+    fast, second = chosen(auto.Text(10**9, 60, 1.0), seconds=60, rate=1e14)
+    assert len(first) == 1 and len(second) == 2  # the guess was right, and was not
+    assert fast.design.hidden > slow.design.hidden and fast.design.layers >= slow.design.layers
+    assert fast.rate == 1e14
+
+
+def test_what_the_grid_on_a_megabyte_found_best_is_chosen():
+    minute = chosen(seconds=60)[0].design
+    assert (minute.layers, minute.hidden, minute.vocabulary, minute.batch, minute.dropout) == (4, 128, 1024, 2048, 0.0)
+    five = chosen(seconds=300)[0].design
+    assert (five.layers, five.hidden, five.batch) == (4, 192, 4096) and five.dropout >= 0.1
+
+
+def test_dropout_only_where_text_is_read_again_and_again():
+    assert chosen(auto.Text(10**9, 90, 1.0), seconds=3600)[0].design.dropout == 0.0
+    assert chosen(auto.Text(100_000, 60, 1.0), seconds=3600)[0].design.dropout == 0.2
+
+
+def test_a_little_text_is_not_given_to_a_large_model():
+    design = chosen(auto.Text(30_000, 60, 1.0), seconds=36_000)[0].design
+    assert 12 * design.layers * design.hidden ** 2 < 10 * 30_000
+
+
+def test_scripts_of_many_characters_get_a_vocabulary_for_them():
+    latin, chinese = (chosen(auto.Text(2_500_000, count, width), seconds=60)[0].design
+                      for count, width in ((60, 1.0), (2600, 2.95)))
+    assert chinese.vocabulary == 4096 > latin.vocabulary
+
+
+def test_a_given_tokenizer_keeps_its_size():
+    assert chosen(seconds=60, vocab_size=777)[0].design.vocabulary == 777
+
+
+def test_without_a_time_budget_nothing_is_measured_so_the_choice_is_the_same_on_every_machine():
+    for train in ({"tokens": 2_000_000}, {"steps": 500}, {"epochs": 3.0}):
+        choice, measured = chosen(**train)
+        assert not measured and choice.rate == 0.0 and "GFLOP" not in choice.reasons[0]
+        assert choice.design.tokens > 0
+
+
+def test_what_is_told_of_a_text():
+    text = auto.describe(iter(["ab" * 50_000, "é" * 10]), 100_020)
+    assert text.bytes == 100_020 and text.characters == 2 and 1.0 < text.bytes_per_character < 1.001
+    assert auto.describe(iter(["红楼梦" * 10]), 90).bytes_per_character == 3.0
+    assert auto.describe(iter([]), 0).characters == 0
+
+
+def test_no_more_text_is_read_than_the_sample():
+    pieces = iter(["a" * 100_000] * 50)
+    auto.describe(pieces, 5_000_000)
+    assert sum(1 for _ in pieces) == 50 - 11

@@ -1,0 +1,102 @@
+"""How long until a quality is reached: `lm train` beside nanoGPT's README recipe for a CPU, on one text of characters.
+
+python tests/benchmarks/time_to_quality.py TEXT --nanogpt CHECKOUT [--times 6s,8s,10s] [--seeds 3]
+
+The text is split once, 90 % to train on and 10 % to validate on. nanoGPT (4 layers × 128, context 64, batch 12, 2,000
+steps, characters) runs as its train.py runs, in a copy of the checkout; ours learns its tokenizer on the first part within
+its time. Both are measured in disjoint windows of 64 tokens over every validation byte, as bits per byte; both clocks run
+from process start to saved model. About two minutes a seed for nanoGPT.
+"""
+
+import argparse
+import json
+import pickle
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CONTEXT = 64
+RECIPE = ("config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=100",
+          f"--block_size={CONTEXT}", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000",
+          "--lr_decay_iters=2000", "--dropout=0.0", "--always_save_checkpoint=True", "--dataset=here", "--out_dir=out")
+# run inside the copy: disjoint windows over every validation byte, each predicted once but the first of the text
+MEASURE = """
+import json, math, pickle, sys, torch, numpy as np
+from model import GPT, GPTConfig
+saved = torch.load("out/ckpt.pt", map_location="cpu", weights_only=False)
+model = GPT(GPTConfig(**saved["model_args"])); model.load_state_dict(saved["model"]); model.eval()
+ids = torch.from_numpy(np.fromfile("data/here/val.bin", dtype=np.uint16).astype(np.int64))
+size, total = saved["model_args"]["block_size"], 0.0
+with torch.no_grad():
+    for start in range(0, len(ids) - 1, size):
+        row = ids[start:start + size + 1]
+        total += float(model(row[None, :-1], row[None, 1:])[1]) * (len(row) - 1)
+print(json.dumps(total / math.log(2)))
+"""
+
+
+def nanogpt(checkout: Path, training: str, validation: str, seed: int) -> tuple[float, float]:
+    """(seconds, bits per byte) of its README recipe."""
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / "nanoGPT"
+        shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git"))
+        letters = sorted(set(training + validation))
+        folder = copy / "data" / "here"
+        folder.mkdir()
+        for name, text in (("train", training), ("val", validation)):
+            ids = [letters.index(letter).to_bytes(2, sys.byteorder) for letter in text]
+            (folder / f"{name}.bin").write_bytes(b"".join(ids))
+        with (folder / "meta.pkl").open("wb") as out:
+            pickle.dump({"vocab_size": len(letters)}, out)
+        script = (copy / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({1337 + seed}")
+        (copy / "train.py").write_text(script)
+        started = time.monotonic()
+        subprocess.run([sys.executable, "train.py", *RECIPE], cwd=copy, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.monotonic() - started
+        bits = json.loads(subprocess.run([sys.executable, "-c", MEASURE], cwd=copy, check=True, capture_output=True,
+                                         text=True).stdout.splitlines()[-1])
+        return seconds, bits / len(validation.encode())
+
+
+def ours(folder: Path, training: Path, validation: Path, budget: str, seed: int) -> tuple[float, float]:
+    """(seconds, bits per byte) of `lm train` with preset auto."""
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-m", "lmcli", "train", "-q", str(training), "--val", str(validation), "-o", str(folder),
+                    "--time", budget, "--seed", str(seed), "--overwrite"], check=True, stdout=subprocess.DEVNULL)
+    seconds = time.monotonic() - started
+    done = subprocess.run([sys.executable, "-m", "lmcli", "perplexity", "-m", str(folder), "--json", "--context", str(CONTEXT),
+                           "--stride", str(CONTEXT), str(validation)], check=True, capture_output=True, text=True)
+    return seconds, json.loads(done.stdout.splitlines()[0])["bits_per_byte"]
+
+
+def main() -> None:
+    """Prints a row for each contestant: medians over the seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--nanogpt", type=Path)
+    parser.add_argument("--times", default="6s,8s,10s")
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    text = options.text.read_bytes()
+    cut = len(text) * 9 // 10
+    with tempfile.TemporaryDirectory() as temporary:
+        training, validation = Path(temporary) / "train.txt", Path(temporary) / "val.txt"
+        training.write_bytes(text[:cut])
+        validation.write_bytes(text[cut:])
+        jobs = {f"lm, {budget}": lambda seed, budget=budget: ours(Path(temporary) / "run", training, validation, budget, seed)
+                for budget in options.times.split(",")}
+        if options.nanogpt:
+            jobs["nanoGPT"] = lambda seed: nanogpt(options.nanogpt, training.read_text(), validation.read_text(), seed)
+        for name, job in jobs.items():
+            found = [job(seed) for seed in range(options.seeds)]
+            seconds, bits = (statistics.median(side) for side in zip(*found))
+            print(f"{name:<12} {seconds:6.1f} s  {bits:.4f} bits/byte  "
+                  f"({', '.join(f'{value:.4f}' for _, value in found)})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
