@@ -177,6 +177,8 @@ class TrainConfig:
     weight_decay: float = knob(0.1, "decoupled decay of matrices", 0.0, 10.0)
     gradient_clip: float = knob(1.0, "largest gradient norm; 0 leaves gradients alone", 0.0)
     dropout: float = knob(0.0, "share of sublayer outputs set to zero", 0.0, 0.95)
+    compile: str = knob("auto", "torch.compile for the blocks; auto: on a GPU, in runs that repay the minute it takes",
+                        choices=("auto", "on", "off"))
     precision: str = knob("auto", "of the forward pass; weights stay float32", choices=("auto", "float32", "bfloat16"))
     # what is looked at, kept and shown
     validation_bytes: int = knob(250_000, "at most so many bytes of the held-out part are measured", 1)

@@ -21,8 +21,9 @@ ROWS_AT_ONCE = 1024  # rows of logits in one piece: they stay in the cache
 
 
 def active(x: Tensor) -> bool:
-    """Whether a forward pass over x should use these functions: all or nothing has a gradient, and the kernels are there."""
-    return (x.requires_grad or not torch.is_grad_enabled()) and kernels.usable(x)
+    """Whether a forward pass over x should use these functions: all or nothing has a gradient, and the kernels are there;
+    torch.compile, which cannot look into them, gets the plain ones."""
+    return (x.requires_grad or not torch.is_grad_enabled()) and not torch.compiler.is_compiling() and kernels.usable(x)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ class Stack(nn.Module):
         self.relative = RelativeBias(config, heads, encoder) if config.positions == "relative" else None
         self.layers = nn.ModuleList(Block(config, i, encoder, dropout) for i in range(count))
         self.norm = None if config.post_norm else make_norm(config)
+        self.compiled: list = []  # the layers as torch.compile made them, used in training only
 
     def forward(self, x: Tensor, real: Tensor | None = None, cache: KeyValueCache | None = None,
                 memory: Memory | None = None, types: Tensor | None = None) -> Tensor:
@@ -107,7 +108,8 @@ class Stack(nn.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         full, local = self._views(x, positions, real, cache, memory, past)
-        for layer, kind in zip(self.layers, self.config.kinds_of_layers(len(self.layers))):
+        layers = self.compiled if self.compiled and self.training else self.layers
+        for layer, kind in zip(layers, self.config.kinds_of_layers(len(self.layers))):
             x = layer(x, local if kind == "sliding_attention" else full)
         return x if self.norm is None else self.norm(x)
 
@@ -250,6 +252,13 @@ class Transformer(nn.Module):
         """Sets the share of sublayer outputs that training sets to zero."""
         for block in self.blocks():
             block.dropout = dropout
+
+    def compile_blocks(self, **options) -> None:
+        """Has torch.compile, with its options, make one kernel of what it can of each block in training. Evaluations, whose
+        rows have many lengths, run as before."""
+        for stack in (self.encoder, self.decoder):
+            if stack is not None:
+                stack.compiled = [torch.compile(layer, **options) for layer in stack.layers]
 
     def set_fast_attention(self, fast: bool) -> None:
         """Chooses between the fused kernel and the attention one can read."""

@@ -76,10 +76,16 @@ class Run:
 
     def __post_init__(self) -> None:
         self.model.training_dtype = self.placement.dtype
+        if self.config.compile == "on" or (self.config.compile == "auto" and self._worth_compiling()):
+            self.model.compile_blocks()
         self.optimizer = optimizers.build(self.model, self.config)
         self._evaluation_seconds = self._evaluated_at = self._speed = 0.0
         self._before = self._sampled_at = 0.0
         self._sample_seconds = 0.3  # until one has been timed
+
+    def _worth_compiling(self) -> bool:
+        # on a CPU it is within noise at 6 × 384 and a loss below, and takes 23 s
+        return self.placement.device.type == "cuda" and not 0 < self.config.time < 600
 
     def elapsed(self) -> float:
         """Seconds spent on this run, earlier sittings included."""

@@ -69,3 +69,26 @@ def test_dropout_works_in_training_only(small_model):
     ids = torch.tensor([[1, 2, 3]])
     assert not torch.equal(model.train()(ids), model(ids))
     assert torch.equal(model.eval()(ids), model(ids))
+
+
+def test_compiled_blocks_train_to_the_same_gradients_and_are_left_out_of_evaluations():
+    from lmcli.model.likelihood import summed_loss
+
+    config = ModelConfig(vocab_size=40, max_position_embeddings=16, hidden_size=16, num_hidden_layers=2,
+                         num_attention_heads=2).complete()
+    ids, gradients = torch.arange(34).view(2, 17), []
+    for compiled in (False, True):
+        model = Transformer(config)
+        model.initialize(0)
+        calls = []
+        if compiled:
+            model.compile_blocks(backend=lambda graph, _: calls.append(graph) or graph.forward)
+        summed_loss(model.train().hidden(ids[:, :-1]).flatten(0, 1), model.head, ids[:, 1:].flatten()).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        traced = len(calls)
+        assert bool(traced) == compiled
+        model.eval()(ids[:, :9])
+        assert len(calls) == traced
+    for plain, made in zip(*gradients):
+        torch.testing.assert_close(plain, made, rtol=1e-4, atol=1e-5)
+    assert all("compiled" not in name for name, _ in model.named_parameters())
