@@ -192,8 +192,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> tuple[Te
     for first, last in _chunks(shape.length):
         weights = _weights(query, key, first, last, shape.scale)
         torch.bmm(weights, value[:, :last], out=out[:, first:last])
-        kept.append(weights)
-    return mixed, kept if shape.length <= KEPT_WEIGHTS else []
+        if shape.length <= KEPT_WEIGHTS:
+            kept.append(weights)
+    return mixed, kept
 
 
 def _attend_backward(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, kept: list[Tensor],
@@ -276,10 +277,11 @@ class _CrossEntropy(Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
-        return dhidden * gradient.to(dhidden.dtype), dweight * gradient, None, None
+        return dhidden * gradient, dweight * gradient, None, None
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """The summed −log p of targets (N,) under the logits hidden (N, C) · weightᵀ (V, C), nats; smoothing as in
     `likelihood.target_losses`. The gradient is made beside the loss, so the logits never exist all at once."""
+    assert targets.dtype == torch.int64 and (not len(targets) or 0 <= targets.min() <= targets.max() < len(weight))
     return _CrossEntropy.apply(hidden.contiguous(), weight, targets.contiguous(), smoothing)

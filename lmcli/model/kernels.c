@@ -1,10 +1,11 @@
 /* The parts of a block between its matrix products, forward and backward, each in one pass over memory.
 
    Compiled when first needed and called from fused.py, which says what each computes. Arrays are contiguous; `T` is what
-   they hold, `A` what is calculated with: float for bfloat16, double only to check gradients. Work is cut into `parts` that do not depend on the number of threads, and sums over
-   rows are kept one a part, so that results are the same to the bit in every run. The compiler vectorizes the inner loops.
+   they hold, `A` what is calculated with: float for bfloat16, double only to check gradients. Work is cut into `parts`
+   that do not depend on the number of threads, and sums over rows are kept one a part, so that results are the same to
+   the bit in every run. The compiler vectorizes the inner loops.
 
-   N rows, S positions of a row, H query and K key-value heads, D width of a head (even), F width inside the MLP.  */
+   S positions of a row, H query and K key-value heads, D width of a head (even, at most BUFFER), F width inside the MLP.  */
 
 #ifndef T
 #include <stdint.h>
@@ -12,6 +13,7 @@
 #include <tgmath.h>
 
 #define LANES 16
+#define BUFFER 1024  /* numbers of a row kept on the stack between two loops; kernels.py knows it as WIDEST_HEAD */
 #define INLINE static inline __attribute__((always_inline))  /* so that loops over a known width lose their ends */
 typedef uint16_t bfloat16;
 
@@ -177,7 +179,7 @@ INLINE void NAME(turn_sized)(IN x, WEIGHTS weight, WEIGHTS cos, WEIGHTS sin, OUT
 INLINE void NAME(turn_back_sized)(IN x, WEIGHTS weight, WEIGHTS cos, WEIGHTS sin, IN dy, OUT dx,
                                 SUMS dweight, long D, A eps) {
     A r = weight ? NAME(inverse_rms)(x, D, eps) : 1, dot = 0;
-    A d[1024];  /* the gradient before the turn: kernels.MOST_HEAD_WIDTH */
+    A d[BUFFER];  /* the gradient before the turn */
     for (long i = 0; i < D / 2; i++) {
         A a = LOAD(dy[i]), b = LOAD(dy[i + D / 2]);
         d[i] = a * cos[i] + b * sin[i];
@@ -208,7 +210,8 @@ static void NAME(turn_backward)(IN x, WEIGHTS weight, WEIGHTS cos, WEIGHTS sin, 
     else NAME(turn_back_sized)(x, weight, cos, sin, dy, dx, dweight, D, eps);
 }
 
-/* Rows of H + 2K heads, [queries, keys, values], of `rows` x S positions -> query (rows, H, S, D), key and value (rows, K, S, D) */
+/* Rows of H + 2K heads, [queries, keys, values], of `rows` x S positions -> query (rows, H, S, D), key and value
+   (rows, K, S, D) */
 void NAME(split_heads)(IN qkv, WEIGHTS cos, WEIGHTS sin, WEIGHTS query_weight, WEIGHTS key_weight,
                        OUT query, OUT key, OUT value, long rows, long S, long H, long K, long D, A eps, long parts) {
     FOR_PARTS FOR_ROWS(rows * S) {
@@ -253,14 +256,14 @@ void NAME(causal_softmax)(OUT scores, long matrices, long queries, long keys, lo
         OUT x = scores + row * keys;
         long seen = first + row % queries + 1;
         A most = NAME(largest)(x, seen), sum = 0;
-        A e[1024];
-        for (long from = 0; from < seen; from += 1024) {  /* in pieces, so that a row of any length fits */
-            long size = seen - from < 1024 ? seen - from : 1024;
+        A e[BUFFER];
+        for (long from = 0; from < seen; from += BUFFER) {  /* in pieces, so that a row of any length fits */
+            long size = seen - from < BUFFER ? seen - from : BUFFER;
             for (long i = 0; i < size; i++) { e[i] = EXP((LOAD(x[from + i]) - most) * scale); sum += e[i]; }
-            if (seen > 1024) for (long i = 0; i < size; i++) x[from + i] = STORE(e[i]);
+            if (seen > BUFFER) for (long i = 0; i < size; i++) x[from + i] = STORE(e[i]);
         }
         A r = 1 / sum;
-        if (seen > 1024) for (long i = 0; i < seen; i++) x[i] = STORE(LOAD(x[i]) * r);
+        if (seen > BUFFER) for (long i = 0; i < seen; i++) x[i] = STORE(LOAD(x[i]) * r);
         else for (long i = 0; i < seen; i++) x[i] = STORE(e[i] * r);
         memset(x + seen, 0, (keys - seen) * sizeof(T));
     }
@@ -285,9 +288,10 @@ void NAME(cross_entropy)(OUT logits, const int64_t *targets, SUMS losses, long r
     FOR_PARTS FOR_ROWS(rows) {
         OUT x = logits + row * size;
         A most = NAME(largest)(x, size), sum = 0, total = 0, target = LOAD(x[targets[row]]);
-        for (long i = 0; i < size; i++) { A v = LOAD(x[i]); sum += EXP(v - most); total += v; }
-        A log_sum = most + log(sum), r = 1 / sum, spread = smoothing / size;
-        losses[row] = log_sum - (1 - smoothing) * target - spread * total;
+        /* counted from the largest: a logit of 1e4 leaves a float no room for the digits of the loss */
+        for (long i = 0; i < size; i++) { A v = LOAD(x[i]) - most; sum += EXP(v); total += v; }
+        A r = 1 / sum, spread = smoothing / size;
+        losses[row] = log(sum) - (1 - smoothing) * (target - most) - spread * total;
         for (long i = 0; i < size; i++) x[i] = STORE(EXP(LOAD(x[i]) - most) * r - spread);
         x[targets[row]] = STORE(EXP(target - most) * r - spread - (1 - smoothing));
     }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lmcli.errors import UserError
-from lmcli.storage import atomic_path, cache_folder
+from lmcli.storage import atomic_path, cache_folder, user_errors
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-ffp-contract=fast",
@@ -26,16 +26,14 @@ if platform.machine() in ("x86_64", "AMD64"):
     FLAGS += ("-mprefer-vector-width=512",)  # by default compilers use half of what AVX-512 has
 SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float64: "double"}
 ACCUMULATED = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
-MOST_HEAD_WIDTH = 1024  # what a buffer in kernels.c holds
+WIDEST_HEAD = 1024  # BUFFER of kernels.c
 PARTS = 64  # work is cut into so many parts, whatever the number of threads: results are then the same to the bit
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The kernels, compiled first if need be; None where there is no C compiler that builds them (see `problem`)."""
-    if problem():
-        return None
-    return ctypes.CDLL(str(_built()))
+    """The kernels, compiled first if need be; None where they cannot be used (see `problem`)."""
+    return None if problem() else _loaded()
 
 
 @functools.cache
@@ -46,32 +44,67 @@ def problem() -> str:
     if sys.platform != "linux":
         return f"not built on {platform.system()}"  # elsewhere torch brings an OpenMP that a compiler does not find
     if not _compiler():
-        return "no C compiler (cc) was found"
+        return f"CC={os.environ['CC']} was not found" if os.environ.get("CC") else "no C compiler (cc, gcc, clang) was found"
     try:
-        ctypes.CDLL(str(_built()))
+        _loaded()
     except subprocess.CalledProcessError as error:
-        return f"{_compiler()} fails: {error.stderr.strip().splitlines()[-1] if error.stderr.strip() else error}"
+        return f"{_compiler()[0]} fails: {_complaint(error)}"
     except (OSError, UserError) as error:
         return str(error)
     return ""
 
 
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
+def _complaint(error: subprocess.CalledProcessError) -> str:
+    lines = [line.strip() for line in error.stderr.splitlines() if line.strip()]
+    return next((line for line in lines if "error:" in line), lines[-1] if lines else f"exit code {error.returncode}")
+
+
+def _compiler() -> list[str]:
+    """The C compiler's command: CC, which may bring options, else the first there is; empty where there is none."""
+    asked = os.environ.get("CC", "").split()
+    for program, *options in [asked] if asked else [["cc"], ["gcc"], ["clang"]]:
+        if found := shutil.which(program):
+            return [found, *options]
+    return []
 
 
 @functools.cache
-def _built() -> Path:
-    """The compiled file in the cache folder, named by all that it depends on: source, compiler, flags, processor."""
+def _loaded() -> ctypes.CDLL:
+    file = _file()
+    if not _whole(file):
+        _compile(file)
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError:  # perhaps it was built against libraries that are gone
+        _compile(file)
+        return ctypes.CDLL(str(file))
+
+
+def _file() -> Path:
+    """Where the compiled file is kept, named by all that it depends on: source, compiler, flags, processor."""
     compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    digest = hashlib.sha256(SOURCE.read_bytes() + version + repr((compiler, FLAGS)).encode() + _processor())
-    file = cache_folder() / "kernels" / f"{digest.hexdigest()[:32]}.so"
-    if not file.is_file():
+    with user_errors(compiler[0], "run"):
+        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
+    digest = hashlib.sha256(SOURCE.read_bytes() + repr((version, compiler, FLAGS)).encode() + _processor())
+    return cache_folder() / "kernels" / f"{digest.hexdigest()[:32]}.so"
+
+
+def _compile(file: Path) -> None:
+    with user_errors(file, "write"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as part:
-            subprocess.run([compiler, *FLAGS, "-o", str(part), str(SOURCE), "-lm"], capture_output=True, check=True, text=True)
-    return file
+    with atomic_path(file) as part:
+        subprocess.run([*_compiler(), *FLAGS, "-o", str(part), str(SOURCE), "-lm"], capture_output=True, check=True, text=True)
+        digest = hashlib.sha256(part.read_bytes()).digest()
+        with part.open("ab") as written:
+            written.write(digest)  # a loader does not look behind the last section
+
+
+def _whole(file: Path) -> bool:
+    """Whether a compiled file is there as it was written: loading one that was cut short would kill the process."""
+    if not file.is_file():
+        return False
+    content = file.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _processor() -> bytes:

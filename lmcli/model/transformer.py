@@ -37,7 +37,7 @@ class Block(nn.Module):
         self.post_norm, self.parallel, self.dropout = config.post_norm, config.parallel_block, dropout
         plain = config.norm == "rms" and config.gated_mlp and config.hidden_act == "silu" and not (
             config.mlp_bias or config.attention_bias != "none" or config.post_norm or config.parallel_block)
-        self.fusable = plain and first_normed and self.cross is None and not encoder and width <= kernels.MOST_HEAD_WIDTH
+        self.fusable = plain and first_normed and self.cross is None and not encoder and width <= kernels.WIDEST_HEAD
 
     def forward(self, x: Tensor, view: View) -> Tensor:
         if self._fused(x, view):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import yaml
@@ -65,6 +66,29 @@ def test_same_seed_gives_the_same_bytes_and_another_does_not(inside, text, tmp_p
         assert inside("train", text, "-o", tmp_path / str(i), *SMALL, "--steps", 6, "--seed", seed).returncode == 0
         weights.append((tmp_path / str(i) / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
+
+
+@pytest.mark.parametrize("variables, reason", [
+    ({"CC": "/nonexistent"}, "CC=/nonexistent was not found"), ({"CC": "false"}, "false fails: exit code 1"),
+    ({"CC": "", "PATH": ""}, "no C compiler (cc, gcc, clang) was found"), ({"LM_KERNELS": "0"}, "LM_KERNELS=0")])
+def test_without_compiled_kernels_training_goes_on_and_says_why(variables, reason, inside, text, tmp_path, monkeypatch):
+    from lmcli.model import kernels
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    cached = (kernels.library, kernels.problem, kernels._loaded)
+    for function in cached:
+        function.cache_clear()
+    try:
+        done = inside("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 2)
+    finally:
+        for function in cached:
+            function.cache_clear()
+    assert (done.returncode, done.stdout.decode()) == (0, f"{tmp_path / 'run'}\n")
+    assert len(losses(tmp_path / "run")) == 2
+    told, = (line for line in done.stderr.decode().splitlines() if "compiled kernels" in line)
+    if sys.platform == "linux":
+        assert told.endswith(reason)
 
 
 def test_accumulated_gradients_train_the_same_model(inside, text, tmp_path):

@@ -1,0 +1,470 @@
+"""The compiled parts of a block against the plain PyTorch of layers, attention and likelihood: value and gradient.
+
+In float32 they agree; in bfloat16 they lie as near to float64 as the plain path does. NaN and infinity are never hidden.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from lmcli.config import ModelConfig, TrainConfig
+from lmcli.model import fused, kernels
+from lmcli.model.attention import attention
+from lmcli.model.layers import rotate
+from lmcli.model.likelihood import target_losses
+from lmcli.model.transformer import Transformer
+from lmcli.recipes import resolve
+from lmcli.text.batches import IGNORED, Batch
+from lmcli.training import objectives, optimizers
+from lmcli.training.objectives import OBJECTIVES
+
+STORIES = Path(__file__).resolve().parents[2] / "data" / "stories.txt"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Skips where kernels cannot be; where there is a compiler they must be."""
+    reason = kernels.problem()
+    if reason == "LM_KERNELS=0" or reason.startswith(("not built", "no C compiler")):
+        pytest.skip(reason)
+    assert not reason
+
+
+@contextmanager
+def plain_layers():
+    """Inside, layers and attention compute as without kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "active", lambda x: False)
+        yield
+
+
+# Each function beside the same in plain PyTorch, both from the same tensors.
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return fused.rms_norm(x, weight, 1e-6)
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), 1e-6)
+
+
+def plain_swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def angles(positions: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    turned = torch.arange(positions)[:, None] * 100.0 ** -torch.linspace(0, 1, width // 2)  # (T, D/2)
+    return turned.cos().to(dtype), turned.sin().to(dtype)
+
+
+def plain_split(shape: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    rows, read, heads, keys, width = shape
+
+    def split_heads(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        parts = list(x.view(rows, read, -1, width).split([heads, keys, keys], dim=2))
+        for i, weight in enumerate(weights):
+            parts[i] = plain_rms_norm(parts[i], weight)
+        query, key, value = (part.transpose(1, 2) for part in parts)
+        cos, sin = (torch.cat([part, part], dim=-1)[None, None] for part in angles(read, width, x.dtype))
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
+    return split_heads
+
+
+def plain_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    return attention(query, key, value, torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril())
+
+
+def block(shape: tuple[int, ...], dropout: float = 0.0) -> Callable[..., Tensor]:
+    """`fused.block` of x, the MLP's five weights and attention's four, and perhaps the two of the heads' norms."""
+    rows, read, heads, keys, width = shape
+
+    def made(x: Tensor, norm1: Tensor, norm2: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, gate: Tensor,
+             up: Tensor, down: Tensor, *head_norms: Tensor) -> Tensor:
+        sizes = fused.Shape(rows, read, heads, keys, width, width ** -0.5, 1e-6, 1e-6, dropout)
+        return fused.block(x, sizes, *angles(read, width, torch.float32),
+                           (norm1, norm2, *(head_norms or (None, None)), query, key, value, output, gate, up, down))
+    return made
+
+
+def plain_block(shape: tuple[int, ...]) -> Callable[..., Tensor]:
+    def made(x: Tensor, norm1: Tensor, norm2: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, gate: Tensor,
+             up: Tensor, down: Tensor, *head_norms: Tensor) -> Tensor:
+        products = F.linear(plain_rms_norm(x, norm1), torch.cat([query, key, value]).to(x.dtype))
+        mixed = plain_causal(*plain_split(shape)(products, *head_norms)).transpose(1, 2).reshape(len(x), -1)
+        x = x + F.linear(mixed, output.to(x.dtype))
+        inner = plain_swiglu(F.linear(plain_rms_norm(x, norm2), torch.cat([gate, up]).to(x.dtype)))
+        return x + F.linear(inner, down.to(x.dtype))
+    return made
+
+
+def wanted_words(rows: int, words: int) -> Tensor:
+    return torch.arange(rows) * 7 % words
+
+
+def loss(smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def summed(hidden: Tensor, weight: Tensor) -> Tensor:
+        return fused.cross_entropy(hidden, weight, wanted_words(len(hidden), len(weight)), smoothing)
+    return summed
+
+
+def plain_loss(smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def summed(hidden: Tensor, weight: Tensor) -> Tensor:
+        if hidden.dtype == torch.float64:  # the reference: target_losses would round to float32
+            logits = hidden @ weight.T
+            return F.cross_entropy(logits, wanted_words(*logits.shape), label_smoothing=smoothing, reduction="sum")
+        return target_losses(hidden, lambda rows: rows @ weight.to(rows.dtype).T, wanted_words(len(hidden), len(weight)),
+                             smoothing).sum()
+    return summed
+
+
+@dataclasses.dataclass
+class Case:
+    """A function, its plain twin, and the shapes of what both are given: activations first, then float32 weights."""
+
+    name: str
+    function: Callable
+    plain: Callable
+    activations: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[int, ...], ...] = ()
+
+    def inputs(self, dtype: torch.dtype, weight_dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """The same numbers in every dtype, weights a quarter as large: all of them exist in bfloat16."""
+        generator = torch.Generator().manual_seed(1)
+        kinds = (*((shape, dtype, 1.0) for shape in self.activations), *((shape, weight_dtype, 0.25) for shape in self.weights))
+        return [(size * torch.randn(shape, generator=generator).bfloat16().to(kind)).requires_grad_()
+                for shape, kind, size in kinds]
+
+
+def block_case(rows: int, read: int, heads: int, keys: int, width: int, normed: bool, hidden: int = 9, inner: int = 7) -> Case:
+    shape, queries = (rows, read, heads, keys, width), heads * width
+    weights = ((hidden,), (hidden,), (queries, hidden), (keys * width, hidden), (keys * width, hidden), (hidden, queries),
+               (inner, hidden), (inner, hidden), (hidden, inner))
+    return Case(f"block {shape}, {hidden}, {inner}{', normed' * normed}", block(shape), plain_block(shape),
+                ((rows * read, hidden),), weights + ((width,), (width,)) * normed)
+
+
+CASES = [
+    *(Case(f"rms_norm {rows} x {size}", rms_norm, plain_rms_norm, ((rows, 2, size),), ((size,),))
+      for rows, size in ((3, 3), (33, 17), (5, 64), (70, 100))),
+    *(block_case(2, 5, heads, keys, width, normed) for width, normed in product((2, 32, 34, 64, 128), (False, True))
+      for heads, keys in ((3, 3), (4, 2))),
+    *(block_case(1, read, 2, 2, width, read % 2 == 0) for read, width in ((1, 8), (128, 34), (129, 32), (300, 6))),
+    block_case(1, 2, 1, 1, kernels.WIDEST_HEAD, True), block_case(3, 11, 2, 1, 6, True, hidden=64, inner=96),
+    block_case(1, 1100, 1, 1, 4, False),  # longer than the buffer
+    *(Case(f"cross_entropy {rows} x {words}, smoothing {smoothing}", loss(smoothing), plain_loss(smoothing),
+           ((rows, 9),), ((words, 9),)) for rows, words in ((1, 1), (35, 37), (1030, 50)) for smoothing in (0.0, 0.1)),
+]
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def value_and_gradients(function: Callable, inputs: list[Tensor]) -> list[Tensor]:
+    """All outputs, then the gradient of every input under a random gradient of the outputs."""
+    outputs = function(*inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    generator = torch.Generator().manual_seed(2)
+    above = [torch.randn(out.shape, generator=generator).bfloat16().to(out.dtype) if out.ndim else
+             torch.full_like(out, 1 / 1500) for out in outputs]  # a loss is divided by a count: no number of bfloat16
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, inputs, above)]
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    """‖found − exact‖ / ‖exact‖ in float64; the plain norm where `exact` is 0."""
+    assert found.shape == exact.shape
+    return ((found.double() - exact.double()).norm() / (exact.double().norm() or 1.0)).item()
+
+
+@each_case
+def test_in_float32_they_are_the_plain_functions(case):
+    inputs = case.inputs(torch.float32)
+    found, wanted = value_and_gradients(case.function, inputs), value_and_gradients(case.plain, inputs)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert distance(ours, theirs) < 1e-5
+
+
+@each_case
+def test_in_bfloat16_they_are_as_exact_as_the_plain_functions(case):
+    exact = value_and_gradients(case.plain, case.inputs(torch.float64, torch.float64))
+    inputs = case.inputs(torch.bfloat16)
+    found, plain = value_and_gradients(case.function, inputs), value_and_gradients(case.plain, inputs)
+    assert [ours.dtype for ours in found] == [theirs.dtype for theirs in plain]
+    errors = [[distance(part, true) for part, true in zip(parts, exact, strict=True)] for parts in (found, plain)]
+    assert max(errors[0]) < 0.05
+    assert np.linalg.norm(errors[0]) <= 1.5 * np.linalg.norm(errors[1]) + 1e-6  # one small tensor's rounding is luck
+
+
+@each_case
+def test_gradients_are_those_of_finite_differences(case):
+    assert gradcheck(case.function, case.inputs(torch.float64, torch.float64), fast_mode=True)
+
+
+@pytest.mark.parametrize("read", [5, 129, 300])
+def test_weights_calculated_again_give_the_same_gradient(read, monkeypatch):
+    case = block_case(1, read, 2, 1, 6, True)
+    kept = value_and_gradients(case.function, case.inputs(torch.float32))
+    monkeypatch.setattr(fused, "KEPT_WEIGHTS", 4)
+    for again, first in zip(value_and_gradients(case.function, case.inputs(torch.float32)), kept, strict=True):
+        assert torch.equal(again, first)
+
+
+def test_dropout_leaves_its_share_and_its_gradient_knows_which():
+    def dropped(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return block((2, 5, 2, 1, 6), dropout=0.4)(*inputs)
+
+    case = block_case(2, 5, 2, 1, 6, True)
+    assert gradcheck(dropped, case.inputs(torch.float64, torch.float64), fast_mode=True)
+    inputs = case.inputs(torch.float32)
+    torch.manual_seed(4)
+    assert not torch.equal(dropped(*inputs), block((2, 5, 2, 1, 6), dropout=0.4)(*inputs))  # another seed, another mask
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_dropout_is_as_random_as_it_looks(share):
+    """Of 400,000 numbers the right share is kept, as often in every row and column, independent of the neighbours and of
+    the next seed."""
+    x, kept = torch.ones(500, 800), []
+    for seed in (1, 2):
+        y = torch.empty_like(x)
+        kernels.run("dropout", torch.float32, x, None, y, *x.shape, seed, round((1 - share) * 2 ** 32), 1 / (1 - share))
+        assert y[y > 0].unique().tolist() == pytest.approx([1 / (1 - share)])
+        kept.append((y > 0).double())
+    first, second = kept
+    assert first.mean().item() == pytest.approx(1 - share, abs=4 * (share * (1 - share) / 4e5) ** 0.5)
+    for axis in (0, 1):
+        spread = (share * (1 - share) / first.shape[axis]) ** 0.5
+        assert first.mean(axis).std().item() == pytest.approx(spread, rel=0.15)
+    centred = [part - part.mean() for part in (first, second)]
+    for one, other in ((centred[0][:, 1:], centred[0][:, :-1]), (centred[0][1:], centred[0][:-1]), centred):
+        assert abs((one * other).mean().item()) < 5 * share * (1 - share) / 4e5 ** 0.5
+
+
+def test_no_rows_give_empty_results_and_no_loss():
+    for case in (Case("", rms_norm, plain_rms_norm, ((0, 17),), ((17,),)),
+                 Case("", loss(0.1), plain_loss(0.1), ((0, 9),), ((37, 9),))):
+        for gradient in value_and_gradients(case.function, case.inputs(torch.float32)):
+            assert not gradient.any()
+
+
+# What is not a number
+
+SMALL_CASES = [case for case in CASES if all(np.prod(shape) < 1000 for shape in case.activations)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_a_number_that_is_none_comes_out(case, bad, dtype):
+    """In every place of the first row of every input: alone, in a vector of the processor or behind its last one."""
+    for i, given in enumerate(case.inputs(dtype)):
+        for place in range(min(given.shape[-1], 40)):
+            inputs = [part.detach() for part in case.inputs(dtype)]
+            inputs[i].view(-1, given.shape[-1])[0, place] = bad
+            outputs = case.function(*inputs)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            assert not all(out.isfinite().all() for out in outputs), f"input {i}, place {place}"
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_nan_in_the_gradient_from_above_reaches_every_activation(case):
+    inputs = case.inputs(torch.float32)
+    outputs = case.function(*inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    above = [torch.full_like(out, float("nan")) for out in outputs]
+    for gradient in torch.autograd.grad(outputs, inputs, above):
+        assert gradient.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_large_logits_give_the_losses_of_torch(dtype, smoothing):
+    """Logits up to ±1e4, among them some that are close: differences of 1 must not drown in 10,000."""
+    hidden = torch.tensor([[1e4], [-1e4], [1e4], [3.0]], dtype=dtype, requires_grad=True)
+    weight = torch.tensor([[1.0], [0.9999], [-1.0], [0.5], [-0.9999]], requires_grad=True)
+    targets = torch.tensor([1, 4, 2, 0])
+    logits = (hidden @ weight.to(dtype).T).float()
+    for row in range(4):
+        found = fused.cross_entropy(hidden[row:row + 1], weight, targets[row:row + 1], smoothing)
+        wanted = F.cross_entropy(logits[row:row + 1], targets[row:row + 1], label_smoothing=smoothing)
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-6, abs=1e-6)
+    for gradient in torch.autograd.grad(fused.cross_entropy(hidden, weight, targets, smoothing), [hidden, weight]):
+        assert gradient.isfinite().all()
+
+
+def test_a_target_outside_the_vocabulary_is_never_written_to():
+    for wrong in (-1, 5, IGNORED):
+        with pytest.raises(AssertionError):
+            fused.cross_entropy(torch.ones(2, 3), torch.ones(5, 3), torch.tensor([0, wrong]))
+
+
+# Threads
+
+def kernel_results() -> list[Tensor]:
+    """What kernels make of fixed inputs, without matrix products."""
+    norm, = (case for case in CASES if case.name == "rms_norm 70 x 100")
+    made = value_and_gradients(norm.function, norm.inputs(torch.bfloat16))
+    generator = torch.Generator().manual_seed(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        scores, gradient, logits = (torch.randn(shape, generator=generator).to(dtype)
+                                    for shape in ((3, 50, 80), (3, 50, 80), (70, 133)))
+        losses = torch.empty(70)
+        kernels.run("causal_softmax", dtype, scores, *scores.shape, 30, 0.3)
+        kernels.run("causal_softmax_backward", dtype, scores, gradient, *scores.shape, 30, 0.3)
+        kernels.run("cross_entropy", dtype, logits, wanted_words(70, 133), losses, *logits.shape, 0.1)
+        made += [scores, gradient, logits, losses]
+    return made
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7, 1):
+            torch.set_num_threads(threads)
+            results.append(kernel_results())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+# Whole models
+
+def step(model: Transformer, batch: Batch, objective: str = "causal") -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one batch, in nats per target."""
+    model.zero_grad()
+    loss = objectives.loss(OBJECTIVES[objective], model.train(), batch) / max(batch.count, 1)
+    loss.backward()
+    return loss.item(), {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+def together(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+
+def random_ids(rows: int, read: int, words: int = 50) -> np.ndarray:
+    return np.random.default_rng(0).integers(5, words, size=(rows, read))
+
+
+def decoder(randomize, **options) -> Transformer:
+    sizes = {"vocab_size": 50, "max_position_embeddings": 200, "hidden_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "intermediate_size": 70}
+    return randomize(Transformer(ModelConfig(**{**sizes, **options}).complete()))
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"query_key_norm": False}, {"num_key_value_heads": 2}, {"num_key_value_heads": 1, "query_key_norm": False},
+    {"tie_word_embeddings": False}, {"tie_word_embeddings": True}, {"head_dim": 10}, {"norm_eps": 0},
+    {"attention_bias": "all"}, {"sliding_window": 20}, {"mlp_bias": True}, {"rotary_fraction": 0.5}], ids=str)
+def test_a_decoder_has_the_loss_and_gradients_of_the_plain_one(options, randomize):
+    model, ids = decoder(randomize, **options), random_ids(2, 151)
+    batch = Batch(ids[:, :-1], ids[:, 1:])
+    loss, gradients = step(model, batch)
+    with plain_layers():
+        wanted, expected = step(model, batch)
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    assert distance(together(gradients), together(expected)) < 1e-5
+    for name, gradient in gradients.items():
+        assert distance(gradient, expected[name]) < 3e-5, name  # those of a query's norm are small differences of large numbers
+
+
+def test_training_and_reading_whole_rows_run_the_kernels_and_decoding_none(randomize, monkeypatch):
+    model, ids, ran = decoder(randomize), random_ids(1, 9), []
+    run = kernels.run
+    monkeypatch.setattr(kernels, "run", lambda name, *arguments: ran.append(name) or run(name, *arguments))
+    step(model, Batch(ids[:, :-1], ids[:, 1:]))
+    both = ("rms_norm", "swiglu", "split_heads", "causal_softmax")
+    assert set(ran) == {*both, *(f"{name}_backward" for name in both), "join_heads", "cross_entropy"}
+    ran.clear()
+    with torch.no_grad():
+        model(torch.from_numpy(ids))
+    assert set(ran) == {*both, "join_heads"}
+
+
+def test_heads_wider_than_the_buffer_are_left_to_pytorch(randomize, monkeypatch):
+    model = decoder(randomize, num_attention_heads=2, head_dim=kernels.WIDEST_HEAD + 2, num_hidden_layers=1)
+    ids = random_ids(1, 6)
+    batch = Batch(ids[:, :-1], ids[:, 1:])
+    monkeypatch.setattr(fused, "block", None)
+    loss, gradients = step(model, batch)
+    with plain_layers():
+        wanted, expected = step(model, batch)
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    assert distance(together(gradients), together(expected)) < 1e-5
+
+
+def other_shapes() -> dict[str, tuple[str, Batch]]:
+    ids, targets = random_ids(3, 11), random_ids(3, 11) * 3 % 50
+    chosen = np.random.default_rng(1).random((3, 11)) < 0.4
+    real = np.arange(11) < np.array([[11], [7], [3]])
+    hidden = Batch(ids, np.where(chosen & real, targets, IGNORED), real)
+    paired = Batch(ids, np.where(real, targets, IGNORED), real, random_ids(3, 11))
+    return {"encoder-small": ("masked", hidden), "seq2seq-small": ("seq2seq", paired), "transformer-2017": ("seq2seq", paired)}
+
+
+@pytest.mark.parametrize("preset", ["encoder-small", "seq2seq-small", "transformer-2017"])
+def test_other_shapes_train_in_bfloat16_as_in_float32(preset, randomize):
+    sizes = {"vocab_size": 50, "max_position_embeddings": 24, "hidden_size": 24, "num_hidden_layers": 2,
+             "num_encoder_layers": 2, "num_attention_heads": 3, "intermediate_size": 40, "pad_token_id": 0,
+             "eos_token_id": 1, "decoder_start_token_id": 0}
+    model = randomize(Transformer(dataclasses.replace(resolve(preset).model, **sizes).complete()))
+    objective, batch = other_shapes()[preset]
+    (loss, exact), (half_loss, half) = in_both_precisions(model, batch, objective)
+    with plain_layers():
+        (plain_loss, plain), (_, half_plain) = in_both_precisions(model, batch, objective)
+    assert loss == pytest.approx(plain_loss, rel=1e-6)
+    assert distance(exact, plain) < 1e-5
+    assert half_loss == pytest.approx(loss, rel=0.01)
+    assert distance(half, exact) < 1.5 * distance(half_plain, exact) < 0.2  # NaN fails as well
+
+
+def in_both_precisions(model: Transformer, batch: Batch, objective: str) -> list[tuple[float, Tensor]]:
+    found = []
+    for model.training_dtype in (torch.float32, torch.bfloat16):
+        loss, gradients = step(model, batch, objective)
+        found.append((loss, together(gradients)))
+    return found
+
+
+def test_a_batch_without_a_masked_token_has_no_loss(randomize):
+    config = dataclasses.replace(resolve("encoder-small").model, vocab_size=50, max_position_embeddings=24, hidden_size=24,
+                                 num_hidden_layers=1, num_attention_heads=3, intermediate_size=40)
+    model = randomize(Transformer(config.complete()))
+    loss, gradients = step(model, Batch(random_ids(2, 11), np.full((2, 11), IGNORED)), "masked")
+    assert loss == 0 and not any(gradient.any() for gradient in gradients.values())
+
+
+def losses_of_training(ids: np.ndarray, dtype: torch.dtype, steps: int = 60) -> np.ndarray:
+    config = ModelConfig(vocab_size=400, max_position_embeddings=64, hidden_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, query_key_norm=True)
+    model = Transformer(config.complete()).train()
+    model.initialize(0)
+    model.training_dtype = dtype
+    optimizer = optimizers.build(model, TrainConfig(learning_rate=0.01))
+    found = []
+    for rows in np.resize(ids, (steps, 8, 65)):
+        loss, _ = step(model, Batch(rows[:, :-1], rows[:, 1:]))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        found.append(loss)
+    return np.array(found)
+
+
+def test_training_in_bfloat16_goes_as_in_float32(small_tokenizer):
+    """On real text, batch by batch the same: the loss, smoothed over ten steps, stays within 1 %."""
+    ids = np.array(small_tokenizer.encode(STORIES.read_text(encoding="utf-8")[:90_000]))
+    exact, half = (losses_of_training(ids, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert exact[-10:].mean() < 0.75 * exact[:2].mean()  # it learns
+    window = np.ones(10) / 10
+    assert np.convolve(half, window, "valid") == pytest.approx(np.convolve(exact, window, "valid"), rel=0.01)
