@@ -24,7 +24,7 @@ TOKENS_AN_ENTRY, PASSES_COUNTED = 700, 1.5  # that training reads for each entry
 # up to so many parameters in the blocks so many layers, and so long a context; up to so many epochs so much dropout
 DEPTHS = ((0.5e6, 3), (2.4e6, 4), (9e6, 6), (3e7, 8), (math.inf, 12))
 CONTEXTS = ((0.5e6, 64), (1.6e6, 128), (2e7, 256), (6e7, 512), (math.inf, 1024))
-DROPOUTS = ((3.5, 0.0), (6.0, 0.1), (12.0, 0.15), (math.inf, 0.2))
+DROPOUTS = ((3.5, 0.0), (5.0, 0.1), (math.inf, 0.2))
 
 
 @dataclass(frozen=True)
