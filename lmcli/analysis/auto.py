@@ -15,12 +15,12 @@ from lmcli.model import cost
 SAMPLE_CHARACTERS = 1 << 20
 SECONDS_BESIDE_STEPS = 5.0  # starting, reading, choosing, the last evaluation: what a run by time cannot train in
 GUESSED_RATE = 1.5e11  # FLOP/s of a small model on two cores, to choose the shape that is then measured
-KNOWN_FLOPS, KNOWN_RATIO, KNOWN_BATCH = 9e12, 2.2, 2048  # a minute on two cores: training tokens for each parameter of blocks
+KNOWN_FLOPS, KNOWN_RATIO, KNOWN_BATCH = 9e12, 2.2, 2048  # a minute on two cores: tokens for each parameter of the blocks
 FAR_FLOPS, FAR_RATIO = 1e19, 20.0
 BATCH_POWER = 0.35
 WIDE = 384  # hidden size from which heads are 64 wide instead of 32
 PARAMETERS_A_TOKEN = 5.0  # of different text: a larger model only learns it by heart
-TOKENS_AN_ENTRY, PASSES_COUNTED = 700, 1.5  # that training reads for each entry of the vocabulary; reading again helps little
+TOKENS_AN_ENTRY, PASSES_COUNTED = 700, 1.5  # read for each entry of the vocabulary; reading again helps little
 # up to so many parameters in the blocks so many layers, and so long a context; up to so many epochs so much dropout
 DEPTHS = ((0.5e6, 3), (2.4e6, 4), (9e6, 6), (3e7, 8), (math.inf, 12))
 CONTEXTS = ((0.5e6, 64), (1.6e6, 128), (2e7, 256), (6e7, 512), (math.inf, 1024))
@@ -29,7 +29,7 @@ DROPOUTS = ((3.5, 0.0), (5.0, 0.1), (math.inf, 0.2))
 
 @dataclass(frozen=True)
 class Text:
-    """What the choice needs to know of the training part: UTF-8 bytes, and the characters that make up 99.8 % of a sample."""
+    """What the choice needs to know of the training part: UTF-8 bytes, and how many characters make up 99.8 %."""
 
     bytes: int
     characters: int
@@ -177,7 +177,7 @@ def _reasons(text: Text, allowed: Budget, rate: float, design: Design) -> tuple[
     return (
         f"{design.layers} layers × {design.hidden} and a context of {design.context}: {spent}, are best spent on some "
         f"{parameters / 1e6:.1f}M parameters in blocks",
-        f"vocabulary {design.vocabulary:,}: {text.bytes / 1e6:,.1f} MB of text with {text.characters:,} common characters, of "
-        f"which training reads about {design.tokens / 1e6:,.1f}M tokens",
-        f"batches of {design.batch:,} tokens, some {design.tokens / design.batch:,.0f} steps; dropout {design.dropout:g}: each "
-        f"text is read {design.epochs:.1f} times")
+        f"vocabulary {design.vocabulary:,}: {text.bytes / 1e6:,.1f} MB of text with {text.characters:,} common characters, "
+        f"of which training reads about {design.tokens / 1e6:,.1f}M tokens",
+        f"batches of {design.batch:,} tokens, some {design.tokens / design.batch:,.0f} steps; dropout {design.dropout:g}: "
+        f"each text is read {design.epochs:.1f} times")

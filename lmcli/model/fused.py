@@ -1,7 +1,8 @@
 """A decoder's block and the head's loss with backward passes of their own: as few passes over memory as there can be.
 
-For whole rows on a CPU: training, scoring. The block is the one of transformer.py with RMSNorm, rotary causal attention and SwiGLU; the tests
-compare both, value and gradient (in float64 as well). Products are torch's, what lies between them is kernels.c.
+For whole rows on a CPU: training, scoring. The block is the one of transformer.py with RMSNorm, rotary causal attention and
+SwiGLU; the tests compare both, value and gradient (in float64 as well). Products are torch's, what lies between them is
+kernels.c.
 Letters as in layers.py; N is B·T, F the width inside the MLP.
 """
 

@@ -93,7 +93,8 @@ def _compile(file: Path) -> None:
     with user_errors(file, "write"):
         file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as part:
-        subprocess.run([*_compiler(), *FLAGS, "-o", str(part), str(SOURCE), "-lm"], capture_output=True, check=True, text=True)
+        command = [*_compiler(), *FLAGS, "-o", str(part), str(SOURCE), "-lm"]
+        subprocess.run(command, capture_output=True, check=True, text=True)
         digest = hashlib.sha256(part.read_bytes()).digest()
         with part.open("ab") as written:
             written.write(digest)  # a loader does not look behind the last section

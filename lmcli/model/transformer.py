@@ -58,7 +58,8 @@ class Block(nn.Module):
         """Whether `fused.block` can stand in: a decoder's block over whole rows, all of it trained or nothing."""
         return (self.fusable and fused.active(x) and self.attention.fast and view.mask is None and view.cache is None
                 and view.turn is not None and view.turn[0].shape[0] == 1
-                and view.turn[0].shape[-1] == self.attention.head_dim and (not torch.is_grad_enabled() or all(p.requires_grad for p in self.parameters())))
+                and view.turn[0].shape[-1] == self.attention.head_dim
+                and (not torch.is_grad_enabled() or all(p.requires_grad for p in self.parameters())))
 
     def _forward_fused(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         attention, mlp, (rows, length, _) = self.attention, self.mlp, x.shape

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lmcli.config import TrainConfig
 
-
 # minimax on [0.01, 1] one after another; the first is steep at 1, where a bfloat16 error grows 20-fold: hence the 1.05
 QUINTICS = ((7.7116, -22.1159, 16.2503), (3.7871, -3.0655, 0.6532), (2.6687, -1.9833, 0.4533))
 
@@ -141,8 +140,8 @@ def _wide(matrix: Tensor) -> Tensor:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (…, R, C), R ≤ C, with their singular values brought near 1: those above a hundredth of the bound on the largest
-    end between 0.73 and 1.28, smaller ones grow a hundredfold.
+    """Matrices (…, R, C), R ≤ C, with their singular values brought near 1: those above a hundredth of the bound on the
+    largest end between 0.73 and 1.28 (in bfloat16 up to 1.6), smaller ones grow a hundredfold.
 
     Each step is an odd quintic, the best one for the interval that the steps before it leave (Amsel et al. 2025, "Polar
     Express"). The bound on the largest value comes from the Gram matrix that the first step needs anyway, and is so close

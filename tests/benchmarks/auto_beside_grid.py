@@ -57,7 +57,7 @@ def main() -> int:
     from lmcli.config import duration
 
     wanted = duration(options.time)
-    print(f"auto is {reached / best - 1:+.1%} from the best of the grid, and took {seconds / wanted - 1:+.1%} of its time more")
+    print(f"auto is {reached / best - 1:+.1%} from the best of the grid; its time was off by {seconds / wanted - 1:+.1%}")
     return int(reached > 1.03 * best or abs(seconds / wanted - 1) > 0.05)
 
 

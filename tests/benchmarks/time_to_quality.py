@@ -68,8 +68,9 @@ def ours(folder: Path, training: Path, validation: Path, budget: str, seed: int)
     subprocess.run([sys.executable, "-m", "lmcli", "train", "-q", str(training), "--val", str(validation), "-o", str(folder),
                     "--time", budget, "--seed", str(seed), "--overwrite"], check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - started
-    done = subprocess.run([sys.executable, "-m", "lmcli", "perplexity", "-m", str(folder), "--json", "--context", str(CONTEXT),
-                           "--stride", str(CONTEXT), str(validation)], check=True, capture_output=True, text=True)
+    windows = ["--context", str(CONTEXT), "--stride", str(CONTEXT)]
+    done = subprocess.run([sys.executable, "-m", "lmcli", "perplexity", "-m", str(folder), "--json", *windows, str(validation)],
+                          check=True, capture_output=True, text=True)
     return seconds, json.loads(done.stdout.splitlines()[0])["bits_per_byte"]
 
 
@@ -87,7 +88,8 @@ def main() -> None:
         training, validation = Path(temporary) / "train.txt", Path(temporary) / "val.txt"
         training.write_bytes(text[:cut])
         validation.write_bytes(text[cut:])
-        jobs = {f"lm, {budget}": lambda seed, budget=budget: ours(Path(temporary) / "run", training, validation, budget, seed)
+        run = Path(temporary) / "run"
+        jobs = {f"lm, {budget}": lambda seed, budget=budget: ours(run, training, validation, budget, seed)
                 for budget in options.times.split(",")}
         if options.nanogpt:
             jobs["nanoGPT"] = lambda seed: nanogpt(options.nanogpt, training.read_text(), validation.read_text(), seed)

@@ -89,8 +89,8 @@ def block(shape: tuple[int, ...], dropout: float = 0.0) -> Callable[..., Tensor]
     """`fused.block` of x, the MLP's five weights and attention's four, and perhaps the two of the heads' norms."""
     rows, read, heads, keys, width = shape
 
-    def made(x: Tensor, norm1: Tensor, norm2: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, gate: Tensor,
-             up: Tensor, down: Tensor, *head_norms: Tensor) -> Tensor:
+    def made(x: Tensor, norm1: Tensor, norm2: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+             gate: Tensor, up: Tensor, down: Tensor, *head_norms: Tensor) -> Tensor:
         sizes = fused.Shape(rows, read, heads, keys, width, width ** -0.5, 1e-6, 1e-6, dropout)
         return fused.block(x, sizes, *angles(read, width, torch.float32),
                            (norm1, norm2, *(head_norms or (None, None)), query, key, value, output, gate, up, down))
@@ -98,8 +98,8 @@ def block(shape: tuple[int, ...], dropout: float = 0.0) -> Callable[..., Tensor]
 
 
 def plain_block(shape: tuple[int, ...]) -> Callable[..., Tensor]:
-    def made(x: Tensor, norm1: Tensor, norm2: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, gate: Tensor,
-             up: Tensor, down: Tensor, *head_norms: Tensor) -> Tensor:
+    def made(x: Tensor, norm1: Tensor, norm2: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+             gate: Tensor, up: Tensor, down: Tensor, *head_norms: Tensor) -> Tensor:
         products = F.linear(plain_rms_norm(x, norm1), torch.cat([query, key, value]).to(x.dtype))
         mixed = plain_causal(*plain_split(shape)(products, *head_norms)).transpose(1, 2).reshape(len(x), -1)
         x = x + F.linear(mixed, output.to(x.dtype))
@@ -141,12 +141,13 @@ class Case:
     def inputs(self, dtype: torch.dtype, weight_dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """The same numbers in every dtype, weights a quarter as large: all of them exist in bfloat16."""
         generator = torch.Generator().manual_seed(1)
-        kinds = (*((shape, dtype, 1.0) for shape in self.activations), *((shape, weight_dtype, 0.25) for shape in self.weights))
+        kinds = [(shape, dtype, 1.0) for shape in self.activations] + [(shape, weight_dtype, 0.25) for shape in self.weights]
         return [(size * torch.randn(shape, generator=generator).bfloat16().to(kind)).requires_grad_()
                 for shape, kind, size in kinds]
 
 
-def block_case(rows: int, read: int, heads: int, keys: int, width: int, normed: bool, hidden: int = 9, inner: int = 7) -> Case:
+def block_case(rows: int, read: int, heads: int, keys: int, width: int, normed: bool, hidden: int = 9,
+               inner: int = 7) -> Case:
     shape, queries = (rows, read, heads, keys, width), heads * width
     weights = ((hidden,), (hidden,), (queries, hidden), (keys * width, hidden), (keys * width, hidden), (hidden, queries),
                (inner, hidden), (inner, hidden), (hidden, inner))
@@ -376,7 +377,7 @@ def test_a_decoder_has_the_loss_and_gradients_of_the_plain_one(options, randomiz
     assert loss == pytest.approx(wanted, rel=1e-6)
     assert distance(together(gradients), together(expected)) < 1e-5
     for name, gradient in gradients.items():
-        assert distance(gradient, expected[name]) < 3e-5, name  # those of a query's norm are small differences of large numbers
+        assert distance(gradient, expected[name]) < 3e-5, name  # a query's norm: small differences of large numbers
 
 
 def test_training_and_reading_whole_rows_run_the_kernels_and_decoding_none(randomize, monkeypatch):
@@ -410,7 +411,8 @@ def other_shapes() -> dict[str, tuple[str, Batch]]:
     real = np.arange(11) < np.array([[11], [7], [3]])
     hidden = Batch(ids, np.where(chosen & real, targets, IGNORED), real)
     paired = Batch(ids, np.where(real, targets, IGNORED), real, random_ids(3, 11))
-    return {"encoder-small": ("masked", hidden), "seq2seq-small": ("seq2seq", paired), "transformer-2017": ("seq2seq", paired)}
+    return {"encoder-small": ("masked", hidden), "seq2seq-small": ("seq2seq", paired),
+            "transformer-2017": ("seq2seq", paired)}
 
 
 @pytest.mark.parametrize("preset", ["encoder-small", "seq2seq-small", "transformer-2017"])

@@ -82,7 +82,7 @@ def test_compiled_blocks_train_to_the_same_gradients_and_are_left_out_of_evaluat
         model.initialize(0)
         calls = []
         if compiled:
-            model.compile_blocks(backend=lambda graph, _: calls.append(graph) or graph.forward)
+            model.compile_blocks(backend=lambda graph, _, calls=calls: calls.append(graph) or graph.forward)
         summed_loss(model.train().hidden(ids[:, :-1]).flatten(0, 1), model.head, ids[:, 1:].flatten()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
         traced = len(calls)

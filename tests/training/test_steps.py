@@ -171,7 +171,8 @@ def test_orthogonal_updates_lie_near_the_polar_factor():
         found = optimizers.orthogonal(matrices.bfloat16()).float()
         left, values, right = torch.linalg.svd(matrices, full_matrices=False)
         assert (found - left @ right).norm() / (left @ right).norm() < 0.28
-        grown = torch.linalg.svdvals(found)[values > 0.02 * values[:, :1]]  # a square one has values near 0; bfloat16 adds to 1.28
+        # a square one has values near 0; bfloat16 adds to 1.28
+        grown = torch.linalg.svdvals(found)[values > 0.02 * values[:, :1]]
         assert grown.min() > 0.65 and grown.max() < 1.65
 
 
