@@ -14,8 +14,9 @@ GROWING = {"hidden_size": (128, 256, 512, 1024), "context": (128, 256, 512, 1024
 
 def measure(hidden_size: int, context: int, batch: int, seconds: float) -> dict:
     """What `lm bench --train` says of 4 layers of this width, vocabulary 4,096."""
-    sets = (f"model.hidden_size={hidden_size}", "model.num_hidden_layers=4",
-            f"model.num_attention_heads={hidden_size // 64}", "model.vocab_size=4096", f"train.context={context}", f"train.batch_tokens={batch}", "train.dropout=0")
+    sets = (f"model.hidden_size={hidden_size}", f"model.num_attention_heads={hidden_size // 64}",
+            "model.num_hidden_layers=4", "model.vocab_size=4096", f"train.context={context}",
+            f"train.batch_tokens={batch}", "train.dropout=0")
     command = [sys.executable, "-m", "lmcli", "bench", "--train", "--json", "--preset", "tiny", "--seconds", str(seconds),
                *(part for setting in sets for part in ("--set", setting))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

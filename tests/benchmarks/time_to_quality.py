@@ -69,8 +69,8 @@ def ours(folder: Path, training: Path, validation: Path, budget: str, seed: int)
                     "--time", budget, "--seed", str(seed), "--overwrite"], check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - started
     windows = ["--context", str(CONTEXT), "--stride", str(CONTEXT)]
-    done = subprocess.run([sys.executable, "-m", "lmcli", "perplexity", "-m", str(folder), "--json", *windows, str(validation)],
-                          check=True, capture_output=True, text=True)
+    measure = [sys.executable, "-m", "lmcli", "perplexity", "-m", str(folder), "--json", *windows, str(validation)]
+    done = subprocess.run(measure, check=True, capture_output=True, text=True)
     return seconds, json.loads(done.stdout.splitlines()[0])["bits_per_byte"]
 
 
