@@ -162,7 +162,9 @@ class TrainConfig:
     # batches
     context: int = knob(256, "tokens in a row", 8, 1 << 24)
     batch_tokens: int = knob(8192, "tokens of an optimizer step", 8)
-    micro_batch_tokens: int = knob(0, "tokens of one forward pass; 0 takes batch_tokens up to 16,384", 0)
+    micro_batch_tokens: int = knob(0, "tokens of one forward pass at most, halved where memory runs out; 0 takes 16,384", 0)
+    recompute: str = knob("auto", "whether the backward pass calculates activations again: slower, in less memory; auto "
+                          "does so where not even one row fits otherwise", choices=("auto", "on", "off"))
     # what is learnt
     objective: str = knob("auto", "what is predicted; auto goes by the model's shape and the data's fields",
                           choices=("auto", "causal", "masked", "seq2seq", "classification"))
