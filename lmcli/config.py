@@ -229,6 +229,8 @@ def check(section: type, key: str, value: Any, where: str) -> Any:
     Numbers may come as text ("1e-5", which YAML reads as a string), durations as "90s", "10m", "1h30m".
     """
     spec = next(f for f in fields(section) if f.name == key)
+    if isinstance(value, bool) and "on" in spec.metadata["choices"]:  # as YAML reads the words on and off
+        value = "on" if value else "off"
     try:
         value = _convert(spec.type, "time" if spec.name == "time" else "", value)
     except (ValueError, OverflowError):  # infinity is no whole number

@@ -27,12 +27,13 @@ from lmcli.inference.scoring import Scorer
 from lmcli.model import kernels
 from lmcli.model.device import Placement, place
 from lmcli.model.transformer import Transformer, initialize
-from lmcli.recipes import BUDGETS
+from lmcli.recipes import BUDGETS, changed
 from lmcli.storage import write_text
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
 from lmcli.text.examples import unigram_entropy
 from lmcli.training import data, loop, run_folder, state
+from lmcli.training.divergence import Diverged
 from lmcli.training.evaluation import Figures, evaluate
 from lmcli.training.objectives import OBJECTIVES, Objective
 
@@ -109,9 +110,14 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
     return run
 
 
-def resume(path: str, device: str, threads: int, began: float, note: Callable[[str], None]) -> "TrainingRun":
-    """The run of a folder, as its newest state left it. Raises UserError when data or state are missing or changed."""
+def resume(path: str, device: str, threads: int, began: float, note: Callable[[str], None],
+           sets: tuple[str, ...] = ()) -> "TrainingRun":
+    """The run of a folder, as its newest state left it, with `section.key=value` settings from there on.
+
+    Raises UserError when data or state are missing or changed.
+    """
     place_of_run, recipe, facts = run_folder.reopen(Path(path))
+    recipe = changed(recipe, sets)
     placement = place(device, recipe.train.precision, threads, training=True)
     source = data.source_from_facts(facts["data"])
     tokenizer = tokenizers.load(path)
@@ -122,6 +128,8 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
     run.loop.counters = state.restore(place_of_run.states, run.model, run.loop.optimizer, note)
     run.result, run.chosen = facts.get("result") or {}, facts.get("choice") or []
     place_of_run.open_metrics(run.step)
+    if sets:
+        run.write_recipe()
     note(f"going on after step {run.step:,}")
     _tell(run, note)
     return run
@@ -299,16 +307,19 @@ class TrainingRun:
         """Writes the model folder with the weights as they are, the recipe, and empty metrics."""
         self.place.begin()
         checkpoints.save(self.folder, self.model, self.prepared.tokenizer, self.recipe.generate)
-        self._write_recipe()
+        self.write_recipe()
         self.place.open_metrics(0)
 
     def events(self) -> Iterator[tuple[str, object]]:
-        """("step" | "validation" | "sample", record) as they happen; what is to be saved has been saved by then.
+        """("step" | "validation" | "sample" | "note", record) as they happen; what is to be saved has been saved by then.
 
-        Raises UserError, and leaves nothing behind, when the time was over before the first step.
+        Raises UserError, and leaves nothing behind, when the time was over before the first step; and when the loss
+        explodes or is no number, which leaves the best model and the states from before.
         """
-        for event in self.loop.events():
-            if isinstance(event, loop.Step):
+        for event in self._checked(self.loop.events()):
+            if isinstance(event, loop.Note):
+                yield "note", event
+            elif isinstance(event, loop.Step):
                 self.place.log({key: value for key, value in dataclasses.asdict(event).items() if key in LOGGED})
                 yield "step", event
             elif not self.step and not self.loop.stop:
@@ -325,6 +336,17 @@ class TrainingRun:
                 state.save(self.place.states, self.loop.counters, self.model, self.loop.optimizer)
         self._finish()
 
+    def _checked(self, events: Iterator[object]) -> Iterator[object]:
+        """The events; where the run diverges, what is kept is told and broken states are dropped."""
+        try:
+            yield from events
+        except Diverged as error:
+            best, kept = self.loop.counters.best_step, state.forget(self.place.states, error.since - 1)
+            model = f"the best model, of step {best:,}" if best else "the weights it began with"
+            onward = f"the state of step {kept:,}: lm train --resume {self.folder} {error.remedy}" if kept else \
+                f"no state to go back to: start again with --overwrite {error.remedy}"
+            raise UserError(error.what, where=error.where, hint=f"{self.folder} keeps {model}, and {onward}") from error
+
     def _validated(self, event: loop.Validation) -> None:
         figures, counters = event.figures, self.loop.counters
         self.place.log({"step": event.step, "tokens": counters.tokens, "elapsed": self.loop.elapsed(),
@@ -333,7 +355,7 @@ class TrainingRun:
             checkpoints.save_weights(self.folder, self.model)
             self.result = {"best_step": event.step, **figures.facts()}
             self.headline = figures.headline()
-            self._write_recipe()
+            self.write_recipe()
 
     def _sample(self) -> str:
         if self.objective.name == "seq2seq":
@@ -363,7 +385,7 @@ class TrainingRun:
         counters = self.loop.counters
         self.result |= {"steps": counters.step, "tokens": counters.tokens, "seconds": round(counters.seconds, 1),
                         "epochs": round(counters.rows / self.loop.rows.rows_per_epoch, 3), "stopped": self.stopped}
-        self._write_recipe()
+        self.write_recipe()
         write_text(self.folder / "loss.svg", draw(self.place.metrics(), self.objective.target))
         write_text(self.folder / "README.md", model_card(
             self.folder.resolve().name, self.model.config, self.recipe.train,
@@ -374,7 +396,8 @@ class TrainingRun:
         tokenizer = self.prepared.tokenizer
         return "".join(tokenizer.pieces(tokenizer.prefix)) if self.objective.name == "causal" else ""
 
-    def _write_recipe(self) -> None:
+    def write_recipe(self) -> None:
+        """Writes recipe.yaml with what is known by now."""
         self.place.write_recipe(
             self.recipe,
             versions={"lm": __version__, "torch": str(torch.__version__), "tokenizers": tokenizers_library.__version__,

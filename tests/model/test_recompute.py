@@ -9,7 +9,8 @@ SHAPES = {
     "decoder": {}, "decoder with plain operations": {"hidden_act": "gelu", "gated_mlp": False},
     "decoder with a window": {"sliding_window": 4, "layer_types": ("sliding_attention", "full_attention")},
     "encoder": {"shape": "encoder", "query_key_norm": False, "norm": "layer", "num_key_value_heads": 4},
-    "encoder-decoder": {"shape": "encoder-decoder", "positions": "relative", "query_key_norm": False, "num_key_value_heads": 4}}
+    "encoder-decoder": {"shape": "encoder-decoder", "positions": "relative", "query_key_norm": False,
+                        "num_key_value_heads": 4}}
 
 
 def loss(model):
