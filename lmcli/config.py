@@ -162,7 +162,9 @@ class TrainConfig:
     # batches
     context: int = knob(256, "tokens in a row", 8, 1 << 24)
     batch_tokens: int = knob(8192, "tokens of an optimizer step", 8)
-    micro_batch_tokens: int = knob(0, "tokens of one forward pass; 0 takes batch_tokens up to 16,384", 0)
+    micro_batch_tokens: int = knob(0, "tokens of one forward pass at most, halved where memory runs out; 0 takes 16,384", 0)
+    recompute: str = knob("auto", "whether the backward pass calculates activations again: slower, in less memory; auto "
+                          "does so where not even one row fits otherwise", choices=("auto", "on", "off"))
     # what is learnt
     objective: str = knob("auto", "what is predicted; auto goes by the model's shape and the data's fields",
                           choices=("auto", "causal", "masked", "seq2seq", "classification"))
@@ -229,6 +231,8 @@ def check(section: type, key: str, value: Any, where: str) -> Any:
     Numbers may come as text ("1e-5", which YAML reads as a string), durations as "90s", "10m", "1h30m".
     """
     spec = next(f for f in fields(section) if f.name == key)
+    if isinstance(value, bool) and "on" in spec.metadata["choices"]:  # as YAML reads the words on and off
+        value = "on" if value else "off"
     try:
         value = _convert(spec.type, "time" if spec.name == "time" else "", value)
     except (ValueError, OverflowError):  # infinity is no whole number

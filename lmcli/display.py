@@ -117,3 +117,10 @@ class TrainingView:
         self._draw()
         if not self.live and not self.quiet:
             print(f"sample     {self.sample_text}", file=sys.stderr, flush=True)
+
+    def note(self, event) -> None:
+        """Shows one line that stays: what the run changed by itself."""
+        if self.live:
+            self.console.print(f"lm: {event.text}", markup=False)
+        elif not self.quiet:
+            note(event.text)

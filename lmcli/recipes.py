@@ -42,20 +42,32 @@ def resolve(preset: str, sets: Iterable[str] = (), train: Mapping[str, Any] = Ma
     if given & {f"train.{budget}" for budget in BUDGETS}:
         values["train"].update(dict.fromkeys(BUDGETS, 0))
     for setting in sets:
-        name, equals, text = setting.partition("=")
-        section, dot, key = name.strip().partition(".")
-        if not equals or not dot:
-            raise UsageError(f"{setting!r} is not section.key=value", where="--set",
-                             hint="for example --set train.learning_rate=3e-4")
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UsageError(f"{setting!r} has no readable value", where="--set") from error
-        _put(values, section, key, value, "--set")
+        _set(values, setting)
     for key, value in train.items():
         if value is not None:
             _put(values, "train", key, value, f"--{key}")
     return Recipe(**{name: make(**values[name]) for name, make in SECTIONS.items()})
+
+
+def changed(recipe: Recipe, sets: Iterable[str]) -> Recipe:
+    """The recipe with `section.key=value` settings on top; UsageError as in `resolve`."""
+    values = {name: dict(vars(getattr(recipe, name))) for name in SECTIONS}
+    for setting in sets:
+        _set(values, setting)
+    return Recipe(**{name: make(**values[name]) for name, make in SECTIONS.items()})
+
+
+def _set(values: dict[str, dict[str, Any]], setting: str) -> None:
+    name, equals, text = setting.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or not dot:
+        raise UsageError(f"{setting!r} is not section.key=value", where="--set",
+                         hint="for example --set train.learning_rate=3e-4")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{setting!r} has no readable value", where="--set") from error
+    _put(values, section, key, value, "--set")
 
 
 def from_values(document: dict[str, Any], where: str) -> Recipe:

@@ -25,18 +25,22 @@ from lmcli.errors import UsageError, UserError
 from lmcli.inference.decoding import Decoder
 from lmcli.inference.scoring import Scorer
 from lmcli.model import cost, kernels
-from lmcli.model.device import Placement, place
+from lmcli.model.device import Placement, available_memory, dtype_name, place
+from lmcli.model.memory import training_memory
 from lmcli.model.transformer import Transformer, initialize
-from lmcli.recipes import BUDGETS
+from lmcli.recipes import BUDGETS, changed
 from lmcli.storage import write_text
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
 from lmcli.text.examples import unigram_entropy
 from lmcli.training import data, loop, run_folder, state
+from lmcli.training.divergence import Diverged
 from lmcli.training.evaluation import Figures, evaluate
 from lmcli.training.objectives import OBJECTIVES, Objective
 
 SAMPLE_TOKENS = 60
+MEMORY_SHARE = 0.8  # of what is free, for a training step
+FEWEST_MICRO_BATCH_TOKENS = 2048  # smaller products are slower than calculating activations again
 MEASURING_SECONDS = 1.0  # of each of the two designs that preset auto may try; a sixtieth of the budget at most
 BYTES_PER_PARAMETER = 12  # weight, gradient and at least one moment, in float32
 
@@ -101,6 +105,7 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
         recipe = dataclasses.replace(recipe, model=model.config)
         run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
         run.chosen = chosen
+        _fit(run, note)
         run.create()
     except BaseException:
         place_of_run.abandon()
@@ -109,9 +114,14 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
     return run
 
 
-def resume(path: str, device: str, threads: int, began: float, note: Callable[[str], None]) -> "TrainingRun":
-    """The run of a folder, as its newest state left it. Raises UserError when data or state are missing or changed."""
+def resume(path: str, device: str, threads: int, began: float, note: Callable[[str], None],
+           sets: tuple[str, ...] = ()) -> "TrainingRun":
+    """The run of a folder, as its newest state left it, with `section.key=value` settings from there on.
+
+    Raises UserError when data or state are missing or changed.
+    """
     place_of_run, recipe, facts = run_folder.reopen(Path(path))
+    recipe = changed(recipe, sets)
     placement = place(device, recipe.train.precision, threads, training=True)
     source = data.source_from_facts(facts["data"])
     tokenizer = tokenizers.load(path)
@@ -121,7 +131,10 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
     run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
     run.loop.counters = state.restore(place_of_run.states, run.model, run.loop.optimizer, note)
     run.result, run.chosen = facts.get("result") or {}, facts.get("choice") or []
+    _fit(run, note)
     place_of_run.open_metrics(run.step)
+    if sets:
+        run.write_recipe()
     note(f"going on after step {run.step:,}")
     _tell(run, note)
     return run
@@ -150,6 +163,29 @@ def _value(recipe: Recipe, key: str) -> object:
     """What a recipe has for "section.key"."""
     section, _, name = key.partition(".")
     return getattr(getattr(recipe, section), name)
+
+
+def _fit(run: "TrainingRun", note: Callable[[str], None]) -> None:
+    """Where a step would need more memory than there is: a smaller micro-batch, then recomputation; the kernel of a
+    system ends a process rather than tell it that memory is short, so this is not left to be found out."""
+    train, counters, there = run.recipe.train, run.loop.counters, MEMORY_SHARE * available_memory(run.placement.device)
+    first = min(run.loop.micro_batch_tokens, train.batch_tokens)
+    ways = [False, True] if train.recompute == "auto" and not counters.recompute else [run.loop.recompute]
+
+    def fits(tokens: int, recompute: bool) -> bool:
+        return not there or training_memory(run.model.config, train, tokens, dtype_name(run.placement.dtype), recompute,
+                                            fused=not kernels.problem()).total <= there
+
+    sizes = [first]
+    while sizes[-1] // 2 >= max(FEWEST_MICRO_BATCH_TOKENS, train.context):
+        sizes.append(sizes[-1] // 2)
+    tried = [(recompute, tokens) for recompute in ways for tokens in sizes]
+    recompute, tokens = next((way for way in tried if fits(way[1], way[0])), tried[-1])
+    if (recompute, tokens) != tried[0]:
+        counters.micro_batch_tokens, counters.recompute = tokens, recompute or counters.recompute
+        again = ", and activations calculated again in the backward pass" if recompute else ""
+        note(f"{there / MEMORY_SHARE / 1e9:.1f} GB of memory are free: {tokens:,} tokens at once{again}; the batch of an "
+             f"optimizer step stays {train.batch_tokens:,}")
 
 
 def _tell(run: "TrainingRun", note: Callable[[str], None]) -> None:
@@ -298,16 +334,19 @@ class TrainingRun:
         """Writes the model folder with the weights as they are, the recipe, and empty metrics."""
         self.place.begin()
         checkpoints.save(self.folder, self.model, self.prepared.tokenizer, self.recipe.generate)
-        self._write_recipe()
+        self.write_recipe()
         self.place.open_metrics(0)
 
     def events(self) -> Iterator[tuple[str, object]]:
-        """("step" | "validation" | "sample", record) as they happen; what is to be saved has been saved by then.
+        """("step" | "validation" | "sample" | "note", record) as they happen; what is to be saved has been saved by then.
 
-        Raises UserError, and leaves nothing behind, when the time was over before the first step.
+        Raises UserError, and leaves nothing behind, when the time was over before the first step; and when the loss
+        explodes or is no number, which leaves the best model and the states from before.
         """
-        for event in self.loop.events():
-            if isinstance(event, loop.Step):
+        for event in self._checked(self.loop.events()):
+            if isinstance(event, loop.Note):
+                yield "note", event
+            elif isinstance(event, loop.Step):
                 self.place.log({key: value for key, value in dataclasses.asdict(event).items() if key in LOGGED})
                 yield "step", event
             elif not self.step and not self.loop.stop:
@@ -324,6 +363,17 @@ class TrainingRun:
                 state.save(self.place.states, self.loop.counters, self.model, self.loop.optimizer)
         self._finish()
 
+    def _checked(self, events: Iterator[object]) -> Iterator[object]:
+        """The events; where the run diverges, what is kept is told and broken states are dropped."""
+        try:
+            yield from events
+        except Diverged as error:
+            best, kept = self.loop.counters.best_step, state.forget(self.place.states, error.since - 1)
+            model = f"the best model, of step {best:,}" if best else "the weights it began with"
+            onward = f"the state of step {kept:,}: lm train --resume {self.folder} {error.remedy}" if kept else \
+                f"no state to go back to: start again with --overwrite {error.remedy}"
+            raise UserError(error.what, where=error.where, hint=f"{self.folder} keeps {model}, and {onward}") from error
+
     def _validated(self, event: loop.Validation) -> None:
         figures, counters = event.figures, self.loop.counters
         self.place.log({"step": event.step, "tokens": counters.tokens, "elapsed": self.loop.elapsed(),
@@ -332,7 +382,7 @@ class TrainingRun:
             checkpoints.save_weights(self.folder, self.model)
             self.result = {"best_step": event.step, **figures.facts()}
             self.headline = figures.headline()
-            self._write_recipe()
+            self.write_recipe()
 
     def _sample(self) -> str:
         if self.objective.name == "seq2seq":
@@ -362,7 +412,7 @@ class TrainingRun:
         counters = self.loop.counters
         self.result |= {"steps": counters.step, "tokens": counters.tokens, "seconds": round(counters.seconds, 1),
                         "epochs": round(counters.rows / self.loop.rows.rows_per_epoch, 3), "stopped": self.stopped}
-        self._write_recipe()
+        self.write_recipe()
         write_text(self.folder / "loss.svg", draw(self.place.metrics(), self.objective.target))
         write_text(self.folder / "README.md", model_card(
             self.folder.resolve().name, self.model.config, self.recipe.train,
@@ -373,7 +423,8 @@ class TrainingRun:
         tokenizer = self.prepared.tokenizer
         return "".join(tokenizer.pieces(tokenizer.prefix)) if self.objective.name == "causal" else ""
 
-    def _write_recipe(self) -> None:
+    def write_recipe(self) -> None:
+        """Writes recipe.yaml with what is known by now."""
         self.place.write_recipe(
             self.recipe,
             versions={"lm": __version__, "torch": str(torch.__version__), "tokenizers": tokenizers_library.__version__,

@@ -33,7 +33,8 @@ Examples:
 @click.option("--documents", type=click.Choice(["file", "line", "blank"]), default="file", show_default=True,
               help="What a document is: the whole file (<|endoftext|> parts it), a line, or a paragraph.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order, dropout, samples.")
-@click.option("--resume", metavar="DIR", help="Go on with an interrupted run; needs nothing else.")
+@click.option("--resume", metavar="DIR",
+              help="Go on with an interrupted run; needs nothing else, and takes --set train.learning_rate.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that the folder -o holds.")
 @options.reading
 @options.hardware
@@ -53,7 +54,7 @@ def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, to
     if origin and any(setting.lstrip().startswith(("model.", "tokenizer.")) for setting in sets):
         raise UsageError("--from brings its model and tokenizer: leave --set model.… and tokenizer.… out")
     if resume:
-        _refuse_beside_resume()
+        _refuse_beside_resume(sets)
     elif not data and sys.stdin.isatty():
         raise UsageError("nothing to train on: give DATA, or pipe text in", hint="lm train --help")
     from lmcli import display, recipes, runs
@@ -61,7 +62,7 @@ def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, to
 
     note = (lambda text: None) if quiet else display.note
     if resume:
-        run = runs.resume(resume, device, threads or 0, BEGAN, note)
+        run = runs.resume(resume, device, threads or 0, BEGAN, note, sets)
     else:
         def resolve(below=None):
             return recipes.resolve(preset, (*(f"{key}={value}" for key, value in (below or {}).items()), *sets), {
@@ -73,19 +74,27 @@ def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, to
             overwrite, device, threads or 0, resolve if preset == "auto" else None), BEGAN, note)
     with run.signals(), display.TrainingView(quiet, run.bytes_per_token, run.objective.target) as view:
         for kind, event in run.events():
-            {"step": view.step, "validation": view.validation, "sample": view.sample}[kind](event)
+            {"step": view.step, "validation": view.validation, "sample": view.sample, "note": view.note}[kind](event)
     if run.stopped:
         raise Interrupted(f"stopped after step {run.step:,}, and saved; go on with: lm train --resume {run.folder}")
     note(run.summary())
     click.echo(run.folder)
 
 
-def _refuse_beside_resume():
-    """--resume needs nothing else; whatever would change the run is refused."""
+# settings that may change under way: neither model nor data nor budget hang on them
+CHANGEABLE = ("learning_rate", "matrix_learning_rate", "gradient_clip", "precision", "recompute")
+
+
+def _refuse_beside_resume(sets):
+    """--resume needs nothing else; whatever would make it another run is refused."""
     context = click.get_current_context()
-    allowed = {"resume", "device", "threads", "quiet", "verbose"}
+    allowed = {"resume", "sets", "device", "threads", "quiet", "verbose"}
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name)
         if source == click.core.ParameterSource.COMMANDLINE and parameter.name not in allowed:
             raise UsageError(f"--resume needs nothing else: leave {parameter.opts[0]} out",
                              hint="to go on with other data or settings, start a new run with --from")
+    for setting in sets:
+        if setting.partition("=")[0].strip() not in {f"train.{key}" for key in CHANGEABLE}:
+            raise UsageError(f"--resume goes on with the settings of its run, {setting} is another: leave --set out",
+                             hint=f"only these of train may change: {', '.join(CHANGEABLE)}")

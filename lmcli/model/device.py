@@ -1,8 +1,10 @@
 """Which device, precision and number of threads work runs with, and why."""
 
 import ctypes
+import gc
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -81,3 +83,47 @@ def keep_freed_memory() -> None:
         mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be taken: on a GPU of its own memory, else of the machine's (0: it does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+
+
+# what torch says where it raises a plain RuntimeError: CPU (POSIX, Windows), MPS, a failed C++ allocation, cuBLAS
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "alloc_failed")
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether this is torch's, numpy's or Python's way to say that memory was not enough."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what nobody holds any more."""
+    gc.collect()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of torch's generators for work on this device, the CPU's included."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type in ("cuda", "mps"):
+        states[device.type] = getattr(torch, device.type).get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, torch.Tensor]) -> None:
+    """Puts back what `random_states` gave."""
+    torch.set_rng_state(states["cpu"])
+    for kind in states.keys() - {"cpu"}:
+        getattr(torch, kind).set_rng_state(states[kind])

@@ -40,6 +40,11 @@ class Batch:
         read = self.ids.size if self.real is None else int(self.real.sum())
         return read + (self.count if self.decoder_ids is not None else 0)
 
+    @property
+    def size(self) -> int:
+        """Ids read, padding counted: what memory goes by."""
+        return self.ids.size + (0 if self.decoder_ids is None else self.decoder_ids.size)
+
 
 class Ring:
     """Spans of a corpus taken as a ring, cut anew each epoch from a random offset and drawn in a random order.
@@ -52,14 +57,18 @@ class Ring:
         self.per_epoch = max(1, len(ids) // stride)
         self._epoch, self._order, self._offset = -1, np.zeros(0, dtype=np.int64), 0
 
-    def take(self, number: int) -> np.ndarray:
-        """Span number `number`, int64."""
+    def start(self, number: int) -> int:
+        """Where span number `number` begins in the corpus."""
         epoch, index = divmod(number, self.per_epoch)
         if epoch != self._epoch:
             generator = np.random.default_rng((self.seed, epoch))
             self._offset = int(generator.integers(len(self.ids)))
             self._epoch, self._order = epoch, generator.permutation(self.per_epoch)
-        start = (self._offset + int(self._order[index]) * self.stride) % len(self.ids)
+        return (self._offset + int(self._order[index]) * self.stride) % len(self.ids)
+
+    def take(self, number: int) -> np.ndarray:
+        """Span number `number`, int64."""
+        start = self.start(number)
         row = self.ids[start:start + self.span]
         while len(row) < self.span:  # over the end of the ring
             row = np.concatenate([row, self.ids[:self.span - len(row)]])
@@ -86,6 +95,10 @@ class PackedRows:
         """The batches of one optimizer step of `batch_tokens`, none of them over `most` tokens (or one row)."""
         cut = (self.batch(start, rows) for start, rows in _parts(position, batch_tokens, most, self.context))
         return [Batch(rows[:, :-1], rows[:, 1:]) for rows in cut]
+
+    def places(self, position: int, rows: int) -> tuple[str, list[int]]:
+        """("token", where in the corpus each of these rows begins)."""
+        return "token", [self.ring.start(position + i) for i in range(rows)]
 
     def _row(self, number: int) -> np.ndarray:
         row = self.ring.take(number)
@@ -135,6 +148,10 @@ class MaskedRows:
         return [self._batch([self.ring.take(start + i) for i in range(rows)], start)
                 for start, rows in _parts(position, batch_tokens, most, self.context)]
 
+    def places(self, position: int, rows: int) -> tuple[str, list[int]]:
+        """("token", where in the corpus each of these rows begins)."""
+        return "token", [self.ring.start(position + i) for i in range(rows)]
+
     def in_order(self, ids: np.ndarray, most: int) -> Iterator[Batch]:
         """Other text, row by row, with masks that are always the same: to measure on. A last row too short is left out."""
         spans = [ids[i:i + self.ring.span].astype(np.int64) for i in range(0, len(ids), self.ring.span)]
@@ -172,6 +189,11 @@ class ExampleRows:
             self._key = (epoch, batch_tokens)
         chosen = self._plan[int(np.searchsorted(self._starts, offset, side="right")) - 1]
         return [self.make(group) for group in self._groups(chosen, most)]
+
+    def places(self, position: int, rows: int) -> tuple[str, list[int]]:
+        """("example", the number in the training part of each of these rows, which are of the step taken last)."""
+        offset = position % self.rows_per_epoch
+        return "example", np.concatenate(self._plan)[offset:offset + rows].tolist()
 
     def in_order(self, most: int) -> Iterator[Batch]:
         """All examples once, longest first: to measure on."""

@@ -2,22 +2,28 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from lmcli.config import TrainConfig
 from lmcli.errors import UserError
+from lmcli.model import device
 from lmcli.model.device import Placement
 from lmcli.model.transformer import Transformer
 from lmcli.text.batches import ExampleRows, MaskedRows, PackedRows
-from lmcli.training import objectives, optimizers, schedules
+from lmcli.training import divergence, objectives, optimizers, schedules
+from lmcli.training.divergence import Diverged
 from lmcli.training.objectives import OBJECTIVES, Objective
 from lmcli.training.state import Counters
 
 MOST_MICRO_BATCH_TOKENS = 16_384
 EVALUATIONS = 8  # of a run, unless eval_every says otherwise
+PLACES_TOLD = 4  # of the rows that an error names
+SMALLER = "lower train.context, model.hidden_size, model.num_hidden_layers or tokenizer.vocab_size"
 
 
 @dataclass
@@ -56,6 +62,14 @@ class Due:
 
 
 @dataclass
+class Note:
+    """Something that the run changed by itself, as one line of text. It goes on after `step`."""
+
+    step: int
+    text: str
+
+
+@dataclass
 class Run:
     """A training run. `elapsed()` is seconds since its start; set `stop` to end it after the current step.
 
@@ -82,6 +96,9 @@ class Run:
         self._evaluation_seconds = self._evaluated_at = self._speed = 0.0
         self._before = self._sampled_at = 0.0
         self._sample_seconds = 0.3  # until one has been timed
+        config = self.model.config
+        self._uniform = math.log(max(2, config.vocab_size if self.objective.head == "lm" else len(config.labels)))
+        self._losses: deque[float] = deque(maxlen=divergence.STEPS_ABOVE)
 
     def _worth_compiling(self) -> bool:
         # on a CPU it is within noise at 6 × 384 and a loss below, and takes 23 s
@@ -91,12 +108,25 @@ class Run:
         """Seconds spent on this run, earlier sittings included."""
         return self._before + time.monotonic() - self.began
 
-    def events(self) -> Iterator[Step | Validation | Due]:
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of one forward pass at most: what fitted once memory had run out, else what is configured."""
+        return self.counters.micro_batch_tokens or self.config.micro_batch_tokens or MOST_MICRO_BATCH_TOKENS
+
+    @property
+    def recompute(self) -> bool:
+        """Whether backward passes calculate activations again."""
+        return self.config.recompute == "on" or (self.config.recompute == "auto" and self.counters.recompute)
+
+    def events(self) -> Iterator[Step | Validation | Due | Note]:
         """Steps until a budget is used up or `stop` is set, with what is due between them; at the end a final Validation.
 
-        Raises UserError when loss or gradient become NaN or infinite; weights are then as before that step.
+        Where memory runs out a step is made again in smaller parts, after a Note. Raises UserError when not even a row
+        fits, and Diverged when loss or gradient become NaN or infinite or the loss explodes; weights are then as before
+        that step. Nothing is to be saved from weights that are not finite: that is Diverged as well.
         """
         counters = self.counters
+        self.model.set_recompute(self.recompute)
         self._before = counters.seconds
         counters.preparation += self.elapsed() - counters.seconds
         start = self.elapsed()
@@ -104,7 +134,7 @@ class Run:
         if counters.step and share < 1.0:  # resumed: the step before the stop may have left something due
             yield from self._between(share)
         while share < 1.0 and not self.stop:
-            step = self._step(share)
+            step = yield from self._step(share)
             share = self._share()
             counters.seconds = step.elapsed = self.elapsed()
             step.share = share
@@ -119,6 +149,9 @@ class Run:
             counters.looked = share
             yield self._validate(final=ended)
         counters.seconds = self.elapsed()
+        self._require_finite()
+        if counters.best == math.inf:
+            raise self._diverged("no evaluation gave a number")
         yield Due("save", counters.step)
 
     def _between(self, share: float) -> Iterator[Validation | Due]:
@@ -133,8 +166,9 @@ class Run:
             started = time.monotonic()
             yield Due("sample", counters.step)
             self._sampled_at, self._sample_seconds = time.monotonic(), time.monotonic() - started
-        if self._due(config.save_every, last, share):
+        if self._due(config.save_every, last, share) and not self._above():  # else the good ones would be pushed out
             counters.seconds = self.elapsed()
+            self._require_finite()
             yield Due("save", counters.step)
 
     def _share(self) -> float:
@@ -171,30 +205,27 @@ class Run:
     def _validate(self, final: bool) -> Validation:
         counters, started = self.counters, time.monotonic()
         self.model.eval()
-        figures = self.evaluate()
+        with self._enough_memory("an evaluation"):
+            figures = self.evaluate()
         self.model.train()
         self._evaluated_at = time.monotonic()
         self._evaluation_seconds = self._evaluated_at - started
-        best = figures.criterion < counters.best
+        best = figures.criterion < counters.best and self._finite()
         if best:
             counters.best, counters.best_step = figures.criterion, counters.step
         return Validation(counters.step, figures, best, final)
 
-    def _step(self, share: float) -> Step:
+    def _step(self, share: float) -> Generator[Note, None, Step]:
         config, counters, started = self.config, self.counters, time.monotonic()
         # the very first step, at share 0, would have rate 0
         factor = schedules.factor(config.schedule, max(share, config.warmup / 100), config.warmup)
-        rate = factor * config.learning_rate
-        loss, tokens = self._gradients()
+        rate, position = factor * config.learning_rate, counters.rows
+        loss, tokens = yield from self._gradients_that_fit()
         norm = self.optimizer.clip(config.gradient_clip)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(
-                f"loss is {loss} and the gradient norm {norm} at step {counters.step + 1} "
-                f"(learning rate {rate:.2g}, {self.placement})", where="training",
-                hint=f"the best model, of step {counters.best_step}, is kept; try --set train.learning_rate="
-                     f"{config.learning_rate / 3:.1g} or --set train.precision=float32")
+        self._require_sound(loss, norm, rate, position)
         self.optimizer.set_factor(factor)
-        self.optimizer.step()
+        with self._enough_memory(f"the update of step {counters.step + 1}"):
+            self.optimizer.step()
         counters.step += 1
         counters.tokens += tokens
         seconds = time.monotonic() - started
@@ -202,10 +233,103 @@ class Run:
         return Step(counters.step, counters.tokens, 0.0, loss, rate, norm, tokens / seconds, share,
                     counters.rows / self.rows.rows_per_epoch, None)
 
+    def _gradients_that_fit(self) -> Generator[Note, None, tuple[float, int]]:
+        """`_gradients`; where memory runs out, again in smaller parts, from the same place in data and random numbers."""
+        position, states = self.counters.rows, device.random_states(self.placement.device)
+        while True:
+            try:
+                return self._gradients()
+            except (RuntimeError, MemoryError) as error:
+                if not device.ran_out_of_memory(error):
+                    raise
+            # only here, where the error no longer holds the frames it came through, is their memory free
+            self.optimizer.zero_grad()
+            device.free_memory(self.placement.device)
+            self.counters.rows = position
+            yield Note(self.counters.step, self._made_smaller())
+            device.set_random_states(states)
+
+    def _made_smaller(self) -> str:
+        """Changes what the next try has in memory at once, and says how; UserError when nothing is left to change."""
+        counters, config = self.counters, self.config
+        batches = self.rows.step(counters.rows, config.batch_tokens, self.micro_batch_tokens)
+        largest = max(batch.size for batch in batches)
+        if max(batch.rows for batch in batches) > 1:
+            tried = min(self.micro_batch_tokens, largest)
+            counters.micro_batch_tokens = max(1, tried // 2)
+            return (f"out of memory with {tried:,} tokens at once: going on with {counters.micro_batch_tokens:,}; the batch "
+                    f"of an optimizer step stays {config.batch_tokens:,}")
+        if config.recompute == "auto" and not counters.recompute:
+            counters.recompute = True
+            self.model.set_recompute(True)
+            return (f"out of memory with one row of {largest:,} tokens: going on with activations calculated again in the "
+                    "backward pass (train.recompute), slower and in less memory")
+        again = ", even with activations calculated again in the backward pass" if self.recompute else ""
+        hint = SMALLER if self.recompute else f"leave train.recompute at auto, or {SMALLER}"
+        raise UserError(f"out of memory at step {counters.step + 1}: not even one row of {largest:,} tokens fits{again}",
+                        where="training", hint=hint)
+
+    @contextmanager
+    def _enough_memory(self, what: str) -> Iterator[None]:
+        """UserError when memory runs out in what cannot be made smaller."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not device.ran_out_of_memory(error):
+                raise
+            raise UserError(f"out of memory in {what}", where="training", hint=SMALLER) from error
+
+    def _require_sound(self, loss: float, norm: float, rate: float, position: int) -> None:
+        """Diverged when the next update would go on from a loss or gradient that there is no coming back from."""
+        counters, before = self.counters, self._above()
+        if not counters.step:
+            counters.first_loss = loss
+        self._losses.append(loss)
+        if math.isfinite(loss) and math.isfinite(norm):
+            if not divergence.exploded(self._losses, self._limit()):
+                return
+            what = (f"the loss has exploded: {loss:.4g} nats/{self.objective.target}, where guessing costs "
+                    f"{self._uniform:.3g},")
+        else:
+            what = f"loss is {loss:.4g}" if not math.isfinite(loss) else f"gradient norm is {norm:.3g}"
+        step = counters.step + 1
+        raise Diverged(f"{what} at step {step} (loss {loss:.4g}, gradient norm {norm:.3g}, learning rate {rate:.2g}, "
+                       f"{self.placement}; {self._rows_told(position)})", self._remedy(), step - before)
+
+    def _limit(self) -> float:
+        return divergence.highest_sound_loss(self._uniform, self.counters.first_loss)
+
+    def _above(self) -> int:
+        """How many steps in a row the loss has been higher than it should ever be."""
+        return divergence.steps_above(self._losses, self._limit())
+
+    def _rows_told(self, position: int) -> str:
+        """Which rows of the data the gradients just made are from."""
+        count = self.counters.rows - position
+        kind, places = self.rows.places(position, count)
+        told = ", ".join(f"{place:,}" for place in places[:PLACES_TOLD])
+        return (f"{divergence.rows_told(position, count, self.rows.rows_per_epoch)}, from {kind} "
+                f"{told}{', …' if count > PLACES_TOLD else ''} of the training part")
+
+    def _remedy(self) -> str:
+        return divergence.remedy(self.config, self.placement.dtype == torch.float32)
+
+    def _finite(self) -> bool:
+        """Whether all weights are; a pass over them, so only where they are to be written anyway."""
+        return bool(torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all())
+
+    def _require_finite(self) -> None:
+        if not self._finite():
+            raise self._diverged("weights are NaN or infinite")
+
+    def _diverged(self, what: str) -> Diverged:
+        step = self.counters.step
+        return Diverged(f"{what} after step {step} ({self.placement})", self._remedy(), step + 1)
+
     def _gradients(self) -> tuple[float, int]:
         """Adds up the gradients of one optimizer step; returns its loss in nats per target and its tokens."""
         config, counters = self.config, self.counters
-        batches = self.rows.step(counters.rows, config.batch_tokens, config.micro_batch_tokens or MOST_MICRO_BATCH_TOKENS)
+        batches = self.rows.step(counters.rows, config.batch_tokens, self.micro_batch_tokens)
         targets = sum(batch.count for batch in batches)
         total = torch.zeros((), device=self.placement.device)
         self.optimizer.zero_grad()

@@ -20,6 +20,8 @@ class Counters:
     """Where a run stands. `rows` is the position in the data; `seconds` is time spent, all sittings together,
     `preparation` the part of it before the first steps. `best` is the best validation figure so far (what its criterion is),
     reached at `best_step`. `looked` is the share of the budget at which it was last looked whether an evaluation is due.
+    `first_loss` is the loss before the first update. Where memory ran out, `micro_batch_tokens` (else 0) and `recompute`
+    are what fitted.
     """
 
     step: int = 0
@@ -30,6 +32,9 @@ class Counters:
     best: float = float("inf")
     best_step: int = 0
     looked: float = 0.0
+    first_loss: float = 0.0
+    micro_batch_tokens: int = 0
+    recompute: bool = False
 
 
 def save(folder: Path, counters: Counters, model: torch.nn.Module, optimizer: Optimizers) -> None:
@@ -48,6 +53,18 @@ def save(folder: Path, counters: Counters, model: torch.nn.Module, optimizer: Op
         (part / "counters.json").write_text(json.dumps({**asdict(counters), "optimizer_steps": steps}))
     for old in _states(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def forget(folder: Path, step: int) -> int | None:
+    """Drops the states of `step` and later ones, which are broken, if there is an older one; returns the step of the
+    newest state that is left and is not broken."""
+    states = {int(path.name.removeprefix("step-")): path for path in _states(folder)}
+    sound = [number for number in states if number < step]
+    if not sound:
+        return None
+    for number in states.keys() - set(sound):
+        shutil.rmtree(states[number], ignore_errors=True)
+    return max(sound)
 
 
 def _states(folder: Path) -> list[Path]:
