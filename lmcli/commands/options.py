@@ -43,6 +43,11 @@ hardware = _together(
     click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
                  help="Precision. auto: float32 to measure, bfloat16 to generate where the hardware is made for it."),
     threads)
+budgets = _together(
+    click.option("--time", "time_", type=Duration(), help="Time from the start to the saved model: 90s, 10m, 1h30m."),
+    click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps."),
+    click.option("--tokens", type=click.IntRange(min=1), help="Training tokens."),
+    click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Passes over the training text."))
 batch_tokens = click.option("--batch-tokens", type=click.IntRange(min=1), default=None,
                             help="Tokens of one forward pass; changes speed, not results.")
 reading = _together(

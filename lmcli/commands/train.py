@@ -25,10 +25,7 @@ Examples:
 @click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value of the preset.")
 @click.option("--from", "origin", metavar="MODEL", help="Go on training this model folder, with its tokenizer.")
 @click.option("--tokenizer", "tokenizer_folder", metavar="DIR", help="Use this tokenizer instead of learning one.")
-@click.option("--time", "time_", type=options.Duration(), help="Time from now to the saved model: 90s, 10m, 1h30m.")
-@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps.")
-@click.option("--tokens", type=click.IntRange(min=1), help="Training tokens.")
-@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Passes over the training text.")
+@options.budgets
 @click.option("--val", multiple=True, metavar="FILE", help="Validate on this, instead of on a held-out tenth.")
 @click.option("--documents", type=click.Choice(["file", "line", "blank"]), default="file", show_default=True,
               help="What a document is: the whole file (<|endoftext|> parts it), a line, or a paragraph.")
