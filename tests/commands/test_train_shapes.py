@@ -98,7 +98,7 @@ def test_a_run_stopped_after_a_step_resumes_to_the_same_bits(rows, run, inside, 
     step = loop.Run._step
 
     def stop_after_five(self, share):
-        made = step(self, share)
+        made = yield from step(self, share)
         self.stop = made.step == 5
         return made
     with monkeypatch.context() as patched:
