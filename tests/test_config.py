@@ -147,3 +147,10 @@ class TestModelSizes:
 def test_a_recipe_is_not_changed_in_place():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe().train.steps = 3
+
+
+def test_on_and_off_are_words_though_yaml_reads_them_as_true_and_false():
+    assert [check(TrainConfig, "recompute", value, "here") for value in (True, False, "on", "off", "auto")] == [
+        "on", "off", "on", "off", "auto"]
+    with pytest.raises(UsageError, match="'true' is not one of auto, on, off"):
+        check(TrainConfig, "recompute", "true", "here")

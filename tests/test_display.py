@@ -98,3 +98,17 @@ def test_the_loss_shown_is_smoothed(view):
         for loss in (4.0, 2.0):
             made.step(SimpleNamespace(**{**vars(STEP), "loss": loss}))
     assert made.loss == pytest.approx(0.95 * 4 + 0.05 * 2)
+
+
+def test_what_a_run_changed_by_itself_is_one_line_that_stays(view, capsys):
+    event = SimpleNamespace(step=3, text="out of memory with [16] tokens at once")
+    made, stream = view(terminal=True)
+    with made:
+        made.step(STEP)
+        made.note(event)
+    assert stream.getvalue().count("lm: out of memory with [16] tokens at once") == 1
+    for quiet, told in ((False, "lm: out of memory with [16] tokens at once\n"), (True, "")):
+        made, _ = view(quiet)
+        with made:
+            made.note(event)
+        assert capsys.readouterr().err == told
