@@ -125,15 +125,13 @@ def read(arguments: tuple[str, ...], val: tuple[str, ...], layout: Layout, inclu
     """
     started = time.monotonic()
     source = data.find(arguments, val, layout, include, note)
-    found, _ = layout.survey(source.files)
-    training, held_out = (found, layout.survey(source.validation_files)[0]) if source.validation_files else \
-        documents.split(found, layout)
-    measured = documents.limit(held_out, layout, recipe.train.validation_bytes)
-    sample = [piece.text for piece in layout.pieces(documents.limit(training, layout, SAMPLE_BYTES))]
+    parts = data.split(source, recipe.train.validation_bytes, lambda text: None)  # the table tells the sizes
+    sample = [piece.text for piece in layout.pieces(documents.limit(parts.training, layout, SAMPLE_BYTES))]
     if not "".join(sample).strip():
         raise UserError("no text in it", where=shown(source.files[0]), hint="give a file with text, or pipe some in")
     seconds = time.monotonic() - started
-    return Text(layout, _size(training), len(training), _size(measured), sample, compressed(sample), seconds)
+    return Text(layout, data.size(parts.training), len(parts.training), data.size(parts.measured), sample,
+                compressed(sample), seconds)
 
 
 def compressed(sample: list[str]) -> float:
@@ -142,10 +140,6 @@ def compressed(sample: list[str]) -> float:
     # a dictionary no larger than the sample: by default xz takes 94 MB, which would be counted as this process's own
     packed = lzma.compress(whole, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 20}])
     return 8 * len(packed) / len(whole)
-
-
-def _size(part: list[documents.Document]) -> int:
-    return sum(document.end - document.start for document in part)
 
 
 class Planner:
