@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lmcli.config import ModelConfig
 from lmcli.model import fused, kernels
 from lmcli.model.attention import Attention, KeyValueCache, Memory, View, visible
 from lmcli.model.layers import ACTIVATIONS, MLP, Linear, RelativeBias, make_norm, rotation, sinusoids
+from lmcli.model.recompute import recomputed
 
 
 class Block(nn.Module):
@@ -117,7 +117,11 @@ class Stack(nn.Module):
 
     def _through(self, layer: Block, x: Tensor, view: View) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, x, view, use_reentrant=False)  # draws the same dropout again
+            states, real = view.memory or (None, None)
+
+            def run(x: Tensor, mask: Tensor | None, states: Tensor | None) -> Tensor:
+                return layer(x, replace(view, mask=mask, memory=None if states is None else Memory(states, real)))
+            return recomputed(layer, run, x, view.mask, states)
         return layer(x, view)
 
     def _positions(self, x: Tensor, real: Tensor | None, past: int) -> Tensor:

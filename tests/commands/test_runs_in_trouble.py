@@ -85,7 +85,7 @@ class TestMemory:
             torch.testing.assert_close(value, small[name], rtol=0, atol=1e-6)
 
     def test_nothing_to_make_smaller_is_two_lines(self, environment, story, tmp_path):
-        done = limited(environment, 16 << 20, "train", story, "-o", tmp_path / "run", *ROOMY, "--set", "train.context=2048")
+        done = limited(environment, 1 << 20, "train", story, "-o", tmp_path / "run", *ROOMY, "--set", "train.context=2048")
         first, second = error_of(done)
         assert re.search(r"out of memory (at step 1: not even one row of 2,048 tokens fits|in )", first)
         assert "lower train.context" in second

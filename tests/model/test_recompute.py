@@ -1,5 +1,9 @@
 """Activations that the backward pass calculates again: the same values and gradients, with less kept in between."""
 
+import subprocess
+import sys
+import weakref
+
 import pytest
 import torch
 
@@ -46,7 +50,9 @@ def test_losses_and_gradients_are_the_same(small_model, options, dropout, dtype)
     assert again == plain
     for name, gradient in wanted.items():
         assert gradient is not None and gradient.any(), name
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=0)
+        # a source's gradients from several blocks are added in another order
+        several = model.config.shape == "encoder-decoder"
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6 * gradient.abs().max().item() * several)
     assert dropout == 0 or gradients(model, True, seed=6)[0] != plain
 
 
@@ -75,10 +81,16 @@ def test_blocks_keep_nothing_but_what_enters_them(small_model, options):
     kept = []
     for recompute in (False, True):
         model.set_recompute(recompute)
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
-            loss(model)
-        kept.append(len(sizes))
+        packed = []
+
+        def pack(x, packed=packed):
+            y = x.detach()  # a tensor of its own, alive as long as the graph keeps it
+            packed.append(weakref.ref(y))
+            return y
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
+            found = loss(model)
+        kept.append(sum(reference() is not None for reference in packed))
+        assert found.requires_grad
     assert kept[1] < kept[0] / 2  # the rest is of embedding, last norm and head
 
 
@@ -104,4 +116,17 @@ def test_the_source_gets_its_gradient_through_the_blocks_that_read_it(small_mode
         states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
         model.hidden(torch.arange(8).view(2, 4), memory=Memory(states)).square().sum().backward()
         found.append(states.grad)
-    assert found[0].any() and torch.equal(*found)
+    assert found[0].any()
+    torch.testing.assert_close(*found)
+
+
+def test_nothing_is_imported_when_memory_is_short():
+    script = """if True:
+        import sys, torch
+        from lmcli.model.recompute import recomputed
+        layer, x, before = torch.nn.Linear(4, 4), torch.ones(2, 4, requires_grad=True), set(sys.modules)
+        recomputed(layer, layer, x).sum().backward()
+        assert x.grad.any() and layer.weight.grad.any()
+        print(sorted(set(sys.modules) - before))"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done
