@@ -4,8 +4,8 @@ python tests/benchmarks/time_to_quality.py TEXT --nanogpt CHECKOUT [--times 6s,8
 
 The text is split once, 90 % to train on and 10 % to validate on. nanoGPT (4 layers × 128, context 64, batch 12, 2,000
 steps, characters) runs as its train.py runs, in a copy of the checkout; ours learns its tokenizer on the first part within
-its time. Both are measured in disjoint windows of 64 tokens over every validation byte, as bits per byte; both clocks run
-from process start to saved model. About two minutes a seed for nanoGPT.
+its time. Each is measured in disjoint windows of its own context over every validation byte, as bits per byte; both clocks run
+from process start to saved model. Then what `lm perplexity` says as it stands. About two minutes a seed for nanoGPT.
 """
 
 import argparse
