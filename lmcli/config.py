@@ -224,6 +224,11 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 
+    def value(self, key: str) -> Any:
+        """What it has for "section.key"."""
+        section, _, name = key.partition(".")
+        return getattr(getattr(self, section), name)
+
 
 def check(section: type, key: str, value: Any, where: str) -> Any:
     """`value` as the type of field `key` of dataclass `section`, or UsageError naming `where`, the key and the range.

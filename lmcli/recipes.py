@@ -29,13 +29,15 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in preset_folder().glob("*.yaml"))
 
 
-def resolve(preset: str, sets: Iterable[str] = (), train: Mapping[str, Any] = MappingProxyType({})) -> Recipe:
-    """The recipe of a preset's name or file, with `section.key=value` settings and then `train` values (None: not given)
-    on top. A budget given here (time, tokens, steps, epochs) takes the place of all of the preset's.
+def resolve(preset: str, sets: Iterable[str] = (), train: Mapping[str, Any] = MappingProxyType({}),
+            below: Mapping[str, Any] = MappingProxyType({})) -> Recipe:
+    """The recipe of a preset's name or file, with `below` (section.key → value), `section.key=value` settings and then
+    `train` values (None: not given) on top. A budget given here (time, tokens, steps, epochs) takes the place of all of
+    the preset's.
 
     Raises UsageError for an unknown preset, key or value; it names the file, the key and the nearest valid one.
     """
-    sets = list(sets)
+    sets = [*(f"{key}={value}" for key, value in below.items()), *sets]
     values = _read(_find(preset), seen=())
     given = {setting.partition("=")[0].strip() for setting in sets}
     given |= {f"train.{key}" for key, value in train.items() if value is not None}
@@ -47,6 +49,12 @@ def resolve(preset: str, sets: Iterable[str] = (), train: Mapping[str, Any] = Ma
         if value is not None:
             _put(values, "train", key, value, f"--{key}")
     return Recipe(**{name: make(**values[name]) for name, make in SECTIONS.items()})
+
+
+def require_budget(recipe: Recipe, where: str) -> None:
+    """UsageError for a recipe by which training would never end."""
+    if not any(getattr(recipe.train, budget) for budget in BUDGETS):
+        raise UsageError(f"no budget: {', '.join(BUDGETS)} are all 0", where=where, hint="give one, for example --time 5m")
 
 
 def changed(recipe: Recipe, sets: Iterable[str]) -> Recipe:

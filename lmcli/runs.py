@@ -14,7 +14,6 @@ import torch
 
 from lmcli import __version__
 from lmcli.analysis import auto
-from lmcli.analysis.benchmark import measured_rate
 from lmcli.analysis.card import model_card
 from lmcli.analysis.loss_curve import draw
 from lmcli.checkpoints import folder as checkpoints
@@ -28,7 +27,7 @@ from lmcli.model import cost, kernels
 from lmcli.model.device import Placement, available_memory, dtype_name, place
 from lmcli.model.memory import training_memory
 from lmcli.model.transformer import Transformer, initialize
-from lmcli.recipes import BUDGETS, changed
+from lmcli.recipes import changed, require_budget
 from lmcli.storage import write_text
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
@@ -41,7 +40,6 @@ from lmcli.training.objectives import OBJECTIVES, Objective
 SAMPLE_TOKENS = 60
 MEMORY_SHARE = 0.8  # of what is free, for a training step
 FEWEST_MICRO_BATCH_TOKENS = 2048  # smaller products are slower than calculating activations again
-MEASURING_SECONDS = 1.0  # of each of the two designs that preset auto may try; a sixtieth of the budget at most
 BYTES_PER_PARAMETER = 12  # weight, gradient and at least one moment, in float32
 
 
@@ -72,8 +70,7 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
     recipe = request.recipe
     if request.origin and request.tokenizer:
         raise UsageError("--from brings its own tokenizer: leave --tokenizer out")
-    if not any(getattr(recipe.train, budget) for budget in BUDGETS):
-        raise UsageError(f"no budget: {', '.join(BUDGETS)} are all 0", where="train", hint="give one, for example --time 5m")
+    require_budget(recipe, "train")
     placement = place(request.device, recipe.train.precision, request.threads, training=True)
     origin = checkpoints.load(hub.find(request.origin)) if request.origin else None
     tokenizer = origin.tokenizer if origin else \
@@ -92,8 +89,11 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
         objective = data.settle(source, recipe.train.objective, config.shape, note)
         parts, chosen = data.split(source, recipe.train.validation_bytes, note), []
         if request.refine and not origin and objective.name == "causal":
-            recipe, chosen = _chosen(request, source, parts, tokenizer, placement, note)
+            text = auto.describe((piece.text for piece in source.layout.pieces(parts.training)), data.size(parts.training))
+            recipe, chosen = auto.refined(request.refine, text, placement, tokenizer.size if tokenizer else 0)
             context = recipe.train.context
+            for reason in chosen:
+                note(f"auto: {reason}")
         prepared = data.prepare(source, parts, recipe.tokenizer, context, tokenizer, note, objective, config.labels)
         if cut := data.too_long(prepared):
             note(f"{cut:,} of {len(prepared.corpus):,} examples are longer than the context of {context} tokens: their ends "
@@ -138,31 +138,6 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
     note(f"going on after step {run.step:,}")
     _tell(run, note)
     return run
-
-
-def _chosen(request: Request, source: data.Source, parts: data.Parts, tokenizer: tokenizers.Tokenizer | None,
-            placement: Placement, note: Callable[[str], None]) -> tuple[Recipe, list[str]]:
-    """The recipe of preset auto for this data, budget and machine, and why; says so."""
-    train = request.recipe.train
-    text = auto.describe((piece.text for piece in source.layout.pieces(parts.training)), data.size(parts.training))
-
-    def measure(design: auto.Design) -> float:
-        seconds = min(MEASURING_SECONDS, train.time / 60)
-        return measured_rate(request.refine(design.settings), placement, seconds)
-
-    choice = auto.choose(text, auto.budget(train, text), tokenizer.size if tokenizer else 0, measure)
-    recipe, reasons = request.refine(choice.design.settings), list(choice.reasons)
-    if own := [key for key, value in choice.design.settings.items() if _value(recipe, key) != value]:
-        reasons.append(f"but for what you set yourself: {', '.join(own)}")
-    for reason in reasons:
-        note(f"auto: {reason}")
-    return recipe, reasons
-
-
-def _value(recipe: Recipe, key: str) -> object:
-    """What a recipe has for "section.key"."""
-    section, _, name = key.partition(".")
-    return getattr(getattr(recipe, section), name)
 
 
 def _fit(run: "TrainingRun", note: Callable[[str], None]) -> None:

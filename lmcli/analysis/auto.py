@@ -6,13 +6,16 @@ the best of a grid. Beyond that range they are carried on towards the 20 tokens 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from lmcli.config import ModelConfig, TrainConfig
+from lmcli.analysis.benchmark import measured_rate
+from lmcli.config import ModelConfig, Recipe, TrainConfig
 from lmcli.model import cost
+from lmcli.model.device import Placement
 
 SAMPLE_CHARACTERS = 1 << 20
+MEASURING_SECONDS = 1.0  # of each of the two designs that may be tried; a sixtieth of the budget at most
 SECONDS_BESIDE_STEPS = 5.0  # starting, reading, choosing, the last evaluation: what a run by time cannot train in
 GUESSED_RATE = 1.5e11  # FLOP/s of a small model on two cores, to choose the shape that is then measured
 KNOWN_FLOPS, KNOWN_RATIO, KNOWN_BATCH = 9e12, 2.2, 2048  # a minute on two cores: tokens for each parameter of the blocks
@@ -128,6 +131,22 @@ def choose(text: Text, allowed: Budget, vocab_size: int, measure: Callable[[Desi
             break
     design = _design(text, allowed, rate, vocab_size)
     return Choice(design, rate, _reasons(text, allowed, rate, design))
+
+
+def refined(refine: Callable[[Mapping[str, object]], Recipe], text: Text, placement: Placement,
+            vocab_size: int = 0) -> tuple[Recipe, list[str]]:
+    """(the recipe chosen for this text and machine, why). `refine` gives the recipe with such settings below the user's
+    own, which it may hold budgets in; `vocab_size` as in `choose`."""
+    train = refine({}).train
+
+    def measure(design: Design) -> float:
+        return measured_rate(refine(design.settings), placement, min(MEASURING_SECONDS, train.time / 60))
+
+    choice = choose(text, budget(train, text), vocab_size, measure)
+    recipe, reasons = refine(choice.design.settings), list(choice.reasons)
+    if own := [key for key, value in choice.design.settings.items() if recipe.value(key) != value]:
+        reasons.append(f"but for what you set yourself: {', '.join(own)}")
+    return recipe, reasons
 
 
 def _design(text: Text, allowed: Budget, rate: float, vocab_size: int) -> Design:

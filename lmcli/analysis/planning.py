@@ -18,7 +18,7 @@ import torch
 
 from lmcli.analysis.benchmark import NEVER, TrainingWorkload, peak_memory
 from lmcli.config import ModelConfig, Recipe
-from lmcli.errors import UsageError, UserError
+from lmcli.errors import UserError
 from lmcli.inference.scoring import Scorer
 from lmcli.model import cost, kernels, memory
 from lmcli.model.device import Placement, dtype_name
@@ -151,13 +151,10 @@ class Planner:
         self._vocabularies: dict[tuple, Vocabulary] = {}
 
     def plan(self, name: str, recipe: Recipe) -> Plan:
-        """The Plan of a recipe with its own budgets, its advice still to be given (`advise`).
+        """The Plan of a recipe with its own budgets (it must have one), its advice still to be given (`advise`).
 
-        Raises UsageError for a recipe without a budget, or one whose objective needs labels.
+        Raises UsageError for a recipe whose objective needs labels.
         """
-        if not any((recipe.train.time, recipe.train.tokens, recipe.train.steps, recipe.train.epochs)):
-            raise UsageError("no budget: time, tokens, steps and epochs are all 0", where=name,
-                             hint="give one, for example --time 5m")
         vocabulary = self._vocabulary(recipe)
         text_tokens = round(self.text.bytes / vocabulary.bytes_per_token) + self.text.documents
         train = dataclasses.replace(recipe.train, context=min(recipe.train.context, max(8, text_tokens)))

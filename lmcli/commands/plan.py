@@ -1,6 +1,7 @@
 """lm plan: what a training run will come to, before it is run."""
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -10,7 +11,7 @@ import click
 from lmcli.commands import BEGAN, options
 from lmcli.errors import UsageError
 
-PRESETS = ("tiny", "small", "base")  # decoders, smallest first
+PRESETS = ("auto", "tiny", "small", "base")  # decoders: what lm train chooses, then smallest first
 
 
 @click.command(epilog="""\b
@@ -47,19 +48,27 @@ def plan(data, presets, sets, time_, steps, tokens, epochs, val, documents, dtyp
     if not data and sys.stdin.isatty():
         raise UsageError("nothing to plan for: give DATA, or pipe text in", hint="lm plan --help")
     from lmcli import display, recipes
-    from lmcli.analysis import planning
+    from lmcli.analysis import auto, planning
     from lmcli.model.device import place
     from lmcli.text.documents import Layout
 
     note = (lambda text: None) if quiet else display.note
     budget = {"time": time_, "steps": steps, "tokens": tokens, "epochs": epochs,
               "precision": None if dtype == "auto" else dtype}
-    chosen = {name: recipes.resolve(name, sets, budget) for name in presets or PRESETS}
+    resolve = functools.partial(recipes.resolve, sets=sets, train=budget)
+    chosen = {name: resolve(name) for name in presets or PRESETS}
+    for name, recipe in chosen.items():
+        recipes.require_budget(recipe, name)
     first = next(iter(chosen.values()))
     placement = place(device, first.train.precision, threads or 0, training=True)
     startup = time.monotonic() - BEGAN
     text = planning.read(data, val, Layout(documents, format_, fields, on_error), include, first, note)
     note(f"{text.documents:,} documents, {text.bytes:,} bytes to train on; trying {', '.join(chosen)} on {placement}")
+    if "auto" in chosen:
+        seen = auto.describe(text.sample, text.bytes)
+        chosen["auto"], reasons = auto.refined(lambda below: resolve("auto", below=below), seen, placement)
+        for reason in reasons:
+            note(f"auto: {reason}")
     planner = planning.Planner(text, placement, startup)
     plans, best = planning.advise([planner.plan(name, recipe) for name, recipe in chosen.items()])
     _print(plans, as_json)

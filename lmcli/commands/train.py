@@ -61,13 +61,13 @@ def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, to
     if resume:
         run = runs.resume(resume, device, threads or 0, BEGAN, note, sets)
     else:
-        def resolve(below=None):
-            return recipes.resolve(preset, (*(f"{key}={value}" for key, value in (below or {}).items()), *sets), {
+        def resolve(below):
+            return recipes.resolve(preset, sets, {
                 "time": time_, "steps": steps, "tokens": tokens, "epochs": epochs, "seed": seed,
-                "precision": None if dtype == "auto" else dtype})
+                "precision": None if dtype == "auto" else dtype}, below)
 
         run = runs.start(runs.Request(
-            resolve(), data, output, val, include, Layout(documents, format_, fields, on_error), origin, tokenizer_folder,
+            resolve({}), data, output, val, include, Layout(documents, format_, fields, on_error), origin, tokenizer_folder,
             overwrite, device, threads or 0, resolve if preset == "auto" else None), BEGAN, note)
     with run.signals(), display.TrainingView(quiet, run.bytes_per_token, run.objective.target) as view:
         for kind, event in run.events():

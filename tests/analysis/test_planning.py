@@ -7,7 +7,7 @@ import pytest
 from lmcli.analysis import planning
 from lmcli.analysis.planning import Plan, Planner, Speed
 from lmcli.config import TokenizerConfig
-from lmcli.errors import UsageError, UserError
+from lmcli.errors import UserError
 from lmcli.model import cost
 from lmcli.model.device import place
 from lmcli.recipes import resolve
@@ -81,11 +81,6 @@ def test_tokens_of_the_text_are_close_to_what_a_tokenizer_makes_of_it(planner, s
 def test_other_shapes_have_no_bits_per_byte(planner, preset):
     plan = planner.plan(preset, resolve(preset, SMALL[:5], {"steps": 2}))
     assert plan.bits_per_byte is None and plan.steps == 2 and plan.memory > plan.process
-
-
-def test_no_budget_is_usage(planner):
-    with pytest.raises(UsageError, match="no budget"):
-        planner.plan("tiny", resolve("tiny", ("train.time=0",)))
 
 
 SPEED = Speed(token=0.001, update=0.1, evaluated=0.0)

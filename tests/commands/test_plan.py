@@ -26,13 +26,25 @@ def test_an_object_a_preset_and_what_to_take(inside, notes):
     done = inside("plan", notes, *SMALL, "--steps", "20", "--json", "--threads", "1", "--dtype", "float32")
     assert done.returncode == 0, done.stderr.decode()
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["preset"] for row in rows] == ["tiny", "small", "base"]
+    assert [row["preset"] for row in rows] == ["auto", "tiny", "small", "base"]
     for row in rows:
         assert (row["steps"], row["tokens"], row["context"]) == (20, 1280, 16) and row["advice"]
         assert row["memory"] == sum(row[part] for part in ("weights", "gradients", "optimizer", "activations", "process"))
         assert row["bits_per_byte"] == round(row["bits_per_byte"], 1)
     last = done.stderr.decode().splitlines()
-    assert "trying tiny, small, base on cpu, 1 threads, float32" in last[0] and last[-1].startswith("lm: take ")
+    assert "trying auto, tiny, small, base on cpu, 1 threads, float32" in last[0] and last[-1].startswith("lm: take ")
+    assert "but for what you set yourself: " in last[4] and "model.hidden_size" in last[4]
+
+
+def test_auto_is_planned_as_train_would_choose_it(inside, notes, tmp_path):
+    options = (notes, "--preset", "auto", "--tokens", "20000", "--threads", "1")
+    done = inside("plan", *options, "--json")
+    (row,), told = [json.loads(line) for line in done.stdout.splitlines()], done.stderr.decode().splitlines()
+    trained = inside("train", *options, "-o", tmp_path / "run").stderr.decode().splitlines()
+    reasons = [line for line in told if line.startswith("lm: auto: ")]
+    assert len(reasons) == 3 and reasons == [line for line in trained if line.startswith("lm: auto: ")]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert row["vocabulary"] == config["vocab_size"] and row["context"] == config["max_position_embeddings"]
 
 
 def test_rows_in_a_pipe_from_standard_input(inside, notes):
@@ -65,7 +77,8 @@ def test_a_table_on_a_terminal(environment, notes):
 @pytest.mark.parametrize("arguments, code, said", [
     (("missing.txt",), 1, "missing.txt"), (("{empty}",), 1, "no text"), (("{binary}",), 1, "UTF-8"),
     (("{empty}", "--preset", "tinny"), 2, "did you mean 'tiny'?"), (("{empty}", "--time", "soon"), 2, "not a duration"),
-    (("{notes}", "--preset", "tiny", "--set", "train.time=0"), 2, "no budget")])
+    (("{notes}", "--preset", "tiny", "--set", "train.time=0"), 2, "tiny: no budget"),
+    (("{notes}", "--set", "train.time=0"), 2, "auto: no budget")])
 def test_what_cannot_be_planned_is_told(inside, notes, tmp_path, arguments, code, said):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\x00\xff\xfe" * 100)
