@@ -184,9 +184,10 @@ class TrainConfig:
     precision: str = knob("auto", "of the forward pass; weights stay float32", choices=("auto", "float32", "bfloat16"))
     # what is looked at, kept and shown
     validation_bytes: int = knob(250_000, "at most so many bytes of the held-out part are measured", 1)
-    eval_every: int = knob(0, "steps between evaluations; 0 means an eighth of the budget", 0)
-    save_every: int = knob(0, "steps between resumable states; 0 means one with each evaluation", 0)
-    sample_every: int = knob(0, "steps between sample texts; 0 means one with each evaluation", 0)
+    eval_every: int = knob(0, "steps between evaluations; 0 means an eighth of the budget, or more where they would take a "
+                          "fifteenth of its time", 0)
+    save_every: int = knob(0, "steps between resumable states; 0 means an eighth of the budget", 0)
+    sample_every: int = knob(0, "steps between sample texts; 0 means an eighth of the budget", 0)
     seed: int = knob(0, "of initial weights, data order, dropout and samples", 0, (1 << 63) - 1)
 
 

@@ -306,7 +306,7 @@ def _steps(recipe: Recipe, speed: Speed, step_tokens: int, text_tokens: int, bef
         if not train.time or seconds <= train.time:
             return most, seconds
     room = train.time - before
-    looks = _affordable(room, evaluation, train.time) if not train.eval_every else 1
+    looks = loop.evaluations(train.time, evaluation) if not train.eval_every else 1
     steps = int((room - looks * evaluation - loop.EVALUATIONS * rest) / step)
     return max(0, min(steps, most or steps)), train.time
 
@@ -314,16 +314,6 @@ def _steps(recipe: Recipe, speed: Speed, step_tokens: int, text_tokens: int, bef
 def _times(train, steps: int) -> int:
     """Evaluations of a run by steps."""
     return max(1, steps // train.eval_every) if train.eval_every else min(loop.EVALUATIONS, steps)
-
-
-def _affordable(room: float, evaluation: float, budget: float) -> int:
-    """Evaluations of a run by time, which keeps them to a fifteenth of it, and one at its end (`loop.Run`)."""
-    count, last = 1, -budget
-    for part in range(1, loop.EVALUATIONS):
-        now = room * part / loop.EVALUATIONS
-        if now - last >= 15 * evaluation:
-            count, last = count + 1, now
-    return count
 
 
 def expected_bits_per_byte(compressed: float, text_bytes: float, read_bytes: float, body: int) -> float:

@@ -21,7 +21,7 @@ from lmcli.training.objectives import OBJECTIVES, Objective
 from lmcli.training.state import Counters
 
 MOST_MICRO_BATCH_TOKENS = 16_384
-EVALUATIONS = 8  # of a run, unless eval_every says otherwise
+EVALUATIONS = 8  # of a run, unless eval_every says otherwise; and so many saves and sample texts
 PLACES_TOLD = 4  # of the rows that an error names
 SMALLER = "lower train.context, model.hidden_size, model.num_hidden_layers or tokenizer.vocab_size"
 
@@ -69,6 +69,12 @@ class Note:
     text: str
 
 
+def evaluations(budget: float, cost: float) -> int:
+    """How many evaluations a run has, the one at its end included: of a run of `budget` seconds (0: by steps) all of them,
+    each `cost` seconds, take a fifteenth."""
+    return min(EVALUATIONS, max(1, int(budget / 15 / max(cost, 1e-9)))) if budget else EVALUATIONS
+
+
 @dataclass
 class Run:
     """A training run. `elapsed()` is seconds since its start; set `stop` to end it after the current step.
@@ -93,7 +99,7 @@ class Run:
         if self.config.compile == "on" or (self.config.compile == "auto" and self._worth_compiling()):
             self.model.compile_blocks()
         self.optimizer = optimizers.build(self.model, self.config)
-        self._evaluation_seconds = self._evaluated_at = self._speed = 0.0
+        self._evaluation_seconds = self._speed = 0.0
         self._before = self._sampled_at = 0.0
         self._sample_seconds = 0.3  # until one has been timed
         config = self.model.config
@@ -160,7 +166,7 @@ class Run:
         last, counters.looked = counters.looked, max(counters.looked, share)
         if share <= last:
             return
-        if self._due(config.eval_every, last, share) and self._affordable():
+        if self._due(config.eval_every, last, share, evaluations(config.time, self._evaluation_cost())):
             yield self._validate(final=False)
         if self._due(config.sample_every, last, share) and self._worth_a_sample():
             started = time.monotonic()
@@ -184,17 +190,10 @@ class Run:
             return self.evaluation_tokens / (3 * self._speed)
         return 0.04 * self.config.time
 
-    def _due(self, every: int, last: float, share: float) -> bool:
+    def _due(self, every: int, last: float, share: float, times: int = EVALUATIONS) -> bool:
         if every:
             return self.counters.step % every == 0
-        return math.floor(last * EVALUATIONS) < math.floor(share * EVALUATIONS)
-
-    def _affordable(self) -> bool:
-        """In a run by time, evaluations keep to a fifteenth of it; in a run by steps their places are fixed."""
-        if self.config.eval_every or not self.config.time:
-            return True
-        room = time.monotonic() - self._evaluated_at if self._evaluated_at else self.config.time
-        return room >= 15 * self._evaluation_cost()
+        return math.floor(last * times) < math.floor(share * times)
 
     def _worth_a_sample(self) -> bool:
         """In a run by time, samples keep to a fiftieth of it."""
@@ -208,8 +207,7 @@ class Run:
         with self._enough_memory("an evaluation"):
             figures = self.evaluate()
         self.model.train()
-        self._evaluated_at = time.monotonic()
-        self._evaluation_seconds = self._evaluated_at - started
+        self._evaluation_seconds = time.monotonic() - started
         best = figures.criterion < counters.best and self._finite()
         if best:
             counters.best, counters.best_step = figures.criterion, counters.step

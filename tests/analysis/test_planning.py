@@ -105,12 +105,6 @@ def test_steps_and_seconds_of_each_budget():
     assert steps({"time": 2.0}) == (0, 2.0)  # it could not begin
 
 
-def test_evaluations_keep_to_their_share():
-    assert planning._affordable(100, 0.1, 100) == 8
-    assert planning._affordable(100, 2, 100) < 5
-    assert planning._affordable(100, 50, 100) == 1
-
-
 @pytest.mark.parametrize("preset, sets, budget, found", [
     ("tiny", (), 1e12, [(4, 2048)]), ("tiny", ("train.micro_batch_tokens=1024",), 1e12, [(4, 1024)]),
     ("small", ("train.batch_tokens=65536",), 1e12, [(6, 16384)]), ("base", (), 1e12, [(1, 6144), (3, 6144)]),
