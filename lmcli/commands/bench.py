@@ -1,12 +1,11 @@
 """lm bench: how fast work runs, beside what the machine can do."""
 
 import dataclasses
-import json
-import sys
 
 import click
 
 from lmcli.commands import options
+from lmcli.commands.rows import print_rows
 from lmcli.errors import UsageError
 
 COLUMNS = ("name", "tokens_per_second", "achieved", "limit", "unit", "ratio", "dtype", "threads", "step_ms", "steps",
@@ -46,7 +45,7 @@ def bench(train, preset, sets, seconds, dtype, device, threads, as_json, quiet):
     given = {"precision": None if dtype == "auto" else dtype}
     workloads = {preset: recipes.resolve(preset, sets, given)} if preset else \
         {name: benchmark.reference(name, sets, given) for name in benchmark.REFERENCES}
-    _print(_measured(workloads, seconds, device, threads or 0, quiet), as_json)
+    print_rows(_measured(workloads, seconds, device, threads or 0, quiet), COLUMNS, as_json, _readable)
 
 
 def _measured(workloads, seconds, device, threads, quiet):
@@ -60,29 +59,6 @@ def _measured(workloads, seconds, device, threads, quiet):
         if not quiet:
             note(f"train {name}: {seconds:g} s on {placement}")
         yield dataclasses.asdict(benchmark.measure_training(f"train {name}", recipe, placement, seconds))
-
-
-def _print(rows, as_json):
-    """JSON Lines and TSV as the rows come, a table when all are there."""
-    if as_json:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
-        return
-    if sys.stdout.isatty():
-        from lmcli.display import table
-
-        lines = [_readable(row) for row in rows]
-        print(table(list(lines[0]), [list(line.values()) for line in lines]), end="")
-        return
-    cells = ([_cell(row[key]) for key in COLUMNS] for row in rows)
-    for number, line in enumerate(cells):
-        if not number:
-            print("\t".join(COLUMNS))
-        print("\t".join(line), flush=True)
-
-
-def _cell(value) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _readable(row) -> dict[str, str]:

@@ -1,12 +1,11 @@
 """lm perplexity: how well models predict files."""
 
-import json
-import sys
 from pathlib import Path
 
 import click
 
 from lmcli.commands import options
+from lmcli.commands.rows import print_rows
 from lmcli.errors import UsageError, UserError
 
 COLUMNS = ("file", "perplexity", "bits_per_byte", "bits_per_character", "word_perplexity", "logprob", "tokens", "bytes",
@@ -61,7 +60,7 @@ def perplexity(files, models, validation, documents, context, stride, eos, bos, 
                 found = _validation(folder) if validation else _survey(name, documents, format_, fields, on_error, quiet)
                 yield {"model": folder, **_figures(scorer, loaded, *found, label)}
 
-    _print(rows(), as_json, several=len(models) > 1)
+    print_rows(rows(), (("model",) if len(models) > 1 else ()) + COLUMNS, as_json)
 
 
 def _figures(scorer, loaded, documents, layout, label):
@@ -89,26 +88,3 @@ def _validation(folder):
 
     _, _, facts = run_folder.reopen(Path(folder))
     return data.validation_documents(facts["data"], facts["validation"])
-
-
-def _print(rows, as_json, several):
-    """JSON Lines and TSV as the rows come, a table when all are there."""
-    if as_json:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
-        return
-    header = (("model",) if several else ()) + COLUMNS
-    cells = ([_cell(row[key]) for key in header] for row in rows)
-    if sys.stdout.isatty():
-        from lmcli.display import table
-
-        print(table(header, list(cells)), end="")
-        return
-    for number, line in enumerate(cells):
-        if not number:
-            print("\t".join(header))
-        print("\t".join(line), flush=True)
-
-
-def _cell(value) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import json
 import sys
 import time
 
 import click
 
 from lmcli.commands import BEGAN, options
+from lmcli.commands.rows import print_rows
 from lmcli.errors import UsageError
 
 PRESETS = ("auto", "tiny", "small", "base")  # decoders: what lm train chooses, then smallest first
@@ -71,34 +71,12 @@ def plan(data, presets, sets, time_, steps, tokens, epochs, val, documents, dtyp
             note(f"auto: {reason}")
     planner = planning.Planner(text, placement, startup)
     plans, best = planning.advise([planner.plan(name, recipe) for name, recipe in chosen.items()])
-    _print(plans, as_json)
-    note(best)
-
-
-def _print(plans, as_json):
-    from lmcli.analysis.planning import rounded
-
-    rows = [{**dataclasses.asdict(plan), "bits_per_byte": rounded(plan.bits_per_byte)} for plan in plans]
-    if as_json:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
-    elif sys.stdout.isatty():
-        from lmcli.display import table
-
-        lines = [_readable(row) for row in rows]
-        print(table(list(lines[0]), [list(line.values()) for line in lines]), end="")
+    rows = [{**dataclasses.asdict(plan), "bits_per_byte": planning.rounded(plan.bits_per_byte)} for plan in plans]
+    print_rows(rows, list(rows[0]), as_json, _readable)
+    if sys.stdout.isatty() and not as_json:
         for row in rows:
             print(f"{row['preset']}: {row['advice']} ({_parts(row)})")
-    else:
-        print("\t".join(rows[0]))
-        for row in rows:
-            print("\t".join(_cell(value) for value in row.values()), flush=True)
-
-
-def _cell(value) -> str:
-    if value is None:
-        return "NA"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    note(best)
 
 
 def _readable(row) -> dict[str, str]:

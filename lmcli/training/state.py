@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lmcli.errors import UserError
+from lmcli.model.device import random_states, set_random_states
 from lmcli.storage import atomic_folder, read_tensors, write_tensors
 from lmcli.training.optimizers import Optimizers
 
@@ -46,10 +47,7 @@ def save(folder: Path, counters: Counters, model: torch.nn.Module, optimizer: Op
     with atomic_folder(folder / f"step-{counters.step:09d}") as part:
         write_tensors(part / "weights.safetensors", {name: model.get_parameter(name).detach().cpu() for name in names})
         write_tensors(part / "optimizer.safetensors", moments)
-        random_states = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            random_states["cuda"] = torch.cuda.get_rng_state()
-        write_tensors(part / "random.safetensors", random_states)
+        write_tensors(part / "random.safetensors", random_states(next(model.parameters()).device))
         (part / "counters.json").write_text(json.dumps({**asdict(counters), "optimizer_steps": steps}))
     for old in _states(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
@@ -108,7 +106,7 @@ def restore(folder: Path, model: torch.nn.Module, optimizer: Optimizers,
 
 def _restore(state: Path, model: torch.nn.Module, optimizer: Optimizers) -> Counters:
     weights, moments = (read_tensors(state / f"{part}.safetensors") for part in ("weights", "optimizer"))
-    random_states = read_tensors(state / "random.safetensors")
+    random = read_tensors(state / "random.safetensors")
     try:
         counters = json.loads((state / "counters.json").read_text())
     except (OSError, ValueError) as error:
@@ -124,7 +122,6 @@ def _restore(state: Path, model: torch.nn.Module, optimizer: Optimizers) -> Coun
             if name in steps:
                 found["step"] = torch.tensor(steps[name])
             optimizer.state_of(parameter).update({key: value.to(parameter.device) for key, value in found.items()})
-    torch.set_rng_state(random_states["cpu"])
-    if "cuda" in random_states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random_states["cuda"])
+    here = random_states(next(model.parameters()).device)  # a run may go on elsewhere than where it began
+    set_random_states({kind: value for kind, value in random.items() if kind in here})
     return Counters(**counters)
