@@ -24,10 +24,12 @@ BATCH_POWER = 0.35
 WIDE = 384  # hidden size from which heads are 64 wide instead of 32
 PARAMETERS_A_TOKEN = 5.0  # of different text: a larger model only learns it by heart
 TOKENS_AN_ENTRY, PASSES_COUNTED = 700, 1.5  # read for each entry of the vocabulary; reading again helps little
-# up to so many parameters in the blocks so many layers, and so long a context; up to so many epochs so much dropout
+# up to so many parameters in the blocks so many layers, and so long a context; below so many epochs so much dropout
 DEPTHS = ((0.5e6, 3), (2.4e6, 4), (9e6, 6), (3e7, 8), (math.inf, 12))
-CONTEXTS = ((0.5e6, 64), (1.6e6, 128), (2e7, 256), (6e7, 512), (math.inf, 1024))
+CONTEXTS = ((0.5e6, 64), (2e6, 128), (2e7, 256), (6e7, 512), (math.inf, 1024))
 DROPOUTS = ((3.5, 0.0), (5.0, 0.1), (math.inf, 0.2))
+DECAYS = ((2.5, 0.1), (math.inf, 0.5))  # likewise weight decay
+OFTEN = 6.0  # epochs from which half the vocabulary, so more and shorter tokens, is learnt by heart less
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,18 @@ class Design:
         return next(share for most, share in DROPOUTS if self.epochs < most)
 
     @property
+    def weight_decay(self) -> float:
+        """Strong where text is read again: weights then forget what only one text said."""
+        return next(decay for most, decay in DECAYS if self.epochs < most)
+
+    @property
     def settings(self) -> dict[str, float]:
         """What a recipe says of it: section.key and value."""
         rate = 1e-2 * min(1.0, 256 / self.hidden) ** 0.5
         return {"tokenizer.vocab_size": self.vocabulary, "model.hidden_size": self.hidden,
                 "model.num_hidden_layers": self.layers, "model.num_attention_heads": self.heads,
                 "train.context": self.context, "train.batch_tokens": self.batch, "train.dropout": self.dropout,
-                "train.learning_rate": float(f"{rate:.2g}")}
+                "train.weight_decay": self.weight_decay, "train.learning_rate": float(f"{rate:.2g}")}
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,8 @@ def _tokens(text: Text, vocabulary: int) -> float:
 
 def _vocabulary(text: Text, tokens: float) -> int:
     """A power of two: so many that enough tokens are read for each entry, and most characters have one of their own."""
-    read = min(tokens, PASSES_COUNTED * _tokens(text, 1024))
+    once = _tokens(text, 1024)
+    read = min(tokens, PASSES_COUNTED * once) / (2 if tokens > OFTEN * once else 1)
     by_tokens = 2 ** round(math.log2(max(1.0, read / TOKENS_AN_ENTRY)))
     by_characters = 2 ** round(math.log2(1.5 * max(1, text.characters)))
     return min(32_768, max(512, by_tokens, min(by_characters, 8192)))
@@ -198,5 +206,5 @@ def _reasons(text: Text, allowed: Budget, rate: float, design: Design) -> tuple[
         f"{parameters / 1e6:.1f}M parameters in blocks",
         f"vocabulary {design.vocabulary:,}: {text.bytes / 1e6:,.1f} MB of text with {text.characters:,} common characters, "
         f"of which training reads about {design.tokens / 1e6:,.1f}M tokens",
-        f"batches of {design.batch:,} tokens, some {design.tokens / design.batch:,.0f} steps; dropout {design.dropout:g}: "
-        f"each text is read {design.epochs:.1f} times")
+        f"batches of {design.batch:,} tokens, some {design.tokens / design.batch:,.0f} steps; dropout {design.dropout:g}, "
+        f"weight decay {design.weight_decay:g}: each text is read {design.epochs:.1f} times")

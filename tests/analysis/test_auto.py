@@ -56,13 +56,16 @@ def test_a_faster_machine_gets_a_larger_model_and_is_measured_twice_at_most():
 def test_what_the_grid_on_a_megabyte_found_best_is_chosen():
     minute = chosen(seconds=60)[0].design
     assert (minute.layers, minute.hidden, minute.vocabulary, minute.batch, minute.dropout) == (4, 128, 1024, 2048, 0.0)
+    assert minute.weight_decay == 0.5
     five = chosen(seconds=300)[0].design
-    assert (five.layers, five.hidden, five.batch) == (4, 192, 4096) and five.dropout >= 0.1
+    assert (five.layers, five.hidden, five.vocabulary, five.context, five.batch) == (4, 192, 512, 128, 4096)
+    assert five.dropout == 0.2 and five.weight_decay == 0.5
 
 
-def test_dropout_only_where_text_is_read_again_and_again():
-    assert chosen(auto.Text(10**9, 90, 1.0), seconds=3600)[0].design.dropout == 0.0
-    assert chosen(auto.Text(100_000, 60, 1.0), seconds=3600)[0].design.dropout == 0.2
+def test_dropout_and_strong_decay_only_where_text_is_read_again_and_again():
+    once, often = (chosen(auto.Text(size, 90, 1.0), seconds=3600)[0].design for size in (10**9, 100_000))
+    assert (once.dropout, once.weight_decay) == (0.0, 0.1) and (often.dropout, often.weight_decay) == (0.2, 0.5)
+    assert once.settings["train.weight_decay"] == 0.1
 
 
 def test_a_little_text_is_not_given_to_a_large_model():
