@@ -19,28 +19,24 @@ from lmcli.analysis.loss_curve import draw
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints import hub
 from lmcli.checkpoints.config_json import family_of
-from lmcli.config import ModelConfig, Recipe
+from lmcli.config import Recipe
 from lmcli.errors import UsageError, UserError
 from lmcli.inference.decoding import Decoder
 from lmcli.inference.scoring import Scorer
-from lmcli.model import cost, kernels
-from lmcli.model.device import Placement, available_memory, dtype_name, place
-from lmcli.model.memory import training_memory
-from lmcli.model.transformer import Transformer, initialize
+from lmcli.model import kernels
+from lmcli.model.device import Placement, place
+from lmcli.model.transformer import Transformer
 from lmcli.recipes import changed, require_budget
 from lmcli.storage import write_text
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
 from lmcli.text.examples import unigram_entropy
-from lmcli.training import data, loop, run_folder, state
+from lmcli.training import data, first_model, loop, memory_room, run_folder, state
 from lmcli.training.divergence import Diverged
 from lmcli.training.evaluation import Figures, evaluate
-from lmcli.training.objectives import OBJECTIVES, Objective
+from lmcli.training.objectives import OBJECTIVES
 
 SAMPLE_TOKENS = 60
-MEMORY_SHARE = 0.8  # of what is free, for a training step
-FEWEST_MICRO_BATCH_TOKENS = 2048  # smaller products are slower than calculating activations again
-BYTES_PER_PARAMETER = 12  # weight, gradient and at least one moment, in float32
 
 
 @dataclass
@@ -100,12 +96,12 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
                  "are cut off")
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(
             recipe.train, context=prepared.context, objective=objective.name))
-        model = _adopted(origin.model, recipe, prepared, objective, note) if origin else \
-            _fresh(recipe, prepared, placement, objective)
+        model = first_model.adopted(origin.model, recipe, prepared, objective, note) if origin else \
+            first_model.fresh(recipe, prepared, placement, objective)
         recipe = dataclasses.replace(recipe, model=model.config)
         run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
         run.chosen = chosen
-        _fit(run, note)
+        memory_room.fit(run.loop, note)
         run.create()
     except BaseException:
         place_of_run.abandon()
@@ -131,7 +127,7 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
     run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
     run.loop.counters = state.restore(place_of_run.states, run.model, run.loop.optimizer, note)
     run.result, run.chosen = facts.get("result") or {}, facts.get("choice") or []
-    _fit(run, note)
+    memory_room.fit(run.loop, note)
     place_of_run.open_metrics(run.step)
     if sets:
         run.write_recipe()
@@ -140,99 +136,10 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
     return run
 
 
-def _fit(run: "TrainingRun", note: Callable[[str], None]) -> None:
-    """Where a step would need more memory than there is: a smaller micro-batch, then recomputation; the kernel of a
-    system ends a process rather than tell it that memory is short, so this is not left to be found out."""
-    train, counters, there = run.recipe.train, run.loop.counters, MEMORY_SHARE * available_memory(run.placement.device)
-    first = min(run.loop.micro_batch_tokens, train.batch_tokens)
-    ways = [False, True] if train.recompute == "auto" and not counters.recompute else [run.loop.recompute]
-
-    def fits(tokens: int, recompute: bool) -> bool:
-        return not there or training_memory(run.model.config, train, tokens, dtype_name(run.placement.dtype), recompute,
-                                            fused=not kernels.problem()).total <= there
-
-    sizes = [first]
-    while sizes[-1] // 2 >= max(FEWEST_MICRO_BATCH_TOKENS, train.context):
-        sizes.append(sizes[-1] // 2)
-    tried = [(recompute, tokens) for recompute in ways for tokens in sizes]
-    recompute, tokens = next((way for way in tried if fits(way[1], way[0])), tried[-1])
-    if (recompute, tokens) != tried[0]:
-        counters.micro_batch_tokens, counters.recompute = tokens, recompute or counters.recompute
-        again = ", and activations calculated again in the backward pass" if recompute else ""
-        note(f"{there / MEMORY_SHARE / 1e9:.1f} GB of memory are free: {tokens:,} tokens at once{again}; the batch of an "
-             f"optimizer step stays {train.batch_tokens:,}")
-
-
 def _tell(run: "TrainingRun", note: Callable[[str], None]) -> None:
     note(run.description())
     if run.placement.device.type == "cpu" and kernels.problem():
         note(f"without the compiled kernels training takes half as long again: {kernels.problem()}")
-
-
-def _fresh(recipe: Recipe, prepared: data.TrainingData, placement: Placement, objective: Objective) -> Transformer:
-    tokenizer = prepared.tokenizer
-    if 0 < recipe.model.vocab_size < tokenizer.size:
-        raise UsageError(f"vocab_size {recipe.model.vocab_size} is less than the tokenizer's {tokenizer.size} ids",
-                         where="model", hint="leave model.vocab_size out to take the tokenizer's size")
-    config = dataclasses.replace(
-        recipe.model, vocab_size=recipe.model.vocab_size or tokenizer.size,
-        max_position_embeddings=recipe.model.max_position_embeddings or prepared.context,
-        bos_token_id=tokenizer.prefix[0] if tokenizer.prefix else None, eos_token_id=_closing(tokenizer),
-        pad_token_id=tokenizer.special("pad_token"), **_head(recipe.model, objective, prepared.labels))
-    if config.shape == "encoder-decoder":
-        config = dataclasses.replace(config, decoder_start_token_id=config.pad_token_id)
-    if config.max_position_embeddings < prepared.context:
-        raise UsageError(f"max_position_embeddings {config.max_position_embeddings} is less than the context of "
-                         f"{prepared.context} tokens", where="model", hint="leave it out, or lower train.context")
-    config = config.complete()
-    config = dataclasses.replace(config, model_type=family_of(config).model_type)
-    _check_memory(config, placement)
-    model = Transformer(config, recipe.train.dropout)
-    model.initialize(recipe.train.seed)
-    return model
-
-
-def _closing(tokenizer: tokenizers.Tokenizer) -> int | None:
-    named = tokenizer.special("eos_token")
-    return named if named is not None or not tokenizer.suffix else tokenizer.suffix[-1]
-
-
-def _head(config: ModelConfig, objective: Objective, labels: tuple[str, ...]) -> dict:
-    """The options of the head that an objective needs, as the model's family has it."""
-    if config.head == objective.head:
-        return {"labels": labels} if labels else {}
-    family = family_of(config.complete())
-    if objective.head not in family.heads:
-        raise UsageError(f"{family.model_type} has no head for {objective.name}", where="train.objective")
-    options = {"head_act": "", **family.expected(objective.head)}
-    return {"head": objective.head, "labels": labels,
-            **{key: value for key, value in options.items() if key.startswith("head_")}}
-
-
-def _check_memory(config: ModelConfig, placement: Placement) -> None:
-    """Raises UsageError when weights, gradients and moments alone need more than the machine has: it would be killed."""
-    parameters = cost.parameters(config).total
-    there = torch.cuda.get_device_properties(placement.device).total_memory if placement.device.type == "cuda" else \
-        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if BYTES_PER_PARAMETER * parameters > there:
-        raise UsageError(f"{parameters:,} parameters need {BYTES_PER_PARAMETER * parameters / 1e9:,.0f} GB of memory to "
-                         f"train, {there / 1e9:,.0f} GB are there", where="model",
-                         hint="lower hidden_size, num_hidden_layers or the vocabulary")
-
-
-def _adopted(model: Transformer, recipe: Recipe, prepared: data.TrainingData, objective: Objective,
-             note: Callable[[str], None]) -> Transformer:
-    """A loaded model, to be trained further; with a fresh head where the objective needs another one than it has."""
-    changes = _head(model.config, objective, prepared.labels)
-    if any(getattr(model.config, key) != value for key, value in changes.items()):
-        body = {name: weight for name, weight in model.named_parameters() if not name.startswith("head.")}
-        model = Transformer(dataclasses.replace(model.config, **changes).complete())
-        model.load_state_dict(body, strict=False)
-        new = [(name, weight) for name, weight in model.named_parameters() if name.startswith("head.")]
-        initialize(model, new, torch.Generator().manual_seed(recipe.train.seed))
-        note(f"the head is new: {', '.join(name for name, _ in new)}")
-    model.set_dropout(recipe.train.dropout)
-    return model.train().requires_grad_()
 
 
 class TrainingRun:

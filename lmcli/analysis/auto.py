@@ -26,8 +26,8 @@ PARAMETERS_A_TOKEN = 5.0  # of different text: a larger model only learns it by 
 TOKENS_AN_ENTRY, PASSES_COUNTED = 700, 1.5  # read for each entry of the vocabulary; reading again helps little
 # up to so many parameters in the blocks so many layers, and so long a context; below so many epochs so much dropout
 DEPTHS = ((0.5e6, 3), (2.4e6, 4), (9e6, 6), (3e7, 8), (math.inf, 12))
-CONTEXTS = ((0.5e6, 64), (2e6, 128), (2e7, 256), (6e7, 512), (math.inf, 1024))
-DROPOUTS = ((3.5, 0.0), (5.0, 0.1), (math.inf, 0.2))
+CONTEXTS = ((0.5e6, 64), (3e6, 128), (2e7, 256), (6e7, 512), (math.inf, 1024))
+DROPOUTS = ((5.0, 0.0), (7.0, 0.1), (math.inf, 0.2))
 DECAYS = ((2.5, 0.1), (math.inf, 0.5))  # likewise weight decay
 OFTEN = 6.0  # epochs from which half the vocabulary, so more and shorter tokens, is learnt by heart less
 

@@ -7,21 +7,19 @@ what this process is seen to need; bits per byte come from a small fit to real r
 import dataclasses
 import lzma
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from lmcli.analysis.benchmark import NEVER, TrainingWorkload, peak_memory
 from lmcli.config import ModelConfig, Recipe
 from lmcli.errors import UserError
 from lmcli.inference.scoring import Scorer
 from lmcli.model import cost, kernels, memory
-from lmcli.model.device import Placement, dtype_name
+from lmcli.model.device import Placement, dtype_name, machine_memory
 from lmcli.text import corpus, documents
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
@@ -174,7 +172,7 @@ class Planner:
             name, parameters, config.vocab_size, train.context, step_tokens, self.text.bytes, text_tokens, steps, tokens,
             tokens / text_tokens, tokens / parameters, tokens * cost.training_flops_per_token(config, train.context),
             *needed[:3], max(needed.activations, needed.update), process, process + needed.total,
-            machine_memory(self.placement), step_tokens / (speed.token * step_tokens + speed.update), seconds,
+            machine_memory(self.placement.device), step_tokens / (speed.token * step_tokens + speed.update), seconds,
             self._bits(recipe, config, tokens, vocabulary))
 
     def _vocabulary(self, recipe: Recipe) -> Vocabulary:
@@ -254,13 +252,6 @@ def micro_batch(recipe: Recipe) -> int:
     """Tokens of one forward pass, as training takes them: whole rows."""
     most = recipe.train.micro_batch_tokens or loop.MOST_MICRO_BATCH_TOKENS
     return max(1, most // recipe.train.context) * recipe.train.context
-
-
-def machine_memory(placement: Placement) -> int:
-    """Bytes of memory that the machine, or its GPU, has."""
-    if placement.device.type == "cuda":
-        return torch.cuda.get_device_properties(placement.device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _seconds(work: Callable[[], object]) -> float:

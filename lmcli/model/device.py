@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,13 @@ def keep_freed_memory() -> None:
         mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def machine_memory(device: torch.device) -> int:
+    """Bytes of memory that the machine, or its GPU, has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def available_memory(device: torch.device) -> int:

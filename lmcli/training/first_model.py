@@ -1,0 +1,74 @@
+"""The model that a run starts from: a new one, or one that was loaded to be trained further."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from lmcli.checkpoints.config_json import family_of
+from lmcli.config import ModelConfig, Recipe
+from lmcli.errors import UsageError
+from lmcli.model.device import Placement
+from lmcli.model.transformer import Transformer, initialize
+from lmcli.text import tokenizer as tokenizers
+from lmcli.training import data, memory_room
+from lmcli.training.objectives import Objective
+
+
+def fresh(recipe: Recipe, prepared: data.TrainingData, placement: Placement, objective: Objective) -> Transformer:
+    """A new model as the recipe has it, for these ids and labels, its weights drawn.
+
+    Raises UsageError for sizes that contradict tokenizer or context, and for those that the machine cannot hold.
+    """
+    tokenizer = prepared.tokenizer
+    if 0 < recipe.model.vocab_size < tokenizer.size:
+        raise UsageError(f"vocab_size {recipe.model.vocab_size} is less than the tokenizer's {tokenizer.size} ids",
+                         where="model", hint="leave model.vocab_size out to take the tokenizer's size")
+    config = dataclasses.replace(
+        recipe.model, vocab_size=recipe.model.vocab_size or tokenizer.size,
+        max_position_embeddings=recipe.model.max_position_embeddings or prepared.context,
+        bos_token_id=tokenizer.prefix[0] if tokenizer.prefix else None, eos_token_id=_closing(tokenizer),
+        pad_token_id=tokenizer.special("pad_token"), **_head(recipe.model, objective, prepared.labels))
+    if config.shape == "encoder-decoder":
+        config = dataclasses.replace(config, decoder_start_token_id=config.pad_token_id)
+    if config.max_position_embeddings < prepared.context:
+        raise UsageError(f"max_position_embeddings {config.max_position_embeddings} is less than the context of "
+                         f"{prepared.context} tokens", where="model", hint="leave it out, or lower train.context")
+    config = config.complete()
+    config = dataclasses.replace(config, model_type=family_of(config).model_type)
+    memory_room.require(config, placement)
+    model = Transformer(config, recipe.train.dropout)
+    model.initialize(recipe.train.seed)
+    return model
+
+
+def adopted(model: Transformer, recipe: Recipe, prepared: data.TrainingData, objective: Objective,
+            note: Callable[[str], None]) -> Transformer:
+    """A loaded model, to be trained further; with a fresh head where the objective needs another one than it has."""
+    changes = _head(model.config, objective, prepared.labels)
+    if any(getattr(model.config, key) != value for key, value in changes.items()):
+        body = {name: weight for name, weight in model.named_parameters() if not name.startswith("head.")}
+        model = Transformer(dataclasses.replace(model.config, **changes).complete())
+        model.load_state_dict(body, strict=False)
+        new = [(name, weight) for name, weight in model.named_parameters() if name.startswith("head.")]
+        initialize(model, new, torch.Generator().manual_seed(recipe.train.seed))
+        note(f"the head is new: {', '.join(name for name, _ in new)}")
+    model.set_dropout(recipe.train.dropout)
+    return model.train().requires_grad_()
+
+
+def _closing(tokenizer: tokenizers.Tokenizer) -> int | None:
+    named = tokenizer.special("eos_token")
+    return named if named is not None or not tokenizer.suffix else tokenizer.suffix[-1]
+
+
+def _head(config: ModelConfig, objective: Objective, labels: tuple[str, ...]) -> dict:
+    """The options of the head that an objective needs, as the model's family has it."""
+    if config.head == objective.head:
+        return {"labels": labels} if labels else {}
+    family = family_of(config.complete())
+    if objective.head not in family.heads:
+        raise UsageError(f"{family.model_type} has no head for {objective.name}", where="train.objective")
+    options = {"head_act": "", **family.expected(objective.head)}
+    return {"head": objective.head, "labels": labels,
+            **{key: value for key, value in options.items() if key.startswith("head_")}}
