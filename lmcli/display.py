@@ -1,9 +1,11 @@
 """Everything drawn: live progress and tables on a terminal, plain lines elsewhere. It is handed records and prints them."""
 
+import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -39,6 +41,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     with console.capture() as captured:
         console.print(drawn)
     return captured.get()
+
+
+def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], as_json: bool,
+               readable: Callable[[Mapping[str, Any]], dict[str, str]] | None = None) -> None:
+    """Rows of figures on standard output: JSON Lines (all of a row) or TSV (its `columns`) as they come, on a terminal a
+    table when all are there, of what `readable` makes of a row."""
+    if as_json:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+    elif sys.stdout.isatty():
+        lines = [readable(row) if readable else {key: _cell(row[key]) for key in columns} for row in rows]
+        print(table(list(lines[0]), [list(line.values()) for line in lines]), end="")
+    else:
+        for number, row in enumerate(rows):
+            if not number:
+                print("\t".join(columns))
+            print("\t".join(_cell(row[key]) for key in columns), flush=True)
+
+
+def _cell(value: Any) -> str:
+    """A value as TSV has it: six figures of a fraction, NA for None."""
+    if value is None:
+        return "NA"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 class TrainingView:

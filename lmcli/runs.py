@@ -12,7 +12,7 @@ from pathlib import Path
 import tokenizers as tokenizers_library
 import torch
 
-from lmcli import __version__
+from lmcli import __version__, first_model
 from lmcli.analysis import auto
 from lmcli.analysis.card import model_card
 from lmcli.analysis.loss_curve import draw
@@ -31,7 +31,7 @@ from lmcli.storage import write_text
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
 from lmcli.text.examples import unigram_entropy
-from lmcli.training import data, first_model, loop, memory_room, run_folder, state
+from lmcli.training import data, loop, memory_room, run_folder, state
 from lmcli.training.divergence import Diverged
 from lmcli.training.evaluation import Figures, evaluate
 from lmcli.training.objectives import OBJECTIVES

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     **{name: set(GROUND[:i]) for i, name in enumerate(GROUND)},
     "text": {*GROUND}, "model": {*GROUND},
     "checkpoints": BELOW_2, "training": BELOW_2, "inference": BELOW_2,
-    "analysis": BELOW_3, "api": BELOW_3, "runs": {*BELOW_3, "analysis"},
+    "analysis": BELOW_3, "api": BELOW_3, "first_model": BELOW_3, "runs": {*BELOW_3, "analysis", "first_model"},
     "display": {"errors", "config"},
     "commands": {*BELOW_3, "analysis", "api", "runs", "display"},
     "__init__": {"api"}, "__main__": {"commands"}}
@@ -38,7 +38,7 @@ NEVER = {
     **{name: {"torch", "rich", "click", "numpy", "tokenizers"} for name in GROUND},
     "text": {"torch", "safetensors", "rich", "click"}, "model": {"rich", "click", "tokenizers", "safetensors"},
     "display": {"torch", "numpy", "tokenizers", "click"},
-    **{name: {"rich", "click"} for name in (*BELOW_3 - BELOW_2, "analysis", "api", "runs", "__init__")},
+    **{name: {"rich", "click"} for name in (*BELOW_3 - BELOW_2, "analysis", "api", "first_model", "runs", "__init__")},
     "commands": {"rich"}, "__main__": {"rich", "click", "torch"}}
 HEAVY = ("torch", "numpy", "tokenizers", "transformers", "safetensors", "rich")
 
@@ -119,8 +119,8 @@ class TestImports:
 
     def test_within_model_layers_come_before_attention_before_the_transformer(self):
         order = {"kernels": set(), "fused": {"kernels"}, "layers": {"fused"}, "attention": {"layers"},
-                 "transformer": {"kernels", "fused", "layers", "attention"}, "likelihood": {"fused"}, "device": set(),
-                 "cost": set(), "memory": {"cost"}}
+                 "recompute": {"device"}, "transformer": {"kernels", "fused", "layers", "attention", "recompute"},
+                 "likelihood": {"fused"}, "device": set(), "cost": set(), "memory": {"cost"}}
         for name, allowed in order.items():
             found = {module.removeprefix("lmcli.model.") for module, _ in imports(PACKAGE / "model" / f"{name}.py")
                      if module.startswith("lmcli.model.")}

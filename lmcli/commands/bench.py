@@ -5,7 +5,6 @@ import dataclasses
 import click
 
 from lmcli.commands import options
-from lmcli.commands.rows import print_rows
 from lmcli.errors import UsageError
 
 COLUMNS = ("name", "tokens_per_second", "achieved", "limit", "unit", "ratio", "dtype", "threads", "step_ms", "steps",
@@ -41,6 +40,7 @@ def bench(train, preset, sets, seconds, dtype, device, threads, as_json, quiet):
         raise UsageError("what is to be measured? nothing was named", hint="there is: --train")
     from lmcli import recipes
     from lmcli.analysis import benchmark
+    from lmcli.display import print_rows
 
     given = {"precision": None if dtype == "auto" else dtype}
     workloads = {preset: recipes.resolve(preset, sets, given)} if preset else \

@@ -5,7 +5,6 @@ from pathlib import Path
 import click
 
 from lmcli.commands import options
-from lmcli.commands.rows import print_rows
 from lmcli.errors import UsageError, UserError
 
 COLUMNS = ("file", "perplexity", "bits_per_byte", "bits_per_character", "word_perplexity", "logprob", "tokens", "bytes",
@@ -41,6 +40,7 @@ def perplexity(files, models, validation, documents, context, stride, eos, bos, 
     Every token is scored once, with at least context - stride tokens of its document before it. Bits per byte compares
     models whatever their tokenizers; perplexity only those with the same one. logprob is in nats.
     """
+    from lmcli.display import print_rows
     from lmcli.text.documents import pin_stdin
     from lmcli.text.records import shown
 

@@ -8,7 +8,6 @@ import time
 import click
 
 from lmcli.commands import BEGAN, options
-from lmcli.commands.rows import print_rows
 from lmcli.errors import UsageError
 
 PRESETS = ("auto", "tiny", "small", "base")  # decoders: what lm train chooses, then smallest first
@@ -72,7 +71,7 @@ def plan(data, presets, sets, time_, steps, tokens, epochs, val, documents, dtyp
     planner = planning.Planner(text, placement, startup)
     plans, best = planning.advise([planner.plan(name, recipe) for name, recipe in chosen.items()])
     rows = [{**dataclasses.asdict(plan), "bits_per_byte": planning.rounded(plan.bits_per_byte)} for plan in plans]
-    print_rows(rows, list(rows[0]), as_json, _readable)
+    display.print_rows(rows, list(rows[0]), as_json, _readable)
     if sys.stdout.isatty() and not as_json:
         for row in rows:
             print(f"{row['preset']}: {row['advice']} ({_parts(row)})")
