@@ -183,11 +183,12 @@ class Run:
         return progress.share(self.config, c.preparation, 1.1 * self._evaluation_cost() + 0.3)
 
     def _evaluation_cost(self) -> float:
-        """Seconds of an evaluation: as timed, else by the speed of training, whose backward pass costs twice a forward."""
+        """Seconds of an evaluation: as timed, else by the speed of training, whose backward pass costs twice a forward; an
+        evaluation is float32, which takes twice as long as bfloat16."""
         if self._evaluation_seconds:
             return self._evaluation_seconds
         if self.evaluation_tokens and self._speed:
-            return self.evaluation_tokens / (3 * self._speed)
+            return self.evaluation_tokens / ((3 if self.placement.dtype == torch.float32 else 1.5) * self._speed)
         return 0.04 * self.config.time
 
     def _due(self, every: int, last: float, share: float, times: int = EVALUATIONS) -> bool:

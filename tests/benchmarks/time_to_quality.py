@@ -1,11 +1,14 @@
 """How long until a quality is reached: `lm train` beside nanoGPT's README recipe for a CPU, on one text of characters.
 
 python tests/benchmarks/time_to_quality.py TEXT --nanogpt CHECKOUT [--times 6s,8s,10s] [--seeds 3]
+python tests/benchmarks/time_to_quality.py TEXT --val FILE --nanogpt CHECKOUT --our-tokenizer --minutes 20 --times 4m
 
-The text is split once, 90 % to train on and 10 % to validate on. nanoGPT (4 layers × 128, context 64, batch 12, 2,000
-steps, characters) runs as its train.py runs, in a copy of the checkout; ours learns its tokenizer on the first part within
-its time. Each is measured in disjoint windows of its own context over every validation byte, as bits per byte; both clocks
-run from process start to saved model. The last column is `lm perplexity` as it stands. About two minutes a seed for nanoGPT.
+Without --val the text is split once, 90 % to train on and 10 % to validate on. nanoGPT (4 layers × 128, context 64, batch
+12, 2,000 steps, characters) runs as its train.py runs, in a copy of the checkout; ours learns its tokenizer on the first
+part within its time. Each is measured in disjoint windows of its own context over every validation byte, as bits per byte;
+both clocks run from process start to saved model. The last column is `lm perplexity` as it stands. About two minutes a seed
+for nanoGPT. With --our-tokenizer it reads the tokens of the model that was trained last here, made before its clock starts;
+with --minutes it takes as many steps as last about so long, by runs of 100 and 500 steps.
 """
 
 import argparse
@@ -17,12 +20,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from array import array
+from collections.abc import Callable
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 CONTEXT = 64  # nanoGPT's
 RECIPE = ("config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=100",
-          f"--block_size={CONTEXT}", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000",
-          "--lr_decay_iters=2000", "--dropout=0.0", "--always_save_checkpoint=True", "--dataset=here", "--out_dir=out")
+          f"--block_size={CONTEXT}", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128",
+          "--dropout=0.0", "--always_save_checkpoint=True", "--dataset=here", "--out_dir=out")
 # run inside the copy: disjoint windows over every validation byte, each predicted once but the first of the text
 MEASURE = """
 import json, math, pickle, sys, torch, numpy as np
@@ -39,27 +46,33 @@ print(json.dumps(total / math.log(2)))
 """
 
 
-def nanogpt(checkout: Path, training: str, validation: str, seed: int) -> tuple[float, float]:
-    """(seconds, bits per byte) of its README recipe."""
+def characters(text: str) -> Callable[[str], list[int]]:
+    """An encoder that numbers the characters of a text, as nanoGPT's prepare.py does."""
+    number = {letter: i for i, letter in enumerate(sorted(set(text)))}
+    return lambda part: [number[letter] for letter in part]
+
+
+def nanogpt(checkout: Path, parts: dict[str, str], encode: Callable[[str], list[int]], vocab_size: int, steps: int,
+            seed: int) -> tuple[float, float]:
+    """(seconds, bits per byte) of its README recipe, on parts `train` and `val` as encoded to less than 65,536 ids."""
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "nanoGPT"
         shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git"))
-        letters = sorted(set(training + validation))
         folder = copy / "data" / "here"
         folder.mkdir()
-        for name, text in (("train", training), ("val", validation)):
-            ids = [letters.index(letter).to_bytes(2, sys.byteorder) for letter in text]
-            (folder / f"{name}.bin").write_bytes(b"".join(ids))
+        for name, text in parts.items():
+            (folder / f"{name}.bin").write_bytes(array("H", encode(text)).tobytes())
         with (folder / "meta.pkl").open("wb") as out:
-            pickle.dump({"vocab_size": len(letters)}, out)
+            pickle.dump({"vocab_size": vocab_size}, out)
         script = (copy / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({1337 + seed}")
         (copy / "train.py").write_text(script)
         started = time.monotonic()
-        subprocess.run([sys.executable, "train.py", *RECIPE], cwd=copy, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "train.py", *RECIPE, f"--max_iters={steps}", f"--lr_decay_iters={steps}"], cwd=copy,
+                       check=True, stdout=subprocess.DEVNULL)
         seconds = time.monotonic() - started
         bits = json.loads(subprocess.run([sys.executable, "-c", MEASURE], cwd=copy, check=True, capture_output=True,
                                          text=True).stdout.splitlines()[-1])
-        return seconds, bits / len(validation.encode())
+        return seconds, bits / len(parts["val"].encode())
 
 
 def ours(folder: Path, training: Path, validation: Path, budget: str, seed: int) -> tuple[float, float, float]:
@@ -84,21 +97,41 @@ def main() -> None:
     """Prints a row for each contestant: medians over the seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
+    parser.add_argument("--val", type=Path)
     parser.add_argument("--nanogpt", type=Path)
+    parser.add_argument("--our-tokenizer", action="store_true")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--minutes", type=float)
     parser.add_argument("--times", default="6s,8s,10s")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     text = options.text.read_bytes()
-    cut = len(text) * 9 // 10
+    cut = len(text) if options.val else len(text) * 9 // 10
     with tempfile.TemporaryDirectory() as temporary:
         training, validation = Path(temporary) / "train.txt", Path(temporary) / "val.txt"
         training.write_bytes(text[:cut])
-        validation.write_bytes(text[cut:])
+        validation.write_bytes(options.val.read_bytes() if options.val else text[cut:])
         run = Path(temporary) / "run"
+
+        def peer(seed: int) -> tuple[float, float]:
+            parts = {"train": training.read_text(encoding="utf-8"), "val": validation.read_text(encoding="utf-8")}
+            if options.our_tokenizer:
+                tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+                encode, size = lambda part: tokenizer.encode(part, add_special_tokens=False).ids, tokenizer.get_vocab_size()
+            else:
+                letters = "".join(parts.values())
+                encode, size = characters(letters), len(set(letters))
+            steps = options.steps
+            if options.minutes:
+                few, more = (nanogpt(options.nanogpt, parts, encode, size, count, seed)[0] for count in (100, 500))
+                steps = round(400 * (60 * options.minutes - few) / (more - few))
+                print(f"nanoGPT: {steps:,} steps, vocabulary {size:,}", flush=True)
+            return nanogpt(options.nanogpt, parts, encode, size, steps, seed)
+
         jobs = {f"lm, {budget}": lambda seed, budget=budget: ours(run, training, validation, budget, seed)
                 for budget in options.times.split(",")}
         if options.nanogpt:
-            jobs["nanoGPT"] = lambda seed: nanogpt(options.nanogpt, training.read_text(), validation.read_text(), seed)
+            jobs["nanoGPT"] = peer
         for name, job in jobs.items():
             found = [job(seed) for seed in range(options.seeds)]
             seconds, bits, *standing = (statistics.median(side) for side in zip(*found))
