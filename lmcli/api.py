@@ -16,7 +16,8 @@ from lmcli.inference.classification import Classified, Classifier
 from lmcli.inference.decoding import Decoder, Generated, Piece
 from lmcli.inference.filling import Filler
 from lmcli.inference.ordering import batch_tokens, in_order
-from lmcli.inference.scoring import Perplexity, Score, Scorer
+from lmcli.inference.perplexity import Perplexity, measured
+from lmcli.inference.scoring import Question, Score, Scorer
 from lmcli.model.device import Placement, place
 from lmcli.text.corpus import encode_text
 
@@ -24,8 +25,10 @@ from lmcli.text.corpus import encode_text
 ABILITIES = {
     ("decoder", "lm"): ("a language model (decoder)", {
         "generate": "continues text", "score": "log-probabilities", "perplexity": "bits per byte"}),
-    ("encoder", "lm"): ("a masked language model (encoder)", {"generate": "fills masks"}),
-    ("encoder-decoder", "lm"): ("an encoder–decoder", {"generate": "turns one text into another"}),
+    ("encoder", "lm"): ("a masked language model (encoder)", {
+        "generate": "fills masks", "score": "pseudo-log-likelihoods"}),
+    ("encoder-decoder", "lm"): ("an encoder–decoder", {
+        "generate": "turns one text into another", "score": "log-probabilities of a target, given its source"}),
     ("encoder", "sequence"): ("a classifier of texts (encoder)", {"classify": "labels texts"}),
     ("encoder", "token"): ("a classifier of tokens (encoder)", {"classify": "labels tokens"}),
     ("encoder", "span"): ("a question-answering model (encoder)", {}),
@@ -39,8 +42,8 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto", threads: i
 
     Raises UserError for a folder that cannot be read and UsageError for a device that is not there.
     """
-    placement = place(device, dtype, threads, training)
-    return Model(folder.load(hub.find(path), placement.device, placement.dtype), placement, str(path))
+    placement, found = place(device, dtype, threads, training), hub.find(path)
+    return Model(folder.load(found, placement.device, placement.dtype), placement, str(path), Path(found))
 
 
 def abilities(config: ModelConfig) -> tuple[str, dict[str, str]]:
@@ -50,10 +53,11 @@ def abilities(config: ModelConfig) -> tuple[str, dict[str, str]]:
 
 class Model:
     """A loaded model folder. `model` is the torch.nn.Module, `tokenizer` and `placement` what it runs with; `name` is
-    what errors call it."""
+    what errors call it, `folder` where it lies."""
 
-    def __init__(self, checkpoint: folder.Checkpoint, placement: Placement, name: str = "the model"):
-        self.checkpoint, self.placement, self.name = checkpoint, placement, name
+    def __init__(self, checkpoint: folder.Checkpoint, placement: Placement, name: str = "the model",
+                 folder: Path | None = None):
+        self.checkpoint, self.placement, self.name, self.folder = checkpoint, placement, name, folder
         self.model, self.tokenizer = checkpoint.model, checkpoint.tokenizer
 
     def require(self, command: str) -> None:
@@ -152,7 +156,7 @@ class Model:
     def _mask(self) -> int:
         mask = self.tokenizer.special("mask_token")
         if mask is None:
-            raise UserError("the tokenizer names no mask token, so there is nothing this encoder could fill",
+            raise UserError("the tokenizer names no mask token, without which an encoder can neither fill nor score",
                             hint="tokenizer_config.json should name its mask_token")
         return mask
 
@@ -210,30 +214,44 @@ class Model:
         return iter([Piece(0, found.text, found)])
 
     def scorer(self, bos: bool | None = None, eos: bool = False, context: int | None = None,
-               stride: int | None = None, batch: int = 0) -> Scorer:
-        """A Scorer for this model. `eos` scores the closing token too.
+               stride: int | None = None, batch: int = 0, within_word: bool = False) -> Scorer:
+        """A Scorer for this model. `eos` scores the closing token too; `within_word` is for encoders: the rest of a word is
+        masked with each of its tokens.
 
-        Raises UsageError for a context or stride that the model cannot have, UserError for one that is no decoder.
+        Raises UsageError for what the model cannot have: a context or stride, a beginning or closing token, masks.
         """
         self.require("score")
+        shape = self.model.config.shape
         if context is not None and not 2 <= context <= self.context:
             raise UsageError(f"{context} is outside 2 to {self.context}, the model's context", where="--context")
         if stride is not None and not 1 <= stride <= (context or self.context):
             raise UsageError(f"{stride} is outside 1 to {context or self.context}, the context", where="--stride")
-        if eos and not self.checkpoint.stops:
+        if eos and (shape == "encoder" or not self.checkpoint.stops):
             raise UsageError("this model has no closing token", where="--eos")
-        return Scorer(self.model, self.tokenizer, self.beginning(bos), self.checkpoint.stops[0] if eos else None,
-                      context or 0, stride or 0, batch)
+        if bos is not None and shape != "decoder":
+            raise UsageError("only a decoder's beginning can be chosen", where="--bos")
+        if within_word and shape != "encoder":
+            raise UsageError("only an encoder masks what it scores", where="--pll")
+        beginning = self.beginning(bos)
+        if shape == "encoder":
+            self._mask()
+        elif shape == "encoder-decoder":
+            beginning = [self.checkpoint.start, *self.tokenizer.target.prefix]
+        return Scorer(self.model, self.tokenizer, beginning, self.checkpoint.stops[0] if eos else None,
+                      context or 0, stride or 0, batch, within_word)
 
-    def score(self, texts: str | list[str], per: str = "record", **options: Any) -> list[Score]:
-        """A Score a text: natural-log probability, tokens, bytes, bits per byte; `per` "token" or "word" adds pieces."""
+    def score(self, texts: str | list[str | Question], per: str = "record", alternatives: int = 0,
+              **options: Any) -> list[Score]:
+        """A Score a text, or a Question with what is given before it or as its source: natural-log probability, tokens,
+        bytes, bits per byte; `per` "token" or "word" adds pieces, `alternatives` so many likely tokens to each."""
         if per not in ("record", "token", "word"):
             raise UsageError(f"{per!r} is none of record, word, token", where="--per")
-        return self.scorer(**options).score([texts] if isinstance(texts, str) else texts, per)
+        return self.scorer(**options).score([texts] if isinstance(texts, str) else texts, per, alternatives)
 
     def perplexity(self, text: str, context: int | None = None, stride: int | None = None, **options: Any) -> Perplexity:
         """Perplexity, bits per byte and the counts of one text, taken as one document."""
-        return self.scorer(context=context, stride=stride, **options).perplexity([encode_text(text, self.tokenizer)])
+        self.require("perplexity")
+        return measured(self.scorer(context=context, stride=stride, **options), [encode_text(text, self.tokenizer)])
 
 
 def new_seed() -> int:

@@ -22,6 +22,7 @@ from lmcli.checkpoints.config_json import family_of
 from lmcli.config import Recipe
 from lmcli.errors import UsageError, UserError
 from lmcli.inference.decoding import Decoder
+from lmcli.inference.perplexity import measured
 from lmcli.inference.scoring import Scorer
 from lmcli.model import kernels
 from lmcli.model.device import Placement, place
@@ -165,7 +166,7 @@ class TrainingRun:
         if self.objective.name == "causal":
             scorer = Scorer(self.model, tokenizer, tokenizer.prefix)
             read = sum(len(document.ids) for document in prepared.validation) * scorer.context // scorer.stride
-            return lambda: scorer.perplexity(prepared.validation), read
+            return lambda: measured(scorer, prepared.validation), read
         known = Figures(self.objective.target)
         if self.objective.name == "masked":
             ids = data.validation_ids(prepared)

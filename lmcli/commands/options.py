@@ -51,9 +51,9 @@ budgets = _together(
 batch_tokens = click.option("--batch-tokens", type=click.IntRange(min=1), default=None,
                             help="Tokens of one forward pass; changes speed, not results.")
 reading = _together(
-    click.option("--format", "format_", type=click.Choice(["auto", "text", "jsonl", "tsv"]), default="auto",
+    click.option("--format", "format_", type=click.Choice(["auto", "text", "jsonl", "tsv", "csv"]), default="auto",
                  show_default=True, help="auto goes by suffix; standard input is text."),
-    click.option("--field", "fields", multiple=True, metavar="NAME", help="Field of a JSON or TSV row to read."),
+    click.option("--field", "fields", multiple=True, metavar="NAME", help="Field of a JSON, TSV or CSV row to read."),
     click.option("--include", metavar="GLOB", help="In a directory, take only files named like this."),
     click.option("--on-error", type=click.Choice(["stop", "blank", "skip"]), default="stop", show_default=True,
                  help="A bad record: stop, write an empty result, or leave it out."))

@@ -1,12 +1,13 @@
 """Work on texts grouped by length, results in the order they came."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 def in_order(lengths: list[int], most_tokens: int, work: Callable[[list[int]], list[Result]]) -> list[Result]:
@@ -16,6 +17,18 @@ def in_order(lengths: list[int], most_tokens: int, work: Callable[[list[int]], l
         for index, result in zip(group, work(group), strict=True):
             results[index] = result
     return results
+
+
+def growing(items: Sequence[Item], first: int = 64, most: int = 4096) -> Iterator[Sequence[Item]]:
+    """The items in parts that double in size: the first results come soon, later parts hold more of like length.
+
+    >>> [len(part) for part in growing(range(10), first=2, most=4)]
+    [2, 4, 4]
+    """
+    start = 0
+    while start < len(items):
+        yield items[start:start + first]
+        start, first = start + first, min(2 * first, most)
 
 
 def grouped_by_length(lengths: list[int], most_tokens: int) -> Iterator[list[int]]:

@@ -20,7 +20,7 @@ class Reading:
     def __init__(self, model: Transformer, texts: list[list[int]], sources: list[list[int]] | None, capacity: int):
         self.model, self.capacity = model, capacity
         ids, self.real = pad(texts, 0, left=True, device=self._device)
-        self.memory = None if sources is None else _encoded(model, sources, self._device)
+        self.memory = None if sources is None else encoded(model, sources, self._device)
         self.cache = self._new_cache(len(texts), min(capacity, ids.shape[1] + ROOM))
         self.logits = self._read(ids)
 
@@ -75,7 +75,7 @@ class Reading:
         self.cache.cross, self.cache.length = old.cross, old.length
 
 
-def _encoded(model: Transformer, sources: list[list[int]], device: torch.device) -> Memory:
+def encoded(model: Transformer, sources: list[list[int]], device: torch.device) -> Memory:
     """What the encoder makes of sources, a row for each; equal ones go through it once."""
     different = {tuple(source): None for source in sources}
     place = {source: i for i, source in enumerate(different)}

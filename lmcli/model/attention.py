@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
+from lmcli.model import fused
 from lmcli.model.layers import Linear, RMSNorm, rotate
 
 
@@ -166,6 +167,8 @@ class Attention(nn.Module):
             query = query.view(query.shape[0], -1, self.groups, self.head_dim)  # (B, K, H/K, D)
             mixed = fast_attention(query, key, value, None, False, self.scale)
             return mixed.reshape(query.shape[0], -1, 1, self.head_dim)
+        if self.causal and mask is None and 1 < read == seen and fast and fused.active(query) and not query.requires_grad:
+            return fused.causal_attention(query, key, value, self.scale)
         if self.groups > 1:
             key = key.repeat_interleave(self.groups, dim=1)  # (B, H, S, D)
             value = value.repeat_interleave(self.groups, dim=1)

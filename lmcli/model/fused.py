@@ -198,6 +198,14 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> tuple[Te
     return mixed, kept
 
 
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """`attention.attention` with a causal mask, (B, H, T, D), of queries (B, H, T, D), keys and values (B, K, T, D); without
+    a gradient."""
+    (rows, heads, length, width), keys = query.shape, key.shape[1]
+    shape = Shape(rows, length, heads, keys, width, scale, 0.0, 0.0, 0.0)
+    return _attend(query.contiguous(), key.contiguous(), value.contiguous(), shape)[0]
+
+
 def _attend_backward(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, kept: list[Tensor],
                      shape: Shape) -> tuple[Tensor, ...]:
     query, key, value, gradient = _flat(query), _each_head(key, shape), _each_head(value, shape), _flat(gradient)
@@ -286,3 +294,11 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: fl
     `likelihood.target_losses`. The gradient is made beside the loss, so the logits never exist all at once."""
     assert targets.dtype == torch.int64 and (not len(targets) or 0 <= targets.min() <= targets.max() < len(weight))
     return _CrossEntropy.apply(hidden.contiguous(), weight, targets.contiguous(), smoothing)
+
+
+def target_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """−log p of targets (N,) under logits (N, V), (N,) float32 (of float64 float64), in one pass; without a gradient."""
+    assert targets.dtype == torch.int64 and (not len(targets) or 0 <= targets.min() <= targets.max() < logits.shape[1])
+    losses = torch.empty(len(logits), dtype=ACCUMULATED[logits.dtype])
+    kernels.run("target_losses", logits.dtype, logits.contiguous(), targets.contiguous(), losses, *logits.shape)
+    return losses

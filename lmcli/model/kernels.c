@@ -296,4 +296,14 @@ void NAME(cross_entropy)(OUT logits, const int64_t *targets, SUMS losses, long r
         x[targets[row]] = STORE(EXP(target - most) * r - spread - (1 - smoothing));
     }
 }
+
+/* losses[row] = -log p(target) of logits that are only read. */
+void NAME(target_losses)(IN logits, const int64_t *targets, SUMS losses, long rows, long size, long parts) {
+    FOR_PARTS FOR_ROWS(rows) {
+        IN x = logits + row * size;
+        A most = NAME(largest)(x, size), sum = 0;
+        for (long i = 0; i < size; i++) sum += EXP(LOAD(x[i]) - most);
+        losses[row] = log(sum) - (LOAD(x[targets[row]]) - most);
+    }
+}
 #endif

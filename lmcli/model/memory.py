@@ -16,7 +16,7 @@ MASTER = 4  # weights, their gradients and moments are float32
 QUERIES_AT_ONCE = 128
 KEPT_WEIGHTS = 512
 LOGIT_ROWS_AT_ONCE = 1024
-PLAIN_LOGIT_ROWS_AT_ONCE = 4096  # of `likelihood`
+LOGITS_AT_ONCE, FEWEST_ROWS = 1 << 23, 128  # of `likelihood`
 ORTHOGONAL = 8  # bytes that Muon works with for each number of the largest group of equal matrices, see `optimizers.Muon`
 
 
@@ -82,7 +82,8 @@ def _activations(config: ModelConfig, train: TrainConfig, tokens: int, dtype: st
     widest = max(gradients + (block if recompute else 0) for _, block, gradients in _blocks(config, train, fused))
     matrix = config.vocab_size * config.hidden_size
     pieces = 0 if config.head != "lm" else size * config.vocab_size * min(tokens, LOGIT_ROWS_AT_ONCE) + \
-        MASTER * matrix if fused else (MASTER + size) * config.vocab_size * min(tokens, PLAIN_LOGIT_ROWS_AT_ONCE)
+        MASTER * matrix if fused else (MASTER + size) * config.vocab_size * min(
+            tokens, max(FEWEST_ROWS, LOGITS_AT_ONCE // config.vocab_size))
     return kept_for_backward(config, train, tokens, dtype, recompute, fused) + pieces + int(
         size * tokens * (widest + config.hidden_size))
 

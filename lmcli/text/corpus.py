@@ -11,20 +11,24 @@ import numpy as np
 
 from lmcli.storage import atomic_folder, cache_folder, user_errors
 from lmcli.text.documents import Document, Layout, Piece
-from lmcli.text.tokenizer import Tokenizer
+from lmcli.text.tokenizer import Encoded, Tokenizer
 
 PIECES_AT_ONCE = 64
 
 
 @dataclass
 class EncodedDocument:
-    """One document's ids, and what its text counts: UTF-8 bytes, characters, words (runs of non-space)."""
+    """One document's ids, and what its text counts: UTF-8 bytes, characters, words (runs of non-space); the SHA-256 of the
+    text. With `placed` also the text and, for each token, the byte of it where the token ends."""
 
     document: Document
     ids: np.ndarray
     bytes: int
     characters: int
     words: int
+    digest: bytes = b""
+    text: str = ""
+    ends: np.ndarray | None = None
 
 
 @dataclass
@@ -42,30 +46,38 @@ class Corpus:
         return len(self.ids)
 
 
-def encode_documents(documents: Iterable[Document], layout: Layout, tokenizer: Tokenizer) -> Iterator[EncodedDocument]:
-    """The documents' ids, one document at a time; a document's text need not be in memory at once."""
-    for document, parts in groupby(_encoded_pieces(documents, layout, tokenizer), key=lambda part: part[0].document):
-        arrays, counts = [], np.zeros(3, dtype=np.int64)
-        for piece, ids in parts:
-            arrays.append(np.asarray(ids, dtype=np.int32))
-            counts += (len(piece.text.encode("utf-8")), len(piece.text), len(piece.text.split()))
-        yield EncodedDocument(document, np.concatenate(arrays), *map(int, counts))
+def encode_documents(documents: Iterable[Document], layout: Layout, tokenizer: Tokenizer,
+                     placed: bool = False) -> Iterator[EncodedDocument]:
+    """The documents' ids, one document at a time; a document's text need not be in memory at once, but `placed` keeps it."""
+    for document, parts in groupby(_encoded_pieces(documents, layout, tokenizer, placed), key=lambda part: part[0].document):
+        arrays, ends, texts, counts, digest = [], [], [], np.zeros(3, dtype=np.int64), hashlib.sha256()
+        for piece, found in parts:
+            data = piece.text.encode("utf-8")
+            if placed:
+                ends.append(counts[0] + np.asarray(found.ends, dtype=np.int64))
+                texts.append(piece.text)
+            arrays.append(np.asarray(found.ids if placed else found, dtype=np.int32))
+            counts += (len(data), len(piece.text), len(piece.text.split()))
+            digest.update(data)
+        yield EncodedDocument(document, np.concatenate(arrays), *map(int, counts), digest.digest(), "".join(texts),
+                              np.concatenate(ends) if placed else None)
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> EncodedDocument:
     """One text in memory as a document that lies in no file."""
-    size = len(text.encode("utf-8"))
-    return EncodedDocument(Document("", 0, size), np.asarray(tokenizer.encode(text), dtype=np.int32), size, len(text),
-                           len(text.split()))
+    data = text.encode("utf-8")
+    return EncodedDocument(Document("", 0, len(data)), np.asarray(tokenizer.encode(text), dtype=np.int32), len(data),
+                           len(text), len(text.split()), hashlib.sha256(data).digest())
 
 
-def _encoded_pieces(documents: Iterable[Document], layout: Layout,
-                    tokenizer: Tokenizer) -> Iterator[tuple[Piece, list[int]]]:
+def _encoded_pieces(documents: Iterable[Document], layout: Layout, tokenizer: Tokenizer,
+                    placed: bool = False) -> Iterator[tuple[Piece, list[int] | Encoded]]:
     pieces = layout.pieces(documents)
     if not tokenizer.cuts_at_words:
         pieces = _whole(pieces)
     while batch := list(islice(pieces, PIECES_AT_ONCE)):
-        yield from zip(batch, tokenizer.encode_batch([piece.text for piece in batch]))
+        encode = tokenizer.encode_with_ends if placed else tokenizer.encode_batch
+        yield from zip(batch, encode([piece.text for piece in batch]))
 
 
 def _whole(pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from lmcli.errors import UserError
 from lmcli.storage import cache_folder, user_errors
-from lmcli.text.records import CHUNK_BYTES, bad_record, file_format, json_row, open_bytes, row_text, shown
+from lmcli.text.records import CHUNK_BYTES, SEPARATED, bad_record, cells, file_format, json_row, open_bytes, row_text, shown
 
 SEPARATOR = b"<|endoftext|>"
 PIECE_CHARS = 1 << 15
@@ -57,7 +57,7 @@ class Layout:
     _headers: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False)
 
     def rows(self, file: str) -> bool:
-        """Whether the file holds rows: JSON Lines or TSV."""
+        """Whether the file holds rows: JSON Lines, TSV or CSV."""
         return file_format(file, self.format) != "text"
 
     def first_row(self, files: list[str]) -> dict | None:
@@ -65,22 +65,23 @@ class Layout:
         for file in filter(self.rows, files):
             with user_errors(file, "read"):
                 for number, _, line in _lines(file, hashlib.sha256()):
-                    if not (number == 1 and self._tsv(file)):
+                    if not (number == 1 and self._headed(file)):
                         with suppress(ValueError):
                             return self._row(file, line)
         return None
 
-    def _tsv(self, file: str) -> bool:
-        return file_format(file, self.format) == "tsv"
+    def _headed(self, file: str) -> bool:
+        return file_format(file, self.format) in SEPARATED
 
     def _row(self, file: str, line: bytes) -> dict:
         """The row on one line; ValueError when it is none."""
-        if not self._tsv(file):
+        if not self._headed(file):
             return json_row(line.decode("utf-8"))
+        layout = file_format(file, self.format)
         if file not in self._headers:
             first = next((line for _, _, line in _lines(file, hashlib.sha256())), b"")
-            self._headers[file] = first.decode("utf-8").rstrip("\r").split("\t")
-        return dict(zip(self._headers[file], line.decode("utf-8").rstrip("\r").split("\t")))
+            self._headers[file] = cells(first.decode("utf-8"), layout)
+        return dict(zip(self._headers[file], cells(line.decode("utf-8"), layout)))
 
     def label_of(self, row: dict) -> str:
         """A row's label as text. ValueError when there is none."""
@@ -105,6 +106,12 @@ class Layout:
                             hint="give a file with text, or pipe some in")
         return documents, hashes
 
+    def find(self, files: Iterable[str]) -> Iterator[Document]:
+        """The documents of `survey`, as they are found: a list of millions need not be in memory."""
+        for file in files:
+            with user_errors(file, "read"):
+                yield from self._survey_file(file, hashlib.sha256())
+
     def _survey_file(self, file: str, digest) -> Iterator[Document]:
         if self.rows(file):
             return self._rows(file, digest)
@@ -114,7 +121,7 @@ class Layout:
 
     def _rows(self, file: str, digest) -> Iterator[Document]:
         for number, start, line in _lines(file, digest):
-            if number == 1 and self._tsv(file):
+            if number == 1 and self._headed(file):
                 continue
             try:
                 row = self._row(file, line)
@@ -264,6 +271,15 @@ def _cut(chunks: Iterable[bytes], document: Document) -> Iterator[Piece]:
         held = held[start:]
         searched = max(0, len(held) - 1)  # a text without a cut is searched once, not once a chunk
     yield Piece(held + decoder.decode(b"", final=True), document, True)
+
+
+def line_number(file: str, at: int) -> int:
+    """The number of the line, counted from 1, that byte `at` of a file lies in."""
+    lines = 1
+    with user_errors(file, "read"), open_bytes(file) as handle:
+        while at and (chunk := handle.read(min(CHUNK_BYTES, at))):
+            lines, at = lines + chunk.count(b"\n"), at - len(chunk)
+    return lines
 
 
 def split(documents: list[Document], layout: Layout) -> tuple[list[Document], list[Document]]:

@@ -1,10 +1,11 @@
 """Records: one line (or one JSON Lines or TSV row) in, one result out, in order; and the writer of those results."""
 
+import csv
 import gzip
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -13,15 +14,15 @@ from lmcli.errors import UsageError, UserError
 from lmcli.storage import user_errors
 
 CHUNK_BYTES = 1 << 18
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".tsv": "tsv"}
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".tsv": "tsv", ".csv": "csv"}
 # the first of these sets that a row has gives its text; several fields are joined as they stand
 TEXT_FIELDS = (("text",), ("prompt", "completion"), ("source",), ("prompt",))
 
 
 @dataclass(slots=True)
 class Record:
-    """One text to work on. `fields` is its whole JSON or TSV row; `newline` is False on a last line that has none; `bad`
-    marks the empty text that stands for a bad record."""
+    """One text to work on. `fields` is its whole row, `parts` what else of it was asked for; `newline` is False on a last
+    line that has none; `bad` marks the empty text that stands for a bad record."""
 
     text: str
     file: str
@@ -29,18 +30,21 @@ class Record:
     fields: dict | None = None
     newline: bool = True
     bad: bool = False
+    parts: tuple[str, ...] = ()
 
 
 @dataclass
 class Reader:
-    """How files become records: `format` is auto, text, jsonl or tsv; `on_error` is stop, blank or skip.
+    """How files become records: `format` is auto, text, jsonl, tsv or csv; `on_error` is stop, blank or skip.
 
-    `skipped` counts the records that `on_error="skip"` dropped.
+    `take` makes the text and the other parts of a record from a row, or from a plain line (a str); without it the text is
+    the line, or that of `fields`. `skipped` counts the records that `on_error="skip"` dropped.
     """
 
     format: str = "auto"
     fields: tuple[str, ...] = ()
     on_error: str = "stop"
+    take: Callable[[dict | str], tuple[str, tuple[str, ...]]] | None = None
     skipped: int = field(default=0, init=False)
 
     def batches(self, files: list[str]) -> Iterator[list[Record]]:
@@ -57,8 +61,8 @@ class Reader:
                     records = []
                     for line in lines:
                         number += 1
-                        if layout == "tsv" and header is None:
-                            header = line.text.decode("utf-8", "replace").rstrip("\r").split("\t")
+                        if layout in SEPARATED and header is None:
+                            header = cells(line.text.decode("utf-8", "replace"), layout)
                             continue
                         record = self._record(line, layout, header, name, number)
                         if record is not None:
@@ -68,10 +72,12 @@ class Reader:
     def _record(self, line: "_Line", layout: str, header: list[str] | None, name: str, number: int) -> Record | None:
         try:
             text = line.text.decode("utf-8")
-            if layout == "text":
-                return Record(text, name, number, None, line.newline)
-            row = json_row(text) if layout == "jsonl" else dict(zip(header or (), text.rstrip("\r").split("\t")))
-            return Record(row_text(row, self.fields), name, number, row, line.newline)
+            row = None if layout == "text" else json_row(text) if layout == "jsonl" else dict(
+                zip(header or (), cells(text, layout)))
+            if self.take:
+                text, parts = self.take(text if row is None else row)
+                return Record(text, name, number, row, line.newline, parts=parts)
+            return Record(text if row is None else row_text(row, self.fields), name, number, row, line.newline)
         except ValueError as error:
             if self.on_error == "stop":
                 raise bad_record(error, name, number) from error
@@ -81,8 +87,23 @@ class Reader:
             return None
 
 
+SEPARATED = ("tsv", "csv")  # formats whose first line names the columns
+
+
+def cells(line: str, layout: str) -> list[str]:
+    """The cells of one line of a table: parted by tabs and never quoted (tsv), or by commas and quoted by " (csv).
+
+    ValueError for a quoted cell that goes on in the next line."""
+    if layout == "tsv":
+        return line.rstrip("\r").split("\t")
+    try:
+        return next(csv.reader([line], strict=True), [])
+    except csv.Error as error:
+        raise ValueError(f"is no whole CSV row: {error}") from None
+
+
 def file_format(name: str, asked: str) -> str:
-    """text, jsonl or tsv: as asked, or with "auto" what the file's suffix says (before a .gz)."""
+    """text, jsonl, tsv or csv: as asked, or with "auto" what the file's suffix says (before a .gz)."""
     return asked if asked != "auto" else FORMATS.get(Path(name.removesuffix(".gz")).suffix, "text")
 
 
@@ -111,10 +132,14 @@ def row_text(row: dict, wanted: tuple[str, ...]) -> str:
     names = wanted or next((names for names in TEXT_FIELDS if all(name in row for name in names)), None)
     if names is None:
         raise ValueError(f"no text field among {', '.join(map(repr, row)) or 'none'}: name one with --field")
-    missing = [name for name in names if not isinstance(row.get(name), str)]
-    if missing:
-        raise ValueError(f"field {missing[0]!r} is missing or not a text; fields: {', '.join(map(repr, row))}")
-    text = "".join(row[name] for name in names)
+    return "".join(row_field(row, name) for name in names)
+
+
+def row_field(row: dict, name: str) -> str:
+    """One field of a row. ValueError when it is missing or no text."""
+    text = row.get(name)
+    if not isinstance(text, str):
+        raise ValueError(f"field {name!r} is missing or not a text; fields: {', '.join(map(repr, row))}")
     text.encode("utf-8")  # a lone surrogate ("\ud800") is valid JSON and no text: UnicodeEncodeError is a ValueError
     return text
 

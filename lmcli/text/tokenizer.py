@@ -5,7 +5,7 @@ Encoding is the `tokenizers` library's; here stand templates, special tokens, by
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -18,12 +18,15 @@ from lmcli.config import TokenizerConfig
 from lmcli.errors import UserError
 from lmcli.storage import atomic_path, user_errors, write_text
 from lmcli.text import pretrained
-from lmcli.text.documents import SAFE_CUT
+from lmcli.text.documents import PIECE_CHARS, SAFE_CUT
 from lmcli.text.pretrained import END_OF_TEXT, PLAIN, QWEN2_PATTERN
 from lmcli.text.sentencepiece import MarianSide
 
 CLEANED = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
            (" 've", "'ve"), (" 're", "'re"))  # what clean_up_tokenization_spaces stands for
+LONG_TEXT = 4 * PIECE_CHARS  # characters from which a text is encoded in parts
+PARTS_AT_ONCE = 64
+SPACE = "\u2581"  # how SentencePiece's vocabularies write one
 OPEN = "\ufffd"  # how a decoder shows bytes that are no whole character
 
 
@@ -61,12 +64,32 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of many texts, on all cores."""
-        return [found.ids for found in self.core.encode_batch_fast(texts, add_special_tokens=False)]
+        if any(len(text) > LONG_TEXT for text in texts):
+            return [[index for part in parts for index in part] for parts in self._in_parts(texts, self._ids)]
+        return self._ids(texts)
 
     def encode_with_ends(self, texts: list[str]) -> list[Encoded]:
         """Ids with byte offsets. Tokens that share a character share out its bytes, so the last end is the byte count."""
+        if any(len(text) > LONG_TEXT for text in texts):
+            return [_joined(parts) for parts in self._in_parts(texts, self._placed)]
+        return self._placed(texts)
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return [found.ids for found in self.core.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _placed(self, texts: list[str]) -> list[Encoded]:
         return [Encoded(found.ids, self._ends(text, found))
                 for text, found in zip(texts, self.core.encode_batch(texts, add_special_tokens=False))]
+
+    def _in_parts(self, texts: list[str], encode: Callable[[list[str]], list]) -> Iterator[list]:
+        """What `encode` makes of the parts of each text, some at a time: what the library tells of a token takes a hundred
+        times the memory of its id."""
+        for text in texts:
+            starts = [0]
+            while self.cuts_at_words and (cut := SAFE_CUT.search(text, starts[-1] + PIECE_CHARS)):
+                starts.append(cut.start())
+            parts = [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)])]
+            yield [found for i in range(0, len(parts), PARTS_AT_ONCE) for found in encode(parts[i:i + PARTS_AT_ONCE])]
 
     def decode(self, ids: list[int], special: bool = True) -> str:
         """Text of ids; `special=False` leaves special tokens out. Spaces are tidied where the settings ask for it."""
@@ -81,6 +104,23 @@ class Tokenizer:
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """Tokens as the vocabulary spells them."""
         return [self.core.id_to_token(index) or "" for index in ids]
+
+    @cached_property
+    def token_texts(self) -> list[str]:
+        """The text of each id by itself, a space where the vocabulary has a mark for one; bytes that are no whole character
+        show as U+FFFD."""
+        return [text.replace(SPACE, " ") if SPACE in text else self.core.decode([i], skip_special_tokens=False) or text
+                for i, text in enumerate(self.pieces(range(self.size)))]
+
+    @cached_property
+    def word_starts(self) -> list[bool] | None:
+        """For each id whether a word before it has ended: it begins with white space, or is a special token. None for
+        vocabularies that do not write spaces (WordPiece)."""
+        if (self._definition["decoder"] or {}).get("type") == "WordPiece":
+            return None
+        special = self.core.special if isinstance(self.core, MarianSide) else {
+            token["id"] for token in self._definition["added_tokens"] if token["special"]}
+        return [i in special or text[:1].isspace() for i, text in enumerate(self.token_texts)]
 
     def id(self, token: str) -> int | None:
         """The id of a token, or None."""
@@ -170,6 +210,11 @@ class Tokenizer:
             lengths[index] = added.get(index, len(token))
         return lengths
 
+    def count_bytes(self, ids: list[int]) -> int:
+        """UTF-8 bytes of the text that ids stand for; a byte-level token may be part of a character."""
+        lengths = self._byte_lengths
+        return len(self.decode(ids).encode("utf-8")) if lengths is None else sum(lengths[index] for index in ids)
+
     def _ends(self, text: str, found: tokenizers.Encoding) -> list[int]:
         size = len(text.encode("utf-8"))
         if self._byte_lengths is not None:
@@ -199,6 +244,15 @@ def _template_parts(step: dict, which: str) -> list[Part]:
         what = fields["id"] if kind == "Sequence" else step["special_tokens"][fields["id"]]["ids"]
         found.append(Part(what, fields["type_id"]))
     return found
+
+
+def _joined(parts: list[Encoded]) -> Encoded:
+    ids, ends = [], []
+    for part in parts:
+        before = ends[-1] if ends else 0
+        ids += part.ids
+        ends += [before + end for end in part.ends]
+    return Encoded(ids, ends)
 
 
 def byte_offsets(text: str) -> Sequence[int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lmcli.model.likelihood import ROWS_AT_ONCE, target_logprobs
+from lmcli.model.likelihood import pieces, target_logprobs
 from lmcli.model.transformer import Transformer
 from lmcli.text.batches import Batch
 from lmcli.training.objectives import Objective
@@ -65,7 +65,8 @@ def evaluate(objective: Objective, model: Transformer, batches: Iterable[Batch],
     for batch in batches:
         predicted = objective.predict(model, batch)
         logprobs = target_logprobs(*predicted)
-        best = torch.cat([predicted.head(rows).argmax(-1) for rows in predicted.hidden.split(ROWS_AT_ONCE)])
+        best = torch.cat([predicted.head(rows).argmax(-1) for rows, _ in pieces(predicted.head, predicted.hidden,
+                                                                                predicted.targets)])
         counted = torch.ones_like(predicted.targets, dtype=torch.bool) if figures.end is None else \
             predicted.targets != figures.end
         figures.logprob += float(logprobs[counted].double().sum())

@@ -8,7 +8,7 @@ Without --val the text is split once, 90 % to train on and 10 % to validate on. 
 part within its time. Each is measured in disjoint windows of its own context over every validation byte, as bits per byte;
 both clocks run from process start to saved model. The last column is `lm perplexity` as it stands. About two minutes a seed
 for nanoGPT. With --our-tokenizer it reads the tokens of the model that was trained last here, made before its clock starts;
-with --minutes it takes as many steps as last about so long, by runs of 100 and 500 steps.
+with --minutes it takes as many steps as last about so long, by runs of 200 and 600 steps.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def main() -> None:
                 encode, size = characters(letters), len(set(letters))
             steps = options.steps
             if options.minutes:
-                few, more = (nanogpt(options.nanogpt, parts, encode, size, count, seed)[0] for count in (100, 500))
+                few, more = (nanogpt(options.nanogpt, parts, encode, size, count, seed)[0] for count in (200, 600))
                 steps = round(400 * (60 * options.minutes - few) / (more - few))
                 print(f"nanoGPT: {steps:,} steps, vocabulary {size:,}", flush=True)
             return nanogpt(options.nanogpt, parts, encode, size, steps, seed)

@@ -1,6 +1,7 @@
 """One small trained run for all command tests, and `lm` as a shell sees it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,44 @@ def trained(lm, story, tmp_path_factory):
     done = lm("train", story, "-o", folder, *SMALL, "--steps", 40)
     assert done.returncode == 0, done.stderr.decode()
     return folder, done
+
+
+@pytest.fixture(scope="session")
+def marian(tmp_path_factory, small_tokenizer):
+    """A small Marian of transformers that searches with 3 beams by its generation_config.json."""
+    import torch
+    from tokenizers import processors
+    from transformers import MarianConfig, MarianMTModel
+
+    from lmcli.text.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("marian")
+    torch.manual_seed(0)
+    model = MarianMTModel(MarianConfig(
+        vocab_size=410, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32, pad_token_id=409, eos_token_id=0,
+        decoder_start_token_id=409, init_std=0.6))
+    model.generation_config.update(num_beams=3, max_length=12, bad_words_ids=[[409]], forced_eos_token_id=0)
+    model.save_pretrained(folder)
+    words = Tokenizer(type(small_tokenizer.core).from_str(small_tokenizer.core.to_str()))
+    words.core.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    words.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def berts(tmp_path_factory, shared):
+    """Folders of small random BERTs with MiniLM's tokenizer: with a masked-LM head, a classifier, a bare one."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("berts")
+    torch.manual_seed(0)
+    for name, kind in (("masked", transformers.BertForMaskedLM), ("labels", transformers.BertForSequenceClassification),
+                       ("answers", transformers.BertForQuestionAnswering), ("bare", transformers.BertModel)):
+        kind(transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                                     max_position_embeddings=24)).save_pretrained(folder / name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(shared / "tokenizers" / "bert-minilm" / file, folder / name)
+    return folder

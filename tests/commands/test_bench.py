@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from lmcli.commands.bench import COLUMNS
+from lmcli.commands.bench import COLUMNS, SCORE_COLUMNS
 from lmcli.config import ModelConfig
 from lmcli.model import cost
 
@@ -80,7 +80,7 @@ def test_a_table_on_a_terminal(environment):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    ((), "there is: --train"),
+    ((), "there are: --train, --score"),
     (("--train", "--preset", "tinny"), "did you mean 'tiny'?"),
     (("--train", "--set", "model.hidden_sise=3"), "did you mean 'hidden_size'?"),
     (("--train", "--preset", "encoder-small", "--set", "train.objective=classification"), "it measures models that predict"),
@@ -90,3 +90,41 @@ def test_a_table_on_a_terminal(environment):
 def test_what_cannot_be_measured_is_usage(inside, arguments, said):
     done = inside("bench", *arguments)
     assert done.returncode == 2 and said in done.stderr.decode() and not done.stdout
+
+
+def test_scoring_of_lines_tells_speed_and_quality(inside, trained, story):
+    done = inside("bench", "--score", "-m", trained[0], "--seconds", "0.01", "--json", story)
+    assert done.returncode == 0, done.stderr.decode()
+    (row,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert tuple(row) == SCORE_COLUMNS and row["passes"] >= 3
+    lines = [line for line in story.read_bytes().split(b"\n") if line]
+    assert row["lines_per_second"] == pytest.approx(min(4096, len(lines)) / row["pass_ms"] * 1e3)
+    assert row["ratio"] == pytest.approx(row["achieved"] / row["limit"])
+    (wanted,) = [json.loads(line) for line in inside(
+        "perplexity", "-m", trained[0], "--documents", "line", "--json",
+        stdin=b"\n".join(lines[:4096])).stdout.splitlines()]
+    assert row["bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], rel=1e-3)
+
+
+def test_scoring_of_random_lines_and_windows(inside, trained):
+    done = inside("bench", "--score", "-m", trained[0], "--seconds", "0.01", "-q")
+    header, *rows = [line.split("\t") for line in done.stdout.decode().splitlines()]
+    assert done.returncode == 0 and tuple(header) == SCORE_COLUMNS and done.stderr == b""
+    assert [row[0] for row in rows] == ["lines", "windows"] and all(float(row[6]) > 0 for row in rows)
+    assert rows[0][7] == "NA"  # random ids have no bytes
+
+
+def test_the_flops_of_scoring_are_those_of_a_forward_pass():
+    from lmcli.analysis import score_benchmark
+
+    tokens, needed, done = score_benchmark._passes([10, 20, 30], 60)
+    assert tokens == 60 and [one.tokens for one in needed] == [10, 20, 30]
+    assert [(one.rows, one.decoder, one.predicted) for one in done] == [(2, 30, 50), (1, 10, 10)]
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (("--train", "--score"), "one at a time"), ((), "nothing was named"), (("--train", "a.txt"), "FILE goes with --score"),
+    (("--score", "--preset", "tiny"), "--preset and --set with --train"), (("--score", "a.txt"), "which model?")])
+def test_what_cannot_be_measured_together_is_usage(inside, arguments, told):
+    done = inside("bench", *arguments)
+    assert done.returncode == 2 and told in done.stderr.decode()

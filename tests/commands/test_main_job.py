@@ -120,13 +120,15 @@ def test_score_gives_a_line_for_each_line(trained, inside):
     assert bits == pytest.approx(-logprob / math.log(2) / size, rel=1e-4)
 
 
-def test_score_per_token_and_word_add_up_to_the_record(trained, inside):
+def test_tokens_add_up_to_the_record_and_words_to_a_little_less(trained, inside):
     line = b"The baker of Harrowgate\n"
     total = json.loads(inside("score", "-m", trained[0], "--json", stdin=line).stdout)["logprob"]
     for unit in ("token", "word"):
         done = inside("score", "-m", trained[0], "--per", unit, "--no-header", stdin=line)
         rows = [row.split("\t") for row in done.stdout.decode().splitlines()]
-        assert sum(float(row[6]) for row in rows) == pytest.approx(total, rel=1e-4)
+        found = sum(float(row[6]) for row in rows)
+        # a word has the probability of ending where it does, so those of a line are a little less likely than its tokens
+        assert found == pytest.approx(total, rel=1e-4) if unit == "token" else 1.2 * total < found < total
         assert all(float(row[7]) == pytest.approx(-float(row[6]) / math.log(2), rel=1e-4) for row in rows)
     assert [row[2] for row in rows] == ["The", "baker", "of", "Harrowgate"]
 
@@ -178,6 +180,8 @@ def test_perplexity_rows_are_one_per_file_and_model(trained, inside, story, tmp_
     done = inside("perplexity", "-m", trained[0], "-m", trained[0], story, other)
     header, *rows = [line.split("\t") for line in done.stdout.decode().splitlines()]
     assert header[:4] == ["model", "file", "perplexity", "bits_per_byte"] and len(rows) == 4
-    assert rows[0] == rows[2] and rows[1][1] == str(other)
+    apart = header.index("difference")
+    assert rows[0][:apart] == rows[1][:apart] and rows[0][apart] == "NA" and float(rows[1][apart]) == 0
+    assert rows[2][1] == rows[3][1] == str(other)
     piped = json.loads(inside("perplexity", "-m", trained[0], "--json", stdin=other.read_bytes()).stdout)
-    assert piped["file"] == "standard input" and f"{piped['bits_per_byte']:.6g}" == rows[1][3]
+    assert piped["file"] == "standard input" and f"{piped['bits_per_byte']:.6g}" == rows[2][3]

@@ -100,3 +100,97 @@ def test_validation_text_that_has_changed_is_refused(inside, tmp_path, story):
     text.unlink()
     done = inside("perplexity", "-m", tmp_path / "run", "--validation")
     assert done.returncode == 1 and b"no longer there" in done.stderr
+
+
+def rows_of(path, *rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_standard_errors_are_over_documents(perplexity, inside, trained):
+    lines = b"The baker went home.\nqZ9# x\nThe dog ran to the market.\n"
+    row, = perplexity("--documents", "line", stdin=lines)
+    each = [json.loads(line) for line in inside("score", "-m", trained[0], "--json", stdin=lines).stdout.splitlines()]
+    ratio = sum(one["logprob"] for one in each) / sum(one["tokens"] for one in each)
+    apart = sum((one["logprob"] - ratio * one["tokens"]) ** 2 for one in each)
+    error = math.sqrt(apart * 3 / 2) / sum(one["tokens"] for one in each)
+    assert row["perplexity_se"] == pytest.approx(row["perplexity"] * error, rel=1e-3)
+    assert perplexity(stdin=lines)[0]["perplexity_se"] is None  # one document
+
+
+def test_groups_are_rows_of_one_field(perplexity, tmp_path):
+    file = rows_of(tmp_path / "a.jsonl", *({"text": f"The baker {i}.", "kind": kind} for i, kind in enumerate("abba")),
+                   {"text": "none of them"}, {"text": "", "kind": "a"})
+    found = perplexity("--by", "kind", file)
+    assert [(row["group"], row["documents"]) for row in found] == [("a", 2), ("b", 2), ("NA", 1)]
+    (whole,) = perplexity(file)
+    assert whole["logprob"] == pytest.approx(sum(row["logprob"] for row in found), rel=1e-6)
+    assert whole["tokens"] == sum(row["tokens"] for row in found) and "group" not in whole
+
+
+@pytest.fixture(scope="module")
+def other(lm, story, tmp_path_factory):
+    """A second run, with a vocabulary of its own."""
+    folder = tmp_path_factory.mktemp("other") / "run"
+    done = lm("train", story, "-o", folder, "--preset", "tiny", "--set", "model.hidden_size=64", "--set",
+              "model.num_hidden_layers=1", "--set", "tokenizer.vocab_size=400", "--set", "train.context=32",
+              "--set", "train.batch_tokens=512", "--steps", 20)
+    assert done.returncode == 0, done.stderr.decode()
+    return folder
+
+
+def test_two_models_are_compared_over_the_same_documents(inside, trained, other, story):
+    lines = b"".join(line + b"\n" for line in story.read_bytes().split(b"\n")[:80] if line and b"<|" not in line)
+    done = inside("perplexity", "-m", trained[0], "-m", other, "--documents", "line", "--json", "--differing", 2,
+                  stdin=lines)
+    first, second = figures(done)
+    assert (first["model"], second["model"]) == (str(trained[0]), str(other))
+    assert first["difference"] is first["difference_low"] is first["differing"] is None
+    assert second["difference"] == pytest.approx(second["bits_per_byte"] - first["bits_per_byte"], abs=1e-9)
+    assert second["difference_low"] < second["difference"] < second["difference_high"]
+    assert b"different vocabularies" in done.stderr and second["tokenizer"] != first["tokenizer"]
+    worst, next_to = second["differing"]
+    assert abs(worst["second"] - worst["first"]) >= abs(next_to["second"] - next_to["first"]) > 0
+    for model, name in ((trained[0], "first"), (other, "second")):
+        (alone,) = figures(inside("score", "-m", model, "--json", stdin=worst["text"].encode() + b"\n"))
+        assert worst[name] == pytest.approx(-alone["logprob"] / math.log(2), rel=1e-3)
+    number = lines.split(b"\n").index(worst["text"].encode()) + 1
+    assert f"line {number}: ".encode() in done.stderr
+    table = inside("perplexity", "-m", trained[0], "-m", other, stdin=lines)
+    header, *rows = [line.split("\t") for line in table.stdout.decode().splitlines()]
+    assert header[-4:] == ["difference", "difference_low", "difference_high", "signature"] and rows[0][-4] == "NA"
+    assert rows[1][-3] == "NA" and b"one document has no interval" in table.stderr
+    assert inside("perplexity", "-m", trained[0], "-m", other, "-q", stdin=lines).stderr == b""
+
+
+def test_a_signature_brings_the_figure_back(inside, trained, other, story, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(story.read_bytes()[:4000])
+    (row,) = figures(inside("perplexity", "-m", trained[0], "--json", "--context", 32, "--stride", 12, "--documents", "line",
+                            "--no-bos", "--eos", text))
+    line = row["signature"]
+    assert "|context:32|stride:12|bos:0|eos:1|dtype:float32|" in line and "|documents:line|" in line
+    done = inside("perplexity", "-m", trained[0], "--verify", line, text)
+    assert done.returncode == 0 and done.stdout.startswith(b"the same: ")
+    for model, change, told in ((other, b"", "model is"), (trained[0], b"!", "text is")):
+        text.write_bytes(story.read_bytes()[:4000] + change)
+        done = inside("perplexity", "-m", model, "--verify", line, text)
+        assert done.returncode == 1 and told in done.stderr.decode() and done.stdout == b""
+    assert inside("perplexity", "-m", trained[0], "--verify", "nonsense", text).returncode == 2
+
+
+def test_lines_that_were_scored_are_verified_as_documents(inside, trained, tmp_path):
+    text = tmp_path / "lines.txt"
+    text.write_text("The baker went home.\n\n \t\nqZ9# 却说\nThe dog")
+    done = inside("score", "-m", trained[0], "-v", "--context", 16, text)
+    *_, line = done.stderr.decode().splitlines()
+    assert "|documents:line|context:16|stride:8|bos:1|" in line
+    assert inside("perplexity", "-m", trained[0], "--verify", line.removeprefix("lm: "), text).returncode == 0
+    assert b"|bytes:" not in inside("score", "-m", trained[0], text).stderr
+
+
+@pytest.mark.parametrize("arguments, code, told", [
+    (("--by", "kind", "-"), 2, "no fields to group by"), (("--validation", "--by", "kind"), 2, "--validation")])
+def test_groups_need_rows(inside, trained, arguments, code, told):
+    done = inside("perplexity", "-m", trained[0], *arguments, stdin=b"plain\n")
+    assert done.returncode == code and told in done.stderr.decode()

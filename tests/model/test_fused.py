@@ -287,6 +287,33 @@ def test_nan_in_the_gradient_from_above_reaches_every_activation(case):
         assert gradient.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("words", [1, 7, 16, 33, 5000])
+def test_losses_that_are_only_read_are_those_of_torch(words, dtype):
+    logits = (8 * torch.randn(50, words, generator=torch.Generator().manual_seed(1))).to(dtype)
+    wanted = F.cross_entropy(logits.double(), wanted_words(50, words), reduction="none")
+    before = logits.clone()
+    found = fused.target_losses(logits, wanted_words(50, words))
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
+    assert torch.equal(logits, before)
+    logits[3, 0], logits[5] = float("nan"), float("-inf")
+    assert fused.target_losses(logits, wanted_words(50, words)).isnan().nonzero()[:, 0].tolist() == [3, 5]
+    with pytest.raises(AssertionError):
+        fused.target_losses(logits, torch.full((50,), words))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("keys", "length"), [(4, 1), (4, 24), (2, 130), (1, 600)])
+@torch.no_grad()
+def test_causal_attention_without_a_gradient(keys, length, dtype, difference):
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, heads, length, 16, generator=generator) for heads in (4, keys, keys))
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    wanted = attention(query, key.repeat_interleave(4 // keys, 1), value.repeat_interleave(4 // keys, 1), mask)
+    found = fused.causal_attention(query.to(dtype), key.to(dtype).mT.contiguous().mT, value.to(dtype), 16 ** -0.5)
+    assert found.dtype == dtype and difference(found, wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_large_logits_give_the_losses_of_torch(dtype, smoothing):

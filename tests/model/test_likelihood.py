@@ -35,15 +35,18 @@ def test_the_size_of_chunks_changes_nothing(rows, monkeypatch, difference):
     hidden, head, targets = case()
     whole = target_logprobs(hidden, head, targets)
     largest = []
-    monkeypatch.setattr(likelihood, "ROWS_AT_ONCE", rows)
-    found = target_logprobs(hidden, lambda x: largest.append(len(x)) or head(x), targets)
+    monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", rows * 37)
+    monkeypatch.setattr(likelihood, "FEWEST_ROWS", 1)
+    head.register_forward_hook(lambda module, given, logits: largest.append(len(logits)))
+    found = target_logprobs(hidden, head, targets)
     assert max(largest) <= rows
     assert difference(found, whole) < 1e-6
 
 
 def test_the_gradient_is_that_of_cross_entropy(monkeypatch, difference):
     hidden, head, targets = case()
-    monkeypatch.setattr(likelihood, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", 4 * 37)
+    monkeypatch.setattr(likelihood, "FEWEST_ROWS", 1)
     hidden.requires_grad_()
     ours = torch.autograd.grad(-target_logprobs(hidden, head, targets).mean(), [hidden, head.weight])
     theirs = torch.autograd.grad(F.cross_entropy(head(hidden), targets), [hidden, head.weight])
@@ -71,3 +74,23 @@ def test_large_logits_stay_finite():
 def test_no_targets_give_no_log_probabilities():
     hidden, head, targets = case()
     assert target_logprobs(hidden[:0], head, targets[:0]).shape == (0,)
+
+
+def test_readings_are_those_of_the_log_softmax(difference):
+    hidden, head, targets = case()
+    logprobs = head(hidden).log_softmax(-1)
+    members = torch.arange(37) % 3 == 1
+    found = likelihood.readings(hidden, head, targets, members, 5)
+    assert difference(found.logprobs, target_logprobs(hidden, head, targets)) < 1e-6
+    assert difference(found.inside.exp(), logprobs.exp()[:, members].sum(-1)) < 1e-6
+    assert difference(found.entropy, torch.distributions.Categorical(logits=logprobs).entropy()) < 1e-6
+    order = logprobs.argsort(-1, descending=True)
+    assert found.ranks.tolist() == ((order == targets[:, None]).nonzero()[:, 1] + 1).tolist()
+    assert torch.equal(found.tokens, order[:, :5]) and difference(found.best, logprobs.gather(1, order[:, :5])) < 1e-6
+    assert likelihood.readings(hidden, head, targets, None, 99).tokens.shape == (11, 37)  # no more than there are
+    assert likelihood.readings(hidden[:0], head, targets[:0], members, 2).inside.shape == (0,)
+
+
+def test_a_word_that_cannot_be_adds_nothing_to_the_entropy():
+    found = likelihood.readings(torch.tensor([[0.0, -torch.inf, 0.0]]), lambda x: x, torch.tensor([0]), None, 1)
+    assert found.entropy.item() == pytest.approx(0.693147, abs=1e-6)

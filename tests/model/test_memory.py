@@ -96,7 +96,8 @@ def test_kept_weights_by_hand():
 
 def test_the_numbers_are_those_of_the_functions_they_describe():
     assert memory.QUERIES_AT_ONCE == fused.QUERIES_AT_ONCE and memory.KEPT_WEIGHTS == fused.KEPT_WEIGHTS
-    assert memory.LOGIT_ROWS_AT_ONCE == fused.ROWS_AT_ONCE and memory.PLAIN_LOGIT_ROWS_AT_ONCE == likelihood.ROWS_AT_ONCE
+    assert memory.LOGIT_ROWS_AT_ONCE == fused.ROWS_AT_ONCE
+    assert (memory.LOGITS_AT_ONCE, memory.FEWEST_ROWS) == (likelihood.LOGITS_AT_ONCE, likelihood.FEWEST_ROWS)
 
 
 def test_smaller_micro_batches_and_recomputation_need_less():

@@ -433,3 +433,13 @@ class TestErrors:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             tokenizers.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a long line of words, and more é 却说 " * 300, "x" * 9000, "a\n\nb  c. " * 900])
+def test_a_long_text_is_encoded_in_parts_as_in_one_go(text, small_tokenizer, monkeypatch):
+    whole, ids = small_tokenizer.encode_with_ends([text, "short"]), small_tokenizer.encode_batch([text, "short"])
+    monkeypatch.setattr(tokenizers, "LONG_TEXT", 100)
+    monkeypatch.setattr(tokenizers, "PIECE_CHARS", 50)
+    monkeypatch.setattr(tokenizers, "PARTS_AT_ONCE", 3)
+    assert small_tokenizer.encode_batch([text, "short"]) == ids == [found.ids for found in whole]
+    assert small_tokenizer.encode_with_ends([text, "short"]) == whole and whole[0].ends[-1] == len(text.encode())
