@@ -15,7 +15,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # started in the background of a script: without this no process of the suite would notice Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
+hypothesis.settings.register_profile("no deadline", deadline=None, max_examples=50)  # a busy machine is no failure
 hypothesis.settings.load_profile("no deadline")
 
 

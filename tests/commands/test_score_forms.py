@@ -141,12 +141,13 @@ def test_only_the_worst_are_written_and_in_order(inside, score, trained):
 
 
 def test_an_interrupted_run_tells_the_worst_so_far(environment, trained):
-    command = [sys.executable, "-m", "lmcli", "score", "-m", str(trained[0]), "--worst", "2", "--no-header"]
+    command = [sys.executable, "-m", "lmcli", "score", "-m", str(trained[0]), "--worst", "2", "--no-header", "-v"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=environment)
     process.stdin.write(b"The baker\nqZ9#\nThe dog\n")
     process.stdin.flush()
-    time.sleep(5)
+    assert b"context 64" in process.stderr.readline()  # the model is there
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 130
