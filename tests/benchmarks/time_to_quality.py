@@ -1,14 +1,14 @@
 """How long until a quality is reached: `lm train` beside nanoGPT's README recipe for a CPU, on one text of characters.
 
 python tests/benchmarks/time_to_quality.py TEXT --nanogpt CHECKOUT [--times 6s,8s,10s] [--seeds 3]
-python tests/benchmarks/time_to_quality.py TEXT --val FILE --nanogpt CHECKOUT --our-tokenizer --minutes 20 --times 4m
+python tests/benchmarks/time_to_quality.py TEXT --val FILE --nanogpt CHECKOUT --tokenizer RUN --minutes 20 --times 4m
 
 Without --val the text is split once, 90 % to train on and 10 % to validate on. nanoGPT (4 layers × 128, context 64, batch
 12, 2,000 steps, characters) runs as its train.py runs, in a copy of the checkout; ours learns its tokenizer on the first
 part within its time. Each is measured in disjoint windows of its own context over every validation byte, as bits per byte;
 both clocks run from process start to saved model. The last column is `lm perplexity` as it stands. About two minutes a seed
-for nanoGPT. With --our-tokenizer it reads the tokens of the model that was trained last here, made before its clock starts;
-with --minutes it takes as many steps as last about so long, by runs of 200 and 600 steps.
+for nanoGPT. With --tokenizer it reads the tokens of a folder of ours (RUN: of the model trained last here), made before its
+clock starts; with --minutes it takes as many steps as last about so long, by runs of 250 and 750 steps.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--val", type=Path)
     parser.add_argument("--nanogpt", type=Path)
-    parser.add_argument("--our-tokenizer", action="store_true")
+    parser.add_argument("--tokenizer", metavar="FOLDER|RUN")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--times", default="6s,8s,10s")
@@ -115,21 +115,22 @@ def main() -> None:
 
         def peer(seed: int) -> tuple[float, float]:
             parts = {"train": training.read_text(encoding="utf-8"), "val": validation.read_text(encoding="utf-8")}
-            if options.our_tokenizer:
-                tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+            if options.tokenizer:
+                folder = run if options.tokenizer == "RUN" else Path(options.tokenizer)
+                tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
                 encode, size = lambda part: tokenizer.encode(part, add_special_tokens=False).ids, tokenizer.get_vocab_size()
             else:
                 letters = "".join(parts.values())
                 encode, size = characters(letters), len(set(letters))
             steps = options.steps
             if options.minutes:
-                few, more = (nanogpt(options.nanogpt, parts, encode, size, count, seed)[0] for count in (200, 600))
-                steps = round(400 * (60 * options.minutes - few) / (more - few))
+                few, more = (nanogpt(options.nanogpt, parts, encode, size, count, seed)[0] for count in (250, 750))
+                steps = round(500 * (60 * options.minutes - few) / (more - few))
                 print(f"nanoGPT: {steps:,} steps, vocabulary {size:,}", flush=True)
             return nanogpt(options.nanogpt, parts, encode, size, steps, seed)
 
         jobs = {f"lm, {budget}": lambda seed, budget=budget: ours(run, training, validation, budget, seed)
-                for budget in options.times.split(",")}
+                for budget in options.times.split(",") if budget}
         if options.nanogpt:
             jobs["nanoGPT"] = peer
         for name, job in jobs.items():
