@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lmcli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+NUMBERS = (PACKAGE / "inference" / "NUMBERS.md").read_text(encoding="utf-8")
 
 GROUND = ("errors", "storage", "config", "recipes")  # in this order
 BELOW_2 = {*GROUND, "text", "model"}
@@ -171,9 +172,9 @@ class TestLazyImports:
         assert "torch" not in loaded_after(program)[0]
 
 
-def readme_blocks():
+def readme_blocks(page=README):
     """(language, text) of every fenced block."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 def shell_commands(text):
@@ -199,8 +200,8 @@ def parse(words):
     lm.get_command(context, words[1]).make_context(words[1], words[2:], parent=context)
 
 
-LM_LINES = [words for language, text in readme_blocks() if language == "sh" for words in shell_commands(text)
-            if Path(words[0]).name == "lm"]
+LM_LINES = [words for page in (README, NUMBERS) for language, text in readme_blocks(page) if language == "sh"
+            for words in shell_commands(text) if Path(words[0]).name == "lm"]
 
 
 class TestCommands:
@@ -226,6 +227,21 @@ class TestCommands:
 
 
 class TestReadme:
+    def test_every_figure_of_the_commands_is_defined(self):
+        from lmcli.analysis import perplexity_rows, score_rows
+
+        style = score_rows.Style()
+        names = {name for rows in (score_rows.Records(style), score_rows.Units(style, "token", 1), score_rows.Pairs(style),
+                                   score_rows.Choices(style)) for name in rows.columns}
+        names |= set(perplexity_rows.columns("file", True))
+        plain = {"line", "index", "text", "file", "model", "documents", "context", "stride", "logprobs", "characters",
+                 "words"}
+        figures = {re.sub(r"_[12]$", "", name) for name in names} - plain
+        assert len(figures) > 20
+        for name in figures:
+            forms = (name, "NAME_se" if name.endswith("_se") else name, f"{name}_k", name.removeprefix("difference"))
+            assert any(f"`{form}`" in NUMBERS for form in forms), name
+
     @pytest.mark.parametrize("name", COMMANDS)
     def test_every_command_is_mentioned(self, name):
         assert re.search(rf"\blm {name}\b", README)

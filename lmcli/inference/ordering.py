@@ -10,10 +10,12 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 
-def in_order(lengths: list[int], most_tokens: int, work: Callable[[list[int]], list[Result]]) -> list[Result]:
-    """Results of `work` for every index, in index order; `work` gets groups of indices of like length."""
+def in_order(lengths: list[int], most_tokens: int, work: Callable[[list[int]], list[Result]],
+             packed: bool = False) -> list[Result]:
+    """Results of `work` for every index, in index order; `work` gets groups of indices of like length, which hold at most
+    `most_tokens` when padded or, if so asked, when `packed`."""
     results: list[Result | None] = [None] * len(lengths)
-    for group in grouped_by_length(lengths, most_tokens):
+    for group in (grouped_to_pack if packed else grouped_by_length)(lengths, most_tokens):
         for index, result in zip(group, work(group), strict=True):
             results[index] = result
     return results
@@ -43,6 +45,23 @@ def grouped_by_length(lengths: list[int], most_tokens: int) -> Iterator[list[int
             yield group
             group = []
         group.append(index)
+    if group:
+        yield group
+
+
+def grouped_to_pack(lengths: list[int], most_tokens: int) -> Iterator[list[int]]:
+    """Indices in groups of like length, the longest first; a group holds at most `most_tokens` in all (or one index).
+
+    >>> list(grouped_to_pack([5, 1, 5, 2], most_tokens=12))
+    [[0, 2, 3], [1]]
+    """
+    group, tokens = [], 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if group and tokens + lengths[index] > most_tokens:
+            yield group
+            group, tokens = [], 0
+        group.append(index)
+        tokens += lengths[index]
     if group:
         yield group
 

@@ -7,6 +7,7 @@ rest of its word is masked with it, since that would give it away (Kauf & Ivanov
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lmcli.inference.ordering import in_order, pad
 from lmcli.inference.reading import encoded
-from lmcli.model.attention import KeyValueCache
+from lmcli.model.attention import KeyValueCache, Packed
 from lmcli.model.likelihood import Readings, readings
 from lmcli.model.transformer import Transformer
 from lmcli.text.windows import Window, windows
@@ -118,12 +119,22 @@ class Causal:
 
         def work(group: list[int]) -> list[None]:
             chosen = [rest[g] for g in group]
-            ids, rows = self._rows(chosen, requests)
-            hidden = self.model.hidden(ids, memory=self._memory(chosen, requests))  # (B, T, C); needs no mask, since what
-            self._put(chosen, rows, hidden, requests, wanted, found)  # follows a token cannot change it
+            rows = self._rows(chosen, requests)
+            if packs:
+                groups = tuple((len(list(same)), length) for length, same in groupby(map(len, rows)))
+                ids = torch.tensor([[token for row in rows for token in row]], device=self._device)
+                hidden = self.model.hidden(ids, packed=Packed(groups))  # (1, N, C)
+                ends = [(0, end) for end in accumulate(map(len, rows))]
+            else:
+                ids = pad(rows, 0, left=False, device=self._device)[0]
+                hidden = self.model.hidden(ids, memory=self._memory(chosen, requests))  # (B, T, C); needs no mask, since
+                ends = [(b, len(row)) for b, row in enumerate(rows)]  # what follows a token cannot change it
+            self._put(chosen, ends, hidden, requests, wanted, found)
             return [None] * len(group)
 
-        in_order([job.window.end - job.window.start + len(requests[job.request].source) for job in rest], self.batch, work)
+        packs = self.model.packs
+        in_order([job.window.end - job.window.start + len(requests[job.request].source) for job in rest], self.batch, work,
+                 packs)
         return found
 
     @property
@@ -149,20 +160,20 @@ class Causal:
         if last is not None:
             yield last
 
-    def _rows(self, jobs: list[Job], requests: Sequence[Request], since: int = 0) -> tuple[Tensor, list[int]]:
-        """(ids (B, T), what each row has of them): tokens that are read, from `since` on."""
+    def _rows(self, jobs: list[Job], requests: Sequence[Request], since: int = 0) -> list[list[int]]:
+        """The tokens that are read for each job, from `since` on."""
         rows = []
         for i, window in jobs:
             ids, spelt = requests[i].ids, requests[i].spelt
             lead = [] if since else self.beginning
             rows.append([*lead, *ids[spelt + max(window.start, since):spelt + window.end - 1]])
-        return pad(rows, 0, left=False, device=self._device)[0], [len(row) for row in rows]
+        return rows
 
-    def _put(self, jobs: list[Job], rows: list[int], hidden: Tensor, requests: Sequence[Request], wanted: Wanted,
+    def _put(self, jobs: list[Job], ends: list[tuple[int, int]], hidden: Tensor, requests: Sequence[Request], wanted: Wanted,
              found: list[TokenScores]) -> None:
-        """Reads what the last states of each row, up to its length in `rows`, say of the window's scored tokens."""
+        """Reads what the states that end at `ends` (row, place) say of each window's scored tokens."""
         sizes = [window.end - window.first for _, window in jobs]
-        states = torch.cat([hidden[b, end - size:end] for b, (end, size) in enumerate(zip(rows, sizes))])
+        states = torch.cat([hidden[b, end - size:end] for (b, end), size in zip(ends, sizes)])
         targets = []
         for i, window in jobs:
             request = requests[i]
@@ -203,14 +214,15 @@ class Causal:
 
         def work(chosen: list[int]) -> list[None]:
             jobs = [group[c] for c in chosen]
-            ids, rows = self._rows(jobs, requests, since=common)
+            rows = self._rows(jobs, requests, since=common)
+            ids = pad(rows, 0, left=False, device=self._device)[0]
             hidden = border.expand(len(jobs), 1, -1)
             if ids.shape[1]:
                 cache = KeyValueCache(config, len(jobs), len(start) + ids.shape[1], self._device, dtype)
                 cache.keys[:, :, :, :len(start)], cache.values[:, :, :, :len(start)] = kept.keys, kept.values
                 cache.length = len(start)
                 hidden = torch.cat([hidden, self.model.hidden(ids, cache=cache)], dim=1)
-            self._put(jobs, [length + 1 for length in rows], hidden, requests, wanted, found)
+            self._put(jobs, [(b, 1 + len(row)) for b, row in enumerate(rows)], hidden, requests, wanted, found)
             return [None] * len(jobs)
 
         # keys and values of what they share are there once for each: a row costs memory for all of its tokens

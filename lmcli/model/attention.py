@@ -61,6 +61,17 @@ class Memory(NamedTuple):
     real: Tensor | None = None
 
 
+class Packed(NamedTuple):
+    """Rows laid one behind another in a single row, in groups of equal length: (rows, length) of each, in order."""
+
+    groups: tuple[tuple[int, int], ...]
+
+    @property
+    def positions(self) -> Tensor:
+        """The place of each token in its own row, (1, N)."""
+        return torch.cat([torch.arange(length).repeat(rows) for rows, length in self.groups])[None]
+
+
 class KeyValueCache:
     """Keys and values of all decoder layers, allocated once and filled from the left; `length` positions are filled.
 
@@ -92,13 +103,14 @@ class View:
     """What the positions of a stack look at, made once a forward pass and the same for all layers of a kind.
 
     `turn` is (cos, sin) of rotary positions, `mask` as for `attention`; without one a causal stack looks at what stands
-    before each position, any other at everything.
+    before each position, any other at everything. Rows that are `packed` look at themselves.
     """
 
     turn: tuple[Tensor, Tensor] | None
     mask: Tensor | None
     cache: KeyValueCache | None
     memory: Memory | None
+    packed: Packed | None = None
 
 
 class Attention(nn.Module):
@@ -142,8 +154,20 @@ class Attention(nn.Module):
             if view.cache is not None:
                 key, value = view.cache.add(self.layer, key, value)  # (B, K, S, D)
             mask = view.mask
+        if view.packed is not None:
+            return self.output(self._attend_packed(query, key, value, view.packed))  # (1, N, C)
         mixed = self._attend(query, key, value, mask)  # (B, H, T, D)
         return self.output(mixed.transpose(1, 2).reshape(rows, read, -1))  # (B, T, C)
+
+    def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> Tensor:
+        """(1, N, H·D) of (1, H or K, N, D): attention within each of the rows."""
+        found, start = [], 0
+        for rows, length in packed.groups:
+            end = start + rows * length
+            own = (part[0, :, start:end].unflatten(1, (rows, length)).transpose(0, 1) for part in (query, key, value))
+            found.append(self._attend(*own, None).transpose(1, 2).reshape(rows * length, -1))
+            start = end
+        return torch.cat(found)[None]
 
     def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         split = (*x.shape[:2], -1, self.head_dim)

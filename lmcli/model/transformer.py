@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
 from lmcli.model import fused, kernels
-from lmcli.model.attention import Attention, KeyValueCache, Memory, View, visible
+from lmcli.model.attention import Attention, KeyValueCache, Memory, Packed, View, visible
 from lmcli.model.layers import ACTIVATIONS, MLP, Linear, RelativeBias, make_norm, rotation, sinusoids
 from lmcli.model.recompute import recomputed
 
@@ -58,7 +58,7 @@ class Block(nn.Module):
     def _fused(self, x: Tensor, view: View) -> bool:
         """Whether `fused.block` can stand in: a decoder's block over whole rows, all of it trained or nothing."""
         return (self.fusable and fused.active(x) and self.attention.fast and view.mask is None and view.cache is None
-                and view.turn is not None and view.turn[0].shape[0] == 1
+                and view.packed is None and view.turn is not None and view.turn[0].shape[0] == 1
                 and view.turn[0].shape[-1] == self.attention.head_dim
                 and (not torch.is_grad_enabled() or all(p.requires_grad for p in self.parameters())))
 
@@ -96,11 +96,11 @@ class Stack(nn.Module):
         self.compiled: list = []  # the layers as torch.compile made them, used in training only
 
     def forward(self, x: Tensor, real: Tensor | None = None, cache: KeyValueCache | None = None,
-                memory: Memory | None = None, types: Tensor | None = None) -> Tensor:
+                memory: Memory | None = None, types: Tensor | None = None, packed: Packed | None = None) -> Tensor:
         """Hidden states (B, T, C) of embedded tokens (B, T, C). `real` (B, S) is True where there is no padding;
         `types` (B, T) are token types, all 0 when not given."""
         past = cache.length if cache else 0
-        positions = self._positions(x, real, past)  # (B or 1, T)
+        positions = self._positions(x, real, past) if packed is None else packed.positions.to(x.device)  # (B or 1, T)
         if self.positions is not None:
             x = x + self.positions(positions + self.config.position_offset).to(x.dtype)
         elif self.config.positions == "sinusoidal":
@@ -110,6 +110,7 @@ class Stack(nn.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         full, local = self._views(x, positions, real, cache, memory, past)
+        full.packed = local.packed = packed
         layers = self.compiled if self.compiled and self.training else self.layers
         for layer, kind in zip(layers, self.config.kinds_of_layers(len(self.layers))):
             x = self._through(layer, x, local if kind == "sliding_attention" else full)
@@ -230,19 +231,28 @@ class Transformer(nn.Module):
         return self.head(self.hidden(input_ids, attention_mask, cache, token_type_ids=token_type_ids))
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None,
-               memory: Memory | None = None, token_type_ids: Tensor | None = None) -> Tensor:
+               memory: Memory | None = None, token_type_ids: Tensor | None = None, packed: Packed | None = None) -> Tensor:
         """Hidden states (B, T, C) that the head reads, of input ids (B, T).
 
         `attention_mask` (B, S) is 1 for real tokens and 0 for padding; decoders count positions over real tokens only,
         so padding may stand on either side. With a cache the ids continue what it holds, S counts that too, and the
-        cache grows by T. The decoder of two stacks reads `memory`.
+        cache grows by T. The decoder of two stacks reads `memory`. Rows may be `packed` into one, (1, N), of which none
+        reads another; see `packs`.
         """
         real = None if attention_mask is None else attention_mask.bool()
         stack = self.encoder if self.decoder is None else self.decoder
-        hidden = stack(self._embedded(input_ids), real, cache, memory, token_type_ids)
+        hidden = stack(self._embedded(input_ids), real, cache, memory, token_type_ids, packed)
         if cache:
             cache.length += input_ids.shape[1]
         return hidden
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows may be packed: their attention goes by nothing but their own tokens. Not where a block has a function
+        of its own for rectangles, which gains more."""
+        config = self.config
+        plain = config.shape == "decoder" and config.positions != "relative" and not config.sliding_window
+        return plain and not (self.blocks()[0].fusable and fused.active(self.embedding.weight))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Memory:
         """What the decoder of an encoder–decoder reads: its source (B, S) encoded; `attention_mask` is 0 on padding."""

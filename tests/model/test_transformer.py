@@ -92,3 +92,23 @@ def test_compiled_blocks_train_to_the_same_gradients_and_are_left_out_of_evaluat
     for plain, made in zip(*gradients):
         torch.testing.assert_close(plain, made, rtol=1e-4, atol=1e-5)
     assert all("compiled" not in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "learned", "norm": "layer", "gated_mlp": False, "hidden_act": "gelu"},
+                                     {"attention_bias": "all"}, {"parallel_block": True}], ids=str)
+@torch.no_grad()
+def test_packed_rows_give_what_they_give_alone(options, small_model, difference):
+    from lmcli.model.attention import Packed
+
+    model = small_model(**options)
+    rows = [torch.randint(0, 401, (2, 9)), torch.randint(0, 401, (1, 5)), torch.randint(0, 401, (3, 1))]
+    together = model.hidden(torch.cat([part.flatten() for part in rows])[None], packed=Packed(((2, 9), (1, 5), (3, 1))))
+    alone = torch.cat([model.hidden(part).flatten(0, 1) for part in rows])
+    assert together.shape == (1, 26, 32) and difference(together[0], alone) < 1e-6
+    assert difference(model.hidden(torch.cat([part.flatten() for part in rows])[None])[0], alone) > 0.1
+
+
+def test_only_what_looks_at_its_own_tokens_is_packed(small_model):
+    with torch.inference_mode():
+        assert small_model(positions="learned", norm="layer", gated_mlp=False, hidden_act="gelu").packs
+        assert not small_model(sliding_window=4).packs
