@@ -231,6 +231,7 @@ class Planner:
             return 0.0
         ids = vocabulary.ids[:max(EVALUATED_TOKENS, 2 * model.config.max_position_embeddings)].tolist()
         scorer = Scorer(model, tokenizer, tokenizer.prefix)
+        scorer.token_logprobs([ids[:scorer.context]])  # the first pass also prepares the kernels of its products
         return _seconds(lambda: scorer.token_logprobs([ids])) / len(ids)
 
 
