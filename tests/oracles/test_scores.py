@@ -1,5 +1,9 @@
-"""Log-probabilities of 500 texts by every family with a language head, against plain loops around transformers."""
+"""Log-probabilities of texts by every family with a language head, against plain loops around transformers.
 
+LM_SCORED_TEXTS=500 takes as many of each family instead of 120.
+"""
+
+import os
 import random
 from functools import cache
 
@@ -12,6 +16,7 @@ from lmcli.inference.token_scores import Causal, Masked, Request, Wanted
 
 LANGUAGE = list({case.family: case for case in reversed(CASES) if case.head == "lm"}.values())
 BOUND = 1e-4  # nats a text
+COUNT = int(os.environ.get("LM_SCORED_TEXTS", "120"))
 FIRST, LAST, MASK = 2, 2, 3  # 1 is a RoBERTa's padding
 
 
@@ -57,7 +62,7 @@ def pseudo(model, ids: list[int], words: list[int] | None = None) -> float:
 
 @pytest.mark.parametrize("case", LANGUAGE, ids=str)
 def test_each_text_whatever_the_batch_and_the_order(case, made):
-    both, count = made(case), 500 if case.shape != "encoder" else 150
+    both, count = made(case), COUNT
     texts = sequences(count, 34 if case.shape != "encoder" else 20)
     sources = sequences(count, 30, seed=2) if case.shape == "encoder-decoder" else [None] * count
     wanted = [pseudo(both.theirs, ids) if case.shape == "encoder" else causal(both.theirs, ids, source)
