@@ -49,11 +49,12 @@ class Paired:
     def _keep_lines(self, first: Measured, second: Measured) -> None:
         bits = bits_of_lines(first), bits_of_lines(second)
         apart = np.abs(bits[1] - bits[0])
+        text, file, begin = first.document.text, first.document.document.file, first.document.document.start
+        lines, ends = text.split("\n"), line_ends(text)
         for k in np.argsort(-apart, kind="stable")[:self.most]:
             self._seen += 1
-            text, file, begin = first.document.text, first.document.document.file, first.document.document.start
-            line = text.split("\n")[k]
-            start = begin + int(line_ends(text)[k]) - len(line.encode("utf-8")) - 1  # for a row it lies within that, too
+            line = lines[k]
+            start = begin + int(ends[k]) - len(line.encode("utf-8")) - 1  # for a row it lies within that, too
             one = (float(apart[k]), -self._seen, Line(file, start, line, float(bits[0][k]), float(bits[1][k])))
             (heapq.heappush if len(self._lines) < self.most else heapq.heappushpop)(self._lines, one)
 

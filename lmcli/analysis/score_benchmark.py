@@ -11,7 +11,7 @@ import torch
 from lmcli.analysis.benchmark import FEWEST_STEPS, ProductClock, peak_memory
 from lmcli.config import ModelConfig
 from lmcli.inference.ordering import batch_tokens, grouped_by_length, growing
-from lmcli.inference.scoring import Scorer
+from lmcli.inference.scoring import NATS_PER_BIT, Scorer
 from lmcli.inference.token_scores import Causal, Request, Wanted
 from lmcli.model import cost
 from lmcli.model.device import Placement, dtype_name
@@ -89,7 +89,7 @@ def line_work(name: str, scorer: Scorer, texts: Sequence[str]) -> Work:
     """Lines of text as `lm score` takes them, tokenizing included."""
     def run() -> float | None:
         scores = [score for part in growing(texts) for score in scorer.score(part)]
-        bits = sum(-score.logprob for score in scores if score.logprob) / 0.6931471805599453
+        bits = sum(-score.logprob for score in scores if score.logprob) / NATS_PER_BIT
         return bits / max(1, sum(score.bytes for score in scores))
 
     lengths = [len(ids) for ids in scorer.texts.encode_batch(list(texts))]
