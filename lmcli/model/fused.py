@@ -19,6 +19,7 @@ from lmcli.model.kernels import ACCUMULATED, PARTS
 QUERIES_AT_ONCE = 128  # rows of scores in one product: little above the diagonal is calculated, and products stay large
 KEPT_WEIGHTS = 512  # keys up to which attention weights are kept for the backward pass, not calculated again
 ROWS_AT_ONCE = 1024  # rows of logits in one piece: they stay in the cache
+WORDS_AT_ONCE = 2048  # columns of logits that are only read: more would be fetched anew from the system each time
 
 
 def active(x: Tensor) -> bool:
@@ -296,9 +297,28 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: fl
     return _CrossEntropy.apply(hidden.contiguous(), weight, targets.contiguous(), smoothing)
 
 
-def target_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """−log p of targets (N,) under logits (N, V), (N,) float32 (of float64 float64), in one pass; without a gradient."""
-    assert targets.dtype == torch.int64 and (not len(targets) or 0 <= targets.min() <= targets.max() < logits.shape[1])
-    losses = torch.empty(len(logits), dtype=ACCUMULATED[logits.dtype])
-    kernels.run("target_losses", logits.dtype, logits.contiguous(), targets.contiguous(), losses, *logits.shape)
-    return losses
+def target_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """−log p of targets (N,) under the logits hidden (N, C) · weightᵀ (V, C) + bias (V,), nats, (N,) float32 (of float64
+    float64); without a gradient.
+
+    Logits are made for a block of words at a time, in the same memory each time, and only their largest and the sum of
+    their exponentials is kept, as Milakov & Gimelshein (2018) do.
+    """
+    assert targets.dtype == torch.int64 and (not len(targets) or 0 <= targets.min() <= targets.max() < len(weight))
+    dtype, words = ACCUMULATED[hidden.dtype], len(weight)
+    kept = torch.zeros(len(hidden), 3, dtype=dtype)  # largest logit, sum of exponentials, logit of the target
+    kept[:, 0] = -torch.inf
+    room = hidden.new_empty(min(ROWS_AT_ONCE, len(hidden)) * min(WORDS_AT_ONCE, words))
+    for start in range(0, len(hidden), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        part, wanted, known = hidden[rows], targets[rows].contiguous(), kept[rows]
+        for first in range(0, words, WORDS_AT_ONCE):
+            block = slice(first, first + WORDS_AT_ONCE)
+            matrix = weight[block].to(hidden.dtype)
+            logits = room[:len(part) * len(matrix)].view(len(part), len(matrix))
+            if bias is None:
+                torch.mm(part, matrix.T, out=logits)
+            else:
+                torch.addmm(bias[block].to(hidden.dtype), part, matrix.T, out=logits)
+            kernels.run("merge_logits", hidden.dtype, logits, wanted, known, *logits.shape, first)
+    return kept[:, 1].log() - (kept[:, 2] - kept[:, 0])

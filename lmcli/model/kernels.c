@@ -297,13 +297,20 @@ void NAME(cross_entropy)(OUT logits, const int64_t *targets, SUMS losses, long r
     }
 }
 
-/* losses[row] = -log p(target) of logits that are only read. */
-void NAME(target_losses)(IN logits, const int64_t *targets, SUMS losses, long rows, long size, long parts) {
+/* Logits of words first to first + size, which are only read, into what is kept of each row (rows x 3): the largest so far,
+   the sum of exponentials counted from it, and the target's logit. */
+void NAME(merge_logits)(IN logits, const int64_t *targets, SUMS kept, long rows, long size, long first, long parts) {
     FOR_PARTS FOR_ROWS(rows) {
         IN x = logits + row * size;
-        A most = NAME(largest)(x, size), sum = 0;
-        for (long i = 0; i < size; i++) sum += EXP(LOAD(x[i]) - most);
-        losses[row] = log(sum) - (LOAD(x[targets[row]]) - most);
+        SUMS known = kept + row * 3;
+        long target = targets[row] - first;
+        A before = known[0], most = NAME(largest)(x, size), sum = 0;
+        if (before > most) most = before;
+        A from = most > -INFINITY ? most : 0;  /* words that cannot be add nothing, and NaN must still be seen */
+        for (long i = 0; i < size; i++) sum += EXP(LOAD(x[i]) - from);
+        known[0] = most;
+        known[1] = known[1] * EXP(before - from) + sum;
+        if (target >= 0 && target < size) known[2] = LOAD(x[target]);
     }
 }
 #endif

@@ -287,19 +287,55 @@ def test_nan_in_the_gradient_from_above_reaches_every_activation(case):
         assert gradient.isnan().all()
 
 
+def head_case(words: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    # quarters below 32: logits that bfloat16 holds as they are, in whatever order they are summed
+    hidden, weight, bias = (torch.randint(-most, most + 1, size, generator=generator) / parts for most, parts, size in (
+        (1, 1, (50, 24)), (4, 4, (words, 24)), (4, 4, (words,))))
+    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), wanted_words(50, words)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("words", [1, 7, 16, 33, 5000])
-def test_losses_that_are_only_read_are_those_of_torch(words, dtype):
-    logits = (8 * torch.randn(50, words, generator=torch.Generator().manual_seed(1))).to(dtype)
-    wanted = F.cross_entropy(logits.double(), wanted_words(50, words), reduction="none")
-    before = logits.clone()
-    found = fused.target_losses(logits, wanted_words(50, words))
+@pytest.mark.parametrize("biased", [False, True])
+@torch.no_grad()
+def test_losses_that_are_only_read_are_those_of_torch(words, dtype, biased):
+    hidden, weight, bias, targets = head_case(words, dtype)
+    logits = F.linear(hidden, weight, bias if biased else None)
+    wanted = F.cross_entropy(logits.double(), targets, reduction="none")
+    found = fused.target_losses(hidden, weight, bias if biased else None, targets)
+    assert found.dtype == kernels.ACCUMULATED[dtype]
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
-    assert torch.equal(logits, before)
-    logits[3, 0], logits[5] = float("nan"), float("-inf")
-    assert fused.target_losses(logits, wanted_words(50, words)).isnan().nonzero()[:, 0].tolist() == [3, 5]
     with pytest.raises(AssertionError):
-        fused.target_losses(logits, torch.full((50,), words))
+        fused.target_losses(hidden, weight, None, torch.full((50,), words))
+    assert fused.target_losses(hidden[:0], weight, None, targets[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize(("rows", "words"), [(7, 5), (50, 1), (1, 33), (64, 64)])
+@torch.no_grad()
+def test_the_blocks_of_words_change_nothing(rows, words, monkeypatch):
+    hidden, weight, bias, targets = head_case(33, torch.float64)
+    wanted = fused.target_losses(hidden, weight, bias, targets)
+    monkeypatch.setattr(fused, "ROWS_AT_ONCE", rows)
+    monkeypatch.setattr(fused, "WORDS_AT_ONCE", words)
+    np.testing.assert_allclose(fused.target_losses(hidden, weight, bias, targets), wanted, rtol=1e-13)
+
+
+@pytest.mark.parametrize("words", [4, 2048])
+@torch.no_grad()
+def test_words_that_cannot_be_and_logits_that_are_no_numbers(words, monkeypatch):
+    monkeypatch.setattr(fused, "WORDS_AT_ONCE", words)
+    hidden, weight, bias, targets = head_case(33, torch.float32)
+    bias[:9], bias[31] = float("-inf"), float("-inf")  # two blocks of nothing else, and the end of a third
+    found = fused.target_losses(hidden, weight, bias, targets)
+    wanted = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
+    assert 0 < found.isinf().sum() < 50
+    for nothing in (float("nan"), float("inf")):
+        bias[20] = nothing
+        assert fused.target_losses(hidden, weight, bias, targets).isnan().all()
+    bias[:] = float("-inf")
+    assert fused.target_losses(hidden, weight, bias, targets).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
