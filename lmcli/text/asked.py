@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from lmcli.errors import UsageError
 from lmcli.text.records import TEXT_FIELDS, row_field, row_text
 
-# the two fields of minimal pairs as their authors name them: BLiMP (Warstadt et al. 2020), CrowS-Pairs (Nangia et al. 2020)
-PAIR_FIELDS = (("sentence_good", "sentence_bad"), ("sent_more", "sent_less"))
+# the two fields of minimal pairs as their authors name them, BLiMP (Warstadt et al. 2020) and CrowS-Pairs (Nangia et al.
+# 2020), and as copies of them shorten the names
+PAIR_FIELDS = (("sentence_good", "sentence_bad"), ("sent_more", "sent_less"), ("good", "bad"), ("more", "less"))
 SOURCE_FIELDS = (("source", "target"),)
 
 

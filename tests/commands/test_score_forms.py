@@ -89,6 +89,9 @@ def test_pairs_as_blimp_and_crows_pairs_have_them(score, tmp_path):
     assert re.search(r"the first is likelier in [01] of 1 pairs: 1?0+\.0% \(95 % interval", score.stderr)
     other = [line.split("\t") for line in score("--pairs", "--field", "sent_less", "--field", "sent_more", crows)]
     assert other[0][9] == "The dogs runs." and other[0][0] == cells[4]
+    short = written(tmp_path / "short.jsonl", {"more": "The dogs run.", "less": "The dogs runs."},
+                    {"good": "The dogs run.", "bad": "The dogs runs."})
+    assert [row["scores"] for row in objects(score("--json", "--pairs", short))] == [found[0]["scores"]] * 2
     plain = [line.split("\t") for line in score("--pairs", stdin=b"The dogs run.\tThe dogs runs.\n")]
     assert plain[0][8] in "01"
 
