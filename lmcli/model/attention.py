@@ -191,7 +191,7 @@ class Attention(nn.Module):
             query = query.view(query.shape[0], -1, self.groups, self.head_dim)  # (B, K, H/K, D)
             mixed = fast_attention(query, key, value, None, False, self.scale)
             return mixed.reshape(query.shape[0], -1, 1, self.head_dim)
-        if self.causal and mask is None and 1 < read == seen and fast and fused.active(query) and not query.requires_grad:
+        if self.causal and mask is None and read > 1 and fast and fused.active(query) and not query.requires_grad:
             return fused.causal_attention(query, key, value, self.scale)
         if self.groups > 1:
             key = key.repeat_interleave(self.groups, dim=1)  # (B, H, S, D)

@@ -59,8 +59,11 @@ class _Block(Function):
 
         products = _rms_norm(x, norm1, shape.eps) @ qkv.T  # (N, (H + 2K)·D)
         heads = _split_heads(products, cos, sin, query_norm, key_norm, shape)
-        mixed, kept = _attend(*heads, shape)
-        joined = _joined_heads(mixed, shape)  # (N, H·D)
+        if any(ctx.needs_input_grad):
+            mixed, kept = _attend(*heads, shape)
+            joined = _joined_heads(mixed, shape)  # (N, H·D)
+        else:
+            joined, kept = causal_attention(*heads, shape.scale).transpose(1, 2).reshape(len(x), -1), []
         middle = _add(x, joined, out, shape, ctx.seeds[0])
         gate_up = _rms_norm(middle, norm2, shape.eps) @ into.T  # (N, 2F)
         y = _add(middle, _swiglu(gate_up), back, shape, ctx.seeds[1])
@@ -200,11 +203,17 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> tuple[Te
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """`attention.attention` with a causal mask, (B, H, T, D), of queries (B, H, T, D), keys and values (B, K, T, D); without
-    a gradient."""
-    (rows, heads, length, width), keys = query.shape, key.shape[1]
-    shape = Shape(rows, length, heads, keys, width, scale, 0.0, 0.0, 0.0)
-    return _attend(query.contiguous(), key.contiguous(), value.contiguous(), shape)[0]
+    """`attention.attention` with a causal mask, (B, H, T, D), of the last T of S positions: queries (B, H, T, D), keys and
+    values (B, K, S, D); without a gradient. In memory the heads of a position lie beside each other.
+
+    Scores and weights stay in the cache, and are float32 whatever the precision of what is read (Dao et al. 2022).
+    """
+    (rows, heads, length, width), (_, keys, seen, _) = query.shape, key.shape
+    out = query.new_empty(rows, length, heads, width).transpose(1, 2)
+    parts = [part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value)]
+    steps = torch.tensor([part.stride()[:3] for part in (*parts, out)])
+    kernels.run("attention", query.dtype, *parts, out, steps, rows, heads, keys, length, seen, width, scale)
+    return out
 
 
 def _attend_backward(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, kept: list[Tensor],
@@ -265,6 +274,12 @@ class _RMSNorm(Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`layers.RMSNorm` of x (…, C) with weight (C,)."""
     return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight.to(ACCUMULATED[x.dtype]), eps).view(x.shape)
+
+
+def gelu_tanh_(x: Tensor) -> Tensor:
+    """x (…, F), contiguous, becomes GELU(x) by its tanh formula (Hendrycks & Gimpel 2016); without a gradient."""
+    kernels.run("gelu_tanh", x.dtype, x, x.numel() // x.shape[-1], x.shape[-1])
+    return x
 
 
 class _CrossEntropy(Function):

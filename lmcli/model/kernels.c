@@ -9,10 +9,25 @@
 
 #ifndef T
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <tgmath.h>
 
 #define LANES 16
+#define QUERIES 6  /* with ACROSS vectors for each, the sums of a tile fill the registers */
+#if defined(__AVX512F__)
+#define VECTOR 64  /* bytes */
+#define ACROSS 4
+#elif defined(__AVX__)
+#define VECTOR 32
+#define ACROSS 2
+#else
+#define VECTOR 16
+#define ACROSS 4
+#endif
+#define UNROLL _Pragma("GCC unroll 8")
+typedef float vector_float __attribute__((vector_size(VECTOR), aligned(4)));
+typedef double vector_double __attribute__((vector_size(VECTOR), aligned(8)));
 #define BUFFER 1024  /* numbers of a row kept on the stack between two loops; kernels.py knows it as WIDEST_HEAD */
 #define INLINE static inline __attribute__((always_inline))  /* so that loops over a known width lose their ends */
 typedef uint16_t bfloat16;
@@ -210,6 +225,17 @@ static void NAME(turn_backward)(IN x, WEIGHTS weight, WEIGHTS cos, WEIGHTS sin, 
     else NAME(turn_back_sized)(x, weight, cos, sin, dy, dx, dweight, D, eps);
 }
 
+/* x -> GELU(x) by its tanh formula, in place: x / 2 (1 + tanh(u)) = x / (1 + e^-2u) */
+void NAME(gelu_tanh)(OUT values, long rows, long size, long parts) {
+    FOR_PARTS FOR_ROWS(rows) {
+        OUT x = values + row * size;
+        for (long i = 0; i < size; i++) {
+            A v = LOAD(x[i]);
+            x[i] = STORE(v / (1 + EXP((A)-1.5957691216057308 * v * (1 + (A)0.044715 * v * v))));
+        }
+    }
+}
+
 /* Rows of H + 2K heads, [queries, keys, values], of `rows` x S positions -> query (rows, H, S, D), key and value
    (rows, K, S, D) */
 void NAME(split_heads)(IN qkv, WEIGHTS cos, WEIGHTS sin, WEIGHTS query_weight, WEIGHTS key_weight,
@@ -280,6 +306,80 @@ void NAME(causal_softmax_backward)(IN weights, OUT dweights, long matrices, long
         for (long i = 0; i < seen; i++) dot += LOAD(p[i]) * LOAD(d[i]);
         for (long i = 0; i < seen; i++) d[i] = STORE(LOAD(p[i]) * (LOAD(d[i]) - dot) * scale);
         memset(d + seen, 0, (keys - seen) * sizeof(T));
+    }
+}
+
+#define WIDTH (VECTOR / (long)sizeof(A))
+#define WHOLE(size) (((size) + WIDTH - 1) / WIDTH * WIDTH)
+
+/* c (QUERIES x across vectors) = a (QUERIES x depth) times b (depth x across vectors); rows are so many numbers apart */
+INLINE void NAME(tile)(const A *a, long a_row, const A *b, long b_row, A *c, long c_row, long depth, int across) {
+    PASTE(vector, A) sums[QUERIES][ACROSS];
+    UNROLL for (int q = 0; q < QUERIES; q++)
+        UNROLL for (int v = 0; v < across; v++) sums[q][v] = (PASTE(vector, A)){0};
+    for (long k = 0; k < depth; k++)
+        UNROLL for (int v = 0; v < across; v++) {
+            PASTE(vector, A) column = *(const PASTE(vector, A) *)(b + k * b_row + v * WIDTH);
+            UNROLL for (int q = 0; q < QUERIES; q++) sums[q][v] += a[q * a_row + k] * column;
+        }
+    UNROLL for (int q = 0; q < QUERIES; q++)
+        UNROLL for (int v = 0; v < across; v++) *(PASTE(vector, A) *)(c + q * c_row + v * WIDTH) = sums[q][v];
+}
+
+/* The same of `columns`, a multiple of WIDTH. */
+static void NAME(product)(const A *a, long a_row, const A *b, long b_row, A *c, long c_row, long depth, long columns) {
+    long at = 0;
+    for (; at + ACROSS * WIDTH <= columns; at += ACROSS * WIDTH)
+        NAME(tile)(a, a_row, b + at, b_row, c + at, c_row, depth, ACROSS);
+    for (; at < columns; at += WIDTH) NAME(tile)(a, a_row, b + at, b_row, c + at, c_row, depth, 1);
+}
+
+/* Softmax(query keys^T scale) values of one head, `room` for its numbers. Rows are `q`, `k`, `v`, `o` numbers apart. Query t
+   sees keys 0 to first + t. */
+static void NAME(attend)(IN query, IN key, IN value, OUT mixed, long q, long k, long v, long o, long read, long seen, long D,
+                         A scale, A *room) {
+    long across = WHOLE(seen), wide = WHOLE(D), first = seen - read;
+    A *keys = room, *values = keys + D * across, *asked = values + seen * wide, *scores = asked + QUERIES * D,
+      *found = scores + QUERIES * across;
+    for (long s = 0; s < across; s++)
+        for (long d = 0; d < D; d++) keys[d * across + s] = s < seen ? LOAD(key[s * k + d]) : 0;
+    for (long s = 0; s < seen; s++)
+        for (long d = 0; d < wide; d++) values[s * wide + d] = d < D ? LOAD(value[s * v + d]) : 0;
+    for (long t = 0; t < read; t += QUERIES) {
+        long rows = read - t < QUERIES ? read - t : QUERIES, last = first + t + rows;
+        for (long r = 0; r < QUERIES; r++)
+            for (long d = 0; d < D; d++) asked[r * D + d] = r < rows ? LOAD(query[(t + r) * q + d]) * scale : 0;
+        NAME(product)(asked, D, keys, across, scores, across, D, WHOLE(last));
+        A sums[QUERIES];
+        for (long r = 0; r < QUERIES; r++) {
+            A *x = scores + r * across, sum = 0;
+            long own = r < rows ? first + t + r + 1 : last;
+            A most = PASTE(largest, A)(x, own);
+            for (long s = 0; s < own; s++) { x[s] = EXP(x[s] - most); sum += x[s]; }
+            for (long s = own; s < last; s++) x[s] = 0;
+            sums[r] = sum;
+        }
+        NAME(product)(scores, across, values, wide, found, wide, last, wide);
+        for (long r = 0; r < rows; r++)
+            for (long d = 0; d < D; d++) mixed[(t + r) * o + d] = STORE(found[r * wide + d] / sums[r]);
+    }
+}
+
+/* Causal attention of the last `read` of `seen` positions, H query and K key-value heads; without a backward pass. `steps`:
+   how many numbers queries, keys, values and mixed heads are apart from row to row, head to head, position to position. */
+void NAME(attention)(IN query, IN key, IN value, OUT mixed, const int64_t *steps, long rows, long H, long K, long read,
+                     long seen, long D, A scale, long parts) {
+    FOR_PARTS {
+        A *room = NULL;
+        FOR_ROWS(rows * H) {
+            long b = row / H, h = row % H, group = h / (H / K);
+            if (!room) room = malloc(sizeof(A) * (D * WHOLE(seen) + seen * WHOLE(D) +
+                                                  QUERIES * (D + WHOLE(seen) + WHOLE(D))));
+            NAME(attend)(query + b * steps[0] + h * steps[1], key + b * steps[3] + group * steps[4],
+                         value + b * steps[6] + group * steps[7], mixed + b * steps[9] + h * steps[10],
+                         steps[2], steps[5], steps[8], steps[11], read, seen, D, scale, room);
+        }
+        free(room);
     }
 }
 

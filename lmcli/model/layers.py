@@ -73,7 +73,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
-            return self.down(self.activation(self.up(x)))
+            inner = self.up(x)
+            if self.activation is _gelu_tanh and fused.active(inner) and not inner.requires_grad:
+                return self.down(fused.gelu_tanh_(inner))
+            return self.down(self.activation(inner))
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 

@@ -3,14 +3,16 @@
 python tests/benchmarks/scoring_beside_transformers.py TEXT --tokenizer FOLDER [--lines 256] [--tokens 8192] [--rounds 5]
     [--dtype float32] [--threads N]
 
-Weights are random; both load the same folder. Lines are the sentences of TEXT (3 to 60 words). In each round all take
-their turn at the same work, so noise hits all alike: transformers one batch of 16 after another, padded, in the order of
-the text; the same sorted by length; its documented recipe for long texts (windows of 1,024 tokens, stride 512); and ours,
-as `lm score` and `lm perplexity` do it. Printed are medians of lines or new tokens a second, and of each round's ratio,
-then what part of the rate of the work's own matrix products ours reaches, and how far bfloat16 is from float32.
+Weights are random; both load the same folder. Lines are the sentences of TEXT (3 to 60 words). In each round all take their
+turn at the same work, so noise hits all alike: transformers, in a process of its own, one batch of 16 after another, padded,
+in the order of the text; the same sorted by length; its documented recipe for long texts (windows of 1,024 tokens, stride
+512); and ours, as `lm score` and `lm perplexity` do it. Printed are medians of lines or new tokens a second, and of each
+round's ratio, then what part of the rate of the work's own matrix products ours reaches, and how far bfloat16 is from
+float32.
 """
 
 import argparse
+import multiprocessing
 import re
 import shutil
 import statistics
@@ -58,9 +60,9 @@ class Theirs:
         return found
 
     @torch.inference_mode()
-    def windows(self, ids: torch.Tensor, context: int = 1024, stride: int = 512) -> float:
+    def windows(self, ids: list[int], context: int = 1024, stride: int = 512) -> float:
         """The recipe of transformers' page on perplexity: the summed log-probability."""
-        total, before = 0.0, 0
+        ids, total, before = torch.tensor([ids]), 0.0, 0
         for start in range(0, ids.shape[1], stride):
             end = min(start + context, ids.shape[1])
             part, targets = ids[:, start:end], ids[:, start:end].clone()
@@ -81,6 +83,29 @@ def make(folder: Path, tokenizer: Path) -> None:
     known = AutoTokenizer.from_pretrained(tokenizer) if (tokenizer / "tokenizer.json").is_file() else GPT2TokenizerFast(
         str(tokenizer / "vocab.json"), str(tokenizer / "merges.txt"))
     known.save_pretrained(folder)
+
+
+class InItsOwnProcess:
+    """`Theirs` apart from ours, which sets up its memory to its own liking."""
+
+    def __init__(self, *arguments):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, torch.get_num_threads(), *arguments), daemon=True)
+        self.process.start()
+
+    def __call__(self, name: str, *arguments) -> object:
+        """What that method returns."""
+        self.pipe.send((name, arguments))
+        return self.pipe.recv()
+
+
+def _serve(pipe, threads: int, *arguments) -> None:
+    torch.set_num_threads(threads)
+    theirs = Theirs(*arguments)
+    while True:
+        name, given = pipe.recv()
+        pipe.send(getattr(theirs, name)(*given))
 
 
 def timed(job) -> tuple[float, object]:
@@ -123,13 +148,13 @@ def main() -> None:
     try:
         make(folder, options.tokenizer)
         ours = lmcli.load(folder, dtype=options.dtype, threads=options.threads)
-        theirs = Theirs(folder, getattr(torch, options.dtype))
+        theirs = InItsOwnProcess(folder, getattr(torch, options.dtype))
         ids = ours.encode(text)[:options.tokens]
         lines, windows = ours.scorer(bos=True), ours.scorer(bos=False, context=1024, stride=512)
-        jobs = {"lines, theirs in order": lambda: theirs.lines(texts, True),
-                "lines, theirs sorted": lambda: theirs.lines(texts, False),
+        jobs = {"lines, theirs in order": lambda: theirs("lines", texts, True),
+                "lines, theirs sorted": lambda: theirs("lines", texts, False),
                 "lines, ours": lambda: [score.logprob for score in lines.score(texts)],
-                "windows, theirs": lambda: theirs.windows(torch.tensor([ids])),
+                "windows, theirs": lambda: theirs("windows", ids),
                 "windows, ours": lambda: float(windows.token_logprobs([ids])[0][1:].sum())}
         for name in ("lines, theirs sorted", "lines, ours", "windows, ours"):
             jobs[name]()  # kernels are prepared at the first call

@@ -338,16 +338,39 @@ def test_words_that_cannot_be_and_logits_that_are_no_numbers(words, monkeypatch)
     assert fused.target_losses(hidden, weight, bias, targets).isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("keys", "length"), [(4, 1), (4, 24), (2, 130), (1, 600)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float64, 1e-14)])
+@pytest.mark.parametrize(("keys", "read", "seen", "width"), [
+    (4, 1, 1, 16), (4, 24, 24, 64), (2, 130, 130, 8), (1, 599, 600, 16), (2, 7, 100, 80), (4, 65, 65, 1), (1, 6, 64, 128)])
 @torch.no_grad()
-def test_causal_attention_without_a_gradient(keys, length, dtype, difference):
+def test_causal_attention_without_a_gradient(keys, read, seen, width, dtype, bound, difference):
     generator = torch.Generator().manual_seed(1)
-    query, key, value = (torch.randn(2, heads, length, 16, generator=generator) for heads in (4, keys, keys))
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
-    wanted = attention(query, key.repeat_interleave(4 // keys, 1), value.repeat_interleave(4 // keys, 1), mask)
-    found = fused.causal_attention(query.to(dtype), key.to(dtype).mT.contiguous().mT, value.to(dtype), 16 ** -0.5)
-    assert found.dtype == dtype and difference(found, wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
+    query, key, value = (torch.randn(2, heads, length, width, generator=generator, dtype=torch.float64).to(dtype)
+                         for heads, length in ((4, read), (keys, seen), (keys, seen)))
+    mask = torch.ones(seen, seen, dtype=torch.bool).tril()[seen - read:]
+    wanted = attention(query.double(), *(part.double().repeat_interleave(4 // keys, 1) for part in (key, value)), mask)
+    for strided in (lambda x: x, lambda x: x.mT.contiguous().mT, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
+        found = fused.causal_attention(strided(query), strided(key), strided(value), width ** -0.5)
+        assert found.dtype == dtype and difference(found, wanted) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@torch.no_grad()
+def test_gelu_in_place(dtype):
+    x = torch.tensor([-1e4, -100, *np.linspace(-12, 12, 4001), 100, 1e4, float("nan")], dtype=dtype)[None].repeat(3, 1)
+    wanted = F.gelu(x.double(), approximate="tanh")
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 2 ** -8, torch.float64: 1e-13}[dtype]
+    assert fused.gelu_tanh_(x) is x
+    np.testing.assert_allclose(x.double(), wanted, rtol=rounding, atol=rounding)
+
+
+@torch.no_grad()
+def test_attention_with_large_scores_is_that_of_torch(difference):
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(1, 2, 40, 16, generator=generator) for _ in range(3))
+    wanted = F.scaled_dot_product_attention(100 * query, 100 * key, value, is_causal=True)
+    assert difference(fused.causal_attention(100 * query, 100 * key, value, 0.25), wanted) < 1e-5
+    query[0, 1, 30] = float("nan")
+    assert fused.causal_attention(query, key, value, 0.25).isnan().any(-1).nonzero().tolist() == [[0, 1, 30]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
