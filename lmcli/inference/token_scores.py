@@ -120,15 +120,17 @@ class Causal:
         def work(group: list[int]) -> list[None]:
             chosen = [rest[g] for g in group]
             rows = self._rows(chosen, requests)
-            if packs:
+            since = min(len(row) - (job.window.end - job.window.first) for row, job in zip(rows, chosen))
+            if packs and (not since or len({len(row) for row in rows}) > 1):
                 groups = tuple((len(list(same)), length) for length, same in groupby(map(len, rows)))
                 ids = torch.tensor([[token for row in rows for token in row]], device=self._device)
                 hidden = self.model.hidden(ids, packed=Packed(groups))  # (1, N, C)
                 ends = [(0, end) for end in accumulate(map(len, rows))]
             else:
                 ids = pad(rows, 0, left=False, device=self._device)[0]
-                hidden = self.model.hidden(ids, memory=self._memory(chosen, requests))  # (B, T, C); needs no mask, since
-                ends = [(b, len(row)) for b, row in enumerate(rows)]  # what follows a token cannot change it
+                # (B, T − since, C); needs no mask: what follows a token cannot change it
+                hidden = self.model.hidden(ids, memory=self._memory(chosen, requests), since=since)
+                ends = [(b, len(row) - since) for b, row in enumerate(rows)]
             self._put(chosen, ends, hidden, requests, wanted, found)
             return [None] * len(group)
 

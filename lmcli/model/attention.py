@@ -103,7 +103,8 @@ class View:
     """What the positions of a stack look at, made once a forward pass and the same for all layers of a kind.
 
     `turn` is (cos, sin) of rotary positions, `mask` as for `attention`; without one a causal stack looks at what stands
-    before each position, any other at everything. Rows that are `packed` look at themselves.
+    before each position, any other at everything. Rows that are `packed` look at themselves. Only positions from `since`
+    on look, and have an outcome.
     """
 
     turn: tuple[Tensor, Tensor] | None
@@ -111,6 +112,7 @@ class View:
     cache: KeyValueCache | None
     memory: Memory | None
     packed: Packed | None = None
+    since: int = 0
 
 
 class Attention(nn.Module):
@@ -136,9 +138,11 @@ class Attention(nn.Module):
         self.normed = config.query_key_norm
 
     def forward(self, x: Tensor, view: View) -> Tensor:
-        """(B, T, C) → (B, T, C)."""
-        rows, read, _ = x.shape
-        query = self.query(x).view(rows, read, -1, self.head_dim)
+        """(B, T, C) → (B, T, C), or of the view's positions `since` one on."""
+        since = 0 if self.cross else view.since
+        asking = x[:, since:]
+        rows, read, _ = asking.shape
+        query = self.query(asking).view(rows, read, -1, self.head_dim)
         if self.normed:
             query = self.query_norm(query)
         query = query.transpose(1, 2)  # (B, H, T, D)
@@ -150,10 +154,10 @@ class Attention(nn.Module):
             key, value = self._keys_and_values(x)  # (B, K, T, D)
             if view.turn is not None:
                 cos, sin = (part.to(query.dtype) for part in view.turn)
-                query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+                query, key = rotate(query, cos[..., since:, :], sin[..., since:, :]), rotate(key, cos, sin)
             if view.cache is not None:
                 key, value = view.cache.add(self.layer, key, value)  # (B, K, S, D)
-            mask = view.mask
+            mask = view.mask if view.mask is None else view.mask[..., since:, :]
         if view.packed is not None:
             return self.output(self._attend_packed(query, key, value, view.packed))  # (1, N, C)
         mixed = self._attend(query, key, value, mask)  # (B, H, T, D)

@@ -17,7 +17,8 @@ from lmcli.model.recompute import recomputed
 
 
 class Block(nn.Module):
-    """Self-attention, then (in a decoder that reads an encoder) cross-attention, then the MLP. (B, T, C) → (B, T, C).
+    """Self-attention, then (in a decoder that reads an encoder) cross-attention, then the MLP. (B, T, C) → (B, T, C), or
+    only those of positions `since` one on, where the view says so.
 
     Each f is added as x + f(norm(x)); with `post_norm` as norm(x + f(x)); in a parallel block all f's read the same x.
     """
@@ -43,14 +44,16 @@ class Block(nn.Module):
     def forward(self, x: Tensor, view: View) -> Tensor:
         if self._fused(x, view):
             return self._forward_fused(x, *view.turn)
+        later = x[:, view.since:]
         if self.parallel:
-            return x + self._drop(self.attention(self.attention_norm(x), view)) + self._drop(self.mlp(self.mlp_norm(x)))
+            mixed = self._drop(self.attention(self.attention_norm(x), view))
+            return later + mixed + self._drop(self.mlp(self.mlp_norm(later)))
         if self.post_norm:
-            x = self.attention_norm(x + self._drop(self.attention(x, view)))
+            x = self.attention_norm(later + self._drop(self.attention(x, view)))
             if self.cross is not None:
                 x = self.cross_norm(x + self._drop(self.cross(x, view)))
             return self.mlp_norm(x + self._drop(self.mlp(x)))
-        x = x + self._drop(self.attention(self.attention_norm(x), view))
+        x = later + self._drop(self.attention(self.attention_norm(x), view))
         if self.cross is not None:
             x = x + self._drop(self.cross(self.cross_norm(x), view))
         return x + self._drop(self.mlp(self.mlp_norm(x)))
@@ -58,7 +61,7 @@ class Block(nn.Module):
     def _fused(self, x: Tensor, view: View) -> bool:
         """Whether `fused.block` can stand in: a decoder's block over whole rows, all of it trained or nothing."""
         return (self.fusable and fused.active(x) and self.attention.fast and view.mask is None and view.cache is None
-                and view.packed is None and view.turn is not None and view.turn[0].shape[0] == 1
+                and view.packed is None and not view.since and view.turn is not None and view.turn[0].shape[0] == 1
                 and view.turn[0].shape[-1] == self.attention.head_dim
                 and (not torch.is_grad_enabled() or all(p.requires_grad for p in self.parameters())))
 
@@ -96,9 +99,10 @@ class Stack(nn.Module):
         self.compiled: list = []  # the layers as torch.compile made them, used in training only
 
     def forward(self, x: Tensor, real: Tensor | None = None, cache: KeyValueCache | None = None,
-                memory: Memory | None = None, types: Tensor | None = None, packed: Packed | None = None) -> Tensor:
+                memory: Memory | None = None, types: Tensor | None = None, packed: Packed | None = None,
+                since: int = 0) -> Tensor:
         """Hidden states (B, T, C) of embedded tokens (B, T, C). `real` (B, S) is True where there is no padding;
-        `types` (B, T) are token types, all 0 when not given."""
+        `types` (B, T) are token types, all 0 when not given. Of positions `since` one on: (B, T − since, C)."""
         past = cache.length if cache else 0
         positions = self._positions(x, real, past) if packed is None else packed.positions.to(x.device)  # (B or 1, T)
         if self.positions is not None:
@@ -113,6 +117,8 @@ class Stack(nn.Module):
         full.packed = local.packed = packed
         layers = self.compiled if self.compiled and self.training else self.layers
         for layer, kind in zip(layers, self.config.kinds_of_layers(len(self.layers))):
+            if since and layer is layers[-1]:  # those before need all positions for its keys and values
+                full, local = replace(full, since=since), replace(local, since=since)
             x = self._through(layer, x, local if kind == "sliding_attention" else full)
         return x if self.norm is None else self.norm(x)
 
@@ -231,8 +237,10 @@ class Transformer(nn.Module):
         return self.head(self.hidden(input_ids, attention_mask, cache, token_type_ids=token_type_ids))
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None,
-               memory: Memory | None = None, token_type_ids: Tensor | None = None, packed: Packed | None = None) -> Tensor:
-        """Hidden states (B, T, C) that the head reads, of input ids (B, T).
+               memory: Memory | None = None, token_type_ids: Tensor | None = None, packed: Packed | None = None,
+               since: int = 0) -> Tensor:
+        """Hidden states (B, T, C) that the head reads, of input ids (B, T); those of positions `since` one on,
+        (B, T − since, C), where the rest is not wanted.
 
         `attention_mask` (B, S) is 1 for real tokens and 0 for padding; decoders count positions over real tokens only,
         so padding may stand on either side. With a cache the ids continue what it holds, S counts that too, and the
@@ -241,7 +249,7 @@ class Transformer(nn.Module):
         """
         real = None if attention_mask is None else attention_mask.bool()
         stack = self.encoder if self.decoder is None else self.decoder
-        hidden = stack(self._embedded(input_ids), real, cache, memory, token_type_ids, packed)
+        hidden = stack(self._embedded(input_ids), real, cache, memory, token_type_ids, packed, since)
         if cache:
             cache.length += input_ids.shape[1]
         return hidden

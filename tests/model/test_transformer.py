@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lmcli.config import ModelConfig
+from lmcli.model import fused
 from lmcli.model.transformer import Transformer
 
 SMALL = ModelConfig(vocab_size=300, max_position_embeddings=32, hidden_size=64, num_hidden_layers=2,
@@ -112,3 +113,18 @@ def test_only_what_looks_at_its_own_tokens_is_packed(small_model):
     with torch.inference_mode():
         assert small_model(positions="learned", norm="layer", gated_mlp=False, hidden_act="gelu").packs
         assert not small_model(sliding_window=4).packs
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"norm": "layer", "gated_mlp": False, "hidden_act": "gelu_new", "positions": "learned", "attention_bias": "all"},
+    {"parallel_block": True}, {"post_norm": True}, {"sliding_window": 4}, {"positions": "relative"},
+    {"num_key_value_heads": 2, "query_key_norm": True}], ids=str)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_states_of_later_positions_alone_are_the_same(options, kernels, small_model, difference, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(fused, "active", lambda x: False)
+    model = small_model(**options)
+    ids = torch.randint(0, 400, (3, 11), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        found, whole = model.hidden(ids, since=7), model.hidden(ids)
+    assert found.shape == (3, 4, model.config.hidden_size) and difference(found, whole[:, 7:]) < 1e-6
