@@ -38,9 +38,8 @@ def target_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: T
 def target_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """What training makes small, (N,) float32: −log p of each target; with `smoothing` so much of the target's weight is
     spread over all words (Szegedy et al. 2016)."""
-    output = getattr(head, "output", None)
-    if output is not None and fused.active(hidden) and not torch.is_grad_enabled() and not smoothing:
-        return fused.target_losses(head.prepared(hidden), output.weight, output.bias, targets)
+    if hasattr(head, "prepared") and fused.active(hidden) and not torch.is_grad_enabled() and not smoothing:
+        return fused.target_losses(head.prepared(hidden), head.output.weight, head.output.bias, targets)
     parts = [F.cross_entropy(head(rows).float(), wanted, reduction="none", label_smoothing=smoothing)
              for rows, wanted in pieces(head, hidden, targets)]
     return torch.cat(parts) if parts else hidden.new_zeros(0)
