@@ -159,7 +159,7 @@ def test_gz_is_read_as_its_content(tmp_path):
     assert texts(written(tmp_path, gzip.compress(b'{"text": "a"}\n'), "a.jsonl.gz")) == ["a"]
 
 
-@pytest.mark.parametrize("data", [b"no gzip at all", gzip.compress(b"hello\n" * 500)[:-20]])
+@pytest.mark.parametrize("data", [b"no gzip at all", gzip.compress(b"hello\n" * 500)[:-20]], ids=["other", "cut"])
 def test_a_damaged_gz_is_named(tmp_path, data):
     with pytest.raises(UserError, match=r"a\.gz: cannot read"):
         read(written(tmp_path, data, "a.gz"))
