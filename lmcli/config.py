@@ -87,6 +87,7 @@ class ModelConfig:
     scale_embedding: bool = knob(False, "multiply embeddings by the root of hidden_size")
     scale_logits: bool = knob(False, "divide what the head reads by the root of hidden_size")
     type_vocab_size: int = knob(0, "token types; 0 has none", 0, 1024)
+    mean_pooling: bool = knob(False, "a text's label is told from the mean of its tokens, not the first (head sequence)")
     head_dense: bool = knob(False, "one more dense layer before the output")
     head_dense_bias: bool = knob(True, "that layer has a bias")
     head_norm: bool = knob(False, "a norm after that layer")
@@ -167,7 +168,9 @@ class TrainConfig:
                           "does so where not even one row fits otherwise", choices=("auto", "on", "off"))
     # what is learnt
     objective: str = knob("auto", "what is predicted; auto goes by the model's shape and the data's fields",
-                          choices=("auto", "causal", "masked", "seq2seq", "classification"))
+                          choices=("auto", "causal", "completion", "masked", "seq2seq", "classification"))
+    document_masks: bool = knob(False, "tokens of a packed row see only those of their own document (causal)")
+    new_head: bool = knob(False, "a model that is trained further gets a new head, for the labels of the data")
     mask_share: float = knob(0.15, "share of tokens to be guessed (masked)", 0.001, 1.0)
     label_smoothing: float = knob(0.0, "probability spread over all words (seq2seq)", 0.0, 0.9)
     # optimizer and schedule
@@ -188,6 +191,9 @@ class TrainConfig:
                           "fifteenth of its time", 0)
     save_every: int = knob(0, "steps between resumable states; 0 means an eighth of the budget", 0)
     sample_every: int = knob(0, "steps between sample texts; 0 means an eighth of the budget", 0)
+    metric: str = knob("loss", "what tells the best model of a run: the lowest loss, or the most targets that were the "
+                       "likeliest choice", choices=("loss", "accuracy"))
+    patience: int = knob(0, "evaluations in a row without a better one that end the run; 0 never does", 0)
     seed: int = knob(0, "of initial weights, data order, dropout and samples", 0, (1 << 63) - 1)
 
 

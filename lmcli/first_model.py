@@ -28,7 +28,7 @@ def fresh(recipe: Recipe, prepared: data.TrainingData, placement: Placement, obj
         recipe.model, vocab_size=recipe.model.vocab_size or tokenizer.size,
         max_position_embeddings=recipe.model.max_position_embeddings or prepared.context,
         bos_token_id=tokenizer.prefix[0] if tokenizer.prefix else None, eos_token_id=_closing(tokenizer),
-        pad_token_id=tokenizer.special("pad_token"), **_head(recipe.model, objective, prepared.labels))
+        pad_token_id=tokenizer.special("pad_token"), **_head(recipe.model, objective, prepared))
     if config.shape == "encoder-decoder":
         config = dataclasses.replace(config, decoder_start_token_id=config.pad_token_id)
     if config.max_position_embeddings < prepared.context:
@@ -45,8 +45,8 @@ def fresh(recipe: Recipe, prepared: data.TrainingData, placement: Placement, obj
 def adopted(model: Transformer, recipe: Recipe, prepared: data.TrainingData, objective: Objective,
             note: Callable[[str], None]) -> Transformer:
     """A loaded model, to be trained further; with a fresh head where the objective needs another one than it has."""
-    changes = _head(model.config, objective, prepared.labels)
-    if any(getattr(model.config, key) != value for key, value in changes.items()):
+    changes = _head(model.config, objective, prepared)
+    if recipe.train.new_head or any(getattr(model.config, key) != value for key, value in changes.items()):
         body = {name: weight for name, weight in model.named_parameters() if not name.startswith("head.")}
         model = Transformer(dataclasses.replace(model.config, **changes).complete())
         model.load_state_dict(body, strict=False)
@@ -62,13 +62,13 @@ def _closing(tokenizer: tokenizers.Tokenizer) -> int | None:
     return named if named is not None or not tokenizer.suffix else tokenizer.suffix[-1]
 
 
-def _head(config: ModelConfig, objective: Objective, labels: tuple[str, ...]) -> dict:
+def _head(config: ModelConfig, objective: Objective, prepared: data.TrainingData) -> dict:
     """The options of the head that an objective needs, as the model's family has it."""
+    labels = {"labels": prepared.labels, "multi_label": prepared.several} if prepared.labels else {}
     if config.head == objective.head:
-        return {"labels": labels} if labels else {}
+        return labels
     family = family_of(config.complete())
     if objective.head not in family.heads:
         raise UsageError(f"{family.model_type} has no head for {objective.name}", where="train.objective")
     options = {"head_act": "", **family.expected(objective.head)}
-    return {"head": objective.head, "labels": labels,
-            **{key: value for key, value in options.items() if key.startswith("head_")}}
+    return {"head": objective.head, **labels, **{key: value for key, value in options.items() if key.startswith("head_")}}

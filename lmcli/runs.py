@@ -57,6 +57,8 @@ class Request:
     device: str
     threads: int
     refine: Callable[[dict[str, object]], Recipe] | None = None
+    on_long: str = "truncate"
+    targets: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
 
 def start(request: Request, began: float, note: Callable[[str], None]) -> "TrainingRun":
@@ -81,9 +83,10 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
     name = Path(os.path.abspath(request.data[0])).stem if request.data and request.data[0] != "-" else "stdin"
     place_of_run = run_folder.claim(request.output, name or "run", request.overwrite)
     try:
-        source = data.find(request.data, request.val, request.layout, request.include, note)
+        source = data.find(request.data, request.val, request.layout, request.include, note, request.on_long,
+                           request.targets)
         config = origin.model.config if origin else recipe.model
-        objective = data.settle(source, recipe.train.objective, config.shape, note)
+        objective = data.settle(source, recipe.train.objective, config.shape, note, config.multi_label)
         parts, chosen = data.split(source, recipe.train.validation_bytes, note), []
         if request.refine and not origin and objective.name == "causal":
             text = auto.describe((piece.text for piece in source.layout.pieces(parts.training)), data.size(parts.training))
@@ -91,10 +94,8 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
             context = recipe.train.context
             for reason in chosen:
                 note(f"auto: {reason}")
-        prepared = data.prepare(source, parts, recipe.tokenizer, context, tokenizer, note, objective, config.labels)
-        if cut := data.too_long(prepared):
-            note(f"{cut:,} of {len(prepared.corpus):,} examples are longer than the context of {context} tokens: their ends "
-                 "are cut off")
+        prepared = data.prepare(source, parts, recipe.tokenizer, context, tokenizer, note, objective,
+                                () if recipe.train.new_head else config.labels)
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(
             recipe.train, context=prepared.context, objective=objective.name))
         model = first_model.adopted(origin.model, recipe, prepared, objective, note) if origin else \
@@ -155,8 +156,7 @@ class TrainingRun:
         self.headline = ""
         torch.manual_seed(recipe.train.seed)
         self.objective = OBJECTIVES[recipe.train.objective]
-        start, seed = model.config.decoder_start_token_id, recipe.train.seed
-        rows = data.training_rows(prepared, self.objective, start, recipe.train.mask_share, seed)
+        rows = data.training_rows(prepared, self.objective, model.config.decoder_start_token_id, recipe.train)
         measure, read = self._measure(rows)
         self.loop = loop.Run(model, rows, recipe.train, placement, measure, began, read, objective=self.objective)
 
@@ -167,7 +167,7 @@ class TrainingRun:
             scorer = Scorer(self.model, tokenizer, tokenizer.prefix)
             read = sum(len(document.ids) for document in prepared.validation) * scorer.context // scorer.stride
             return lambda: measured(scorer, prepared.validation), read
-        known = Figures(self.objective.target)
+        known = Figures(self.objective.target, by=self.recipe.train.metric)
         if self.objective.name == "masked":
             ids = data.validation_ids(prepared)
             def batches():
@@ -177,9 +177,9 @@ class TrainingRun:
                 prepared, self.model.config.decoder_start_token_id))
             def batches():
                 return held_out.in_order(loop.MOST_MICRO_BATCH_TOKENS)
-            if self.objective.name == "seq2seq":
+            if self.objective.name in ("seq2seq", "completion"):
                 known = dataclasses.replace(known, end=tokenizer.special("eos_token"), bytes=prepared.validation.bytes)
-        entropy = unigram_entropy(batch.targets.ravel() for batch in batches())
+        entropy = unigram_entropy(batch.targets for batch in batches())
         known = dataclasses.replace(known, entropy=entropy)
         read = sum(batch.tokens for batch in batches())
         return lambda: evaluate(self.objective, self.model, batches(), dataclasses.replace(known)), read
@@ -268,8 +268,8 @@ class TrainingRun:
             self.write_recipe()
 
     def _sample(self) -> str:
-        if self.objective.name == "seq2seq":
-            return self._translated()
+        if self.objective.name in ("seq2seq", "completion"):
+            return self._continued()
         if self.objective.name != "causal":
             return ""
         tokenizer = self.prepared.tokenizer
@@ -280,14 +280,15 @@ class TrainingRun:
         self.model.train()
         return text
 
-    def _translated(self) -> str:
+    def _continued(self) -> str:
         """A source of the validation part, another one each time, and the target that the model gives it."""
         held_out, tokenizer = self.prepared.validation, self.prepared.tokenizer
         ids = held_out.sources[self.step % len(held_out)]
         config = dataclasses.replace(self.recipe.generate, max_new_tokens=SAMPLE_TOKENS, num_beams=1, temperature=0.0)
         decoder = Decoder(self.model.eval(), tokenizer, tokenizer.prefix, [self.model.config.eos_token_id], config)
-        source = data.template(self.prepared, self.model.config.decoder_start_token_id).source(ids)
-        text = decoder.generate([source.tolist()], [self.step])[0].text
+        around = data.template(self.prepared, self.model.config.decoder_start_token_id)
+        source = [*around.before, *ids.tolist()] if around.joined else around.source(ids).tolist()
+        text = decoder.generate([source], [self.step])[0].text
         self.model.train()
         return f"{tokenizer.decode(ids.tolist())} → {text}"
 

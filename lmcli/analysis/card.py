@@ -7,6 +7,7 @@ from lmcli.config import ModelConfig, TrainConfig
 # what a card of each objective says to the hub, and how the model is used
 USES = {
     "causal": ("text-generation", 'lm generate -m DIR "Once"\nlm score -m DIR FILE', "AutoModelForCausalLM"),
+    "completion": ("text-generation", "lm generate -m DIR < PROMPTS", "AutoModelForCausalLM"),
     "masked": ("fill-mask", "lm generate -m DIR 'Paris is the [MASK] of France.'", "AutoModelForMaskedLM"),
     "seq2seq": ("text2text-generation", "lm generate -m DIR < SOURCES", "AutoModelForSeq2SeqLM"),
     "classification": ("text-classification", "lm classify -m DIR FILE", "AutoModelForSequenceClassification"),
@@ -66,6 +67,7 @@ with the weights of step {result['best_step']:,}, in float32, windows of {result
 | bits per character | {result['val_bits_per_character']:.4f} |
 | perplexity per token | {result['val_perplexity']:.3f} |"""
     what = {"masked": f"masked tokens ({train.mask_share:.0%} of all)", "classification": "texts",
+            "completion": "tokens of what follows, each given the ones before it",
             "seq2seq": "target tokens, each given the ones before it"}[objective]
     bits = f"\n| bits per byte of the target | {result['val_bits_per_byte']:.4f} |" if "val_bits_per_byte" in result else ""
     return f"""Of the held-out part that `recipe.yaml` names ({result['val_targets']:,} {what}), with the weights of step

@@ -143,5 +143,5 @@ def _names(name: str, documents: Callable[[], Iterable[Document]], layout: Layou
     if not by:
         while True:
             yield name
-    for row in layout.raw_rows(documents()):
+    for _, row in layout.raw_rows(documents()):
         yield "NA" if row.get(by) is None else str(row[by])

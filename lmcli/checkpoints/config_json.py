@@ -37,7 +37,7 @@ def read_config(document: dict[str, Any], where: str) -> tuple[Family, ModelConf
         if document.get(key) is None:
             document = {**document, key: document.get(other, family.defaults.get(other))}
     head = _head(family, document, where)
-    _refuse_others(family, {**family.fixed, **family.head_fixed.get(head, {})}, document, where)
+    _refuse_others(family, family.fixed, document, where)
     found = {**family.expected(head), **_chosen(family, document, where), "model_type": family.model_type,
              "shape": family.shape, "head": head}
     for ours, theirs in family.keys.items():
@@ -270,7 +270,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     family = family_of(config)
     document = {"architectures": [family.heads[config.head]], "model_type": family.model_type}
     document |= {theirs: getattr(config, ours) for ours, theirs in family.keys.items()}
-    document |= {**family.fixed, **family.head_fixed.get(config.head, {})}
+    document |= family.fixed
     for key, choices in family.choices.items():
         document[key] = next(theirs for theirs, options in choices
                              if all(getattr(config, ours) == value for ours, value in options.items()))

@@ -42,7 +42,7 @@ class Family:
     `defaults` fills keys that config.json may leave out; `fixed` are keys whose only supported value is given (they are
     written out, and another value is refused); `choices` are keys whose value stands for some of our options. `prefix`
     leads all names but those of a head, and a bare model leaves it out. `window` is the key of the sliding window.
-    `follows` maps a key that may be left out to the key whose value it then has, `head_fixed` is `fixed` for one head,
+    `follows` maps a key that may be left out to the key whose value it then has,
     `also` maps further architectures, whose files hold what one of ours needs, to its head.
 
     Of the tensors: `copies` are modules that repeat the embedding in some files; `twice` names tensors that are stored
@@ -61,7 +61,6 @@ class Family:
     fixed: dict[str, Any] = field(default_factory=dict)
     choices: dict[str, tuple[tuple[Any, dict[str, Any]], ...]] = field(default_factory=dict)
     follows: dict[str, str] = field(default_factory=dict)
-    head_fixed: dict[str, dict[str, Any]] = field(default_factory=dict)
     also: dict[str, str] = field(default_factory=dict)
     copies: tuple[str, ...] = ()
     twice: dict[str, str] = field(default_factory=dict)
@@ -254,7 +253,8 @@ MODERNBERT = Family(
      "tie_word_embeddings": True, "local_attention": 128, "global_attn_every_n_layers": 3, "global_rope_theta": 160_000.0,
      "local_rope_theta": 10_000.0},
     {"attention_bias": False, "mlp_bias": False, "norm_bias": False, "classifier_bias": False, "decoder_bias": True},
-    head_fixed={"sequence": {"classifier_pooling": "cls"}}, prefix="model.", window="local_attention")
+    choices={"classifier_pooling": (("cls", {"mean_pooling": False}), ("mean", {"mean_pooling": True}))},
+    prefix="model.", window="local_attention")
 
 # encoder–decoders ----------------------------------------------------------------------------------------------------
 

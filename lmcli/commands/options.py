@@ -29,6 +29,14 @@ def _together(*decorators: Callable) -> Callable:
     return decorate
 
 
+LISTED = "lmcli.listed fields"
+
+
+def _listed(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value:
+        ctx.meta[LISTED] = tuple(name.strip() for name in value.split(","))
+
+
 model = click.option("-m", "--model", envvar="LM_MODEL", metavar="DIR", show_envvar=True,
                      help="Model folder, or a name on Hugging Face's hub.")
 json_output = click.option("--json", "as_json", is_flag=True, help="Write JSON Lines.")
@@ -53,7 +61,10 @@ batch_tokens = click.option("--batch-tokens", type=click.IntRange(min=1), defaul
 reading = _together(
     click.option("--format", "format_", type=click.Choice(["auto", "text", "jsonl", "tsv", "csv"]), default="auto",
                  show_default=True, help="auto goes by suffix; standard input is text."),
-    click.option("--field", "fields", multiple=True, metavar="NAME", help="Field of a JSON, TSV or CSV row to read."),
+    click.option("--fields", "listed", metavar="A,B", expose_value=False, is_eager=True, callback=_listed,
+                 help="The same for several, in this order."),
+    click.option("--field", "fields", multiple=True, metavar="NAME", help="Field of a JSON, TSV or CSV row to read.",
+                 callback=lambda ctx, _, given: ctx.meta.get(LISTED) or given),
     click.option("--include", metavar="GLOB", help="In a directory, take only files named like this."),
     click.option("--on-error", type=click.Choice(["stop", "blank", "skip"]), default="stop", show_default=True,
                  help="A bad record: stop, write an empty result, or leave it out."))

@@ -27,6 +27,11 @@ Examples:
 @click.option("--tokenizer", "tokenizer_folder", metavar="DIR", help="Use this tokenizer instead of learning one.")
 @options.budgets
 @click.option("--val", multiple=True, metavar="FILE", help="Validate on this, instead of on a held-out tenth.")
+@click.option("--target", "targets", multiple=True, metavar="FILE",
+              help="Line by line what DATA is to be turned into: two files that belong together.")
+@click.option("--val-target", "val_targets", multiple=True, metavar="FILE", help="The same for --val.")
+@click.option("--on-long", type=click.Choice(["truncate", "skip", "error"]), default="truncate", show_default=True,
+              help="An example longer than the context: cut its end off, leave it out, or stop.")
 @click.option("--documents", type=click.Choice(["file", "line", "blank"]), default="file", show_default=True,
               help="What a document is: the whole file (<|endoftext|> parts it), a line, or a paragraph.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order, dropout, samples.")
@@ -37,8 +42,9 @@ Examples:
 @options.hardware
 @options.quiet
 @options.verbose
-def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, tokens, epochs, val, documents, seed,
-          resume, overwrite, format_, fields, include, on_error, device, dtype, threads, quiet, verbose):
+def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, tokens, epochs, val, targets, val_targets,
+          on_long, documents, seed, resume, overwrite, format_, fields, include, on_error, device, dtype, threads, quiet,
+          verbose):
     """Trains a model on text files (or a directory, or standard input) and prints the folder it lies in.
 
     A decoder learns from text; an encoder from text (masked words) or from rows with text and label; an encoder–decoder
@@ -68,7 +74,8 @@ def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, to
 
         run = runs.start(runs.Request(
             resolve({}), data, output, val, include, Layout(documents, format_, fields, on_error), origin, tokenizer_folder,
-            overwrite, device, threads or 0, resolve if preset == "auto" else None), BEGAN, note)
+            overwrite, device, threads or 0, resolve if preset == "auto" else None, on_long, (targets, val_targets)),
+            BEGAN, note)
     with run.signals(), display.TrainingView(quiet, run.bytes_per_token, run.objective.target) as view:
         for kind, event in run.events():
             {"step": view.step, "validation": view.validation, "sample": view.sample, "note": view.note}[kind](event)

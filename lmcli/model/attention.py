@@ -104,7 +104,7 @@ class View:
 
     `turn` is (cos, sin) of rotary positions, `mask` as for `attention`; without one a causal stack looks at what stands
     before each position, any other at everything. Rows that are `packed` look at themselves. Only positions from `since`
-    on look, and have an outcome.
+    on look, and have an outcome. With `firsts` (B, T) a position of a causal stack looks at none before the one it names.
     """
 
     turn: tuple[Tensor, Tensor] | None
@@ -113,6 +113,16 @@ class View:
     memory: Memory | None
     packed: Packed | None = None
     since: int = 0
+    firsts: Tensor | None = None
+
+
+def apart(firsts: Tensor, mask: Tensor | None) -> Tensor:
+    """`mask` (of a causal stack; None: all that stands before), as in `attention`, but nothing before `firsts` (B, T)."""
+    at = torch.arange(firsts.shape[1], device=firsts.device)
+    allowed = ((at <= at[:, None]) & (at >= firsts[:, :, None]))[:, None]  # (B, 1, T, T)
+    if mask is None:
+        return allowed
+    return allowed & mask if mask.dtype == torch.bool else mask.masked_fill(~allowed, float("-inf"))
 
 
 class Attention(nn.Module):
@@ -157,7 +167,8 @@ class Attention(nn.Module):
                 query, key = rotate(query, cos[..., since:, :], sin[..., since:, :]), rotate(key, cos, sin)
             if view.cache is not None:
                 key, value = view.cache.add(self.layer, key, value)  # (B, K, S, D)
-            mask = view.mask if view.mask is None else view.mask[..., since:, :]
+            mask = view.mask if view.firsts is None else apart(view.firsts, view.mask)
+            mask = mask if mask is None else mask[..., since:, :]
         if view.packed is not None:
             return self.output(self._attend_packed(query, key, value, view.packed))  # (1, N, C)
         mixed = self._attend(query, key, value, mask)  # (B, H, T, D)

@@ -51,7 +51,8 @@ class Shape:
 
 class _Block(Function):
     @staticmethod
-    def forward(ctx, x: Tensor, shape: Shape, cos: Tensor, sin: Tensor, *weights: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, shape: Shape, cos: Tensor, sin: Tensor, firsts: Tensor | None,
+                *weights: Tensor | None) -> Tensor:
         norm1, norm2, query_norm, key_norm, query, key, value, output, gate, up, down = weights
         ctx.shape, ctx.seeds = shape, torch.randint(1 << 31, (2,)).tolist() if shape.dropout else (0, 0)
         qkv, out = _joined(x.dtype, query, key, value), _joined(x.dtype, output)
@@ -59,8 +60,8 @@ class _Block(Function):
 
         products = _rms_norm(x, norm1, shape.eps) @ qkv.T  # (N, (H + 2K)·D)
         heads = _split_heads(products, cos, sin, query_norm, key_norm, shape)
-        if any(ctx.needs_input_grad):
-            mixed, kept = _attend(*heads, shape)
+        if any(ctx.needs_input_grad) or firsts is not None:
+            mixed, kept = _attend(*heads, firsts, shape)
             joined = _joined_heads(mixed, shape)  # (N, H·D)
         else:
             joined, kept = causal_attention(*heads, shape.scale).transpose(1, 2).reshape(len(x), -1), []
@@ -68,14 +69,14 @@ class _Block(Function):
         gate_up = _rms_norm(middle, norm2, shape.eps) @ into.T  # (N, 2F)
         y = _add(middle, _swiglu(gate_up), back, shape, ctx.seeds[1])
         ctx.dtype = query.dtype
-        ctx.save_for_backward(x, middle, products, joined, gate_up, cos, sin, norm1, norm2, query_norm, key_norm,
+        ctx.save_for_backward(x, middle, products, joined, gate_up, cos, sin, firsts, norm1, norm2, query_norm, key_norm,
                               qkv, out, into, back, *heads, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x, middle, products, joined, gate_up, cos, sin, norm1, norm2, query_norm, key_norm,
+        (x, middle, products, joined, gate_up, cos, sin, firsts, norm1, norm2, query_norm, key_norm,
          qkv, out, into, back, query, key, value, *kept) = ctx.saved_tensors
         shape, dy = ctx.shape, dy.contiguous()
 
@@ -86,27 +87,30 @@ class _Block(Function):
         dmiddle, dnorm2 = _rms_norm_backward(middle, norm2, dgate_up @ into, dy, shape.eps)
         above = _dropped(dmiddle, shape, ctx.seeds[0])
         doutput = above.T @ joined
-        dheads = _attend_backward(query, key, value, _parted_heads(above @ out, shape), kept, shape)
+        dheads = _attend_backward(query, key, value, _parted_heads(above @ out, shape), kept, firsts, shape)
         dproducts, dhead_norms = _split_heads_backward(products, cos, sin, query_norm, key_norm, dheads, shape)
         dqkv = dproducts.T @ _rms_norm(x, norm1, shape.eps)
         dx, dnorm1 = _rms_norm_backward(x, norm1, dproducts @ qkv, dmiddle, shape.eps)
 
         dtype, keys = ctx.dtype, shape.keys * shape.width
-        return (dx, None, None, None, dnorm1, dnorm2, *dhead_norms,
+        return (dx, None, None, None, None, dnorm1, dnorm2, *dhead_norms,
                 *dqkv.to(dtype).split((len(dqkv) - 2 * keys, keys, keys)), doutput.to(dtype),
                 *dinto.to(dtype).chunk(2), ddown.to(dtype))
 
 
-def block(x: Tensor, shape: Shape, cos: Tensor, sin: Tensor, weights: tuple[Tensor | None, ...]) -> Tensor:
+def block(x: Tensor, shape: Shape, cos: Tensor, sin: Tensor, weights: tuple[Tensor | None, ...],
+          firsts: Tensor | None = None) -> Tensor:
     """x (N, C) after a block: x + attention(norm(x)), and then + mlp(norm(·)).
 
-    cos and sin (T, D/2) turn queries and keys. `weights` are those of: norm before attention, norm before the MLP, norm of
+    cos and sin (T, D/2) turn queries and keys. With `firsts` (B, T) int64 a position sees none before the one it names.
+    `weights` are those of: norm before attention, norm before the MLP, norm of
     the queries' heads, of the keys' heads (None: these are not normed), query, key, value, output, gate, up, down; they may
     be more precise than x, and get gradients as precise as themselves.
     """
     dtype = ACCUMULATED[x.dtype]
     norms = (None if weight is None else weight.to(dtype) for weight in weights[:4])
-    return _Block.apply(x.contiguous(), shape, cos.to(dtype).contiguous(), sin.to(dtype).contiguous(), *norms, *weights[4:])
+    return _Block.apply(x.contiguous(), shape, cos.to(dtype).contiguous(), sin.to(dtype).contiguous(),
+                        None if firsts is None else firsts.contiguous(), *norms, *weights[4:])
 
 
 def _joined(dtype: torch.dtype, *weights: Tensor) -> Tensor:
@@ -187,7 +191,7 @@ def _parted_heads(joined: Tensor, shape: Shape) -> Tensor:
     return y
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> tuple[Tensor, list[Tensor]]:
+def _attend(query: Tensor, key: Tensor, value: Tensor, firsts: Tensor | None, shape: Shape) -> tuple[Tensor, list[Tensor]]:
     """(mixed (B, H, T, D), attention weights of each chunk of queries if they are worth keeping).
 
     Chunks of queries, each against the keys that it can see: products of batches are faster on a CPU than its fused kernel.
@@ -195,7 +199,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> tuple[Te
     mixed, kept = torch.empty_like(query), []
     query, key, value, out = _flat(query), _each_head(key, shape), _each_head(value, shape), _flat(mixed)
     for first, last in _chunks(shape.length):
-        weights = _weights(query, key, first, last, shape.scale)
+        weights = _weights(query, key, first, last, firsts, shape)
         torch.bmm(weights, value[:, :last], out=out[:, first:last])
         if shape.length <= KEPT_WEIGHTS:
             kept.append(weights)
@@ -217,11 +221,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 
 
 def _attend_backward(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, kept: list[Tensor],
-                     shape: Shape) -> tuple[Tensor, ...]:
+                     firsts: Tensor | None, shape: Shape) -> tuple[Tensor, ...]:
     query, key, value, gradient = _flat(query), _each_head(key, shape), _each_head(value, shape), _flat(gradient)
     dquery, dkey, dvalue = (torch.empty_like(query) for _ in range(3))
     for i, (first, last) in reversed(list(enumerate(_chunks(shape.length)))):
-        weights = kept[i] if kept else _weights(query, key, first, last, shape.scale)
+        weights = kept[i] if kept else _weights(query, key, first, last, firsts, shape)
         rows, above = query[:, first:last], gradient[:, first:last]
         add = float(last < shape.length)  # the last chunk sees all keys and comes first: it sets what others add to
         dvalue[:, :last].baddbmm_(weights.mT, above, beta=add)
@@ -236,9 +240,9 @@ def _chunks(size: int) -> list[tuple[int, int]]:
     return [(first, min(first + QUERIES_AT_ONCE, size)) for first in range(0, size, QUERIES_AT_ONCE)]
 
 
-def _weights(query: Tensor, key: Tensor, first: int, last: int, scale: float) -> Tensor:
+def _weights(query: Tensor, key: Tensor, first: int, last: int, firsts: Tensor | None, shape: Shape) -> Tensor:
     scores = query[:, first:last] @ key[:, :last].mT  # (B·H, rows, last)
-    kernels.run("causal_softmax", query.dtype, scores, *scores.shape, first, scale)
+    kernels.run("causal_softmax", query.dtype, scores, firsts, *scores.shape, first, shape.heads, shape.length, shape.scale)
     return scores
 
 

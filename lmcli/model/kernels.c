@@ -276,11 +276,14 @@ void NAME(join_heads)(IN x, OUT y, long rows, long S, long H, long D, long parts
     }
 }
 
-/* Scores (matrices, queries, keys) -> weights, in place: row t of a matrix sees keys 0 to first + t. */
-void NAME(causal_softmax)(OUT scores, long matrices, long queries, long keys, long first, A scale, long parts) {
+/* Scores (matrices, queries, keys) -> weights, in place: row t of a matrix sees keys 0 to first + t; with `firsts`, one for
+   each of `length` positions of each group of H matrices, none before that. */
+void NAME(causal_softmax)(OUT scores, const int64_t *firsts, long matrices, long queries, long keys, long first, long H,
+                          long length, A scale, long parts) {
     FOR_PARTS FOR_ROWS(matrices * queries) {
-        OUT x = scores + row * keys;
-        long seen = first + row % queries + 1;
+        long last = first + row % queries + 1, begin = firsts ? firsts[row / queries / H * length + last - 1] : 0;
+        long seen = last - begin;
+        OUT x = scores + row * keys + begin;
         A most = NAME(largest)(x, seen), sum = 0;
         A e[BUFFER];
         for (long from = 0; from < seen; from += BUFFER) {  /* in pieces, so that a row of any length fits */
@@ -291,7 +294,8 @@ void NAME(causal_softmax)(OUT scores, long matrices, long queries, long keys, lo
         A r = 1 / sum;
         if (seen > BUFFER) for (long i = 0; i < seen; i++) x[i] = STORE(LOAD(x[i]) * r);
         else for (long i = 0; i < seen; i++) x[i] = STORE(e[i] * r);
-        memset(x + seen, 0, (keys - seen) * sizeof(T));
+        memset(x - begin, 0, begin * sizeof(T));
+        memset(x + seen, 0, (keys - last) * sizeof(T));
     }
 }
 

@@ -43,7 +43,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, view: View) -> Tensor:
         if self._fused(x, view):
-            return self._forward_fused(x, *view.turn)
+            return self._forward_fused(x, *view.turn, view.firsts)
         later = x[:, view.since:]
         if self.parallel:
             mixed = self._drop(self.attention(self.attention_norm(x), view))
@@ -65,7 +65,7 @@ class Block(nn.Module):
                 and view.turn[0].shape[-1] == self.attention.head_dim
                 and (not torch.is_grad_enabled() or all(p.requires_grad for p in self.parameters())))
 
-    def _forward_fused(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _forward_fused(self, x: Tensor, cos: Tensor, sin: Tensor, firsts: Tensor | None) -> Tensor:
         attention, mlp, (rows, length, _) = self.attention, self.mlp, x.shape
         heads, half = attention.query.out_features // attention.head_dim, attention.head_dim // 2
         normed = (attention.query_norm, attention.key_norm) if attention.normed else ()
@@ -74,7 +74,8 @@ class Block(nn.Module):
         weights = (self.attention_norm.weight, self.mlp_norm.weight, *([norm.weight for norm in normed] or (None, None)),
                    *(part.weight for part in (attention.query, attention.key, attention.value, attention.output,
                                               mlp.gate, mlp.up, mlp.down)))
-        return fused.block(x.flatten(0, 1), shape, cos[0, 0, :, :half], sin[0, 0, :, :half], weights).view(x.shape)
+        return fused.block(x.flatten(0, 1), shape, cos[0, 0, :, :half], sin[0, 0, :, :half], weights,
+                           firsts).view(x.shape)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -100,11 +101,14 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor | None = None, cache: KeyValueCache | None = None,
                 memory: Memory | None = None, types: Tensor | None = None, packed: Packed | None = None,
-                since: int = 0) -> Tensor:
+                since: int = 0, firsts: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, C) of embedded tokens (B, T, C). `real` (B, S) is True where there is no padding;
-        `types` (B, T) are token types, all 0 when not given. Of positions `since` one on: (B, T − since, C)."""
+        `types` (B, T) are token types, all 0 when not given. Of positions `since` one on: (B, T − since, C). Where `firsts`
+        (B, T) names positions, none before these is seen, and positions are counted from there."""
         past = cache.length if cache else 0
         positions = self._positions(x, real, past) if packed is None else packed.positions.to(x.device)  # (B or 1, T)
+        if firsts is not None and self.config.positions != "rotary":  # which tells distances alone
+            positions = positions - firsts
         if self.positions is not None:
             x = x + self.positions(positions + self.config.position_offset).to(x.dtype)
         elif self.config.positions == "sinusoidal":
@@ -115,6 +119,7 @@ class Stack(nn.Module):
             x = self.embedding_norm(x)
         full, local = self._views(x, positions, real, cache, memory, past)
         full.packed = local.packed = packed
+        full.firsts = local.firsts = firsts
         layers = self.compiled if self.compiled and self.training else self.layers
         for layer, kind in zip(layers, self.config.kinds_of_layers(len(self.layers))):
             if since and layer is layers[-1]:  # those before need all positions for its keys and values
@@ -234,22 +239,32 @@ class Transformer(nn.Module):
         if self.config.shape == "encoder-decoder":
             memory = self.encode(input_ids, attention_mask)
             return self.head(self.hidden(decoder_input_ids, None, cache, memory))
-        return self.head(self.hidden(input_ids, attention_mask, cache, token_type_ids=token_type_ids))
+        hidden = self.hidden(input_ids, attention_mask, cache, token_type_ids=token_type_ids)
+        return self.head(self.pooled(hidden, attention_mask))
+
+    def pooled(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Hidden states (B, T, C) as the head reads them: with mean pooling (B, 1, C), the mean of those without padding."""
+        if not (self.config.mean_pooling and self.config.head == "sequence"):
+            return hidden
+        if attention_mask is None:
+            return hidden.mean(1, keepdim=True)
+        real = attention_mask[:, :, None].to(hidden.dtype)  # (B, T, 1)
+        return (hidden * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None,
                memory: Memory | None = None, token_type_ids: Tensor | None = None, packed: Packed | None = None,
-               since: int = 0) -> Tensor:
+               since: int = 0, firsts: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, C) that the head reads, of input ids (B, T); those of positions `since` one on,
         (B, T − since, C), where the rest is not wanted.
 
         `attention_mask` (B, S) is 1 for real tokens and 0 for padding; decoders count positions over real tokens only,
         so padding may stand on either side. With a cache the ids continue what it holds, S counts that too, and the
         cache grows by T. The decoder of two stacks reads `memory`. Rows may be `packed` into one, (1, N), of which none
-        reads another; see `packs`.
+        reads another; see `packs`. In a decoder a position sees none before that which `firsts` (B, T) names for it.
         """
         real = None if attention_mask is None else attention_mask.bool()
         stack = self.encoder if self.decoder is None else self.decoder
-        hidden = stack(self._embedded(input_ids), real, cache, memory, token_type_ids, packed, since)
+        hidden = stack(self._embedded(input_ids), real, cache, memory, token_type_ids, packed, since, firsts)
         if cache:
             cache.length += input_ids.shape[1]
         return hidden

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lmcli.errors import UsageError
-from lmcli.text.records import TEXT_FIELDS, row_field, row_text
+from lmcli.text.fields import TEXT_FIELDS, row_field, row_text
 
 # the two fields of minimal pairs as their authors name them, BLiMP (Warstadt et al. 2020) and CrowS-Pairs (Nangia et al.
 # 2020), and as copies of them shorten the names

@@ -17,12 +17,14 @@ EXAMPLES_SORTED = 2048  # so many examples are put together by length at a time
 class Batch:
     """What one forward pass reads: `ids` (B, T) int64, `real` (B, T) bool or None where nothing is padding, and, for an
     encoder–decoder, `decoder_ids` (B, U). `targets`, int64, are what is to be predicted: for each position of the ids
-    (of the decoder's, if there are any), or one a row; IGNORED where nothing is."""
+    (of the decoder's, if there are any), or one a row; IGNORED where nothing is. Where a row may have several labels they
+    are (B, labels) float32. With `firsts` (B, T) a position sees none before the one it names."""
 
     ids: np.ndarray
     targets: np.ndarray
     real: np.ndarray | None = None
     decoder_ids: np.ndarray | None = None
+    firsts: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -31,8 +33,8 @@ class Batch:
 
     @property
     def count(self) -> int:
-        """Targets to be predicted."""
-        return int((self.targets != IGNORED).sum())
+        """Targets to be predicted; the labels of a text are one."""
+        return len(self.targets) if self.targets.dtype == np.float32 else int((self.targets != IGNORED).sum())
 
     @property
     def tokens(self) -> int:
@@ -78,11 +80,12 @@ class Ring:
 class PackedRows:
     """Rows of `context` + 1 ids for training a decoder: the beginning token (if there is one), then tokens in a row.
 
-    Reading the first `context` ids predicts the last `context`.
+    Reading the first `context` ids predicts the last `context`. With the `closing` token of documents they are kept apart:
+    a token sees those of its own document only.
     """
 
-    def __init__(self, ids: np.ndarray, context: int, beginning: int | None, seed: int):
-        self.context, self.beginning = context, beginning
+    def __init__(self, ids: np.ndarray, context: int, beginning: int | None, seed: int, closing: int | None = None):
+        self.context, self.beginning, self.closing = context, beginning, closing
         # without a beginning token a row's first id is context only, so it takes one more from the corpus
         self.ring = Ring(ids, context, context if beginning is not None else context + 1, seed)
         self.rows_per_epoch = self.ring.per_epoch
@@ -94,7 +97,16 @@ class PackedRows:
     def step(self, position: int, batch_tokens: int, most: int) -> list[Batch]:
         """The batches of one optimizer step of `batch_tokens`, none of them over `most` tokens (or one row)."""
         cut = (self.batch(start, rows) for start, rows in _parts(position, batch_tokens, most, self.context))
-        return [Batch(rows[:, :-1], rows[:, 1:]) for rows in cut]
+        return [Batch(rows[:, :-1], rows[:, 1:], firsts=self._firsts(rows[:, :-1])) for rows in cut]
+
+    def _firsts(self, ids: np.ndarray) -> np.ndarray | None:
+        """(B, T): where the document of each token begins; with a closing token that is the beginning one as well, there."""
+        if self.closing is None:
+            return None
+        at = np.where(ids == self.closing, np.arange(ids.shape[1]) + int(self.closing != self.beginning), 0)
+        if self.closing != self.beginning:  # a closing token is the last of its own document
+            at = np.concatenate([np.zeros_like(at[:, :1]), at[:, :-1]], axis=1)
+        return np.maximum.accumulate(at, axis=1)
 
     def places(self, position: int, rows: int) -> tuple[str, list[int]]:
         """("token", where in the corpus each of these rows begins)."""

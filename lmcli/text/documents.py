@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from lmcli.errors import UserError
 from lmcli.storage import cache_folder, user_errors
-from lmcli.text.records import CHUNK_BYTES, SEPARATED, bad_record, cells, file_format, json_row, open_bytes, row_text, shown
+from lmcli.text.fields import pair_of, row_labels, row_text
+from lmcli.text.records import CHUNK_BYTES, SEPARATED, bad_record, cells, file_format, json_row, open_bytes, shown
 
 SEPARATOR = b"<|endoftext|>"
 PIECE_CHARS = 1 << 15
@@ -46,14 +47,18 @@ class Piece(NamedTuple):
 @dataclass
 class Layout:
     """How files hold documents: `documents` is file, line or blank; `format` and `fields` as for records. Where rows
-    must have a label too, `label` names its field."""
+    must have labels too, `label` names their field, which holds one, or `several`. With `paired` the fields are a Pair, of
+    which neither side may be empty. `skipped` and `empty` count the rows that were left out."""
 
     documents: str = "file"
     format: str = "auto"
     fields: tuple[str, ...] = ()
     on_error: str = "stop"
     label: str = ""
+    several: bool = False
+    paired: bool = False
     skipped: int = field(default=0, init=False)
+    empty: int = field(default=0, init=False)
     _headers: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False)
 
     def rows(self, file: str) -> bool:
@@ -83,12 +88,17 @@ class Layout:
             self._headers[file] = cells(first.decode("utf-8"), layout)
         return dict(zip(self._headers[file], cells(line.decode("utf-8"), layout)))
 
-    def label_of(self, row: dict) -> str:
-        """A row's label as text. ValueError when there is none."""
-        value = row.get(self.label)
-        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-            raise ValueError(f"field {self.label!r} is missing or no label; fields: {', '.join(map(repr, row))}")
-        return str(value)
+    def labels_of(self, row: dict) -> tuple[str, ...]:
+        """The labels of a row. ValueError when there is none."""
+        return row_labels(row, self.label, self.several)
+
+    def sides_of(self, row: dict) -> tuple[str, str]:
+        """What is given and what is to follow, of a row that is a pair. ValueError when a field is missing."""
+        return pair_of(self.fields).sides(row)
+
+    def text_of(self, row: dict) -> str:
+        """The text of a row, of a pair both sides. ValueError when it has none."""
+        return pair_of(self.fields).between.join(self.sides_of(row)) if self.paired else row_text(row, self.fields)
 
     def survey(self, files: list[str]) -> tuple[list[Document], dict[str, str]]:
         """(documents, SHA-256 of each file): every byte is read once and checked to be UTF-8. Blank documents are left out.
@@ -125,16 +135,18 @@ class Layout:
                 continue
             try:
                 row = self._row(file, line)
-                text = row_text(row, self.fields)
+                sides = self.sides_of(row) if self.paired else (self.text_of(row),)
                 if self.label:
-                    self.label_of(row)
+                    self.labels_of(row)
             except ValueError as error:
                 if self.on_error == "stop":
                     raise bad_record(error, file, number) from error
                 self.skipped += 1
                 continue
-            if text.strip():
+            if all(side.strip() for side in sides):
                 yield Document(file, start, start + len(line))
+            else:
+                self.empty += 1
 
     def _lines_or_paragraphs(self, file: str, digest) -> Iterator[Document]:
         begin = end = None
@@ -178,12 +190,12 @@ class Layout:
         for document, chunks in self._contents(documents):
             if self.rows(document.file):
                 row = self._row(document.file, b"".join(chunks))
-                chunks = [row_text(row, self.fields).encode("utf-8")]
+                chunks = [self.text_of(row).encode("utf-8")]
             yield from _cut(chunks, document)
 
-    def raw_rows(self, documents: Iterable[Document]) -> Iterator[dict]:
-        """The rows of documents that are rows, in their order."""
-        return (self._row(document.file, b"".join(chunks)) for document, chunks in self._contents(documents))
+    def raw_rows(self, documents: Iterable[Document]) -> Iterator[tuple[Document, dict]]:
+        """Documents that are rows, each with its row, in their order."""
+        return ((document, self._row(document.file, b"".join(chunks))) for document, chunks in self._contents(documents))
 
     def _contents(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Iterator[bytes]]]:
         """Each document with its bytes, which are to be read before the next one is asked for."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,56 +13,75 @@ import numpy as np
 from lmcli.errors import UserError
 from lmcli.storage import atomic_folder, cache_folder, user_errors
 from lmcli.text.batches import IGNORED, Batch, padded, real_tokens
-from lmcli.text.documents import Document, Layout
+from lmcli.text.documents import Document, Layout, line_number
+from lmcli.text.fields import pair_of
 from lmcli.text.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 2048
 
 
 class Texts:
-    """Token ids of many texts, one after another: `texts[i]` are those of text i."""
+    """Token ids of many texts in one array: `texts[i]` are those of text i."""
 
-    def __init__(self, ids: np.ndarray, ends: np.ndarray):
-        self.ids, self.ends = ids, ends
-        self.lengths = np.diff(ends, prepend=0)
+    def __init__(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
+        self.ids, self.starts, self.lengths = ids, starts, lengths
+
+    def __len__(self) -> int:
+        return len(self.starts)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return self.ids[self.ends[i] - self.lengths[i]:self.ends[i]]
+        return self.ids[self.starts[i]:self.starts[i] + self.lengths[i]]
+
+    def kept(self, chosen: np.ndarray) -> "Texts":
+        """Those of these numbers."""
+        return Texts(self.ids, self.starts[chosen], self.lengths[chosen])
 
 
 @dataclass
 class Examples:
-    """`sources` and either `targets` or `labels` (numbers into the names of the labels). `bytes` counts target text
-    (with labels: text), `tokens` all ids."""
+    """`sources` and either `targets` or `labels`: numbers into the names of the labels, (N,) int64, or (N, labels) float32
+    of 0 and 1 where a text may have several. `sizes` (N,) are the bytes of target text (with labels: of text)."""
 
     sources: Texts
     targets: Texts | None
     labels: np.ndarray | None
-    bytes: int
+    sizes: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.sources.ends)
+        return len(self.sources)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all target text, with labels of all text."""
+        return int(self.sizes.sum())
 
     @property
     def tokens(self) -> int:
         """Ids of both sides."""
-        return len(self.sources.ids) + (len(self.targets.ids) if self.targets else 0)
+        return int(self.sources.lengths.sum() + (self.targets.lengths.sum() if self.targets else 0))
+
+    def kept(self, chosen: np.ndarray) -> "Examples":
+        """The examples of these numbers."""
+        return Examples(self.sources.kept(chosen), self.targets and self.targets.kept(chosen),
+                        None if self.labels is None else self.labels[chosen], self.sizes[chosen])
 
 
 def label_names(documents: list[Document], layout: Layout) -> tuple[str, ...]:
     """The labels that rows have, sorted (whole numbers by value)."""
-    found = {layout.label_of(row) for row in layout.raw_rows(documents)}
+    found = {label for _, row in layout.raw_rows(documents) for label in layout.labels_of(row)}
     return tuple(sorted(found, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name)))
 
 
 def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer,
-          labels: tuple[str, ...] = ()) -> Examples:
-    """The examples of these rows, from the cache when they are there; with `labels` each is a text and its label's number.
+          labels: tuple[str, ...] = (), joined: bool = False) -> Examples:
+    """The examples of these rows, one for each in their order, from the cache when they are there; with `labels` each is a
+    text and its label's number. Sides that are `joined` are encoded as one text: a token that spans both is the target's.
 
     `hashes` is the SHA-256 of each file's content. Raises UserError for a label that is not among `labels`, and when the
     cache folder cannot be written.
     """
-    digest = hashlib.sha256(repr((2, tokenizer.hash, layout.fields, layout.label, layout.format, labels)).encode())
+    kind = (3, tokenizer.hash, layout.fields, layout.label, layout.several, layout.format, labels, joined)
+    digest = hashlib.sha256(repr(kind).encode())
     for document in documents:
         digest.update(f"{hashes[document.file]} {document.start} {document.end}\n".encode())
     folder = cache_folder() / "examples" / digest.hexdigest()[:32]
@@ -69,54 +89,68 @@ def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tok
         with user_errors(folder, "write the token cache"):
             folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as part:
-            _write(part, documents, layout, tokenizer, labels)
+            _write(part, documents, layout, tokenizer, labels, joined)
     facts = json.loads((folder / "facts.json").read_text())
-    sides = [Texts(np.load(folder / f"{side}.ids.npy", mmap_mode="r" if facts[side] else None),
-                   np.load(folder / f"{side}.ends.npy")) for side in ("source", "target")]
+    sides = [_texts(folder, side, facts[side]) for side in ("source", "target")]
     numbers = np.load(folder / "labels.npy") if labels else None
-    return Examples(sides[0], None if labels else sides[1], numbers, facts["bytes"])
+    return Examples(sides[0], None if labels else sides[1], numbers, np.load(folder / "sizes.npy"))
 
 
-def _write(folder: Path, documents: list[Document], layout: Layout, tokenizer: Tokenizer, labels: tuple[str, ...]) -> None:
+def _texts(folder: Path, side: str, size: int) -> Texts:
+    lengths = np.load(folder / f"{side}.lengths.npy")
+    return Texts(np.load(folder / f"{side}.ids.npy", mmap_mode="r" if size else None), np.cumsum(lengths) - lengths, lengths)
+
+
+def _write(folder: Path, documents: list[Document], layout: Layout, tokenizer: Tokenizer, labels: tuple[str, ...],
+           joined: bool) -> None:
     dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
     ids: dict[str, list[np.ndarray]] = {"source": [], "target": []}
-    lengths: dict[str, list[int]] = {"source": [], "target": []}
-    numbers, size = [], 0
+    numbers, sizes = [], []
     rows = layout.raw_rows(documents)
     while batch := list(islice(rows, ROWS_AT_ONCE)):
-        sources, targets = zip(*(_sides(row, layout, labels) for row in batch))
-        encoded = {"source": tokenizer.encode_batch(list(sources))}
         if labels:
-            numbers += [_number(layout.label_of(row), labels) for row in batch]
+            texts = [layout.text_of(row) for _, row in batch]
+            numbers += [_numbers(document, layout.labels_of(row), labels, layout.several) for document, row in batch]
+            encoded, sized = (tokenizer.encode_batch(texts), [[]] * len(texts)), texts
         else:
-            encoded["target"] = tokenizer.target.encode_batch(list(targets))
-        size += sum(len(text.encode("utf-8")) for text in (sources if labels else targets))
-        for side, found in encoded.items():
+            sides = [layout.sides_of(row) for _, row in batch]
+            encoded = _joined(sides, pair_of(layout.fields).between, tokenizer) if joined else (
+                tokenizer.encode_batch([source for source, _ in sides]),
+                tokenizer.target.encode_batch([target for _, target in sides]))
+            sized = [target for _, target in sides]
+        sizes += [len(text.encode("utf-8")) for text in sized]
+        for side, found in zip(ids, encoded):
             ids[side] += [np.asarray(text, dtype=dtype) for text in found]
-            lengths[side] += [len(text) for text in found]
-    for side in ids:
-        np.save(folder / f"{side}.ids.npy", np.concatenate([np.zeros(0, dtype=dtype), *ids[side]]))
-        np.save(folder / f"{side}.ends.npy", np.cumsum(np.asarray(lengths[side], dtype=np.int64)))
-    np.save(folder / "labels.npy", np.asarray(numbers, dtype=np.int64))
-    (folder / "facts.json").write_text(json.dumps({"bytes": size, **{side: sum(found) for side, found in lengths.items()}}))
+    for side, found in ids.items():
+        np.save(folder / f"{side}.ids.npy", np.concatenate([np.zeros(0, dtype=dtype), *found]))
+        np.save(folder / f"{side}.lengths.npy", np.asarray([len(text) for text in found], dtype=np.int64))
+    np.save(folder / "labels.npy", np.asarray(numbers, dtype=np.float32 if layout.several else np.int64))
+    np.save(folder / "sizes.npy", np.asarray(sizes, dtype=np.int64))
+    (folder / "facts.json").write_text(json.dumps({side: sum(map(len, found)) for side, found in ids.items()}))
 
 
-def _sides(row: dict, layout: Layout, labels: tuple[str, ...]) -> tuple[str, str]:
-    if labels:
-        return "".join(row[name] for name in layout.fields), ""
-    return row[layout.fields[0]], row[layout.fields[1]]
+def _joined(sides: list[tuple[str, str]], between: str, tokenizer: Tokenizer) -> tuple[list[list[int]], list[list[int]]]:
+    sources, targets = [], []
+    for (source, _), found in zip(sides, tokenizer.encode_with_ends([between.join(pair) for pair in sides])):
+        border = bisect_right(found.ends, len((source + between).encode("utf-8")))
+        sources.append(found.ids[:border])
+        targets.append(found.ids[border:])
+    return sources, targets
 
 
-def _number(label: str, labels: tuple[str, ...]) -> int:
-    if label not in labels:
-        raise UserError(f"label {label!r} is none of the model's labels", where="training data",
-                        hint=f"labels: {', '.join(labels[:20])}")
-    return labels.index(label)
+def _numbers(document: Document, found: tuple[str, ...], labels: tuple[str, ...], several: bool) -> int | list[int]:
+    for label in found:
+        if label not in labels:
+            raise UserError(f"label {label!r} is none of the labels that the model has or the training part shows",
+                            where=f"{document.file}, line {line_number(document.file, document.start)}",
+                            hint=f"labels: {', '.join(labels[:20])}; --set train.new_head=true takes those of the data")
+    return [int(label in found) for label in labels] if several else labels.index(found[0])
 
 
 @dataclass(frozen=True)
 class Template:
-    """What stands around a text, and which ids a decoder that reads an encoder begins and fills up with."""
+    """What stands around a text, and which ids a decoder that reads an encoder begins and fills up with. A decoder alone
+    reads source and target `joined`."""
 
     before: list[int]
     after: list[int]
@@ -124,6 +158,7 @@ class Template:
     padding: int
     start: int = 0
     end: int | None = None
+    joined: bool = False
 
     def source(self, ids: np.ndarray) -> np.ndarray:
         """A text inside its template, cut at the context."""
@@ -137,18 +172,27 @@ class Template:
         return np.concatenate([ids[:self.context - 1], [self.end]]).astype(np.int64)
 
     def lengths(self, examples: Examples) -> np.ndarray:
-        """Tokens of each example, both sides."""
-        around = len(self.before) + len(self.after)
-        found = np.minimum(examples.sources.lengths + around, self.context)
-        return found + (np.minimum(examples.targets.lengths + 1, self.context) if examples.targets else 0)
+        """Tokens of each example, both sides, as far as they are read."""
+        whole = self._whole(examples)
+        return np.minimum(whole[0], self.context) + (np.minimum(whole[1], self.context) if len(whole) > 1 else 0)
 
-    def cut(self, examples: Examples) -> int:
-        """How many examples do not fit."""
-        long = examples.sources.lengths > self.context - len(self.before) - len(self.after)
-        return int((long | (examples.targets.lengths >= self.context) if examples.targets else long).sum())
+    def lost(self, examples: Examples) -> np.ndarray:
+        """Tokens of each example that do not fit."""
+        return sum(np.maximum(side - self.context, 0) for side in self._whole(examples))
+
+    def _whole(self, examples: Examples) -> tuple[np.ndarray, ...]:
+        """Tokens that each side of each example would take."""
+        sources, closing = examples.sources.lengths + len(self.before), int(self.end is not None)
+        if self.joined:
+            return (sources + examples.targets.lengths + closing - 1,)  # the last token is predicted and not read
+        sources = sources + len(self.after)
+        return (sources, examples.targets.lengths + closing) if examples.targets else (sources,)
 
     def batch(self, examples: Examples, chosen: np.ndarray) -> Batch:
-        """The Batch of these examples. A decoder reads `start` and the target, and predicts the target and its end."""
+        """The Batch of these examples. A decoder that reads an encoder reads `start` and the target, and predicts the target
+        and its end."""
+        if self.joined:
+            return self._continued(examples, chosen)
         sources = [self.source(examples.sources[i]) for i in chosen]
         read = Batch(padded(sources, self.padding), np.zeros(0, dtype=np.int64), real_tokens(sources))
         if examples.targets is None:
@@ -157,15 +201,30 @@ class Template:
         inputs = [np.concatenate([[self.start], target[:-1]]) for target in targets]
         return replace(read, targets=padded(targets, IGNORED), decoder_ids=padded(inputs, self.padding))
 
+    def _continued(self, examples: Examples, chosen: np.ndarray) -> Batch:
+        """Source and target in a row, of which only the target is to be predicted; too long a source loses its beginning."""
+        rows, wanted = [], []
+        for i in chosen:
+            target = self.target(examples.targets[i])
+            room = self.context + 1 - len(self.before) - len(target)
+            source = examples.sources[i][-room:] if room > 0 else []
+            row = np.concatenate([self.before, source, target]).astype(np.int64)[-self.context - 1:]
+            rows.append(row[:-1])
+            wanted.append(np.where(np.arange(len(row)) >= len(row) - len(target), row, IGNORED)[1:])
+        return Batch(padded(rows, self.padding), padded(wanted, IGNORED), real_tokens(rows))
+
 
 def unigram_entropy(targets: Iterator[np.ndarray]) -> float:
-    """Entropy, in nats, of the targets taken one by one: what a model knows that has only counted them."""
-    counts = np.zeros(0, dtype=np.int64)
+    """Entropy, in nats, of the targets taken one by one: what a model knows that has only counted them. Of several labels
+    (N, labels) the sum of each one's."""
+    counts, rows = np.zeros(0, dtype=np.int64), 0
     for found in targets:
-        new = np.bincount(found[found != IGNORED])
+        several = found.dtype == np.float32
+        rows += len(found) if several else 0
+        new = found.sum(0).astype(np.int64) if several else np.bincount(found[found != IGNORED])
         wide, narrow = (new, counts) if len(new) > len(counts) else (counts, new)
         wide = wide.copy()
         wide[:len(narrow)] += narrow
         counts = wide
-    share = counts[counts > 0] / max(1, counts.sum())
-    return float(-(share * np.log(share)).sum())
+    shares = np.stack([counts, rows - counts]) / rows if rows else counts[None] / max(1, counts.sum())
+    return float(-(shares * np.log(np.where(shares > 0, shares, 1))).sum())

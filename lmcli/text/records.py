@@ -12,11 +12,10 @@ from typing import BinaryIO, NamedTuple
 
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import user_errors
+from lmcli.text.fields import row_text
 
 CHUNK_BYTES = 1 << 18
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".tsv": "tsv", ".csv": "csv"}
-# the first of these sets that a row has gives its text; several fields are joined as they stand
-TEXT_FIELDS = (("text",), ("prompt", "completion"), ("source",), ("prompt",))
 
 
 @dataclass(slots=True)
@@ -125,23 +124,6 @@ def json_row(text: str) -> dict:
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
     return row
-
-
-def row_text(row: dict, wanted: tuple[str, ...]) -> str:
-    """The text of a row: the fields `wanted`, else the first set of TEXT_FIELDS it has. ValueError when it has none."""
-    names = wanted or next((names for names in TEXT_FIELDS if all(name in row for name in names)), None)
-    if names is None:
-        raise ValueError(f"no text field among {', '.join(map(repr, row)) or 'none'}: name one with --field")
-    return "".join(row_field(row, name) for name in names)
-
-
-def row_field(row: dict, name: str) -> str:
-    """One field of a row. ValueError when it is missing or no text."""
-    text = row.get(name)
-    if not isinstance(text, str):
-        raise ValueError(f"field {name!r} is missing or not a text; fields: {', '.join(map(repr, row))}")
-    text.encode("utf-8")  # a lone surrogate ("\ud800") is valid JSON and no text: UnicodeEncodeError is a ValueError
-    return text
 
 
 def shown(name: str) -> str:

@@ -1,55 +1,59 @@
 """From files to what a run trains and validates on: documents, held-out part, tokenizer, token ids."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from lmcli.config import TokenizerConfig
+from lmcli.config import TokenizerConfig, TrainConfig
 from lmcli.errors import UsageError, UserError
-from lmcli.text import corpus, documents, examples
+from lmcli.text import aligned, checks, corpus, documents, examples
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.batches import ExampleRows, MaskedRows, Masking, PackedRows
 from lmcli.text.corpus import Corpus, EncodedDocument
 from lmcli.text.documents import Document, Layout
 from lmcli.text.examples import Examples, Template
+from lmcli.text.fields import LABELLED, PAIRS, TEXT_FIELDS, known_pair, pair_of
 from lmcli.text.records import expand, shown
 from lmcli.text.tokenizer import Tokenizer
 from lmcli.training.objectives import OBJECTIVES, Objective
 
 FEWEST_TOKENS = 32
-# the fields of a row that make a pair, in the order in which they are looked for
-PAIRS = (("source", "target"), ("prompt", "completion"))
-LABELLED = ("text", "label")
+BY_EXAMPLES = ("completion", "seq2seq", "classification")  # objectives whose rows are examples, the others' are packed
 
 
 @dataclass
 class Source:
-    """Where a run's text comes from, as `recipe.yaml` stores it: absolute files, and how they hold documents."""
+    """Where a run's text comes from, as `recipe.yaml` stores it: absolute files, and how they hold documents. `on_long`,
+    truncate, skip or error, is what becomes of examples that are longer than the context."""
 
     files: list[str]
     validation_files: list[str]
     layout: Layout
     hashes: dict[str, str] = field(default_factory=dict)
+    on_long: str = "truncate"
 
     def facts(self) -> dict:
         """Plain values for `recipe.yaml`."""
         return {"files": self.files, "validation_files": self.validation_files, "documents": self.layout.documents,
                 "format": self.layout.format, "fields": list(self.layout.fields), "label": self.layout.label,
-                "on_error": self.layout.on_error, "sha256": self.hashes}
+                "several": self.layout.several, "paired": self.layout.paired, "on_error": self.layout.on_error,
+                "on_long": self.on_long, "sha256": self.hashes}
 
 
 def source_from_facts(facts: dict) -> Source:
     """The Source that `facts` came from."""
-    layout = Layout(facts["documents"], facts["format"], tuple(facts["fields"]), facts["on_error"], facts.get("label", ""))
-    return Source(list(facts["files"]), list(facts["validation_files"]), layout, dict(facts["sha256"]))
+    layout = Layout(facts["documents"], facts["format"], tuple(facts["fields"]), facts["on_error"], facts.get("label", ""),
+                    facts.get("several", False), facts.get("paired", False))
+    return Source(list(facts["files"]), list(facts["validation_files"]), layout, dict(facts["sha256"]),
+                  facts.get("on_long", "truncate"))
 
 
 @dataclass
 class TrainingData:
     """What to train on (token ids, or examples), documents to validate on (`measured`: those that are), the tokenizer
-    of both, and for classification the labels."""
+    of both, and for classification the labels, of which a text may have `several`."""
 
     tokenizer: Tokenizer
     corpus: Corpus | Examples
@@ -57,46 +61,60 @@ class TrainingData:
     validation: list[EncodedDocument] | Examples
     context: int
     labels: tuple[str, ...] = ()
+    several: bool = False
+    objective: str = "causal"
 
 
 def find(arguments: tuple[str, ...], val: tuple[str, ...], layout: Layout, include: str | None,
-         note: Callable[[str], None]) -> Source:
-    """The Source of DATA… and --val arguments; standard input is pinned in the cache. `note` gets what was left out."""
+         note: Callable[[str], None], on_long: str = "truncate",
+         targets: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())) -> Source:
+    """The Source of DATA… and --val arguments; standard input is pinned in the cache. `note` gets what was left out.
+
+    `targets` are files whose lines are the targets of the lines of DATA…, and those of --val: both are pinned as rows.
+    """
     files, skipped = expand(arguments, include)
     if skipped:
         note(f"{skipped} files that are not UTF-8 text left out")
     held_out = expand(val)[0] if val else []
+    if any(targets):
+        files, held_out = (aligned.pin(*both, layout) for both in zip((files, held_out), targets))
     pinned = [documents.pin_stdin() if file == "-" else str(Path(file).absolute()) for file in files]
-    return Source(pinned, [str(Path(file).absolute()) for file in held_out], layout)
+    return Source(pinned, [str(Path(file).absolute()) for file in held_out], layout, on_long=on_long)
 
 
-def settle(source: Source, asked: str, shape: str, note: Callable[[str], None]) -> Objective:
+def settle(source: Source, asked: str, shape: str, note: Callable[[str], None], several: bool = False) -> Objective:
     """The objective that was asked for or, for "auto", follows from the model's shape and the first row's fields; the
-    fields it reads are written into `source.layout`.
+    fields it reads are written into `source.layout`. A row has `several` labels where told so, or the first has a list.
 
     Raises UsageError for an objective that the shape cannot have, UserError when the data has not the fields.
     """
     layout = source.layout
-    row = layout.first_row(source.files)
-    keys = list(row or ())
+    row = layout.first_row(source.files) or {}
+    labelled = set(LABELLED) <= row.keys() or (layout.label and layout.label in row)
+    pair = pair_of(layout.fields) or (None if layout.fields or TEXT_FIELDS[0][0] in row else known_pair(row))
     if asked == "auto":
-        labelled = set(LABELLED) <= set(keys) or (layout.label and layout.label in keys)
-        asked = {"decoder": "causal", "encoder-decoder": "seq2seq"}.get(shape, "classification" if labelled else "masked")
+        continued = pair is not None and not layout.fields and pair.fields != PAIRS[0].fields
+        asked = {"decoder": "completion" if continued else "causal", "encoder-decoder": "seq2seq"}.get(
+            shape, "classification" if labelled else "masked")
     objective = OBJECTIVES[asked]
     if objective.shape != shape:
         raise UsageError(f"objective {asked} needs the shape {objective.shape}, not {shape}", where="train",
                          hint="choose a preset of that shape: encoder-small, seq2seq-small, or small for a decoder")
-    if asked == "seq2seq":
-        layout.fields = layout.fields or next((pair for pair in PAIRS if set(pair) <= set(keys)), ())
-        if len(layout.fields) != 2:
-            raise UserError("an encoder–decoder learns from rows with two texts" + (f"; fields: {', '.join(keys)}" if keys
+    if asked in ("seq2seq", "completion"):
+        if pair is None:
+            raise UserError(f"objective {asked} learns from rows with two texts" + (f"; fields: {', '.join(row)}" if row
                             else ", and there are none"), where=shown(source.files[0]),
-                            hint="JSON Lines or TSV with source and target, or name the two: --field a --field b")
+                            hint="JSON Lines or TSV with source and target, or name the two: --fields a,b")
+        layout.fields, layout.paired = pair.fields, True
+        told = "of both in one text, the loss is on what follows alone" if asked == "completion" else "from one to the other"
+        note(f"rows are pairs, {' + '.join(pair.fields)}: {told}")
     elif asked == "classification":
         *fields, label = layout.fields or LABELLED
         layout.fields, layout.label = tuple(fields) or ("text",), label
-    elif set(PAIRS[0]) <= set(keys) and not layout.fields:
-        note("the rows have source and target, a decoder reads source alone; --preset seq2seq-small learns from both")
+        layout.several = several or isinstance(row.get(label), list)
+    elif set(PAIRS[0].fields) <= row.keys() and not layout.fields:
+        note("the rows have source and target, a decoder reads source alone; --preset translate learns from both, and so "
+             "does --set train.objective=completion")
     return objective
 
 
@@ -124,6 +142,8 @@ def split(source: Source, validation_bytes: int, note: Callable[[str], None]) ->
     _check_unchanged(source, hashes)
     if layout.skipped:
         note(f"{layout.skipped} bad records left out")
+    if layout.empty:
+        note(f"{layout.empty:,} rows with an empty {'side' if layout.paired else 'text'} left out")
     parts = Parts(training, held_out, documents.limit(held_out, layout, validation_bytes))
     _note_sizes(note, parts)
     return parts
@@ -142,12 +162,8 @@ def prepare(source: Source, parts: Parts, config: TokenizerConfig, context: int,
         tokenizer = tokenizers.learn(texts, config, objective.shape)
         if tokenizer.size < config.vocab_size:
             note(f"the text has room for a vocabulary of {tokenizer.size:,}, not {config.vocab_size:,}")
-    if objective.name in ("seq2seq", "classification"):
-        if objective.name == "classification":
-            labels = labels or examples.label_names(training, layout)
-            note(f"{len(labels)} labels: {', '.join(labels[:10])}{', …' if len(labels) > 10 else ''}")
-        sides = [examples.build(part, hashes, layout, tokenizer, labels) for part in (training, measured)]
-        return TrainingData(tokenizer, sides[0], measured, sides[1], context, labels)
+    if objective.name in BY_EXAMPLES:
+        return _examples(source, parts, tokenizer, context, objective, labels, note)
     closing = tokenizer.special("eos_token" if objective.name == "causal" else "sep_token")
     ids = corpus.build(training, hashes, layout, tokenizer, closing)
     if ids.tokens < FEWEST_TOKENS:
@@ -157,7 +173,47 @@ def prepare(source: Source, parts: Parts, config: TokenizerConfig, context: int,
         note(f"context shrinks from {context} to {ids.tokens} tokens, all there are to train on")
         context = ids.tokens
     validation = list(corpus.encode_documents(measured, layout, tokenizer))
-    return TrainingData(tokenizer, ids, measured, validation, context)
+    return TrainingData(tokenizer, ids, measured, validation, context, objective=objective.name)
+
+
+def _examples(source: Source, parts: Parts, tokenizer: Tokenizer, context: int, objective: Objective,
+              labels: tuple[str, ...], note: Callable[[str], None]) -> TrainingData:
+    layout = source.layout
+    if objective.name == "classification":
+        labels = labels or examples.label_names(parts.training, layout)
+        if len(labels) < 2 and not layout.several:
+            raise UserError(f"all rows have the same label {labels[0]!r}", where=shown(source.files[0]),
+                            hint=f"is {layout.label!r} the field with the labels? --fields TEXT,LABEL names others")
+    sides = [examples.build(part, source.hashes, layout, tokenizer, labels, objective.name == "completion")
+             for part in (parts.training, parts.measured)]
+    prepared = TrainingData(tokenizer, sides[0], parts.measured, sides[1], context, labels, layout.several, objective.name)
+    for text in checks.findings(*sides, labels):
+        note(text)
+    return _without_long(prepared, source.on_long, parts, note)
+
+
+def _without_long(prepared: TrainingData, on_long: str, parts: Parts, note: Callable[[str], None]) -> TrainingData:
+    """What is left of examples that are longer than the context; UserError with "error", naming the first."""
+    around, found = template(prepared, None), []
+    for documents_, part in zip((parts.training, parts.measured), (prepared.corpus, prepared.validation)):
+        lost = around.lost(part)
+        long = np.flatnonzero(lost)
+        if len(long) and on_long == "error":
+            first = documents_[long[0]]
+            raise UserError(f"longer than the context of {prepared.context} tokens, and so are {len(long) - 1:,} others",
+                            where=f"{first.file}, line {documents.line_number(first.file, first.start)}",
+                            hint="--on-long truncate or skip, or a larger --set train.context")
+        if len(long) and on_long == "truncate" and part is prepared.corpus:
+            share = lost.sum() / (lost.sum() + around.lengths(part).sum())
+            note(f"{len(long):,} of {len(part):,} examples are longer than the context of {prepared.context} tokens: "
+                 f"{int(lost.sum()):,} tokens ({share:.1%}) are cut off; --on-long skip or error, or a larger train.context")
+        if len(long) and on_long == "skip":
+            note(f"{len(long):,} of {len(part):,} {'training' if part is prepared.corpus else 'validation'} examples are "
+                 f"longer than the context of {prepared.context} tokens: left out")
+            if len(long) == len(part):
+                raise UserError("no example is left", where="--on-long skip", hint="a larger --set train.context")
+        found.append(part.kept(np.flatnonzero(lost == 0)) if on_long == "skip" else part)
+    return replace(prepared, corpus=found[0], validation=found[1])
 
 
 def template(prepared: TrainingData, start: int | None) -> Template:
@@ -165,28 +221,25 @@ def template(prepared: TrainingData, start: int | None) -> Template:
     tokenizer = prepared.tokenizer
     padding = tokenizer.special("pad_token")
     return Template(tokenizer.prefix, tokenizer.suffix, prepared.context, 0 if padding is None else padding,
-                    0 if start is None else start, tokenizer.special("eos_token"))
+                    0 if start is None else start, None if prepared.labels else tokenizer.special("eos_token"),
+                    prepared.objective == "completion")
 
 
-def too_long(prepared: TrainingData) -> int:
-    """How many training examples do not fit into the context."""
-    return template(prepared, None).cut(prepared.corpus) if isinstance(prepared.corpus, Examples) else 0
-
-
-def training_rows(prepared: TrainingData, objective: Objective, start: int | None, mask_share: float,
-                  seed: int) -> PackedRows | MaskedRows | ExampleRows:
+def training_rows(prepared: TrainingData, objective: Objective, start: int | None,
+                  train: TrainConfig) -> PackedRows | MaskedRows | ExampleRows:
     """The rows of a run, in an order that follows from the seed."""
-    tokenizer = prepared.tokenizer
+    tokenizer, seed = prepared.tokenizer, train.seed
     if objective.name == "causal":
         beginning = tokenizer.prefix[0] if len(tokenizer.prefix) == 1 else None
-        return PackedRows(prepared.corpus.ids, prepared.context, beginning, seed)
+        closing = tokenizer.special("eos_token") if train.document_masks else None
+        return PackedRows(prepared.corpus.ids, prepared.context, beginning, seed, closing)
     if objective.name == "masked":
         mask = tokenizer.special("mask_token")
         if mask is None:
             raise UserError("the tokenizer has no mask token",
                             hint="an encoder's tokenizer names one; leave --tokenizer out to learn such a one")
         special = {tokenizer.special(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
-        masking = Masking(mask, tokenizer.size, tuple(special - {None}), mask_share)
+        masking = Masking(mask, tokenizer.size, tuple(special - {None}), train.mask_share)
         return MaskedRows(prepared.corpus.ids, prepared.context, (tokenizer.prefix, tokenizer.suffix), masking, seed)
     return example_rows(prepared.corpus, template(prepared, start), seed)
 

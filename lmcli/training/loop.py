@@ -139,7 +139,7 @@ class Run:
         share = first = self._share()
         if counters.step and share < 1.0:  # resumed: the step before the stop may have left something due
             yield from self._between(share)
-        while share < 1.0 and not self.stop:
+        while share < 1.0 and not self.stop and not self._patience_is_over():
             step = yield from self._step(share)
             share = self._share()
             counters.seconds = step.elapsed = self.elapsed()
@@ -150,6 +150,10 @@ class Run:
                 break
             yield from self._between(share)
             counters.looked = share = max(share, self._share())
+        if self._patience_is_over() and counters.looked < 1.0:
+            yield Note(counters.step, f"{counters.stale} evaluations in a row were no better than step "
+                       f"{counters.best_step:,}: ended at {share:.0%} of the budget (train.patience)")
+            counters.looked = share = 1.0
         ended = share >= 1.0 and not self.stop
         if (ended and counters.looked < 1.0) or not counters.best_step:  # no run is left with the weights it began with
             counters.looked = share
@@ -176,6 +180,9 @@ class Run:
             counters.seconds = self.elapsed()
             self._require_finite()
             yield Due("save", counters.step)
+
+    def _patience_is_over(self) -> bool:
+        return 0 < self.config.patience <= self.counters.stale
 
     def _share(self) -> float:
         c = self.counters
@@ -210,6 +217,7 @@ class Run:
         self.model.train()
         self._evaluation_seconds = time.monotonic() - started
         best = figures.criterion < counters.best and self._finite()
+        counters.stale = 0 if best else counters.stale + 1
         if best:
             counters.best, counters.best_step = figures.criterion, counters.step
         return Validation(counters.step, figures, best, final)

@@ -24,7 +24,15 @@ class Predictions(NamedTuple):
 def causal(model: Transformer, batch: Batch) -> Predictions:
     """Every next token of packed rows."""
     ids, targets, _ = _tensors(model, batch)
-    return Predictions(model.hidden(ids).flatten(0, 1), model.head, targets.flatten())
+    firsts = None if batch.firsts is None else torch.from_numpy(batch.firsts).to(ids.device)
+    return Predictions(model.hidden(ids, firsts=firsts).flatten(0, 1), model.head, targets.flatten())
+
+
+def completion(model: Transformer, batch: Batch) -> Predictions:
+    """Every token of what follows a given text, and its end."""
+    ids, targets, _ = _tensors(model, batch)
+    chosen = targets != IGNORED
+    return Predictions(model.hidden(ids)[chosen], model.head, targets[chosen])  # padding stands behind, where nothing looks
 
 
 def masked(model: Transformer, batch: Batch) -> Predictions:
@@ -44,9 +52,9 @@ def seq2seq(model: Transformer, batch: Batch) -> Predictions:
 
 
 def classification(model: Transformer, batch: Batch) -> Predictions:
-    """The label of each text."""
+    """The label of each text, or its labels: targets are then (N, labels), 0 or 1."""
     ids, targets, real = _tensors(model, batch)
-    return Predictions(model.hidden(ids, real), model.head, targets)
+    return Predictions(model.pooled(model.hidden(ids, real), real), model.head, targets)
 
 
 def _tensors(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -68,6 +76,7 @@ class Objective:
 
 OBJECTIVES = {objective.name: objective for objective in (
     Objective("causal", causal, "decoder", "lm", "token"),
+    Objective("completion", completion, "decoder", "lm", "token"),
     Objective("masked", masked, "encoder", "lm", "masked token"),
     Objective("seq2seq", seq2seq, "encoder-decoder", "lm", "target token"),
     Objective("classification", classification, "encoder", "sequence", "text"))}

@@ -21,8 +21,8 @@ class Counters:
     """Where a run stands. `rows` is the position in the data; `seconds` is time spent, all sittings together,
     `preparation` the part of it before the first steps. `best` is the best validation figure so far (what its criterion is),
     reached at `best_step`. `looked` is the share of the budget at which it was last looked whether an evaluation is due.
-    `first_loss` is the loss before the first update. Where memory ran out, `micro_batch_tokens` (else 0) and `recompute`
-    are what fitted.
+    `stale` counts the evaluations since the best one. `first_loss` is the loss before the first update. Where memory ran
+    out, `micro_batch_tokens` (else 0) and `recompute` are what fitted.
     """
 
     step: int = 0
@@ -33,6 +33,7 @@ class Counters:
     best: float = float("inf")
     best_step: int = 0
     looked: float = 0.0
+    stale: int = 0
     first_loss: float = 0.0
     micro_batch_tokens: int = 0
     recompute: bool = False

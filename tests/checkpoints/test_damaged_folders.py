@@ -195,8 +195,8 @@ def test_labels_that_are_none(values, message):
     ("t5", {"vocab_size": 9, "d_model": 8, "num_heads": 2}, "has no num_decoder_layers"),
     ("t5", {"d_model": 8, "num_heads": 2, "vocab_size": 9, "num_layers": 2, "feed_forward_proj": "gated-mish"},
      "feed_forward_proj 'gated-mish' is not supported for t5"),
-    ("modernbert", {"architectures": ["ModernBertForSequenceClassification"], "classifier_pooling": "mean"},
-     "classifier_pooling 'mean' is not supported for modernbert"),
+    ("modernbert", {"architectures": ["ModernBertForSequenceClassification"], "classifier_pooling": "max"},
+     "classifier_pooling 'max' is not supported for modernbert"),
     *(("modernbert", {**SMALL, **values}, message)
       for values, message in [
           ({"global_attn_every_n_layers": 0}, "global_attn_every_n_layers: 0 is not a whole number from 1"),

@@ -56,7 +56,7 @@ def test_the_objective_and_its_figures_are_told_and_kept(run):
     assert f"{recipe['result']['val_loss']:.4f} nats/" in told
     assert f"{recipe['result']['val_loss']:.4f}" in (folder / "README.md").read_text()
     samples = [line for line in told.splitlines() if line.startswith("sample ")]
-    assert bool(samples) == (OBJECTIVES[case] == "seq2seq") and all(" → " in sample for sample in samples)
+    assert bool(samples) == (OBJECTIVES[case] == "seq2seq") and all(" →" in sample for sample in samples)
 
 
 def test_examples_longer_than_the_context_are_told(rows, inside, tmp_path):
@@ -121,7 +121,7 @@ def test_a_masked_model_learns_labels_with_a_new_head(rows, inside, tmp_path):
 
 
 @pytest.mark.parametrize("preset, file, sets, code, told", [
-    ("seq2seq-small", "plain.txt", (), 1, "an encoder–decoder learns from rows with two texts, and there are none"),
+    ("seq2seq-small", "plain.txt", (), 1, "objective seq2seq learns from rows with two texts, and there are none"),
     ("seq2seq-small", "labels.tsv", (), 1, "rows with two texts; fields: text, label"),
     ("encoder-small", "pairs.jsonl", ("--set", "train.objective=classification"), 1, "field 'text' is missing"),
     ("small", "pairs.jsonl", ("--set", "train.objective=seq2seq"), 2, "objective seq2seq needs the shape encoder-decoder"),

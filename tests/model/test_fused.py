@@ -80,12 +80,20 @@ def plain_split(shape: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
     return split_heads
 
 
-def plain_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def plain_causal(query: Tensor, key: Tensor, value: Tensor, firsts: Tensor | None = None) -> Tensor:
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
-    return attention(query, key, value, torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril())
+    mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
+    if firsts is not None:
+        mask = mask & (torch.arange(len(mask)) >= firsts[:, :, None])[:, None]
+    return attention(query, key, value, mask)
 
 
-def block(shape: tuple[int, ...], dropout: float = 0.0) -> Callable[..., Tensor]:
+def first_seen(rows: int, read: int) -> Tensor:
+    """(B, T): two documents in each row, the second beginning elsewhere in each."""
+    return torch.stack([torch.where(torch.arange(read) < begin, 0, begin) for begin in (torch.arange(rows) * 5 + 2) % read])
+
+
+def block(shape: tuple[int, ...], dropout: float = 0.0, apart: bool = False) -> Callable[..., Tensor]:
     """`fused.block` of x, the MLP's five weights and attention's four, and perhaps the two of the heads' norms."""
     rows, read, heads, keys, width = shape
 
@@ -93,15 +101,18 @@ def block(shape: tuple[int, ...], dropout: float = 0.0) -> Callable[..., Tensor]
              gate: Tensor, up: Tensor, down: Tensor, *head_norms: Tensor) -> Tensor:
         sizes = fused.Shape(rows, read, heads, keys, width, width ** -0.5, 1e-6, 1e-6, dropout)
         return fused.block(x, sizes, *angles(read, width, torch.float32),
-                           (norm1, norm2, *(head_norms or (None, None)), query, key, value, output, gate, up, down))
+                           (norm1, norm2, *(head_norms or (None, None)), query, key, value, output, gate, up, down),
+                           first_seen(rows, read) if apart else None)
     return made
 
 
-def plain_block(shape: tuple[int, ...]) -> Callable[..., Tensor]:
+def plain_block(shape: tuple[int, ...], apart: bool = False) -> Callable[..., Tensor]:
+    firsts = first_seen(*shape[:2]) if apart else None
+
     def made(x: Tensor, norm1: Tensor, norm2: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
              gate: Tensor, up: Tensor, down: Tensor, *head_norms: Tensor) -> Tensor:
         products = F.linear(plain_rms_norm(x, norm1), torch.cat([query, key, value]).to(x.dtype))
-        mixed = plain_causal(*plain_split(shape)(products, *head_norms)).transpose(1, 2).reshape(len(x), -1)
+        mixed = plain_causal(*plain_split(shape)(products, *head_norms), firsts).transpose(1, 2).reshape(len(x), -1)
         x = x + F.linear(mixed, output.to(x.dtype))
         inner = plain_swiglu(F.linear(plain_rms_norm(x, norm2), torch.cat([gate, up]).to(x.dtype)))
         return x + F.linear(inner, down.to(x.dtype))
@@ -147,11 +158,12 @@ class Case:
 
 
 def block_case(rows: int, read: int, heads: int, keys: int, width: int, normed: bool, hidden: int = 9,
-               inner: int = 7) -> Case:
+               inner: int = 7, apart: bool = False) -> Case:
     shape, queries = (rows, read, heads, keys, width), heads * width
     weights = ((hidden,), (hidden,), (queries, hidden), (keys * width, hidden), (keys * width, hidden), (hidden, queries),
                (inner, hidden), (inner, hidden), (hidden, inner))
-    return Case(f"block {shape}, {hidden}, {inner}{', normed' * normed}", block(shape), plain_block(shape),
+    name = f"block {shape}, {hidden}, {inner}{', normed' * normed}{', documents apart' * apart}"
+    return Case(name, block(shape, apart=apart), plain_block(shape, apart),
                 ((rows * read, hidden),), weights + ((width,), (width,)) * normed)
 
 
@@ -163,6 +175,7 @@ CASES = [
     *(block_case(1, read, 2, 2, width, read % 2 == 0) for read, width in ((1, 8), (128, 34), (129, 32), (300, 6))),
     block_case(1, 2, 1, 1, kernels.WIDEST_HEAD, True), block_case(3, 11, 2, 1, 6, True, hidden=64, inner=96),
     block_case(1, 1100, 1, 1, 4, False),  # longer than the buffer
+    *(block_case(rows, read, 4, 2, 6, True, apart=True) for rows, read in ((3, 7), (2, 130), (1, 1100))),
     *(Case(f"cross_entropy {rows} x {words}, smoothing {smoothing}", loss(smoothing), plain_loss(smoothing),
            ((rows, 9),), ((words, 9),)) for rows, words in ((1, 1), (35, 37), (1030, 50)) for smoothing in (0.0, 0.1)),
 ]
@@ -406,7 +419,7 @@ def kernel_results() -> list[Tensor]:
         scores, gradient, logits = (torch.randn(shape, generator=generator).to(dtype)
                                     for shape in ((3, 50, 80), (3, 50, 80), (70, 133)))
         losses = torch.empty(70)
-        kernels.run("causal_softmax", dtype, scores, *scores.shape, 30, 0.3)
+        kernels.run("causal_softmax", dtype, scores, None, *scores.shape, 30, 3, 80, 0.3)
         kernels.run("causal_softmax_backward", dtype, scores, gradient, *scores.shape, 30, 0.3)
         kernels.run("cross_entropy", dtype, logits, wanted_words(70, 133), losses, *logits.shape, 0.1)
         made += [scores, gradient, logits, losses]

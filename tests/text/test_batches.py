@@ -156,3 +156,17 @@ def test_padding_by_hand():
     assert padded(rows, 9).tolist() == [[1, 2, 3], [4, 9, 9]]
     assert real_tokens(rows).tolist() == [[True, True, True], [True, False, False]]
     assert real_tokens(rows[:1] * 2) is None
+
+
+@pytest.mark.parametrize("beginning", [9, None, 8], ids=["one token", "no beginning", "two tokens"])
+def test_documents_of_a_row_are_kept_apart(beginning):
+    ids = np.array([1, 2, 9, 3, 4, 5, 9, 6, 9, 9])  # 9 closes a document
+    rows = PackedRows(ids, 8, beginning, 0, closing=9)
+    (batch,) = rows.step(0, 16, 16)
+    for read, firsts in zip(batch.ids.tolist(), batch.firsts.tolist()):
+        for i, token in enumerate(read):
+            # the closing token begins the next document where it is the beginning token, else it ends its own
+            ends = read[:i + 1] if beginning == 9 else [0, *read[:i]]
+            last = max((j for j, before in enumerate(ends) if before == 9), default=0)
+            assert firsts[i] == last, (read, i, token)
+    assert PackedRows(ids, 8, beginning, 0).step(0, 16, 16)[0].firsts is None

@@ -402,7 +402,9 @@ def test_rows_of_a_tsv_are_documents_behind_its_header(tmp_path):
     layout = Layout()
     found, _ = layout.survey([str(path)])
     assert [layout.text(document) for document in found] == ["a b", "c"]
-    assert list(layout.raw_rows(found)) == [{"id": "1", "text": "a b", "label": "x"}, {"id": "2", "text": "c", "label": "y"}]
+    assert list(layout.raw_rows(found)) == list(zip(found, [{"id": "1", "text": "a b", "label": "x"},
+                                                            {"id": "2", "text": "c", "label": "y"}]))
+    assert layout.empty == 1
     assert layout.first_row([str(path)])["label"] == "x"
     assert len(Layout(format="text").survey([str(path)])[0]) == 1
 

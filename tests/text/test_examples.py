@@ -67,7 +67,8 @@ def test_what_is_too_long_is_cut_and_counted(tmp_path, tokenizer):
     around = Template([2], [1], context=3, padding=0, start=0, end=1)
     batch = around.batch(made, np.arange(4))
     assert batch.ids.shape == (4, 3) and batch.ids[0].tolist() == [2, made.sources[0][0], 1]
-    assert around.cut(made) == sum(len(made.sources[i]) > 1 or len(made.targets[i]) > 2 for i in range(4)) > 0
+    wanted = [max(0, len(made.sources[i]) - 1) + max(0, len(made.targets[i]) - 2) for i in range(4)]
+    assert around.lost(made).tolist() == wanted and sum(wanted) > 0
     assert (around.lengths(made) <= 6).all()
 
 
@@ -80,8 +81,53 @@ def test_labels_are_numbered_in_their_order(tmp_path, tokenizer):
     assert made.labels.tolist() == [1, 0, 1] and made.targets is None and made.bytes == 3
     batch = Template([2], [3], 8, 0).batch(made, np.array([0, 1]))
     assert batch.targets.tolist() == [1, 0] and batch.ids[:, 0].tolist() == [2, 2]
-    with pytest.raises(UserError, match="label '10' is none of the model's labels"):
+    with pytest.raises(UserError, match="label '10' is none of the labels that the model has") as caught:
         examples.build(found, hashes, layout, tokenizer, ("9", "11"))
+    assert caught.value.where == f"{tmp_path / 'l.jsonl'}, line 1"
+
+
+def test_a_text_may_have_several_labels(tmp_path, tokenizer):
+    rows = [{"text": "a", "label": ["x", "z"]}, {"text": "b", "label": []}, {"text": "c", "label": "y, x"}]
+    found, hashes, layout = read(tmp_path / "l.jsonl", rows, tokenizer, fields=("text",), label="label", several=True)
+    names = examples.label_names(found, layout)
+    made = examples.build(found, hashes, layout, tokenizer, names)
+    assert names == ("x", "y", "z") and made.labels.tolist() == [[1, 0, 1], [0, 0, 0], [1, 1, 0]]
+    batch = Template([], [], 8, 0).batch(made, np.array([2, 0]))
+    assert batch.targets.tolist() == [[1, 1, 0], [1, 0, 1]] and batch.count == 2
+
+
+def joined(path, tokenizer, sides):
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in sides]
+    found, hashes, layout = read(path, rows, tokenizer, fields=("prompt", "completion"), paired=True)
+    return examples.build(found, hashes, layout, tokenizer, joined=True)
+
+
+def test_what_follows_is_encoded_with_what_stands_before_it(tmp_path, tokenizer):
+    sides = [("a b", " c x"), ("a ", "b c"), ("a b c x y a b c", " y")]
+    made = joined(tmp_path / "p.jsonl", tokenizer, sides)
+    for i, (prompt, completion) in enumerate(sides):
+        whole = tokenizer.encode(prompt + completion)
+        assert [*made.sources[i], *made.targets[i]] == whole
+        before = tokenizer.decode(made.sources[i].tolist())
+        assert prompt.startswith(before) and made.sizes[i] == len(completion)
+    assert tokenizer.decode(made.targets[1].tolist()) == " b c"  # " b" spans the border, and is to be predicted
+
+
+@pytest.mark.parametrize("context", [4, 6, 30])
+def test_of_a_continued_text_only_the_continuation_is_predicted(context, tmp_path, tokenizer):
+    made = joined(tmp_path / "p.jsonl", tokenizer, [("a b c x y a b c", " y"), ("a", " b c x y a b c x"), ("a b", " c")])
+    around = Template([0], [], context, padding=9, end=1, joined=True)
+    batch = around.batch(made, np.arange(3))
+    assert batch.ids.shape == (3, min(context, around.lengths(made).max()))
+    for i, (ids, targets) in enumerate(zip(batch.ids.tolist(), batch.targets.tolist())):
+        target = [*made.targets[i].tolist()[:context - 1], 1]
+        source = [0, *made.sources[i].tolist()]
+        assert [wanted for wanted in targets if wanted != IGNORED] == target
+        row = (source + target)[-context - 1:] if len(source + target) > context + 1 else source + target
+        if len(source) + len(target) <= context + 1:
+            assert ids[:len(row) - 1] == row[:-1]
+        assert ids[0] == 0 or len(target) == context  # the beginning stays while there is room for it
+    assert (around.lost(made) > 0).tolist() == [len(made.sources[i]) + len(made.targets[i]) + 1 > context for i in range(3)]
 
 
 def test_entropy_of_counting_by_hand():

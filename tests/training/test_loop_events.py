@@ -82,6 +82,17 @@ def test_best_is_the_lowest_so_far(run):
     assert (made.counters.best, made.counters.best_step) == (1.9, 5)
 
 
+def test_patience_ends_a_run_that_gets_no_better_and_keeps_the_best(run):
+    made = run(bits=(3.0, 2.0, 2.5, 2.0), steps=50, eval_every=1, patience=2)
+    events = list(made.events())
+    assert kinds(events[-4:-2]) == ["step 4", "validation 4"] and kinds(events[-1:]) == ["save 4"]
+    assert "2 evaluations in a row were no better than step 2: ended at 8% of the budget" in events[-2].text
+    assert made.counters.best_step == 2 and made.counters.looked == 1.0
+    again = run(steps=50, patience=2)
+    again.counters = made.counters
+    assert kinds(again.events()) == ["save 4"]  # resumed, it has ended
+
+
 def test_steps_count_tokens_rows_epochs_and_share(run):
     *_, last = steps_of(run(steps=5))
     assert (last.tokens, last.share) == (5 * 32, 1.0)

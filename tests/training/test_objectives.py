@@ -1,6 +1,7 @@
 """The objectives of all shapes against the losses that transformers' models return, and their figures by hand."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -78,6 +79,49 @@ def test_labels_are_the_loss_of_transformers(both):
     wanted = theirs(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(real).long(),
                     labels=torch.from_numpy(batch.targets)).loss
     assert objectives.loss(OBJECTIVES["classification"], ours, batch).item() / 3 == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_mean_of_a_texts_tokens_tells_what_it_tells_in_transformers(both):
+    ours, theirs = both("classify", head="sequence", labels=("a", "b", "c"), head_bias=False)
+    real = torch.from_numpy(np.arange(9) < np.array([[9], [4], [6]]))
+    read = torch.where(real, torch.from_numpy(ids(3, 9)), 0)
+    torch.testing.assert_close(ours(read, real), theirs(input_ids=read, attention_mask=real.long()).logits)
+    torch.testing.assert_close(ours(read), theirs(input_ids=read).logits)
+    assert theirs.config.classifier_pooling == "mean"
+
+
+@torch.no_grad()
+def test_several_labels_are_the_loss_of_transformers(both):
+    ours, theirs = both("encoder-small", head="sequence", labels=("a", "b", "c"), head_bias=False, multi_label=True)
+    batch = Batch(ids(4, 9), np.array([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]], dtype=np.float32))
+    wanted = theirs(input_ids=torch.from_numpy(batch.ids), labels=torch.from_numpy(batch.targets))
+    found = objectives.loss(OBJECTIVES["classification"], ours, batch).item()
+    assert found / 12 == pytest.approx(wanted.loss.item(), rel=1e-5)  # theirs is a mean over labels as well
+    figures = evaluate(OBJECTIVES["classification"], ours, [batch], Figures("text", by="accuracy"))
+    assert (figures.targets, figures.loss) == (4, pytest.approx(3 * wanted.loss.item(), rel=1e-5))
+    assert figures.correct == ((wanted.logits > 0) == (torch.from_numpy(batch.targets) > 0)).all(-1).sum().item()
+    assert figures.criterion == 1 - figures.correct / 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"query_key_norm": False, "num_key_value_heads": 1}, {
+    "positions": "learned", "norm": "layer", "hidden_act": "gelu_new", "gated_mlp": False, "attention_bias": "all",
+    "mlp_bias": True, "query_key_norm": False}], ids=["qwen3", "llama", "gpt2"])
+def test_documents_kept_apart_have_the_losses_of_each_alone(options, randomize):
+    """In one packed row as in rows of their own, by the kernels and by plain PyTorch."""
+    model = randomize(Transformer(ModelConfig(**{**SIZES, "num_attention_heads": 2, **options}).complete()))
+    row = ids(1, 22)
+    starts = [0, 5, 6, 13, 22]
+    firsts = np.concatenate([np.full(last - first, first) for first, last in pairwise(starts)])[None]
+    found = model.hidden(torch.from_numpy(row), firsts=torch.from_numpy(firsts))[0]
+    alone = torch.cat([model.hidden(torch.from_numpy(row[:, first:last]))[0] for first, last in pairwise(starts)])
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+    with torch.enable_grad():
+        trained = model.train().requires_grad_().hidden(torch.from_numpy(row), firsts=torch.from_numpy(firsts))[0]
+    torch.testing.assert_close(trained.detach(), alone, rtol=1e-4, atol=1e-4)
+    together = model.hidden(torch.from_numpy(row))[0]
+    assert (together - alone)[starts[1]:].abs().max() > 0.01
 
 
 def test_label_smoothing_is_that_of_torch():
