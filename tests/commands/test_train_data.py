@@ -43,7 +43,8 @@ def test_doubles_overlaps_and_the_labels_shares_are_told(train):
 
 def test_what_of_the_validation_part_was_trained_on_is_told(train, tmp_path):
     rows = labelled()
-    (tmp_path / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]) + '{"text": "x", "label": "odd"}\n')
+    held_out = [*rows[:3], {"text": "x", "label": "odd"}]
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     code, told, _ = train(rows, "--val", tmp_path / "val.jsonl")
     assert code == 0 and "3 of 4 validation examples have a source that is in the training part too" in told
 
@@ -74,7 +75,8 @@ def test_a_text_may_have_several_labels(train, inside, tmp_path):
 
 def test_a_label_set_that_contradicts_the_models_asks_for_a_new_head(train, inside, tmp_path):
     assert train(labelled())[0] == 0
-    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row | {"label": f"un{row['label']}"}) + "\n" for row in labelled()))
+    rows = [row | {"label": f"un{row['label']}"} for row in labelled()]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     again = ("train", tmp_path / "other.jsonl", "--from", tmp_path / "run", "-o", tmp_path / "other", "--steps", 1)
     done = inside(*again)
     assert done.returncode == 1 and b"label 'uneven' is none of the labels that the model has" in done.stderr
