@@ -36,6 +36,7 @@ from lmcli.training import data, loop, memory_room, run_folder, state
 from lmcli.training.divergence import Diverged
 from lmcli.training.evaluation import Figures, evaluate
 from lmcli.training.objectives import OBJECTIVES
+from lmcli.training.span_evaluation import Asked
 
 SAMPLE_TOKENS = 60
 
@@ -156,7 +157,7 @@ class TrainingRun:
         torch.manual_seed(recipe.train.seed)
         self.objective = OBJECTIVES[recipe.train.objective]
         start, seed = model.config.decoder_start_token_id, recipe.train.seed
-        rows = data.training_rows(prepared, self.objective, start, recipe.train.mask_share, seed)
+        rows = data.training_rows(prepared, self.objective, start, recipe.train.mask_share, seed, recipe.train.doc_stride)
         measure, read = self._measure(rows)
         self.loop = loop.Run(model, rows, recipe.train, placement, measure, began, read, objective=self.objective)
 
@@ -167,6 +168,10 @@ class TrainingRun:
             scorer = Scorer(self.model, tokenizer, tokenizer.prefix)
             read = sum(len(document.ids) for document in prepared.validation) * scorer.context // scorer.stride
             return lambda: measured(scorer, prepared.validation), read
+        if self.objective.name == "span":
+            held = Asked(data.windows(prepared, prepared.validation, self.recipe.train.doc_stride), prepared.posed,
+                         loop.MOST_MICRO_BATCH_TOKENS)
+            return lambda: held.measure(self.model), held.tokens
         known = Figures(self.objective.target)
         if self.objective.name == "masked":
             ids = data.validation_ids(prepared)

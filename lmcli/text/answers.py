@@ -1,12 +1,68 @@
-"""Answers beside the right ones, as SQuAD compares them (Rajpurkar et al. 2016; 2018 for questions without an answer)."""
+"""Rows that pose a question, and answers beside the right ones as SQuAD compares them (Rajpurkar et al. 2016; 2018 for
+questions without an answer)."""
 
 import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lmcli.text.records import row_field
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class Right(NamedTuple):
+    """A right answer: characters `start` to `end` of the context are its text."""
+
+    text: str
+    start: int
+    end: int
+
+
+class Posed(NamedTuple):
+    """A question about a context, with its right answers: none where the context holds no answer."""
+
+    context: str
+    question: str
+    answers: list[Right]
+
+
+def posed(row: dict, context: str, question: str, answers: str) -> Posed:
+    """What a row poses, by the names of its three fields. Answers are SQuAD's list of {"text", "answer_start"}, or as
+    Hugging Face keeps them {"text": [...], "answer_start": [...]}; offsets count characters.
+
+    Raises ValueError for an empty question or context, and for an answer that does not stand where it should.
+    """
+    texts = [row_field(row, name) for name in (context, question)]
+    for name, text in zip((context, question), texts):
+        if not text.strip():
+            raise ValueError(f"field {name!r} is empty")
+    return Posed(*texts, [_placed(texts[0], *pair) for pair in _pairs(row.get(answers), answers)])
+
+
+def _pairs(value: Any, name: str) -> list[tuple[Any, Any]]:
+    """(text, offset) of each answer, as they stand in the row."""
+    if isinstance(value, dict):
+        texts, starts = value.get("text"), value.get("answer_start")
+        if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
+            return list(zip(texts, starts))
+    elif isinstance(value, list) and all(isinstance(answer, dict) for answer in value):
+        return [(answer.get("text"), answer.get("answer_start")) for answer in value]
+    raise ValueError(f"field {name!r} is missing or no list of objects with text and answer_start (empty: no answer)")
+
+
+def _placed(context: str, text: Any, start: Any) -> Right:
+    """The answer without the white space around it."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"an answer's text is {text!r}, not a text of the context")
+    if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start <= len(context) - len(text):
+        raise ValueError(f"answer {text!r} cannot start at {start!r} of a context of {len(context)} characters")
+    if (there := context[start:start + len(text)]) != text:
+        raise ValueError(f"answer {text!r} does not stand at character {start} of the context, {there!r} does")
+    start += len(text) - len(text.lstrip())
+    return Right(text.strip(), start, start + len(text.strip()))
 
 
 def normalized(text: str) -> str:

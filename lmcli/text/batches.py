@@ -17,12 +17,16 @@ EXAMPLES_SORTED = 2048  # so many examples are put together by length at a time
 class Batch:
     """What one forward pass reads: `ids` (B, T) int64, `real` (B, T) bool or None where nothing is padding, and, for an
     encoder–decoder, `decoder_ids` (B, U). `targets`, int64, are what is to be predicted: for each position of the ids
-    (of the decoder's, if there are any), or one a row; IGNORED where nothing is."""
+    (of the decoder's, if there are any), or one a row; IGNORED where nothing is. `types` (B, T) int64 are token types.
+    Where positions are to be predicted, the targets (B, 2) are those of start and end, `candidates` (B, T) bool those that
+    may be."""
 
     ids: np.ndarray
     targets: np.ndarray
     real: np.ndarray | None = None
     decoder_ids: np.ndarray | None = None
+    types: np.ndarray | None = None
+    candidates: np.ndarray | None = None
 
     @property
     def rows(self) -> int:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from lmcli.errors import UserError
 from lmcli.storage import cache_folder, user_errors
+from lmcli.text.answers import Posed, posed
 from lmcli.text.records import CHUNK_BYTES, SEPARATED, bad_record, cells, file_format, json_row, open_bytes, row_text, shown
 
 SEPARATOR = b"<|endoftext|>"
@@ -46,13 +47,15 @@ class Piece(NamedTuple):
 @dataclass
 class Layout:
     """How files hold documents: `documents` is file, line or blank; `format` and `fields` as for records. Where rows
-    must have a label too, `label` names its field."""
+    must have a label too, `label` names its field; where they pose a question about a context, by the two `fields`, `answers`
+    names that of the answers."""
 
     documents: str = "file"
     format: str = "auto"
     fields: tuple[str, ...] = ()
     on_error: str = "stop"
     label: str = ""
+    answers: str = ""
     skipped: int = field(default=0, init=False)
     _headers: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False)
 
@@ -89,6 +92,10 @@ class Layout:
         if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
             raise ValueError(f"field {self.label!r} is missing or no label; fields: {', '.join(map(repr, row))}")
         return str(value)
+
+    def posed(self, row: dict) -> Posed:
+        """The question that a row poses. ValueError when it poses none."""
+        return posed(row, *self.fields, self.answers)
 
     def survey(self, files: list[str]) -> tuple[list[Document], dict[str, str]]:
         """(documents, SHA-256 of each file): every byte is read once and checked to be UTF-8. Blank documents are left out.
@@ -128,6 +135,8 @@ class Layout:
                 text = row_text(row, self.fields)
                 if self.label:
                     self.label_of(row)
+                if self.answers:
+                    self.posed(row)
             except ValueError as error:
                 if self.on_error == "stop":
                     raise bad_record(error, file, number) from error

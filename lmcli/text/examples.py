@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lmcli.errors import UserError
-from lmcli.storage import atomic_folder, cache_folder, user_errors
+from lmcli.storage import cached
 from lmcli.text.batches import IGNORED, Batch, padded, real_tokens
 from lmcli.text.documents import Document, Layout
 from lmcli.text.tokenizer import Tokenizer
@@ -27,6 +27,19 @@ class Texts:
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.ids[self.ends[i] - self.lengths[i]:self.ends[i]]
+
+    @staticmethod
+    def save(folder: Path, name: str, texts: list[np.ndarray], dtype: type) -> None:
+        """Writes texts into a folder of the cache."""
+        np.save(folder / f"{name}.ids.npy", np.concatenate([np.zeros(0, dtype=dtype), *texts]))
+        np.save(folder / f"{name}.ends.npy", np.cumsum([len(text) for text in texts], dtype=np.int64))
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> "Texts":
+        """The texts that `save` wrote, their ids memory-mapped."""
+        ends = np.load(folder / f"{name}.ends.npy")
+        some = len(ends) and ends[-1]  # nothing cannot be mapped
+        return cls(np.load(folder / f"{name}.ids.npy", mmap_mode="r" if some else None), ends)
 
 
 @dataclass
@@ -54,6 +67,14 @@ def label_names(documents: list[Document], layout: Layout) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name)))
 
 
+def fingerprint(documents: list[Document], hashes: dict[str, str], settings: tuple) -> str:
+    """A key for what is made of these documents, which lie in files with these hashes, with such settings."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for document in documents:
+        digest.update(f"{hashes[document.file]} {document.start} {document.end}\n".encode())
+    return digest.hexdigest()[:32]
+
+
 def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer,
           labels: tuple[str, ...] = ()) -> Examples:
     """The examples of these rows, from the cache when they are there; with `labels` each is a text and its label's number.
@@ -61,18 +82,10 @@ def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tok
     `hashes` is the SHA-256 of each file's content. Raises UserError for a label that is not among `labels`, and when the
     cache folder cannot be written.
     """
-    digest = hashlib.sha256(repr((2, tokenizer.hash, layout.fields, layout.label, layout.format, labels)).encode())
-    for document in documents:
-        digest.update(f"{hashes[document.file]} {document.start} {document.end}\n".encode())
-    folder = cache_folder() / "examples" / digest.hexdigest()[:32]
-    if not (folder / "facts.json").is_file():
-        with user_errors(folder, "write the token cache"):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(folder) as part:
-            _write(part, documents, layout, tokenizer, labels)
+    key = fingerprint(documents, hashes, (2, tokenizer.hash, layout.fields, layout.label, layout.format, labels))
+    folder = cached("examples", key, lambda part: _write(part, documents, layout, tokenizer, labels))
     facts = json.loads((folder / "facts.json").read_text())
-    sides = [Texts(np.load(folder / f"{side}.ids.npy", mmap_mode="r" if facts[side] else None),
-                   np.load(folder / f"{side}.ends.npy")) for side in ("source", "target")]
+    sides = [Texts.load(folder, side) for side in ("source", "target")]
     numbers = np.load(folder / "labels.npy") if labels else None
     return Examples(sides[0], None if labels else sides[1], numbers, facts["bytes"])
 
@@ -80,7 +93,6 @@ def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tok
 def _write(folder: Path, documents: list[Document], layout: Layout, tokenizer: Tokenizer, labels: tuple[str, ...]) -> None:
     dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
     ids: dict[str, list[np.ndarray]] = {"source": [], "target": []}
-    lengths: dict[str, list[int]] = {"source": [], "target": []}
     numbers, size = [], 0
     rows = layout.raw_rows(documents)
     while batch := list(islice(rows, ROWS_AT_ONCE)):
@@ -93,12 +105,10 @@ def _write(folder: Path, documents: list[Document], layout: Layout, tokenizer: T
         size += sum(len(text.encode("utf-8")) for text in (sources if labels else targets))
         for side, found in encoded.items():
             ids[side] += [np.asarray(text, dtype=dtype) for text in found]
-            lengths[side] += [len(text) for text in found]
-    for side in ids:
-        np.save(folder / f"{side}.ids.npy", np.concatenate([np.zeros(0, dtype=dtype), *ids[side]]))
-        np.save(folder / f"{side}.ends.npy", np.cumsum(np.asarray(lengths[side], dtype=np.int64)))
+    for side, texts in ids.items():
+        Texts.save(folder, side, texts, dtype)
     np.save(folder / "labels.npy", np.asarray(numbers, dtype=np.int64))
-    (folder / "facts.json").write_text(json.dumps({"bytes": size, **{side: sum(found) for side, found in lengths.items()}}))
+    (folder / "facts.json").write_text(json.dumps({"bytes": size}))
 
 
 def _sides(row: dict, layout: Layout, labels: tuple[str, ...]) -> tuple[str, str]:

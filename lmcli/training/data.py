@@ -8,12 +8,14 @@ import numpy as np
 
 from lmcli.config import TokenizerConfig
 from lmcli.errors import UsageError, UserError
-from lmcli.text import corpus, documents, examples
+from lmcli.text import corpus, documents, examples, questions
 from lmcli.text import tokenizer as tokenizers
+from lmcli.text.answers import Posed
 from lmcli.text.batches import ExampleRows, MaskedRows, Masking, PackedRows
 from lmcli.text.corpus import Corpus, EncodedDocument
 from lmcli.text.documents import Document, Layout
 from lmcli.text.examples import Examples, Template
+from lmcli.text.questions import Framing, Questions, Windows
 from lmcli.text.records import expand, shown
 from lmcli.text.tokenizer import Tokenizer
 from lmcli.training.objectives import OBJECTIVES, Objective
@@ -22,6 +24,7 @@ FEWEST_TOKENS = 32
 # the fields of a row that make a pair, in the order in which they are looked for
 PAIRS = (("source", "target"), ("prompt", "completion"))
 LABELLED = ("text", "label")
+ANSWERED = ("context", "question", "answers")
 
 
 @dataclass
@@ -37,26 +40,28 @@ class Source:
         """Plain values for `recipe.yaml`."""
         return {"files": self.files, "validation_files": self.validation_files, "documents": self.layout.documents,
                 "format": self.layout.format, "fields": list(self.layout.fields), "label": self.layout.label,
-                "on_error": self.layout.on_error, "sha256": self.hashes}
+                "answers": self.layout.answers, "on_error": self.layout.on_error, "sha256": self.hashes}
 
 
 def source_from_facts(facts: dict) -> Source:
     """The Source that `facts` came from."""
-    layout = Layout(facts["documents"], facts["format"], tuple(facts["fields"]), facts["on_error"], facts.get("label", ""))
+    layout = Layout(facts["documents"], facts["format"], tuple(facts["fields"]), facts["on_error"], facts.get("label", ""),
+                    facts.get("answers", ""))
     return Source(list(facts["files"]), list(facts["validation_files"]), layout, dict(facts["sha256"]))
 
 
 @dataclass
 class TrainingData:
-    """What to train on (token ids, or examples), documents to validate on (`measured`: those that are), the tokenizer
-    of both, and for classification the labels."""
+    """What to train on (token ids, examples, or questions), documents to validate on (`measured`: those that are), the
+    tokenizer of both, for classification the labels, and for spans what the validation part poses."""
 
     tokenizer: Tokenizer
-    corpus: Corpus | Examples
+    corpus: Corpus | Examples | Questions
     measured: list[Document]
-    validation: list[EncodedDocument] | Examples
+    validation: list[EncodedDocument] | Examples | Questions
     context: int
     labels: tuple[str, ...] = ()
+    posed: list[Posed] = field(default_factory=list)
 
 
 def find(arguments: tuple[str, ...], val: tuple[str, ...], layout: Layout, include: str | None,
@@ -81,7 +86,8 @@ def settle(source: Source, asked: str, shape: str, note: Callable[[str], None]) 
     keys = list(row or ())
     if asked == "auto":
         labelled = set(LABELLED) <= set(keys) or (layout.label and layout.label in keys)
-        asked = {"decoder": "causal", "encoder-decoder": "seq2seq"}.get(shape, "classification" if labelled else "masked")
+        of_encoder = "span" if set(ANSWERED) <= set(keys) else "classification" if labelled else "masked"
+        asked = {"decoder": "causal", "encoder-decoder": "seq2seq"}.get(shape, of_encoder)
     objective = OBJECTIVES[asked]
     if objective.shape != shape:
         raise UsageError(f"objective {asked} needs the shape {objective.shape}, not {shape}", where="train",
@@ -95,6 +101,12 @@ def settle(source: Source, asked: str, shape: str, note: Callable[[str], None]) 
     elif asked == "classification":
         *fields, label = layout.fields or LABELLED
         layout.fields, layout.label = tuple(fields) or ("text",), label
+    elif asked == "span":
+        if not keys or len(layout.fields) not in (0, 3):
+            raise UserError("answers are learnt from rows with three fields", where=shown(source.files[0]),
+                            hint="JSON Lines with context, question and answers, or name the three, in this order, by --field")
+        *layout.fields, layout.answers = layout.fields or ANSWERED
+        layout.fields = tuple(layout.fields)
     elif set(PAIRS[0]) <= set(keys) and not layout.fields:
         note("the rows have source and target, a decoder reads source alone; --preset seq2seq-small learns from both")
     return objective
@@ -142,6 +154,11 @@ def prepare(source: Source, parts: Parts, config: TokenizerConfig, context: int,
         tokenizer = tokenizers.learn(texts, config, objective.shape)
         if tokenizer.size < config.vocab_size:
             note(f"the text has room for a vocabulary of {tokenizer.size:,}, not {config.vocab_size:,}")
+    if objective.name == "span":
+        asked = [questions.build(part, hashes, layout, tokenizer) for part in (training, measured)]
+        if long := Framing(tokenizer, context).long(asked[0]):
+            note(f"{long:,} of {len(asked[0]):,} texts have no room in the context of {context} tokens: read in windows")
+        return TrainingData(tokenizer, asked[0], measured, asked[1], context, posed=questions.posed_by(measured, layout))
     if objective.name in ("seq2seq", "classification"):
         if objective.name == "classification":
             labels = labels or examples.label_names(training, layout)
@@ -173,10 +190,19 @@ def too_long(prepared: TrainingData) -> int:
     return template(prepared, None).cut(prepared.corpus) if isinstance(prepared.corpus, Examples) else 0
 
 
+def windows(prepared: TrainingData, found: Questions, stride: int) -> Windows:
+    """The windows over the contexts of questions, `stride` tokens apart."""
+    padding = prepared.tokenizer.special("pad_token")
+    return Windows(found, Framing(prepared.tokenizer, prepared.context, stride, padding or 0))
+
+
 def training_rows(prepared: TrainingData, objective: Objective, start: int | None, mask_share: float,
-                  seed: int) -> PackedRows | MaskedRows | ExampleRows:
-    """The rows of a run, in an order that follows from the seed."""
+                  seed: int, stride: int = 0) -> PackedRows | MaskedRows | ExampleRows:
+    """The rows of a run, in an order that follows from the seed; `stride` is that of windows over contexts."""
     tokenizer = prepared.tokenizer
+    if objective.name == "span":
+        asked = windows(prepared, prepared.corpus, stride)
+        return ExampleRows(asked.lengths, asked.batch, seed)
     if objective.name == "causal":
         beginning = tokenizer.prefix[0] if len(tokenizer.prefix) == 1 else None
         return PackedRows(prepared.corpus.ids, prepared.context, beginning, seed)

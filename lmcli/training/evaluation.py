@@ -9,7 +9,7 @@ import torch
 from lmcli.model.likelihood import pieces, target_logprobs
 from lmcli.model.transformer import Transformer
 from lmcli.text.batches import Batch
-from lmcli.training.objectives import Objective
+from lmcli.training.objectives import Objective, Predictions
 
 
 @dataclass
@@ -63,13 +63,17 @@ def evaluate(objective: Objective, model: Transformer, batches: Iterable[Batch],
     """`figures`, which may bring what does not hang on the model, with the sums over these batches. The model is in
     evaluation mode."""
     for batch in batches:
-        predicted = objective.predict(model, batch)
-        logprobs = target_logprobs(*predicted)
-        best = torch.cat([predicted.head(rows).argmax(-1) for rows, _ in pieces(predicted.head, predicted.hidden,
-                                                                                predicted.targets)])
-        counted = torch.ones_like(predicted.targets, dtype=torch.bool) if figures.end is None else \
-            predicted.targets != figures.end
-        figures.logprob += float(logprobs[counted].double().sum())
-        figures.targets += int(counted.sum())
-        figures.correct += int((best == predicted.targets)[counted].sum())
+        add(figures, objective.predict(model, batch))
     return figures
+
+
+def add(figures: Figures, predicted: Predictions) -> None:
+    """Adds what was predicted for one batch."""
+    logprobs = target_logprobs(*predicted)
+    best = torch.cat([predicted.head(rows).argmax(-1) for rows, _ in pieces(predicted.head, predicted.hidden,
+                                                                            predicted.targets)])
+    counted = torch.ones_like(predicted.targets, dtype=torch.bool) if figures.end is None else \
+        predicted.targets != figures.end
+    figures.logprob += float(logprobs[counted].double().sum())
+    figures.targets += int(counted.sum())
+    figures.correct += int((best == predicted.targets)[counted].sum())
