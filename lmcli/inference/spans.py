@@ -25,9 +25,9 @@ class Candidate:
 @dataclass
 class Answer:
     """What a model says to one question. `text` is None when there is no answer, or nothing to read; `score` is its
-    probability, `start` and `end` its bytes in the context, and `no_answer` the probability that there is none (None: nothing
-    was read). `candidates` are the likeliest spans, best first, whether one is the answer or not; `truncated` tells that
-    the question was too long to be read whole.
+    probability, `start` and `end` its bytes in the context, `no_answer` the probability that there is none (None where
+    nothing was read). `candidates` are the likeliest spans, best first, whether one is the answer or not; `truncated` tells
+    that the question was too long to be read whole.
     """
 
     text: str | None = None
@@ -41,9 +41,10 @@ class Answer:
 
 @dataclass
 class Answerer:
-    """A model with what answering needs to know. Probabilities are those of `questions.best_spans`: of the start times of the
-    end, over all windows of a context and one place for no answer. There is no answer where the share of `no_answer` in
-    its sum with the best span's is above `threshold`: 0.5 gives one unless none is likelier, 1 always.
+    """A model with what answering needs to know. Probabilities are those of `questions.best_spans`: that of the start times
+    that of the end, over all windows of a context and one place for no answer. There is no answer where the share of
+    `no_answer` in its sum with the best span's is above `threshold`: 0.5 gives one unless none is likelier, 1 always.
+    (SQuAD 2.0's null_score_diff_threshold is ln(threshold / (1 − threshold)).)
 
     Contexts longer than the model's are read in windows `stride` tokens apart (0: half a window). `longest` is tokens of an
     answer, `count` how many candidates are kept, `batch` tokens a forward pass (0: what suits the device).

@@ -66,7 +66,7 @@ def _placed(context: str, text: Any, start: Any) -> Right:
 
 
 def normalized(text: str) -> str:
-    """Lower case without ASCII punctuation, English articles and surplus space. normalized("The V&A, London") == "va london"."""
+    """Lower case without ASCII punctuation, articles and surplus space. normalized("The V&A, London") == "va london"."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 

@@ -47,7 +47,7 @@ class Piece(NamedTuple):
 @dataclass
 class Layout:
     """How files hold documents: `documents` is file, line or blank; `format` and `fields` as for records. Where rows
-    must have a label too, `label` names its field; where they pose a question about a context, by the two `fields`, `answers`
+    must have a label too, `label` names its field; where their two `fields` are a context and a question about it, `answers`
     names that of the answers."""
 
     documents: str = "file"

@@ -115,7 +115,7 @@ class Framing:
 
     def __post_init__(self) -> None:
         if self.room < 2:
-            raise UsageError(f"a context of {self.context} tokens has no room for a question and a text", where="train.context")
+            raise UsageError(f"a context of {self.context} tokens has no room for a question and a text")
 
     @cached_property
     def room(self) -> int:

@@ -104,7 +104,7 @@ def settle(source: Source, asked: str, shape: str, note: Callable[[str], None]) 
     elif asked == "span":
         if not keys or len(layout.fields) not in (0, 3):
             raise UserError("answers are learnt from rows with three fields", where=shown(source.files[0]),
-                            hint="JSON Lines with context, question and answers, or name the three, in this order, by --field")
+                            hint="JSON Lines with context, question, answers, or name the three, in this order, by --field")
         *layout.fields, layout.answers = layout.fields or ANSWERED
         layout.fields = tuple(layout.fields)
     elif set(PAIRS[0]) <= set(keys) and not layout.fields:

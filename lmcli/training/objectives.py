@@ -86,5 +86,5 @@ OBJECTIVES = {objective.name: objective for objective in (
 
 
 def loss(objective: Objective, model: Transformer, batch: Batch, smoothing: float = 0.0) -> Tensor:
-    """The summed loss of a batch in nats; differentiable. Nothing is smoothed over positions, of which most are no candidates."""
+    """The summed loss of a batch in nats; differentiable. There is no smoothing over positions, which are no words."""
     return summed_loss(*objective.predict(model, batch), 0.0 if objective.name == "span" else smoothing)

@@ -35,8 +35,8 @@ class SpanFigures(Figures):
     def headline(self) -> str:
         """The figures on one line."""
         questions = max(1, self.questions)
-        return (f"{self.criterion:.4f} nats/{self.target} (guessing: {self.entropy:.3f}) · {self.exact / questions:.1%} exact "
-                f"· F1 {self.f1 / questions:.1%}")
+        return (f"{self.criterion:.4f} nats/{self.target} (guessing: {self.entropy:.3f}) · "
+                f"{self.exact / questions:.1%} exact · F1 {self.f1 / questions:.1%}")
 
 
 @dataclass
