@@ -96,6 +96,8 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
         if cut := data.too_long(prepared):
             note(f"{cut:,} of {len(prepared.corpus):,} examples are longer than the context of {context} tokens: their ends "
                  "are cut off")
+        if long := data.in_windows(prepared):
+            note(f"{long:,} of {len(prepared.corpus):,} contexts have no room in {context} tokens: they are read in windows")
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(
             recipe.train, context=prepared.context, objective=objective.name))
         model = first_model.adopted(origin.model, recipe, prepared, objective, note) if origin else \

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmcli.api import Model
 from lmcli.errors import UsageError
 from lmcli.inference.classification import Classified, Classifier, Verdict
 from lmcli.inference.spans import Answer, Answerer, Candidate
@@ -22,23 +21,13 @@ class Wanted:
     top: int | None = None
     as_json: bool = False
     fields: tuple[str, ...] = ()
-    threshold: float = 0.5
-    longest: int | None = None
-    batch: int = 0
-
-
-def style(model: Model, wanted: Wanted) -> "Labels | Answers":
-    """How the results of a model are made and written. Raises UserError for a model that neither labels nor answers, and
-    UsageError for what it cannot write."""
-    if model.model.config.head == "span":
-        return Answers(model, wanted)
-    if wanted.longest:
-        raise UsageError("only a question-answering model gives answers", where="--max-answer-tokens")
-    return Labels(model.classifier(wanted.threshold, wanted.batch), wanted)
 
 
 class Labels:
-    """Labels: `written` gives the lines of one record, `columns` their names."""
+    """Labels: `written` gives the lines of one record, `columns` their names.
+
+    Raises UsageError for what the model does not label.
+    """
 
     def __init__(self, classifier: Classifier, wanted: Wanted):
         given = "token" if classifier.per_token else "record"
@@ -107,20 +96,21 @@ class Labels:
 
 class Answers:
     """Answers to questions: `answer score start end question`, or with `top` so many times the first four, bytes of the
-    context for start and end. Records are rows with a context and a question, named by two fields where need be."""
+    context for start and end. Records are rows with a context and a question, named by two fields where need be.
+
+    Raises UsageError for what answers have not, and for another number of fields.
+    """
 
     header, per_token = True, False
 
-    def __init__(self, model: Model, wanted: Wanted):
+    def __init__(self, answerer: Answerer, wanted: Wanted):
         for option, given in (("--per", wanted.per), ("--logits", wanted.logits)):
             if given:
                 raise UsageError("this model answers questions and gives no labels", where=option)
-        self.take = asked.QuestionFields(*wanted.fields) if len(wanted.fields) in (0, 2) else None
-        if not self.take:
+        if len(wanted.fields) not in (0, 2):
             raise UsageError(f"{len(wanted.fields)} fields were named, a question has 2: its context and itself",
                              where="--field")
-        options = {"longest": wanted.longest} if wanted.longest else {}
-        self.answerer: Answerer = model.answerer(wanted.threshold, count=wanted.top or 1, batch=wanted.batch, **options)
+        self.answerer, self.take = answerer, asked.QuestionFields(*wanted.fields)
         self.top, self.as_json = wanted.top, wanted.as_json
 
     def reader(self, format_: str, on_error: str) -> Reader:

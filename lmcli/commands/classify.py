@@ -27,7 +27,7 @@ Examples:
               help="Probability above which a label of a multi-label model holds. With questions: of there being no answer, "
               "beside the best one, above which none is given.")
 @click.option("--max-answer-tokens", "longest", type=click.IntRange(min=1), metavar="N",
-              help="Tokens of an answer at most.  [default: 30]")
+              default=30, show_default=True, help="Tokens of an answer at most.")
 @click.option("--on-long", type=click.Choice(["truncate", "error"]), default="truncate", show_default=True,
               help="A record longer than the model's context: read its beginning, or stop. A question's context is read "
               "whole, in windows.")
@@ -53,14 +53,18 @@ def classify(files, model, per, logits, top, threshold, longest, on_long, header
     answer in the context: columns answer, score (its probability), start and end (bytes of the context) and question; NA
     where there is none.
     """
-    from lmcli.analysis.label_rows import Wanted, style
+    from lmcli.analysis import label_rows
     from lmcli.text import records
 
     if logits and top:
         raise UsageError("--logits and --top are two ways to write a result: leave one out")
     names = options.input_files(files, include, quiet)
     loaded = options.load_model(model, device, dtype, threads, verbose)
-    rows = style(loaded, Wanted(per, logits, top, as_json, fields, threshold, longest, batch_tokens or 0))
+    wanted, batch = label_rows.Wanted(per, logits, top, as_json, fields), batch_tokens or 0
+    if loaded.model.config.head == "span":
+        rows = label_rows.Answers(loaded.answerer(threshold, longest=longest, count=top or 1, batch=batch), wanted)
+    else:
+        rows = label_rows.Labels(loaded.classifier(threshold, batch), wanted)
     reader = rows.reader(format_, on_error)
     header = not as_json and (header if header is not None else rows.header)
     if resume and rows.per_token and not as_json:

@@ -69,9 +69,10 @@ class Answerer:
         """An Answer for each question about its context, in order; windows of like length are worked on together."""
         asked = self.tokenizer.encode_batch(list(questions))
         given = self.tokenizer.encode_with_ends(list(contexts))
-        jobs = [(i, start, end) for i, (ids, (tokens, _)) in enumerate(zip(asked, given)) if ids and tokens
+        kept = [ids[:self.framing.kept(len(ids), len(found.ids))] for ids, found in zip(asked, given)]
+        jobs = [(i, start, end) for i, (ids, (tokens, _)) in enumerate(zip(kept, given)) if ids and tokens
                 for start, end in self.framing.windows(len(ids), len(tokens))]
-        rows = [self.framing.row(asked[i], given[i].ids[start:end]) for i, start, end in jobs]
+        rows = [self.framing.row(kept[i], given[i].ids[start:end]) for i, start, end in jobs]
         logits = in_order([len(row.ids) for row in rows], self.batch, lambda group: self._logits([rows[g] for g in group]))
         read: list[list[Read]] = [[] for _ in asked]
         for (i, start, end), row, both in zip(jobs, rows, logits):
@@ -79,8 +80,8 @@ class Answerer:
             read[i].append(Read(start, *both[chosen].T.numpy()))
         found = [self._answer(windows, context, encoded) if windows else Answer()
                  for windows, context, encoded in zip(read, contexts, given)]
-        for answer, ids in zip(found, asked):
-            answer.truncated = len(ids) > self.framing.longest_question
+        for answer, whole, ids in zip(found, asked, kept):
+            answer.truncated = whole != ids
         return found
 
     def _logits(self, rows: list[Framed]) -> list[torch.Tensor]:

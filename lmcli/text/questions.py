@@ -102,8 +102,8 @@ class Framed(NamedTuple):
 
 @dataclass(frozen=True)
 class Framing:
-    """How a question is put before a window of its context: `context` tokens at most, of which the question takes no more
-    than half. Windows are `stride` tokens apart, but half a window at most, which 0 stands for.
+    """How a question is put before a window of its context: `context` tokens at most. Where they are too few for both, the
+    question has half of them at most. Windows are `stride` tokens apart, but half a window at most, which 0 stands for.
 
     Raises UsageError for a context without room for both.
     """
@@ -122,47 +122,42 @@ class Framing:
         """Tokens that a question and a window of its context may have together."""
         return self.context - len(self.tokenizer.with_template([], [])[0])
 
-    @property
-    def longest_question(self) -> int:
-        """Tokens of a question that are read."""
-        return self.room // 2
+    def kept(self, question: int, tokens: int) -> int:
+        """How many tokens of a question of so many are read before a context of so many."""
+        return min(question, max(self.room // 2, self.room - tokens))
 
     def windows(self, question: int, tokens: int) -> list[tuple[int, int]]:
-        """(start, end) of the windows over a context of so many tokens, behind a question of so many."""
-        room = self.room - min(question, self.longest_question)
+        """(start, end) of the windows over a context of so many tokens, behind so many of a question that are kept."""
+        room = self.room - question
         half = max(1, room // 2)
         return overlapping(tokens, room, min(self.stride or half, half))
 
-    def long(self, found: Questions) -> int:
-        """How many contexts are read in more than one window."""
-        questions = np.minimum(found.questions.lengths, self.longest_question)
-        return int((found.contexts.lengths + questions > self.room).sum())
-
     def row(self, question: list[int], window: list[int]) -> Framed:
-        """A question, cut where it is too long, before a window of its context."""
-        question = question[:self.longest_question]
+        """A question, as much of it as is kept, before a window of its context."""
         return Framed(*self.tokenizer.with_template(question, window), self.tokenizer.before_second(len(question)))
 
 
 class Windows:
     """The windows over the contexts of questions as examples to learn from. `places` (M, 3) are question, start and end of
-    each, `lengths` (M,) the tokens of its row."""
+    each, `lengths` (M,) the tokens of its row; `kept` (N,) tokens of each question are read."""
 
     def __init__(self, found: Questions, framing: Framing):
         self.found, self.framing = found, framing
-        sizes = zip(found.questions.lengths.tolist(), found.contexts.lengths.tolist())
-        self.places = np.asarray([(i, start, end) for i, (question, tokens) in enumerate(sizes)
-                                  for start, end in framing.windows(question, tokens)], dtype=np.int64).reshape(-1, 3)
-        questions = np.minimum(found.questions.lengths, framing.longest_question)[self.places[:, 0]]
-        self.lengths = framing.context - framing.room + questions + self.places[:, 2] - self.places[:, 1]
+        tokens = found.contexts.lengths.tolist()
+        self.kept = np.asarray(list(map(framing.kept, found.questions.lengths.tolist(), tokens)), dtype=np.int64)
+        self.places = np.asarray([(i, start, end) for i, sizes in enumerate(zip(self.kept.tolist(), tokens))
+                                  for start, end in framing.windows(*sizes)], dtype=np.int64).reshape(-1, 3)
+        numbers, starts, ends = self.places.T
+        self.lengths = framing.context - framing.room + self.kept[numbers] + ends - starts
 
     def __len__(self) -> int:
         return len(self.places)
 
     def framed(self, i: int) -> Framed:
         """The row of window i."""
-        question, start, end = self.places[i]
-        return self.framing.row(self.found.questions[question].tolist(), self.found.contexts[question][start:end].tolist())
+        number, start, end = self.places[i]
+        question, context = self.found.questions[number][:self.kept[number]], self.found.contexts[number][start:end]
+        return self.framing.row(question.tolist(), context.tolist())
 
     def batch(self, chosen: np.ndarray) -> Batch:
         """The Batch of these windows. Targets are the positions of the first and the last token of the answer; 0 and 0 where

@@ -156,8 +156,6 @@ def prepare(source: Source, parts: Parts, config: TokenizerConfig, context: int,
             note(f"the text has room for a vocabulary of {tokenizer.size:,}, not {config.vocab_size:,}")
     if objective.name == "span":
         asked = [questions.build(part, hashes, layout, tokenizer) for part in (training, measured)]
-        if long := Framing(tokenizer, context).long(asked[0]):
-            note(f"{long:,} of {len(asked[0]):,} texts have no room in the context of {context} tokens: read in windows")
         return TrainingData(tokenizer, asked[0], measured, asked[1], context, posed=questions.posed_by(measured, layout))
     if objective.name in ("seq2seq", "classification"):
         if objective.name == "classification":
@@ -194,6 +192,13 @@ def windows(prepared: TrainingData, found: Questions, stride: int) -> Windows:
     """The windows over the contexts of questions, `stride` tokens apart."""
     padding = prepared.tokenizer.special("pad_token")
     return Windows(found, Framing(prepared.tokenizer, prepared.context, stride, padding or 0))
+
+
+def in_windows(prepared: TrainingData) -> int:
+    """How many training contexts are longer than what one row has room for."""
+    if not isinstance(prepared.corpus, Questions):
+        return 0
+    return int((np.bincount(windows(prepared, prepared.corpus, 0).places[:, 0]) > 1).sum())
 
 
 def training_rows(prepared: TrainingData, objective: Objective, start: int | None, mask_share: float,

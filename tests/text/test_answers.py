@@ -6,7 +6,8 @@ from lmcli.text.answers import exact_match, normalized, token_f1
 
 
 @pytest.mark.parametrize(("text", "plain"), [
-    ("The V&A, London", "va london"), ("an  Answer.", "answer"), ("theatre a", "theatre"), ("«Zürich»", "«zürich»"), ("the", "")])
+    ("The V&A, London", "va london"), ("an  Answer.", "answer"), ("theatre a", "theatre"),
+    ("«Zürich»", "«zürich»"), ("the", "")])
 def test_normalized_drops_case_punctuation_articles_and_space(text, plain):
     assert normalized(text) == plain
 
