@@ -27,7 +27,7 @@ Examples:
               help="Probability above which a label of a multi-label model holds. With questions: of there being no answer, "
               "beside the best one, above which none is given.")
 @click.option("--max-answer-tokens", "longest", type=click.IntRange(min=1), metavar="N",
-              default=30, show_default=True, help="Tokens of an answer at most.")
+              help="Tokens of an answer at most.  [default: 30]")
 @click.option("--on-long", type=click.Choice(["truncate", "error"]), default="truncate", show_default=True,
               help="A record longer than the model's context: read its beginning, or stop. A question's context is read "
               "whole, in windows.")
@@ -62,7 +62,10 @@ def classify(files, model, per, logits, top, threshold, longest, on_long, header
     loaded = options.load_model(model, device, dtype, threads, verbose)
     wanted, batch = label_rows.Wanted(per, logits, top, as_json, fields), batch_tokens or 0
     if loaded.model.config.head == "span":
-        rows = label_rows.Answers(loaded.answerer(threshold, longest=longest, count=top or 1, batch=batch), wanted)
+        most = {"longest": longest} if longest else {}
+        rows = label_rows.Answers(loaded.answerer(threshold, **most, count=top or 1, batch=batch), wanted)
+    elif longest:
+        raise UsageError("only a question-answering model gives answers", where="--max-answer-tokens")
     else:
         rows = label_rows.Labels(loaded.classifier(threshold, batch), wanted)
     reader = rows.reader(format_, on_error)

@@ -175,3 +175,12 @@ def test_what_cannot_be_learnt_is_told_in_a_line(inside, tmp_path, text, more, c
     (tmp_path / "bad.jsonl").write_text(text)
     done = inside("train", tmp_path / "bad.jsonl", "-o", tmp_path / "run", "--preset", "qa", *SMALL, *more, "--steps", 1)
     assert done.returncode == code and told in done.stderr.decode() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2.5, 61])
+def test_going_on_with_a_part_gives_the_same_file(run, data, inside, tmp_path, kept):
+    whole = inside("classify", "-m", run[0], data).stdout
+    rows = whole.splitlines(keepends=True)
+    (tmp_path / "out.part").write_bytes(b"".join(rows[:int(kept)]) + (rows[int(kept)][:3] if kept % 1 else b""))
+    done = inside("classify", "-m", run[0], "-o", tmp_path / "out", "--continue", data)
+    assert done.returncode == 0 and (tmp_path / "out").read_bytes() == whole

@@ -47,6 +47,11 @@ def test_a_line_in_is_a_line_out(inside, folders):
     assert found[2] == ["NA", "NA", ""]
 
 
+def test_a_classifier_gives_no_answers(inside, folders):
+    done = inside("classify", "-m", folders(), "--max-answer-tokens", 3, stdin=TEXT)
+    assert done.returncode == 2 and b"--max-answer-tokens: only a question-answering model gives answers" in done.stderr
+
+
 def test_logits_have_a_column_a_label(inside, folders):
     found = lines(inside("classify", "-m", folders(), "--logits", stdin=TEXT))
     assert found[0] == ["bad", "good", "so so", "text"] and len(found) == 5

@@ -146,15 +146,3 @@ def test_answers_are_the_best_spans_of_transformers_logits(folder, theirs, rows,
         assert careful.no_answer == pytest.approx(answer.no_answer, rel=1e-4)
         assert (careful.score is None) == (careful.text is None)
     assert several > 3 and [answer.text is None for answer in unsure].count(True) == 6
-
-
-def test_the_pipeline_of_transformers_gives_the_same_answer_and_probability(folder, rows):
-    if not hasattr(transformers, "QuestionAnsweringPipeline"):
-        pytest.skip("this transformers has no question-answering pipeline any more")
-    lm, short = lmcli.load(folder, device="cpu"), [row for row in rows if len(row["context"]) < 350]
-    pipe = transformers.pipeline("question-answering", model=str(folder), device="cpu")
-    assert short
-    for row in short:
-        wanted = pipe(question=row["question"], context=row["context"], max_seq_len=CONTEXT, max_answer_len=30)
-        (found,) = lm.answer(row["question"], row["context"], threshold=1.0)
-        assert found.text == wanted["answer"].strip()

@@ -214,3 +214,17 @@ class TestBestSpans:
 
     def test_a_window_without_tokens_has_no_span(self):
         assert best_spans([Read(0, np.ones(1), np.ones(1))]) == ([], 0.0)
+
+
+@pytest.mark.parametrize("processor, lead", [("bert", 4), ("roberta", 5)])
+def test_the_context_begins_behind_each_familys_own_separators(tokenizer, processor, lead):
+    from tokenizers import Tokenizer as Core
+    from tokenizers import processors
+
+    from lmcli.text.tokenizer import Tokenizer
+
+    core = Core.from_str(tokenizer.core.to_str())
+    kind = processors.BertProcessing if processor == "bert" else processors.RobertaProcessing
+    core.post_processor = kind(("[SEP]", 3), ("[CLS]", 2))
+    row = Framing(Tokenizer(core), context=20).row([7, 8], [9, 10, 11])
+    assert row.lead == lead and row.ids[lead:-1] == [9, 10, 11] and row.ids[:3] == [2, 7, 8]
