@@ -100,10 +100,14 @@ class TestTokens:
         low, high = text_of(context.encode(), ends, Span(first, last, 0.0))
         assert answer.strip() in context.encode()[low:high].decode()
 
+    @pytest.fixture(scope="class", params=["bpe", "wordpiece"])
+    def words(self, request, tokenizer):
+        if request.param == "bpe":
+            return tokenizer
+        return load(request.getfixturevalue("shared") / "tokenizers" / "bert-minilm")
+
     @given(st.text(min_size=1, max_size=60), st.data())
-    @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
-    def test_bytes_of_any_span_are_text_of_the_context(self, tokenizer, shared, kind, context, data):
-        words = tokenizer if kind == "bpe" else wordpiece(shared)
+    def test_bytes_of_any_span_are_text_of_the_context(self, words, context, data):
         (ids, ends), = words.encode_with_ends([context])
         if not ids:
             return
@@ -112,12 +116,6 @@ class TestTokens:
         start, end = text_of(context.encode(), ends, span)
         text = context.encode()[start:end].decode()  # whole characters, or this would fail
         assert 0 <= start <= end <= len(context.encode()) and text == text.strip()
-
-
-def wordpiece(shared, made={}):  # noqa: B006  hypothesis takes no fixture that is made for each example
-    if not made:
-        made["tokenizer"] = load(shared / "tokenizers" / "bert-minilm")
-    return made["tokenizer"]
 
 
 class TestWindows:
