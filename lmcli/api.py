@@ -18,6 +18,7 @@ from lmcli.inference.filling import Filler
 from lmcli.inference.ordering import batch_tokens, in_order
 from lmcli.inference.perplexity import Perplexity, measured
 from lmcli.inference.scoring import Question, Score, Scorer
+from lmcli.inference.spans import Answer, Answerer
 from lmcli.model.device import Placement, place
 from lmcli.text.corpus import encode_text
 
@@ -31,7 +32,7 @@ ABILITIES = {
         "generate": "turns one text into another", "score": "log-probabilities of a target, given its source"}),
     ("encoder", "sequence"): ("a classifier of texts (encoder)", {"classify": "labels texts"}),
     ("encoder", "token"): ("a classifier of tokens (encoder)", {"classify": "labels tokens"}),
-    ("encoder", "span"): ("a question-answering model (encoder)", {}),
+    ("encoder", "span"): ("a question-answering model (encoder)", {"classify": "finds answers in a context"}),
     ("encoder", "none"): ("an encoder without a head", {}),
 }
 
@@ -68,6 +69,13 @@ class Model:
             raise UserError(f"is {what}, which lm {command} cannot use", where=self.name,
                             hint=f"it can: {able}" if able else "its outputs: lmcli.load(…).logits in Python")
 
+    def _require_head(self, command: str, heads: tuple[str, ...]) -> None:
+        """The same, for one of the things that a command does with several heads."""
+        self.require(command)
+        if self.model.config.head not in heads:
+            raise UserError(f"is {abilities(self.model.config)[0]}", where=self.name,
+                            hint="a question-answering model gives answers, a classifier labels")
+
     @property
     def context(self) -> int:
         """Tokens the model sees at once."""
@@ -103,15 +111,32 @@ class Model:
 
         Raises UserError for a model that gives no labels.
         """
-        self.require("classify")
-        if not 0 <= threshold <= 1:
-            raise UsageError(f"{threshold} is outside 0 to 1", where="--threshold")
+        self._require_head("classify", ("sequence", "token"))
+        _check_share(threshold)
         return Classifier(self.model, self.tokenizer, threshold, batch)
 
     def classify(self, texts: str | list[str | tuple[str, str]], **options: Any) -> list[Classified]:
         """What the model says of each text, or pair of texts: .label, .probability, .probabilities, .logits, and .pieces
         when it labels tokens. The tokenizer's special tokens are put around; `truncated` tells what was cut."""
         return self.classifier(**options).classify([texts] if isinstance(texts, str) else texts)
+
+    def answerer(self, threshold: float = 0.5, **options: Any) -> Answerer:
+        """An Answerer for this model; other `options` are fields of it: longest, count, stride, batch.
+
+        Raises UserError for a model that is not made to answer questions.
+        """
+        self._require_head("classify", ("span",))
+        _check_share(threshold)
+        return Answerer(self.model, self.tokenizer, threshold, **options)
+
+    def answer(self, questions: str | list[str], contexts: str | list[str], **options: Any) -> list[Answer]:
+        """The span of its context that answers each question: .text .score .start .end (bytes of the context), .no_answer,
+        and .candidates, as many as `count` asks for. One context does for all questions."""
+        questions = [questions] if isinstance(questions, str) else questions
+        contexts = [contexts] * len(questions) if isinstance(contexts, str) else contexts
+        if len(questions) != len(contexts):
+            raise UsageError(f"{len(questions)} questions, but {len(contexts)} contexts")
+        return self.answerer(**options).answer(questions, contexts)
 
     def beginning(self, bos: bool | None = None) -> list[int]:
         """The ids that start a context: the tokenizer's own, or as `bos` overrides them.
@@ -252,6 +277,11 @@ class Model:
         """Perplexity, bits per byte and the counts of one text, taken as one document."""
         self.require("perplexity")
         return measured(self.scorer(context=context, stride=stride, **options), [encode_text(text, self.tokenizer)])
+
+
+def _check_share(threshold: float) -> None:
+    if not 0 <= threshold <= 1:
+        raise UsageError(f"{threshold} is outside 0 to 1", where="--threshold")
 
 
 def new_seed() -> int:

@@ -168,10 +168,11 @@ class TrainConfig:
                           "does so where not even one row fits otherwise", choices=("auto", "on", "off"))
     # what is learnt
     objective: str = knob("auto", "what is predicted; auto goes by the model's shape and the data's fields",
-                          choices=("auto", "causal", "completion", "masked", "seq2seq", "classification"))
+                          choices=("auto", "causal", "completion", "masked", "seq2seq", "classification", "span"))
     document_masks: bool = knob(False, "tokens of a packed row see only those of their own document (causal)")
     new_head: bool = knob(False, "a model that is trained further gets a new head, for the labels of the data")
     mask_share: float = knob(0.15, "share of tokens to be guessed (masked)", 0.001, 1.0)
+    doc_stride: int = knob(128, "tokens from one window over a long context to the next, half a window at most (span)", 1)
     label_smoothing: float = knob(0.0, "probability spread over all words (seq2seq)", 0.0, 0.9)
     # optimizer and schedule
     optimizer: str = knob("muon", "update rule of the blocks' matrices; all else has AdamW", choices=("muon", "adamw"))

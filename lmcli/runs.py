@@ -36,6 +36,7 @@ from lmcli.training import data, loop, memory_room, run_folder, state
 from lmcli.training.divergence import Diverged
 from lmcli.training.evaluation import Figures, evaluate
 from lmcli.training.objectives import OBJECTIVES
+from lmcli.training.span_evaluation import Asked
 
 SAMPLE_TOKENS = 60
 
@@ -96,6 +97,8 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
                 note(f"auto: {reason}")
         prepared = data.prepare(source, parts, recipe.tokenizer, context, tokenizer, note, objective,
                                 () if recipe.train.new_head else config.labels)
+        if long := data.in_windows(prepared):
+            note(f"{long:,} of {len(prepared.corpus):,} contexts have no room in {context} tokens: they are read in windows")
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(
             recipe.train, context=prepared.context, objective=objective.name))
         model = first_model.adopted(origin.model, recipe, prepared, objective, note) if origin else \
@@ -167,6 +170,10 @@ class TrainingRun:
             scorer = Scorer(self.model, tokenizer, tokenizer.prefix)
             read = sum(len(document.ids) for document in prepared.validation) * scorer.context // scorer.stride
             return lambda: measured(scorer, prepared.validation), read
+        if self.objective.name == "span":
+            held = Asked(data.windows(prepared, prepared.validation, self.recipe.train.doc_stride), prepared.posed,
+                         loop.MOST_MICRO_BATCH_TOKENS)
+            return lambda: held.measure(self.model), held.tokens
         known = Figures(self.objective.target, by=self.recipe.train.metric)
         if self.objective.name == "masked":
             ids = data.validation_ids(prepared)

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -142,3 +142,14 @@ def cache_folder() -> Path:
     """Where token ids, piped-in text and compiled kernels are kept: $LM_CACHE, else the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LM_CACHE") or Path(base) / "lm")
+
+
+def cached(kind: str, key: str, write: Callable[[Path], None]) -> Path:
+    """The folder of the cache that `write` makes, of a kind and with a key made of all it depends on; made once."""
+    folder = cache_folder() / kind / key
+    if not (folder / "facts.json").is_file():
+        with user_errors(folder, "write the token cache"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder) as part:
+            write(part)
+    return folder

@@ -205,3 +205,33 @@ def test_the_package_hands_on_nothing_else():
     assert lmcli.load is lmcli.api.load
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         _ = lmcli.lode
+
+
+class TestAnswers:
+    @pytest.fixture(scope="class")
+    def spans(self, small_model, small_tokenizer, tmp_path_factory):
+        from lmcli.checkpoints.families import FAMILIES
+
+        folder = tmp_path_factory.mktemp("spans")
+        expected = FAMILIES["bert"].expected("span")
+        model = small_model(**{**expected, "model_type": "bert", "shape": "encoder", "head": "span",
+                               "num_key_value_heads": 4})
+        checkpoints.save(folder, model, small_tokenizer, GenerateConfig())
+        return lmcli.load(folder, device="cpu")
+
+    def test_one_context_does_for_all_questions(self, spans):
+        context = "The baker of Köln baked."
+        both = spans.answer(["Who baked?", "Where?"], context, threshold=1.0)
+        (single,) = spans.answer("Where?", context, threshold=1.0, count=2)
+        assert both[1].text == single.text == context.encode()[single.start:single.end].decode()
+        assert both[1].score == pytest.approx(single.score, rel=1e-4) and len(single.candidates) == 2
+
+    def test_what_cannot_be_answered_is_told(self, spans, lm):
+        with pytest.raises(UsageError, match="2 questions, but 1 contexts"):
+            spans.answer(["a", "b"], ["c"])
+        with pytest.raises(UsageError, match=r"1\.5 is outside 0 to 1"):
+            spans.answer("a", "b", threshold=1.5)
+        with pytest.raises(UserError, match="is a question-answering model"):
+            spans.classify("a")
+        with pytest.raises(UserError, match="is a language model"):
+            lm.answer("a", "b")

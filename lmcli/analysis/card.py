@@ -11,6 +11,7 @@ USES = {
     "masked": ("fill-mask", "lm generate -m DIR 'Paris is the [MASK] of France.'", "AutoModelForMaskedLM"),
     "seq2seq": ("text2text-generation", "lm generate -m DIR < SOURCES", "AutoModelForSeq2SeqLM"),
     "classification": ("text-classification", "lm classify -m DIR FILE", "AutoModelForSequenceClassification"),
+    "span": ("question-answering", "lm classify -m DIR QUESTIONS.jsonl", "AutoModelForQuestionAnswering"),
 }
 
 
@@ -66,6 +67,16 @@ with the weights of step {result['best_step']:,}, in float32, windows of {result
 | bits per byte | {result['val_bits_per_byte']:.4f} |
 | bits per character | {result['val_bits_per_character']:.4f} |
 | perplexity per token | {result['val_perplexity']:.3f} |"""
+    if objective == "span":
+        return f"""Of the {result['val_questions']:,} questions held out that `recipe.yaml` names, with the weights of step
+{result['best_step']:,}, in float32.
+
+| figure | value |
+| --- | --- |
+| exact match | {result['val_exact_match']:.1%} |
+| F1 | {result['val_f1']:.1%} |
+| loss, nats for the start or the end | {result['val_loss']:.4f} |
+| the same by guessing | {result['val_guessing']:.4f} |"""
     what = {"masked": f"masked tokens ({train.mask_share:.0%} of all)", "classification": "texts",
             "completion": "tokens of what follows, each given the ones before it",
             "seq2seq": "target tokens, each given the ones before it"}[objective]

@@ -18,7 +18,7 @@ COMMANDS = {
     "generate": "Continues prompts.",
     "score": "Log-probability and surprisal of lines, words or tokens.",
     "perplexity": "Perplexity and bits per byte of files.",
-    "classify": "Labels of lines or tokens, by a classifier.",
+    "classify": "Labels of lines or tokens; answers to questions.",
     "plan": "What a training run will come to here, and which preset to take.",
     "info": "What a model, run, tokenizer or text is.",
     "bench": "Speed of training beside what the machine can do.",

@@ -15,12 +15,13 @@ Examples:
   lm train chat.jsonl --field message --set model.hidden_size=192
   lm train pairs.jsonl --preset seq2seq-small     rows with source and target
   lm train reviews.tsv --preset encoder-small     columns text and label
+  lm train squad.jsonl --preset qa --from bert    rows with context, question, answers
   lm train more.txt --from runs/book -o runs/more
   lm train --resume runs/book""")
 @click.argument("data", nargs=-1, metavar="DATA...")
 @click.option("-o", "--output", metavar="DIR", help="Run folder.  [default: runs/NAME, the next free number]")
 @click.option("--preset", default="auto", show_default=True, metavar="NAME|FILE",
-              help="Recipe: auto (chooses by text, time and machine), tiny, small, base, encoder-small, seq2seq-small, "
+              help="Recipe: auto (chooses by text, time and machine), tiny, small, base, encoder-small, qa, seq2seq-small, "
                    "transformer-2017, or a .yaml file.")
 @click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value of the preset.")
 @click.option("--from", "origin", metavar="MODEL", help="Go on training this model folder, with its tokenizer.")
@@ -47,8 +48,9 @@ def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, to
           verbose):
     """Trains a model on text files (or a directory, or standard input) and prints the folder it lies in.
 
-    A decoder learns from text; an encoder from text (masked words) or from rows with text and label; an encoder–decoder
-    from rows with source and target. Without --tokenizer a byte-level BPE is learnt first, on the training part only.
+    A decoder learns from text; an encoder from text (masked words), from rows with text and label, or from rows with
+    context, question and answers; an encoder–decoder from rows with source and target. Without --tokenizer a byte-level
+    BPE is learnt first, on the training part only.
     The first budget reached of --time, --steps, --tokens and --epochs ends the run; any of them replaces the preset's.
     Ctrl-C saves and tells how to resume.
     """

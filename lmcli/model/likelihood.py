@@ -39,7 +39,7 @@ def target_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Ten
     """What training makes small, (N,) float32: −log p of each target; with `smoothing` so much of the target's weight is
     spread over all words (Szegedy et al. 2016). Targets (N, V) of 0 and 1 hold or not each for itself: the sum of their
     −log p, each by the sigmoid of its logit."""
-    if targets.ndim == 2:
+    if targets.is_floating_point():
         return F.binary_cross_entropy_with_logits(head(hidden).float(), targets, reduction="none").sum(-1)
     if hasattr(head, "prepared") and fused.active(hidden) and not torch.is_grad_enabled() and not smoothing:
         return fused.target_losses(head.prepared(hidden), head.output.weight, head.output.bias, targets)

@@ -1,4 +1,5 @@
-"""What of a row or line is to be scored: a text, one behind a prefix, one of several choices, a pair, a target's source."""
+"""What of a row or line is to be scored: a text, one behind a prefix, one of several choices, a pair, a target's source;
+and which of its fields pose a question."""
 
 from dataclasses import dataclass
 
@@ -73,6 +74,20 @@ class Asked:
         for text in found:
             text.encode("utf-8")
         return tuple(found)
+
+
+@dataclass(frozen=True)
+class QuestionFields:
+    """The two fields of a row that pose a question; a call gives (question, (context,))."""
+
+    context: str = "context"
+    question: str = "question"
+
+    def __call__(self, row: dict | str) -> tuple[str, tuple[str, ...]]:
+        """Raises ValueError for a row without both, and for a plain line."""
+        if isinstance(row, str):
+            raise ValueError(f"is plain text: a question is a row with {self.context} and {self.question} (--format jsonl)")
+        return row_field(row, self.question), (row_field(row, self.context),)
 
 
 def joined(before: str, text: str, between: str | None) -> str:

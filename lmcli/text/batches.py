@@ -18,13 +18,17 @@ class Batch:
     """What one forward pass reads: `ids` (B, T) int64, `real` (B, T) bool or None where nothing is padding, and, for an
     encoder–decoder, `decoder_ids` (B, U). `targets`, int64, are what is to be predicted: for each position of the ids
     (of the decoder's, if there are any), or one a row; IGNORED where nothing is. Where a row may have several labels they
-    are (B, labels) float32. With `firsts` (B, T) a position sees none before the one it names."""
+    are (B, labels) float32. With `firsts` (B, T) a position sees none before the one it names. `types` (B, T) int64 are
+    token types. Where positions are to be predicted, the targets (B, 2) are those of start and end, `candidates` (B, T)
+    bool those that may be."""
 
     ids: np.ndarray
     targets: np.ndarray
     real: np.ndarray | None = None
     decoder_ids: np.ndarray | None = None
     firsts: np.ndarray | None = None
+    types: np.ndarray | None = None
+    candidates: np.ndarray | None = None
 
     @property
     def rows(self) -> int:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from lmcli.errors import UserError
 from lmcli.storage import cache_folder, user_errors
+from lmcli.text.answers import Posed, posed
 from lmcli.text.fields import pair_of, row_labels, row_text
 from lmcli.text.records import CHUNK_BYTES, SEPARATED, bad_record, cells, file_format, json_row, open_bytes, shown
 
@@ -48,7 +49,8 @@ class Piece(NamedTuple):
 class Layout:
     """How files hold documents: `documents` is file, line or blank; `format` and `fields` as for records. Where rows
     must have labels too, `label` names their field, which holds one, or `several`. With `paired` the fields are a Pair, of
-    which neither side may be empty. `skipped` and `empty` count the rows that were left out."""
+    which neither side may be empty; where the two `fields` are a context and a question about it, `answers` names the field
+    of the answers. `skipped` and `empty` count the rows that were left out."""
 
     documents: str = "file"
     format: str = "auto"
@@ -57,6 +59,7 @@ class Layout:
     label: str = ""
     several: bool = False
     paired: bool = False
+    answers: str = ""
     skipped: int = field(default=0, init=False)
     empty: int = field(default=0, init=False)
     _headers: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False)
@@ -100,6 +103,10 @@ class Layout:
         """The text of a row, of a pair both sides. ValueError when it has none."""
         return pair_of(self.fields).between.join(self.sides_of(row)) if self.paired else row_text(row, self.fields)
 
+    def posed(self, row: dict) -> Posed:
+        """The question that a row poses. ValueError when it poses none."""
+        return posed(row, *self.fields, self.answers)
+
     def survey(self, files: list[str]) -> tuple[list[Document], dict[str, str]]:
         """(documents, SHA-256 of each file): every byte is read once and checked to be UTF-8. Blank documents are left out.
 
@@ -138,6 +145,8 @@ class Layout:
                 sides = self.sides_of(row) if self.paired else (self.text_of(row),)
                 if self.label:
                     self.labels_of(row)
+                if self.answers:
+                    self.posed(row)
             except ValueError as error:
                 if self.on_error == "stop":
                     raise bad_record(error, file, number) from error

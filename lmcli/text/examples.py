@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lmcli.errors import UserError
-from lmcli.storage import atomic_folder, cache_folder, user_errors
+from lmcli.storage import cached
 from lmcli.text.batches import IGNORED, Batch, padded, real_tokens
 from lmcli.text.documents import Document, Layout, line_number
 from lmcli.text.fields import pair_of
@@ -35,6 +35,19 @@ class Texts:
     def kept(self, chosen: np.ndarray) -> "Texts":
         """Those of these numbers."""
         return Texts(self.ids, self.starts[chosen], self.lengths[chosen])
+
+    @staticmethod
+    def save(folder: Path, name: str, texts: list[np.ndarray], dtype: type) -> None:
+        """Writes texts into a folder of the cache."""
+        np.save(folder / f"{name}.ids.npy", np.concatenate([np.zeros(0, dtype=dtype), *texts]))
+        np.save(folder / f"{name}.lengths.npy", np.asarray([len(text) for text in texts], dtype=np.int64))
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> "Texts":
+        """The texts that `save` wrote, their ids memory-mapped."""
+        lengths = np.load(folder / f"{name}.lengths.npy")  # nothing cannot be mapped
+        ids = np.load(folder / f"{name}.ids.npy", mmap_mode="r" if lengths.any() else None)
+        return cls(ids, np.cumsum(lengths) - lengths, lengths)
 
 
 @dataclass
@@ -72,6 +85,14 @@ def label_names(documents: list[Document], layout: Layout) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name)))
 
 
+def fingerprint(documents: list[Document], hashes: dict[str, str], settings: tuple) -> str:
+    """A key for what is made of these documents, which lie in files with these hashes, with such settings."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for document in documents:
+        digest.update(f"{hashes[document.file]} {document.start} {document.end}\n".encode())
+    return digest.hexdigest()[:32]
+
+
 def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer,
           labels: tuple[str, ...] = (), joined: bool = False) -> Examples:
     """The examples of these rows, one for each in their order, from the cache when they are there; with `labels` each is a
@@ -81,24 +102,11 @@ def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tok
     cache folder cannot be written.
     """
     kind = (3, tokenizer.hash, layout.fields, layout.label, layout.several, layout.format, labels, joined)
-    digest = hashlib.sha256(repr(kind).encode())
-    for document in documents:
-        digest.update(f"{hashes[document.file]} {document.start} {document.end}\n".encode())
-    folder = cache_folder() / "examples" / digest.hexdigest()[:32]
-    if not (folder / "facts.json").is_file():
-        with user_errors(folder, "write the token cache"):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(folder) as part:
-            _write(part, documents, layout, tokenizer, labels, joined)
-    facts = json.loads((folder / "facts.json").read_text())
-    sides = [_texts(folder, side, facts[side]) for side in ("source", "target")]
+    folder = cached("examples", fingerprint(documents, hashes, kind),
+                    lambda part: _write(part, documents, layout, tokenizer, labels, joined))
+    sides = [Texts.load(folder, side) for side in ("source", "target")]
     numbers = np.load(folder / "labels.npy") if labels else None
     return Examples(sides[0], None if labels else sides[1], numbers, np.load(folder / "sizes.npy"))
-
-
-def _texts(folder: Path, side: str, size: int) -> Texts:
-    lengths = np.load(folder / f"{side}.lengths.npy")
-    return Texts(np.load(folder / f"{side}.ids.npy", mmap_mode="r" if size else None), np.cumsum(lengths) - lengths, lengths)
 
 
 def _write(folder: Path, documents: list[Document], layout: Layout, tokenizer: Tokenizer, labels: tuple[str, ...],
@@ -121,12 +129,11 @@ def _write(folder: Path, documents: list[Document], layout: Layout, tokenizer: T
         sizes += [len(text.encode("utf-8")) for text in sized]
         for side, found in zip(ids, encoded):
             ids[side] += [np.asarray(text, dtype=dtype) for text in found]
-    for side, found in ids.items():
-        np.save(folder / f"{side}.ids.npy", np.concatenate([np.zeros(0, dtype=dtype), *found]))
-        np.save(folder / f"{side}.lengths.npy", np.asarray([len(text) for text in found], dtype=np.int64))
+    for side, texts in ids.items():
+        Texts.save(folder, side, texts, dtype)
     np.save(folder / "labels.npy", np.asarray(numbers, dtype=np.float32 if layout.several else np.int64))
     np.save(folder / "sizes.npy", np.asarray(sizes, dtype=np.int64))
-    (folder / "facts.json").write_text(json.dumps({side: sum(map(len, found)) for side, found in ids.items()}))
+    (folder / "facts.json").write_text(json.dumps({"examples": len(sizes)}))
 
 
 def _joined(sides: list[tuple[str, str]], between: str, tokenizer: Tokenizer) -> tuple[list[list[int]], list[list[int]]]:

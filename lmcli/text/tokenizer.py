@@ -152,6 +152,12 @@ class Tokenizer:
             types += [kind] * len(part)
         return found, types
 
+    def before_second(self, first: int) -> int:
+        """How many tokens stand before the second text of a pair, when the first has so many."""
+        parts = self._parts[1]
+        before = parts[:[part.what for part in parts].index("B")]
+        return sum(first if part.what == "A" else len(part.what) for part in before)
+
     @cached_property
     def _parts(self) -> tuple[list[Part], list[Part]]:
         """The templates for one text and for a pair."""

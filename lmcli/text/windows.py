@@ -1,4 +1,4 @@
-"""Context and stride → windows in which every token is scored exactly once. Pure arithmetic."""
+"""Context and stride → windows: in which every token is scored exactly once, or that overlap. Pure arithmetic."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -29,3 +29,14 @@ def windows(tokens: int, context: int, stride: int, beginning: bool, given: int 
     while first < tokens:
         yield Window(max(0, end - span), first, end)
         first, end = end, min(end + stride, tokens)
+
+
+def overlapping(tokens: int, room: int, stride: int) -> list[tuple[int, int]]:
+    """(start, end) of windows of `room` tokens over a text, each `stride` tokens behind the one before, until one ends with
+    the text. 1 ≤ stride ≤ room is the caller's to see to.
+
+    >>> overlapping(9, room=4, stride=3), overlapping(2, room=4, stride=3)
+    ([(0, 4), (3, 7), (6, 9)], [(0, 2)])
+    """
+    starts = range(0, max(1, tokens - room + stride), stride)
+    return [(start, min(start + room, tokens)) for start in starts]

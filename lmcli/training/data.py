@@ -8,19 +8,22 @@ import numpy as np
 
 from lmcli.config import TokenizerConfig, TrainConfig
 from lmcli.errors import UsageError, UserError
-from lmcli.text import aligned, checks, corpus, documents, examples
+from lmcli.text import aligned, checks, corpus, documents, examples, questions
 from lmcli.text import tokenizer as tokenizers
+from lmcli.text.answers import Posed
 from lmcli.text.batches import ExampleRows, MaskedRows, Masking, PackedRows
 from lmcli.text.corpus import Corpus, EncodedDocument
 from lmcli.text.documents import Document, Layout
 from lmcli.text.examples import Examples, Template
 from lmcli.text.fields import LABELLED, PAIRS, TEXT_FIELDS, known_pair, pair_of
+from lmcli.text.questions import Framing, Questions, Windows
 from lmcli.text.records import expand, shown
 from lmcli.text.tokenizer import Tokenizer
 from lmcli.training.objectives import OBJECTIVES, Objective
 
 FEWEST_TOKENS = 32
 BY_EXAMPLES = ("completion", "seq2seq", "classification")  # objectives whose rows are examples, the others' are packed
+ANSWERED = ("context", "question", "answers")
 
 
 @dataclass
@@ -38,31 +41,33 @@ class Source:
         """Plain values for `recipe.yaml`."""
         return {"files": self.files, "validation_files": self.validation_files, "documents": self.layout.documents,
                 "format": self.layout.format, "fields": list(self.layout.fields), "label": self.layout.label,
-                "several": self.layout.several, "paired": self.layout.paired, "on_error": self.layout.on_error,
-                "on_long": self.on_long, "sha256": self.hashes}
+                "several": self.layout.several, "paired": self.layout.paired, "answers": self.layout.answers,
+                "on_error": self.layout.on_error, "on_long": self.on_long, "sha256": self.hashes}
 
 
 def source_from_facts(facts: dict) -> Source:
     """The Source that `facts` came from."""
     layout = Layout(facts["documents"], facts["format"], tuple(facts["fields"]), facts["on_error"], facts.get("label", ""),
-                    facts.get("several", False), facts.get("paired", False))
+                    facts.get("several", False), facts.get("paired", False), facts.get("answers", ""))
     return Source(list(facts["files"]), list(facts["validation_files"]), layout, dict(facts["sha256"]),
                   facts.get("on_long", "truncate"))
 
 
 @dataclass
 class TrainingData:
-    """What to train on (token ids, or examples), documents to validate on (`measured`: those that are), the tokenizer
-    of both, and for classification the labels, of which a text may have `several`."""
+    """What to train on (token ids, examples, or questions), documents to validate on (`measured`: those that are), the
+    tokenizer of both, for classification the labels, of which a text may have `several`, and for spans what the validation
+    part poses."""
 
     tokenizer: Tokenizer
-    corpus: Corpus | Examples
+    corpus: Corpus | Examples | Questions
     measured: list[Document]
-    validation: list[EncodedDocument] | Examples
+    validation: list[EncodedDocument] | Examples | Questions
     context: int
     labels: tuple[str, ...] = ()
     several: bool = False
     objective: str = "causal"
+    posed: list[Posed] = field(default_factory=list)
 
 
 def find(arguments: tuple[str, ...], val: tuple[str, ...], layout: Layout, include: str | None,
@@ -94,8 +99,8 @@ def settle(source: Source, asked: str, shape: str, note: Callable[[str], None], 
     pair = pair_of(layout.fields) or (None if layout.fields or TEXT_FIELDS[0][0] in row else known_pair(row))
     if asked == "auto":
         continued = pair is not None and not layout.fields and pair.fields != PAIRS[0].fields
-        asked = {"decoder": "completion" if continued else "causal", "encoder-decoder": "seq2seq"}.get(
-            shape, "classification" if labelled else "masked")
+        of_encoder = "span" if set(ANSWERED) <= row.keys() else "classification" if labelled else "masked"
+        asked = {"decoder": "completion" if continued else "causal", "encoder-decoder": "seq2seq"}.get(shape, of_encoder)
     objective = OBJECTIVES[asked]
     if objective.shape != shape:
         raise UsageError(f"objective {asked} needs the shape {objective.shape}, not {shape}", where="train",
@@ -112,6 +117,12 @@ def settle(source: Source, asked: str, shape: str, note: Callable[[str], None], 
         *fields, label = layout.fields or LABELLED
         layout.fields, layout.label = tuple(fields) or ("text",), label
         layout.several = several or isinstance(row.get(label), list)
+    elif asked == "span":
+        if not row or len(layout.fields) not in (0, 3):
+            raise UserError("answers are learnt from rows with three fields", where=shown(source.files[0]),
+                            hint="JSON Lines with context, question, answers, or name the three, in this order, by --fields")
+        *layout.fields, layout.answers = layout.fields or ANSWERED
+        layout.fields = tuple(layout.fields)
     elif set(PAIRS[0].fields) <= row.keys() and not layout.fields:
         note("the rows have source and target, a decoder reads source alone; --preset translate learns from both, and so "
              "does --set train.objective=completion")
@@ -162,6 +173,9 @@ def prepare(source: Source, parts: Parts, config: TokenizerConfig, context: int,
         tokenizer = tokenizers.learn(texts, config, objective.shape)
         if tokenizer.size < config.vocab_size:
             note(f"the text has room for a vocabulary of {tokenizer.size:,}, not {config.vocab_size:,}")
+    if objective.name == "span":
+        asked = [questions.build(part, hashes, layout, tokenizer) for part in (training, measured)]
+        return TrainingData(tokenizer, asked[0], measured, asked[1], context, posed=questions.posed_by(measured, layout))
     if objective.name in BY_EXAMPLES:
         return _examples(source, parts, tokenizer, context, objective, labels, note)
     closing = tokenizer.special("eos_token" if objective.name == "causal" else "sep_token")
@@ -225,10 +239,26 @@ def template(prepared: TrainingData, start: int | None) -> Template:
                     prepared.objective == "completion")
 
 
+def windows(prepared: TrainingData, found: Questions, stride: int) -> Windows:
+    """The windows over the contexts of questions, `stride` tokens apart."""
+    padding = prepared.tokenizer.special("pad_token")
+    return Windows(found, Framing(prepared.tokenizer, prepared.context, stride, padding or 0))
+
+
+def in_windows(prepared: TrainingData) -> int:
+    """How many training contexts are longer than what one row has room for."""
+    if not isinstance(prepared.corpus, Questions):
+        return 0
+    return int((np.bincount(windows(prepared, prepared.corpus, 0).places[:, 0]) > 1).sum())
+
+
 def training_rows(prepared: TrainingData, objective: Objective, start: int | None,
                   train: TrainConfig) -> PackedRows | MaskedRows | ExampleRows:
     """The rows of a run, in an order that follows from the seed."""
     tokenizer, seed = prepared.tokenizer, train.seed
+    if objective.name == "span":
+        asked = windows(prepared, prepared.corpus, train.doc_stride)
+        return ExampleRows(asked.lengths, asked.batch, seed)
     if objective.name == "causal":
         beginning = tokenizer.prefix[0] if len(tokenizer.prefix) == 1 else None
         closing = tokenizer.special("eos_token") if train.document_masks else None

@@ -71,18 +71,22 @@ def evaluate(objective: Objective, model: Transformer, batches: Iterable[Batch],
     """`figures`, which may bring what does not hang on the model, with the sums over these batches. The model is in
     evaluation mode."""
     for batch in batches:
-        predicted = objective.predict(model, batch)
-        logprobs, right = target_logprobs(*predicted), _right(predicted)
-        counted = torch.ones_like(right) if figures.end is None else predicted.targets != figures.end
-        figures.logprob += float(logprobs[counted].double().sum())
-        figures.targets += int(counted.sum())
-        figures.correct += int(right[counted].sum())
+        add(figures, objective.predict(model, batch))
     return figures
+
+
+def add(figures: Figures, predicted: Predictions) -> None:
+    """Adds what was predicted for one batch."""
+    logprobs, right = target_logprobs(*predicted), _right(predicted)
+    counted = torch.ones_like(right) if figures.end is None else predicted.targets != figures.end
+    figures.logprob += float(logprobs[counted].double().sum())
+    figures.targets += int(counted.sum())
+    figures.correct += int(right[counted].sum())
 
 
 def _right(predicted: Predictions) -> Tensor:
     """(N,) bool: whether the target was the likeliest choice; of several labels, whether each was held for what it is."""
     hidden, head, targets = predicted
-    if targets.ndim == 2:
+    if targets.is_floating_point():
         return ((head(hidden) > 0) == (targets > 0)).all(-1)
     return torch.cat([head(rows).argmax(-1) == wanted for rows, wanted in pieces(head, hidden, targets)])

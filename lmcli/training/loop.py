@@ -103,7 +103,8 @@ class Run:
         self._before = self._sampled_at = 0.0
         self._sample_seconds = 0.3  # until one has been timed
         config = self.model.config
-        self._uniform = math.log(max(2, config.vocab_size if self.objective.head == "lm" else len(config.labels)))
+        choices = {"lm": config.vocab_size, "span": self.config.context}.get(self.objective.head, len(config.labels))
+        self._uniform = math.log(max(2, choices))
         self._losses: deque[float] = deque(maxlen=divergence.STEPS_ABOVE)
 
     def _worth_compiling(self) -> bool:

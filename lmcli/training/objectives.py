@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmcli.model.likelihood import summed_loss
 from lmcli.model.transformer import Transformer
@@ -57,6 +57,17 @@ def classification(model: Transformer, batch: Batch) -> Predictions:
     return Predictions(model.pooled(model.hidden(ids, real), real), model.head, targets)
 
 
+def span(model: Transformer, batch: Batch) -> Predictions:
+    """The first and the last token of each answer, among the candidates (Devlin et al. 2019, §4.2): a row of logits (2·B, T)
+    for each, those of the starts first."""
+    ids, targets, real = _tensors(model, batch)
+    types = None if batch.types is None or model.config.type_vocab_size < 2 else torch.from_numpy(batch.types).to(ids.device)
+    logits = model.head(model.hidden(ids, real, token_type_ids=types)).float().movedim(-1, 0)  # (2, B, T)
+    if batch.candidates is not None:
+        logits = logits.masked_fill(~torch.from_numpy(batch.candidates).to(ids.device), float("-inf"))
+    return Predictions(logits.flatten(0, 1), nn.Identity(), targets.T.flatten())
+
+
 def _tensors(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     device = model.embedding.weight.device
     ids, targets = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (batch.ids, batch.targets))
@@ -79,9 +90,10 @@ OBJECTIVES = {objective.name: objective for objective in (
     Objective("completion", completion, "decoder", "lm", "token"),
     Objective("masked", masked, "encoder", "lm", "masked token"),
     Objective("seq2seq", seq2seq, "encoder-decoder", "lm", "target token"),
-    Objective("classification", classification, "encoder", "sequence", "text"))}
+    Objective("classification", classification, "encoder", "sequence", "text"),
+    Objective("span", span, "encoder", "span", "position"))}
 
 
 def loss(objective: Objective, model: Transformer, batch: Batch, smoothing: float = 0.0) -> Tensor:
-    """The summed loss of a batch in nats; differentiable."""
-    return summed_loss(*objective.predict(model, batch), smoothing)
+    """The summed loss of a batch in nats; differentiable. There is no smoothing over positions, which are no words."""
+    return summed_loss(*objective.predict(model, batch), 0.0 if objective.name == "span" else smoothing)

@@ -47,6 +47,11 @@ def test_a_line_in_is_a_line_out(inside, folders):
     assert found[2] == ["NA", "NA", ""]
 
 
+def test_a_classifier_gives_no_answers(inside, folders):
+    done = inside("classify", "-m", folders(), "--max-answer-tokens", 3, stdin=TEXT)
+    assert done.returncode == 2 and b"--max-answer-tokens: only a question-answering model gives answers" in done.stderr
+
+
 def test_logits_have_a_column_a_label(inside, folders):
     found = lines(inside("classify", "-m", folders(), "--logits", stdin=TEXT))
     assert found[0] == ["bad", "good", "so so", "text"] and len(found) == 5
@@ -179,16 +184,16 @@ KINDS = {("decoder", "lm"): "a language model", ("encoder", "lm"): "a masked lan
 
 @pytest.mark.parametrize("command, able", [
     ("score", {("decoder", "lm"), ("encoder", "lm"), ("encoder-decoder", "lm")}), ("perplexity", {("decoder", "lm")}),
-    ("classify", {("encoder", "sequence"), ("encoder", "token")})])
+    ("classify", {("encoder", "sequence"), ("encoder", "token"), ("encoder", "span")})])
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 def test_a_command_that_a_model_is_not_made_for_says_what_the_model_is(inside, folders, kind, command, able):
     done = inside(command, "-m", folders(*kind), stdin=b"The baker\twent\n")
     told = done.stderr.decode()
-    if kind in able and "names no mask token" not in told:  # which the tokenizer here does not
+    if kind in able and "names no mask token" not in told and "is plain text" not in told:  # what some cannot do without
         assert lines(done)
         return
     if kind in able:
-        assert command == "score" and kind == ("encoder", "lm") and done.returncode == 1
+        assert done.returncode == 1 and (command, kind) in {("score", ("encoder", "lm")), ("classify", ("encoder", "span"))}
         return
     assert (done.returncode, done.stdout) == (1, b"") and told.count("\n") == 2
     assert f"is {KINDS[kind]}" in told and f"which lm {command} cannot use" in told

@@ -55,5 +55,5 @@ def test_by_hand(case, expected):
     assert [tuple(window) for window in windows(*case)] == expected
 
 
-def test_the_example_in_the_docstring():
-    assert doctest.testmod(module) == (0, 1)
+def test_the_examples_in_the_docstrings():
+    assert doctest.testmod(module) == (0, 2)

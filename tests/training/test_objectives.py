@@ -124,6 +124,29 @@ def test_documents_kept_apart_have_the_losses_of_each_alone(options, randomize):
     assert (together - alone)[starts[1]:].abs().max() > 0.01
 
 
+@torch.no_grad()
+def test_starts_and_ends_are_the_loss_of_transformers(both):
+    ours, theirs = both("encoder-small", head="span", head_bias=False)
+    real = np.arange(9) < np.array([[9], [6], [4]])
+    batch = Batch(np.where(real, ids(3, 9), 0), np.array([[2, 5], [0, 0], [3, 3]]), real,
+                  types=np.ones((3, 9), dtype=np.int64))
+    starts, ends = torch.from_numpy(batch.targets).T
+    wanted = theirs(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(real).long())
+    may = torch.from_numpy(real)
+    each = [torch.nn.functional.cross_entropy(logits.masked_fill(~may, -torch.inf), positions)
+            for logits, positions in ((wanted.start_logits, starts), (wanted.end_logits, ends))]
+    batch.candidates = real
+    assert batch.count == 6 and batch.tokens == 19
+    for smoothing in (0.0, 0.1):  # which is for words
+        found = objectives.loss(OBJECTIVES["span"], ours, batch, smoothing).item() / batch.count
+        assert found == pytest.approx(sum(each).item() / 2, rel=1e-5)
+    figures = evaluate(OBJECTIVES["span"], ours, [batch], Figures("position"))
+    right = [(logits.masked_fill(~may, -torch.inf).argmax(-1) == positions).sum().item()
+             for logits, positions in ((wanted.start_logits, starts), (wanted.end_logits, ends))]
+    assert figures.targets == 6 and figures.correct == sum(right)
+    assert figures.criterion == pytest.approx(found, rel=1e-5)
+
+
 def test_label_smoothing_is_that_of_torch():
     model = Transformer(ModelConfig(**{**SIZES, "num_attention_heads": 2}).complete())
     model.initialize(0)

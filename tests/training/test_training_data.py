@@ -105,3 +105,36 @@ def test_what_is_left_out_is_counted(prepare, tmp_path):
     notes = []
     data.find((str(tmp_path),), (), Layout(), None, notes.append)
     assert notes[0].endswith("files that are not UTF-8 text left out")
+
+
+QUESTION = '{"context": "Anna sits.", "question": "Who?", "answers": [{"text": "Anna", "answer_start": 0}]}\n'
+
+
+@pytest.mark.parametrize("text, fields, asked, objective", [
+    (QUESTION, (), "auto", "span"), (QUESTION.replace("context", "text"), ("text", "question", "answers"), "span", "span"),
+    (QUESTION.replace("context", "text"), ("text",), "auto", "masked"),
+    ('{"text": "a", "label": "b"}\n', (), "auto", "classification")])
+def test_the_fields_of_an_encoders_rows_settle_what_it_learns(tmp_path, text, fields, asked, objective):
+    (tmp_path / "a.jsonl").write_text(text * 30)
+    source = data.find((str(tmp_path / "a.jsonl"),), (), Layout(fields=fields), None, print)
+    assert data.settle(source, asked, "encoder", print).name == objective
+    assert source.layout.answers == ("answers" if objective == "span" else "")
+    assert data.source_from_facts(source.facts()) == source
+    if objective == "span":
+        assert len(source.layout.fields) == 2
+        assert data.split(source, 10**6, lambda told: None).measured
+
+
+def test_questions_come_with_what_they_pose_and_their_windows(tmp_path):
+    rows = QUESTION * 25 + QUESTION.replace("Anna sits.", "Anna sits and sits and sits and sits and sits.") * 5
+    (tmp_path / "a.jsonl").write_text(rows)
+    source = data.find((str(tmp_path / "a.jsonl"),), (), Layout(), None, print)
+    objective = data.settle(source, "auto", "encoder", print)
+    parts = data.split(source, 10**6, lambda told: None)
+    prepared = data.prepare(source, parts, VOCABULARY, 10, None, lambda told: None, objective)
+    assert [one.question for one in prepared.posed] == ["Who?"] * 3 and len(prepared.validation) == 3
+    assert len(prepared.corpus) == 27
+    long = data.in_windows(prepared)
+    assert long == 4  # one of the five is held out
+    rows = data.training_rows(prepared, objective, None, 0.0, 0, stride=2)
+    assert rows.rows_per_epoch > 27 + long and rows.step(0, 64, 64)[0].ids.shape[1] <= 10
