@@ -80,12 +80,12 @@ class _Block(Function):
          qkv, out, into, back, query, key, value, *kept) = ctx.saved_tensors
         shape, dy = ctx.shape, dy.contiguous()
 
-        above = _dropped(dy, shape, ctx.seeds[1])
+        above = _dropped(dy, shape.dropout, ctx.seeds[1])
         dgate_up, inner = _swiglu_backward(gate_up, above @ back)
         ddown = above.T @ inner
         dinto = dgate_up.T @ _rms_norm(middle, norm2, shape.eps)
         dmiddle, dnorm2 = _rms_norm_backward(middle, norm2, dgate_up @ into, dy, shape.eps)
-        above = _dropped(dmiddle, shape, ctx.seeds[0])
+        above = _dropped(dmiddle, shape.dropout, ctx.seeds[0])
         doutput = above.T @ joined
         dheads = _attend_backward(query, key, value, _parted_heads(above @ out, shape), kept, firsts, shape)
         dproducts, dhead_norms = _split_heads_backward(products, cos, sin, query_norm, key_norm, dheads, shape)
@@ -147,16 +147,34 @@ def _add(residual: Tensor, x: Tensor, weight: Tensor, shape: Shape, seed: int) -
     """residual + what dropout leaves of x · weightᵀ."""
     if not shape.dropout:
         return torch.addmm(residual, x, weight.T)
-    return _dropped(x @ weight.T, shape, seed, residual)
+    return _dropped(x @ weight.T, shape.dropout, seed, residual)
 
 
-def _dropped(x: Tensor, shape: Shape, seed: int, residual: Tensor | None = None) -> Tensor:
-    if not shape.dropout:
+def _dropped(x: Tensor, share: float, seed: int, residual: Tensor | None = None) -> Tensor:
+    if not share:
         return x
-    y = torch.empty_like(x)
-    kept = min(round((1.0 - shape.dropout) * 2 ** 32), 2 ** 32 - 1)
-    kernels.run("dropout", x.dtype, x, residual, y, *x.shape, seed, kept, 1.0 / (1.0 - shape.dropout))
+    y, width = torch.empty_like(x), x.shape[-1]
+    kept = min(round((1.0 - share) * 2 ** 32), 2 ** 32 - 1)
+    kernels.run("dropout", x.dtype, x, residual, y, x.numel() // width, width, seed, kept, 1.0 / (1.0 - share))
     return y
+
+
+class _DroppedSum(Function):
+    @staticmethod
+    def forward(ctx, residual: Tensor, x: Tensor, share: float) -> Tensor:
+        ctx.share, ctx.seed = share, int(torch.randint(1 << 31, ()))
+        return _dropped(x.contiguous(), share, ctx.seed, residual.contiguous())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, _dropped(dy.contiguous(), ctx.share, ctx.seed), None
+
+
+def dropped_sum(residual: Tensor, x: Tensor, share: float) -> Tensor:
+    """residual + dropout(x), both (…, C), of which dropout leaves all but a `share`. Nothing is kept for the backward pass,
+    which draws the same numbers again."""
+    return _DroppedSum.apply(residual, x, share)
 
 
 def _split_heads(products: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,

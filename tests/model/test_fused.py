@@ -244,6 +244,18 @@ def test_dropout_leaves_its_share_and_its_gradient_knows_which():
     assert not torch.equal(dropped(*inputs), block((2, 5, 2, 1, 6), dropout=0.4)(*inputs))  # another seed, another mask
 
 
+def test_a_sum_with_dropout_and_its_gradient():
+    def summed(residual: Tensor, x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return fused.dropped_sum(residual, x, 0.25)
+
+    residual, x = (torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert gradcheck(summed, (residual, x))
+    added = ((summed(residual, x) - residual) / x).detach()
+    assert sorted(set(added.flatten().round(decimals=9).tolist())) == pytest.approx([0, 1 / 0.75])
+    assert not torch.equal(summed(residual, x), fused.dropped_sum(residual, x, 0.25))  # the next one is another
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_dropout_is_as_random_as_it_looks(share):
     """Of 400,000 numbers the right share is kept, as often in every row and column, independent of the neighbours and of
