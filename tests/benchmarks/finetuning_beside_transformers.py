@@ -104,7 +104,8 @@ class Transformers:
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
-            self.read, steps, tokens = self.read + len(batch["labels"]), steps + 1, tokens + int(batch["attention_mask"].sum())
+            self.read, steps = self.read + len(batch["labels"]), steps + 1
+            tokens += int(batch["attention_mask"].sum())
         return time.perf_counter() - started, steps, self.read - before, tokens
 
     def accuracy(self) -> float:
@@ -123,6 +124,7 @@ def read(file: Path) -> list[dict]:
 def batch_tokens(options: argparse.Namespace) -> int:
     """The padded tokens of a step by which `lm train` has --batch texts in a step, on average of an epoch."""
     import numpy as np
+
     from lmcli.text import tokenizer as tokenizers
     from lmcli.text.batches import Batch, ExampleRows
 
