@@ -20,6 +20,8 @@ QUERIES_AT_ONCE = 128  # rows of scores in one product: little above the diagona
 KEPT_WEIGHTS = 512  # keys up to which attention weights are kept for the backward pass, not calculated again
 ROWS_AT_ONCE = 1024  # rows of logits in one piece: they stay in the cache
 WORDS_AT_ONCE = 2048  # columns of logits that are only read: more would be fetched anew from the system each time
+# activations as x · σ(x · (a + b x²)): (a, b)
+SILU, GELU_TANH = (1.0, 0.0), (2 * (2 / torch.pi) ** 0.5, 2 * 0.044715 * (2 / torch.pi) ** 0.5)
 
 
 def active(x: Tensor) -> bool:
@@ -67,7 +69,7 @@ class _Block(Function):
             joined, kept = causal_attention(*heads, shape.scale).transpose(1, 2).reshape(len(x), -1), []
         middle = _add(x, joined, out, shape, ctx.seeds[0])
         gate_up = _rms_norm(middle, norm2, shape.eps) @ into.T  # (N, 2F)
-        y = _add(middle, _swiglu(gate_up), back, shape, ctx.seeds[1])
+        y = _add(middle, _gated(gate_up), back, shape, ctx.seeds[1])
         ctx.dtype = query.dtype
         ctx.save_for_backward(x, middle, products, joined, gate_up, cos, sin, firsts, norm1, norm2, query_norm, key_norm,
                               qkv, out, into, back, *heads, *kept)
@@ -80,12 +82,12 @@ class _Block(Function):
          qkv, out, into, back, query, key, value, *kept) = ctx.saved_tensors
         shape, dy = ctx.shape, dy.contiguous()
 
-        above = _dropped(dy, shape, ctx.seeds[1])
-        dgate_up, inner = _swiglu_backward(gate_up, above @ back)
+        above = _dropped(dy, shape.dropout, ctx.seeds[1])
+        dgate_up, inner = _gated_backward(gate_up, above @ back)
         ddown = above.T @ inner
         dinto = dgate_up.T @ _rms_norm(middle, norm2, shape.eps)
         dmiddle, dnorm2 = _rms_norm_backward(middle, norm2, dgate_up @ into, dy, shape.eps)
-        above = _dropped(dmiddle, shape, ctx.seeds[0])
+        above = _dropped(dmiddle, shape.dropout, ctx.seeds[0])
         doutput = above.T @ joined
         dheads = _attend_backward(query, key, value, _parted_heads(above @ out, shape), kept, firsts, shape)
         dproducts, dhead_norms = _split_heads_backward(products, cos, sin, query_norm, key_norm, dheads, shape)
@@ -129,34 +131,71 @@ def _rms_norm_backward(x: Tensor, weight: Tensor, dy: Tensor, residual: Tensor |
     return dx, sums.sum(0)
 
 
-def _swiglu(gate_up: Tensor) -> Tensor:
+def _gated(gate_up: Tensor, curve: tuple[float, float] = SILU) -> Tensor:
     rows, size = len(gate_up), gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, size)
-    kernels.run("swiglu", gate_up.dtype, gate_up, y, rows, size)
+    kernels.run("gated", gate_up.dtype, gate_up, y, rows, size, *curve)
     return y
 
 
-def _swiglu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+def _gated_backward(gate_up: Tensor, dy: Tensor, curve: tuple[float, float] = SILU) -> tuple[Tensor, Tensor]:
     """(gradient, what the forward pass gave)."""
     dx, y = torch.empty_like(gate_up), torch.empty_like(dy)
-    kernels.run("swiglu_backward", gate_up.dtype, gate_up, dy, dx, y, *dy.shape)
+    kernels.run("gated_backward", gate_up.dtype, gate_up, dy, dx, y, *dy.shape, *curve)
     return dx, y
+
+
+class _Gated(Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, curve: tuple[float, float]) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.curve = curve
+        return _gated(gate_up, curve)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _gated_backward(*ctx.saved_tensors, gradient.contiguous(), ctx.curve)[0], None
+
+
+def gated(gate_up: Tensor, curve: tuple[float, float]) -> Tensor:
+    """act(gate) · up of rows [gate, up] (…, 2F) → (…, F), for the activation of SILU or GELU_TANH."""
+    rows = gate_up.reshape(-1, gate_up.shape[-1])
+    return _Gated.apply(rows, curve).view(*gate_up.shape[:-1], -1)
 
 
 def _add(residual: Tensor, x: Tensor, weight: Tensor, shape: Shape, seed: int) -> Tensor:
     """residual + what dropout leaves of x · weightᵀ."""
     if not shape.dropout:
         return torch.addmm(residual, x, weight.T)
-    return _dropped(x @ weight.T, shape, seed, residual)
+    return _dropped(x @ weight.T, shape.dropout, seed, residual)
 
 
-def _dropped(x: Tensor, shape: Shape, seed: int, residual: Tensor | None = None) -> Tensor:
-    if not shape.dropout:
+def _dropped(x: Tensor, share: float, seed: int, residual: Tensor | None = None) -> Tensor:
+    if not share:
         return x
-    y = torch.empty_like(x)
-    kept = min(round((1.0 - shape.dropout) * 2 ** 32), 2 ** 32 - 1)
-    kernels.run("dropout", x.dtype, x, residual, y, *x.shape, seed, kept, 1.0 / (1.0 - shape.dropout))
+    y, width = torch.empty_like(x), x.shape[-1]
+    kept = min(round((1.0 - share) * 2 ** 32), 2 ** 32 - 1)
+    kernels.run("dropout", x.dtype, x, residual, y, x.numel() // width, width, seed, kept, 1.0 / (1.0 - share))
     return y
+
+
+class _DroppedSum(Function):
+    @staticmethod
+    def forward(ctx, residual: Tensor, x: Tensor, share: float) -> Tensor:
+        ctx.share, ctx.seed = share, int(torch.randint(1 << 31, ()))
+        return _dropped(x.contiguous(), share, ctx.seed, residual.contiguous())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, _dropped(dy.contiguous(), ctx.share, ctx.seed), None
+
+
+def dropped_sum(residual: Tensor, x: Tensor, share: float) -> Tensor:
+    """residual + dropout(x), both (…, C), of which dropout leaves all but a `share`. Nothing is kept for the backward pass,
+    which draws the same numbers again."""
+    return _DroppedSum.apply(residual, x, share)
 
 
 def _split_heads(products: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,
@@ -288,32 +327,35 @@ def gelu_tanh_(x: Tensor) -> Tensor:
 
 class _CrossEntropy(Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-        matrix = weight.to(hidden.dtype)  # (V, C)
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float) -> Tensor:
+        matrix, added = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)  # (V, C), (V,)
         losses = torch.empty(len(hidden), dtype=ACCUMULATED[hidden.dtype])
         dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
+        dbias = None if bias is None else torch.zeros_like(bias)
         for first in range(0, len(hidden), ROWS_AT_ONCE):
             rows = slice(first, first + ROWS_AT_ONCE)
             part = hidden[rows]
-            logits = part @ matrix.T
+            logits = part @ matrix.T if bias is None else torch.addmm(added, part, matrix.T)
             kernels.run("cross_entropy", hidden.dtype, logits, targets[rows], losses[rows], *logits.shape, smoothing)
             torch.mm(logits, matrix, out=dhidden[rows])
             dweight += logits.T @ part
-        ctx.save_for_backward(dhidden, dweight)
+            if bias is not None:
+                dbias += logits.sum(0, dtype=dbias.dtype)
+        ctx.save_for_backward(dhidden, dweight, dbias)
         return losses.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = ctx.saved_tensors
-        return dhidden * gradient, dweight * gradient, None, None
+        dhidden, dweight, dbias = ctx.saved_tensors
+        return dhidden * gradient, dweight * gradient, None if dbias is None else dbias * gradient, None, None
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The summed −log p of targets (N,) under the logits hidden (N, C) · weightᵀ (V, C), nats; smoothing as in
+def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The summed −log p of targets (N,) under the logits hidden (N, C) · weightᵀ (V, C) + bias (V,), nats; smoothing as in
     `likelihood.target_losses`. The gradient is made beside the loss, so the logits never exist all at once."""
     assert targets.dtype == torch.int64 and (not len(targets) or 0 <= targets.min() <= targets.max() < len(weight))
-    return _CrossEntropy.apply(hidden.contiguous(), weight, targets.contiguous(), smoothing)
+    return _CrossEntropy.apply(hidden.contiguous(), weight, bias, targets.contiguous(), smoothing)
 
 
 def target_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

@@ -139,32 +139,32 @@ void NAME(rms_norm_backward)(IN x, WEIGHTS weight, IN dy, IN residual, OUT dx, S
     }
 }
 
-/* out = silu(gate) * up, of rows [gate, up] */
-void NAME(swiglu)(IN gate_up, OUT out, long rows, long F, long parts) {
+/* out = act(gate) * up, of rows [gate, up]; act(x) = x sigmoid(x (a + b x^2)): SiLU, and GELU by its tanh formula */
+void NAME(gated)(IN gate_up, OUT out, long rows, long F, A a, A b, long parts) {
     FOR_PARTS FOR_ROWS(rows) {
         IN gate = gate_up + row * 2 * F, *up = gate + F;
         OUT y = out + row * F;
         for (long i = 0; i < F; i++) {
             A g = LOAD(gate[i]);
-            y[i] = STORE(g / (1 + EXP(-g)) * LOAD(up[i]));
+            y[i] = STORE(g / (1 + EXP(-g * (a + b * g * g))) * LOAD(up[i]));
         }
     }
 }
 
-static void NAME(swiglu_row)(IN gate, IN up, IN dy, OUT y, OUT dgate, OUT dup, long F) {
+static void NAME(gated_row)(IN gate, IN up, IN dy, OUT y, OUT dgate, OUT dup, long F, A a, A b) {
     for (long i = 0; i < F; i++) {
-        A g = LOAD(gate[i]), u = LOAD(up[i]), s = 1 / (1 + EXP(-g)), d = LOAD(dy[i]);
+        A g = LOAD(gate[i]), u = LOAD(up[i]), s = 1 / (1 + EXP(-g * (a + b * g * g))), d = LOAD(dy[i]);
         y[i] = STORE(g * s * u);
         dup[i] = STORE(d * g * s);
-        dgate[i] = STORE(d * u * s * (1 + g * (1 - s)));
+        dgate[i] = STORE(d * u * s * (1 + g * (1 - s) * (a + 3 * b * g * g)));
     }
 }
 
 /* The gradient, and once more what the forward pass gave. */
-void NAME(swiglu_backward)(IN gate_up, IN dy, OUT dgate_up, OUT y, long rows, long F, long parts) {
+void NAME(gated_backward)(IN gate_up, IN dy, OUT dgate_up, OUT y, long rows, long F, A a, A b, long parts) {
     FOR_PARTS FOR_ROWS(rows) {
         long at = row * 2 * F;
-        NAME(swiglu_row)(gate_up + at, gate_up + at + F, dy + row * F, y + row * F, dgate_up + at, dgate_up + at + F, F);
+        NAME(gated_row)(gate_up + at, gate_up + at + F, dy + row * F, y + row * F, dgate_up + at, dgate_up + at + F, F, a, b);
     }
 }
 

@@ -17,6 +17,7 @@ from lmcli.model import fused
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu, "gelu_new": _gelu_tanh,
                "gelu_pytorch_tanh": _gelu_tanh, "gelu_fast": _gelu_tanh}
+CURVES = {F.silu: fused.SILU, _gelu_tanh: fused.GELU_TANH}
 
 
 class Linear(nn.Linear):
@@ -77,6 +78,9 @@ class MLP(nn.Module):
             if self.activation is _gelu_tanh and fused.active(inner) and not inner.requires_grad:
                 return self.down(fused.gelu_tanh_(inner))
             return self.down(self.activation(inner))
+        if self.activation in CURVES and self.gate.bias is None and fused.active(x):
+            gate_up = F.linear(x, torch.cat([self.gate.weight, self.up.weight]).to(x.dtype))
+            return self.down(fused.gated(gate_up, CURVES[self.activation]))
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 

@@ -78,6 +78,6 @@ def _read(logprobs: Tensor, targets: Tensor, members: Tensor | None, count: int)
 
 def summed_loss(hidden: Tensor, head: torch.nn.Module, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """The sum of `target_losses`, with a gradient that costs less where the kernels are there."""
-    if fused.active(hidden) and hasattr(head, "prepared") and head.output.bias is None:
-        return fused.cross_entropy(head.prepared(hidden), head.output.weight, targets, smoothing)
+    if fused.active(hidden) and hasattr(head, "prepared"):
+        return fused.cross_entropy(head.prepared(hidden), head.output.weight, head.output.bias, targets, smoothing)
     return target_losses(hidden, head, targets, smoothing).sum()

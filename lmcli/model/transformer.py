@@ -46,17 +46,17 @@ class Block(nn.Module):
             return self._forward_fused(x, *view.turn, view.firsts)
         later = x[:, view.since:]
         if self.parallel:
-            mixed = self._drop(self.attention(self.attention_norm(x), view))
-            return later + mixed + self._drop(self.mlp(self.mlp_norm(later)))
+            mixed = self._add(later, self.attention(self.attention_norm(x), view))
+            return self._add(mixed, self.mlp(self.mlp_norm(later)))
         if self.post_norm:
-            x = self.attention_norm(later + self._drop(self.attention(x, view)))
+            x = self.attention_norm(self._add(later, self.attention(x, view)))
             if self.cross is not None:
-                x = self.cross_norm(x + self._drop(self.cross(x, view)))
-            return self.mlp_norm(x + self._drop(self.mlp(x)))
-        x = later + self._drop(self.attention(self.attention_norm(x), view))
+                x = self.cross_norm(self._add(x, self.cross(x, view)))
+            return self.mlp_norm(self._add(x, self.mlp(x)))
+        x = self._add(later, self.attention(self.attention_norm(x), view))
         if self.cross is not None:
-            x = x + self._drop(self.cross(self.cross_norm(x), view))
-        return x + self._drop(self.mlp(self.mlp_norm(x)))
+            x = self._add(x, self.cross(self.cross_norm(x), view))
+        return self._add(x, self.mlp(self.mlp_norm(x)))
 
     def _fused(self, x: Tensor, view: View) -> bool:
         """Whether `fused.block` can stand in: a decoder's block over whole rows, all of it trained or nothing."""
@@ -77,8 +77,10 @@ class Block(nn.Module):
         return fused.block(x.flatten(0, 1), shape, cos[0, 0, :, :half], sin[0, 0, :, :half], weights,
                            firsts).view(x.shape)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+    def _add(self, residual: Tensor, x: Tensor) -> Tensor:
+        if not (self.dropout and self.training):
+            return residual + x
+        return fused.dropped_sum(residual, x, self.dropout) if fused.active(x) else residual + F.dropout(x, self.dropout)
 
 
 class Stack(nn.Module):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 IGNORED = -100  # a target that nothing is to predict, as in transformers
-EXAMPLES_SORTED = 2048  # so many examples are put together by length at a time
+EXAMPLES_SORTED = 1 << 15  # so many examples are put together by length at a time
 
 
 @dataclass
@@ -183,11 +183,11 @@ class MaskedRows:
 
 
 class ExampleRows:
-    """Examples in a random order, examples of like length together. `lengths` counts each one's tokens, and `make`
-    turns numbers of examples into a Batch."""
+    """Examples in a random order, examples of like lengths together. `lengths` (N,) or (N, sides) counts each one's tokens,
+    a side's by itself where sides are padded apart, and `make` turns numbers of examples into a Batch."""
 
     def __init__(self, lengths: np.ndarray, make: Callable[[np.ndarray], Batch], seed: int):
-        self.lengths, self.make, self.seed = lengths, make, seed
+        self.lengths, self.make, self.seed = lengths.reshape(len(lengths), -1), make, seed
         self.rows_per_epoch = len(lengths)
         self._key, self._plan, self._starts = None, [], np.zeros(0, dtype=np.int64)
 
@@ -216,10 +216,14 @@ class ExampleRows:
         return (self.make(group) for group in self._groups(np.arange(self.rows_per_epoch), most))
 
     def _groups(self, examples: np.ndarray, most: int) -> Iterator[np.ndarray]:
-        ordered = examples[np.argsort(-self.lengths[examples], kind="stable")]
+        first, last = self.lengths[examples].T[[0, -1]]
+        # among sources of one length targets grow, among those of the next they shrink: where these meet they are alike
+        ordered = examples[np.lexsort((np.where(first % 2, -last, last), -first))]
         start = 0
         while start < len(ordered):
-            rows = max(1, most // max(1, int(self.lengths[ordered[start]])))
+            rows = max(1, most // max(1, int(self.lengths[ordered[start]].sum())))
+            longest = np.maximum.accumulate(self.lengths[ordered[start:start + rows]]).sum(1)  # of one row, of two …
+            rows = max(1, int((longest * np.arange(1, len(longest) + 1) <= most).sum()))
             yield ordered[start:start + rows]
             start += rows
 

@@ -179,9 +179,8 @@ class Template:
         return np.concatenate([ids[:self.context - 1], [self.end]]).astype(np.int64)
 
     def lengths(self, examples: Examples) -> np.ndarray:
-        """Tokens of each example, both sides, as far as they are read."""
-        whole = self._whole(examples)
-        return np.minimum(whole[0], self.context) + (np.minimum(whole[1], self.context) if len(whole) > 1 else 0)
+        """Tokens of each example's sides as far as they are read, (N, 1 or 2)."""
+        return np.minimum(np.stack(self._whole(examples), axis=1), self.context)
 
     def lost(self, examples: Examples) -> np.ndarray:
         """Tokens of each example that do not fit."""

@@ -6,6 +6,7 @@ In float32 they agree; in bfloat16 they lie as near to float64 as the plain path
 import dataclasses
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -57,9 +58,11 @@ def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), 1e-6)
 
 
-def plain_swiglu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+def plain_gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def made(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return activation(gate) * up
+    return made
 
 
 def angles(positions: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -114,7 +117,7 @@ def plain_block(shape: tuple[int, ...], apart: bool = False) -> Callable[..., Te
         products = F.linear(plain_rms_norm(x, norm1), torch.cat([query, key, value]).to(x.dtype))
         mixed = plain_causal(*plain_split(shape)(products, *head_norms), firsts).transpose(1, 2).reshape(len(x), -1)
         x = x + F.linear(mixed, output.to(x.dtype))
-        inner = plain_swiglu(F.linear(plain_rms_norm(x, norm2), torch.cat([gate, up]).to(x.dtype)))
+        inner = plain_gated(F.silu)(F.linear(plain_rms_norm(x, norm2), torch.cat([gate, up]).to(x.dtype)))
         return x + F.linear(inner, down.to(x.dtype))
     return made
 
@@ -124,18 +127,19 @@ def wanted_words(rows: int, words: int) -> Tensor:
 
 
 def loss(smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
-    def summed(hidden: Tensor, weight: Tensor) -> Tensor:
-        return fused.cross_entropy(hidden, weight, wanted_words(len(hidden), len(weight)), smoothing)
+    def summed(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return fused.cross_entropy(hidden, weight, bias, wanted_words(len(hidden), len(weight)), smoothing)
     return summed
 
 
 def plain_loss(smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
-    def summed(hidden: Tensor, weight: Tensor) -> Tensor:
+    def summed(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        def logits_of(rows: Tensor) -> Tensor:
+            return F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
         if hidden.dtype == torch.float64:  # the reference: target_losses would round to float32
-            logits = hidden @ weight.T
+            logits = logits_of(hidden)
             return F.cross_entropy(logits, wanted_words(*logits.shape), label_smoothing=smoothing, reduction="sum")
-        return target_losses(hidden, lambda rows: rows @ weight.to(rows.dtype).T, wanted_words(len(hidden), len(weight)),
-                             smoothing).sum()
+        return target_losses(hidden, logits_of, wanted_words(len(hidden), len(weight)), smoothing).sum()
     return summed
 
 
@@ -176,8 +180,14 @@ CASES = [
     block_case(1, 2, 1, 1, kernels.WIDEST_HEAD, True), block_case(3, 11, 2, 1, 6, True, hidden=64, inner=96),
     block_case(1, 1100, 1, 1, 4, False),  # longer than the buffer
     *(block_case(rows, read, 4, 2, 6, True, apart=True) for rows, read in ((3, 7), (2, 130), (1, 1100))),
-    *(Case(f"cross_entropy {rows} x {words}, smoothing {smoothing}", loss(smoothing), plain_loss(smoothing),
-           ((rows, 9),), ((words, 9),)) for rows, words in ((1, 1), (35, 37), (1030, 50)) for smoothing in (0.0, 0.1)),
+    *(Case(f"gated {name}, {rows} x {size}", partial(fused.gated, curve=curve), plain_gated(activation),
+           ((rows, 3, 2 * size),))
+      for name, curve, activation in (("SiLU", fused.SILU, F.silu),
+                                      ("GELU", fused.GELU_TANH, partial(F.gelu, approximate="tanh")))
+      for rows, size in ((1, 1), (30, 70))),
+    *(Case(f"cross_entropy {rows} x {words}, smoothing {smoothing}{', biased' * biased}", loss(smoothing),
+           plain_loss(smoothing), ((rows, 9),), ((words, 9), (words,))[:1 + biased])
+      for rows, words in ((1, 1), (35, 37), (1030, 50)) for smoothing in (0.0, 0.1) for biased in (False, True)),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -242,6 +252,18 @@ def test_dropout_leaves_its_share_and_its_gradient_knows_which():
     inputs = case.inputs(torch.float32)
     torch.manual_seed(4)
     assert not torch.equal(dropped(*inputs), block((2, 5, 2, 1, 6), dropout=0.4)(*inputs))  # another seed, another mask
+
+
+def test_a_sum_with_dropout_and_its_gradient():
+    def summed(residual: Tensor, x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return fused.dropped_sum(residual, x, 0.25)
+
+    residual, x = (torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert gradcheck(summed, (residual, x))
+    added = ((summed(residual, x) - residual) / x).detach()
+    assert sorted(set(added.flatten().round(decimals=9).tolist())) == pytest.approx([0, 1 / 0.75])
+    assert not torch.equal(summed(residual, x), fused.dropped_sum(residual, x, 0.25))  # the next one is another
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -395,17 +417,17 @@ def test_large_logits_give_the_losses_of_torch(dtype, smoothing):
     targets = torch.tensor([1, 4, 2, 0])
     logits = (hidden @ weight.to(dtype).T).float()
     for row in range(4):
-        found = fused.cross_entropy(hidden[row:row + 1], weight, targets[row:row + 1], smoothing)
+        found = fused.cross_entropy(hidden[row:row + 1], weight, None, targets[row:row + 1], smoothing)
         wanted = F.cross_entropy(logits[row:row + 1], targets[row:row + 1], label_smoothing=smoothing)
         assert found.item() == pytest.approx(wanted.item(), rel=1e-6, abs=1e-6)
-    for gradient in torch.autograd.grad(fused.cross_entropy(hidden, weight, targets, smoothing), [hidden, weight]):
+    for gradient in torch.autograd.grad(fused.cross_entropy(hidden, weight, None, targets, smoothing), [hidden, weight]):
         assert gradient.isfinite().all()
 
 
 def test_a_target_outside_the_vocabulary_is_never_written_to():
     for wrong in (-1, 5, IGNORED):
         with pytest.raises(AssertionError):
-            fused.cross_entropy(torch.ones(2, 3), torch.ones(5, 3), torch.tensor([0, wrong]))
+            fused.cross_entropy(torch.ones(2, 3), torch.ones(5, 3), None, torch.tensor([0, wrong]))
 
 
 # Threads
@@ -484,7 +506,7 @@ def test_training_and_reading_whole_rows_run_the_kernels_and_decoding_none(rando
     run = kernels.run
     monkeypatch.setattr(kernels, "run", lambda name, *arguments: ran.append(name) or run(name, *arguments))
     step(model, Batch(ids[:, :-1], ids[:, 1:]))
-    both = ("rms_norm", "swiglu", "split_heads", "causal_softmax")
+    both = ("rms_norm", "gated", "split_heads", "causal_softmax")
     assert set(ran) == {*both, *(f"{name}_backward" for name in both), "join_heads", "cross_entropy"}
     ran.clear()
     with torch.no_grad():
