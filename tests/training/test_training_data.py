@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmcli.config import TokenizerConfig
+from lmcli.config import TokenizerConfig, TrainConfig
 from lmcli.errors import UserError
 from lmcli.text.documents import Document, Layout
 from lmcli.training import data
@@ -136,5 +136,5 @@ def test_questions_come_with_what_they_pose_and_their_windows(tmp_path):
     assert len(prepared.corpus) == 27
     long = data.in_windows(prepared)
     assert long == 4  # one of the five is held out
-    rows = data.training_rows(prepared, objective, None, 0.0, 0, stride=2)
+    rows = data.training_rows(prepared, objective, None, TrainConfig(doc_stride=2))
     assert rows.rows_per_epoch > 27 + long and rows.step(0, 64, 64)[0].ids.shape[1] <= 10
