@@ -145,6 +145,8 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     """
     only_first, only_second = int((first > second).sum()), int((second > first).sum())
     n, fewer = only_first + only_second, min(only_first, only_second)
-    terms = (math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
-             for k in range(fewer + 1))
-    return min(1.0, round(2 * math.fsum(terms), 15))
+    term = total = 1  # n choose 0, in whole numbers: exact however many there are
+    for k in range(fewer):
+        term = term * (n - k) // (k + 1)
+        total += term
+    return min(1.0, 2 * total / 2**n)

@@ -32,6 +32,11 @@ def _classes(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return right, predicted, true
 
 
+def given_and_true(sums: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each of `count` classes was given and was right, of sums (3 + 3C,)."""
+    return sums[3 + count:3 + 2 * count], sums[3 + 2 * count:3 + 3 * count]
+
+
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """part / whole, NaN where there is nothing to divide by."""
     return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole != 0)

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lmcli.analysis.intervals import Compared
 from lmcli.analysis.systems import WHOLE, Figure, Row
 
 COMPARED = ("difference", "difference_low", "difference_high", "p", "test")
 COSTS = ("parameters", "disk_bytes", "memory_bytes", "records_per_second")
-COUNTS = ("records", "empty", "majority_accuracy")
 OF_HUNDRED = ("bleu", "chrf")
 MOST_CLASSES = 20  # of which a terminal shows the confusion matrix
 
@@ -25,7 +25,7 @@ def lines(row: Row) -> Iterator[dict[str, Any]]:
     for name, value in _counts(row).items():
         yield blank | {"metric": name, "value": value}
     for figure in row.figures:
-        yield blank | {"metric": figure.name, "label": figure.label, **_facts(figure)}
+        yield blank | {"metric": figure.name, "label": figure.label, **_facts(figure, True)}
     for label, counts in zip(row.classes, row.confusion or ()):
         for given, count in zip((*row.classes, None), counts):
             if count:
@@ -39,21 +39,21 @@ def _counts(row: Row) -> dict[str, Any]:
     return found | (row.system.facts if row.group == WHOLE else {})
 
 
-def _facts(figure: Figure) -> dict[str, Any]:
-    apart = figure.compared
-    more = dict(zip(COMPARED, (apart.difference, apart.low, apart.high, apart.p, apart.test))) if apart else {}
+def _facts(figure: Figure, several: bool = False) -> dict[str, Any]:
+    """Value, interval and, of one of several systems, how far it lies from the first's."""
+    apart = figure.compared or Compared()
+    more = dict(zip(COMPARED, (apart.difference, apart.low, apart.high, apart.p, apart.test))) if several else {}
     return {"value": figure.value, "low": figure.low, "high": figure.high, **more}
 
 
 def document(row: Row, task: str, several: bool, grouped: bool, resamples: int, seed: int) -> dict[str, Any]:
     """A Row as one JSON object."""
-    blank = dict.fromkeys(COMPARED) if several else {}
     found = {"system": row.system.name, **({"group": row.group} if grouped else {}), "task": task, **_counts(row),
-             "figures": {figure.name: {**blank, **_facts(figure)} for figure in row.figures if figure.label is None}}
+             "figures": {figure.name: _facts(figure, several) for figure in row.figures if figure.label is None}}
     labels: dict[str, dict[str, Any]] = {}
     for figure in row.figures:
         if figure.label is not None:
-            labels.setdefault(figure.label, {})[figure.name] = {**blank, **_facts(figure)}
+            labels.setdefault(figure.label, {})[figure.name] = _facts(figure, several)
     found |= {"labels": labels} if labels else {}
     if row.confusion is not None:
         found["confusion"] = {"labels": row.classes, "counts": row.confusion}
@@ -81,24 +81,22 @@ def tables(rows: Sequence[Row], several: bool, grouped: bool) -> Iterator[tuple[
 def _figures(rows: Sequence[Row], several: bool, grouped: bool) -> tuple[list[str], list[list[str]]]:
     header = [*(["group"] if grouped else []), "metric", *(["system"] if several else []), "value", "95 % interval",
               *(["less the first", "p"] if several else [])]
-    groups = list(dict.fromkeys(row.group for row in rows))
-    found = []
-    for group in groups:
+    found: list[list[str]] = []
+    for group in dict.fromkeys(row.group for row in rows):
         own = [row for row in rows if row.group == group]
-        names = [figure.name for figure in own[0].figures if figure.label is None]
-        for name in names:
-            for row in own:
-                figure = next(one for one in row.figures if (one.name, one.label) == (name, None))
-                found.append([*([group] if grouped else []), name, *([row.system.name] if several else []),
-                              *_shown(figure), *(_apart(figure) if several else [])])
-        for name in COUNTS:
-            values = [_counts(row).get(name) for row in own]
-            for row, value in zip(own, values if name == "empty" else values[:1]):
-                if value is not None and (value or name != "empty"):
-                    found.append([*([group] if grouped else []), name,
-                                  *([row.system.name if name == "empty" else ""] if several else []),
-                                  f"{value:,}" if isinstance(value, int) else f"{value:.4f}", *([""] * (3 if several else 1))])
+        lines = [(figure.name, row.system.name, [*_shown(figure), *(_apart(figure) if several else [])])
+                 for figures in zip(*(_overall(row) for row in own)) for row, figure in zip(own, figures)]
+        lines += [("empty", row.system.name, [f"{row.empty:,}"]) for row in own if row.empty]
+        lines += [("records", "", [f"{own[0].records:,}"])]
+        lines += [("majority_accuracy", "", [f"{own[0].majority:.4f}"])] if own[0].majority is not None else []
+        for name, system, cells in lines:
+            line = [*([group] if grouped else []), name, *([system] if several else []), *cells]
+            found.append(line + [""] * (len(header) - len(line)))
     return header, found
+
+
+def _overall(row: Row) -> list[Figure]:
+    return [figure for figure in row.figures if figure.label is None]
 
 
 def _shown(figure: Figure) -> list[str]:
@@ -110,8 +108,8 @@ def _apart(figure: Figure) -> list[str]:
     apart = figure.compared
     if apart is None or apart.difference is None:
         return ["", ""]
-    between = "" if apart.low is None else f" [{_number(apart.low, figure.name, '+')}, {_number(apart.high, figure.name, '+')}]"
-    return [f"{_number(apart.difference, figure.name, '+')}{between}", "" if apart.p is None else f"{apart.p:.3g}"]
+    apart_by, low, high = (_number(value, figure.name, "+") for value in (apart.difference, apart.low, apart.high))
+    return [apart_by if apart.low is None else f"{apart_by} [{low}, {high}]", "" if apart.p is None else f"{apart.p:.2g}"]
 
 
 def _number(value: float | None, name: str, sign: str = "") -> str:
@@ -152,16 +150,18 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
         name = row.system.name
         if row.empty:
             yield f"{name}: {row.empty:,} of {row.records:,} predictions are empty"
-        undefined = {part: [figure.label for figure in row.figures if figure.label is not None and figure.value is None
-                            and figure.name == part] for part in ("precision", "recall")}
-        for part, why in (("precision", "never given"), ("recall", "in no record")):
-            if undefined[part]:
-                yield (f"{name}: {_some(undefined[part])} {why}, so the {part} is undefined (NA); averages count it as 0")
+        if row.never_given and _has(row, "precision"):
+            yield f"{name}: never given, so without a precision, which averages count as 0: {_some(row.never_given)}"
+        if row.never_right and _has(row, "recall"):
+            yield f"{name}: right for no record, so without a recall, which averages count as 0: {_some(row.never_right)}"
     first = next(row for row in rows if row.group == WHOLE)
     for metric, signature in first.system.counts.signatures().items():
         yield f"{metric}: {signature}"
 
 
-def _some(labels: Sequence[str | None], most: int = 5) -> str:
-    told = ", ".join(map(repr, labels[:most])) + (f" and {len(labels) - most} more" if len(labels) > most else "")
-    return f"{'label' if len(labels) == 1 else 'labels'} {told}"
+def _has(row: Row, name: str) -> bool:
+    return any(figure.name.startswith(name) for figure in row.figures)
+
+
+def _some(labels: Sequence[str], most: int = 5) -> str:
+    return ", ".join(labels[:most]) + (f" and {len(labels) - most} more" if len(labels) > most else "")

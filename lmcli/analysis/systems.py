@@ -154,7 +154,8 @@ class Figure:
 @dataclass
 class Row:
     """What was measured of a system on a group of records. `confusion` has a row a class and a last column for records
-    that got nothing; `majority` is the accuracy of always giving the most frequent class."""
+    that got nothing; `majority` is the accuracy of always giving the most frequent class; `never_given` are the classes
+    that some record has and no prediction, `never_right` those that no record has and some prediction."""
 
     system: System
     group: str
@@ -164,6 +165,8 @@ class Row:
     figures: list[Figure]
     confusion: list[list[int]] | None
     majority: float | None
+    never_given: list[str]
+    never_right: list[str]
 
 
 def order(classes: Iterable[str]) -> list[str]:
@@ -187,8 +190,8 @@ def measure(systems: Sequence[System], groups: Sequence[str], chosen: Sequence[s
 
 def _group(systems: Sequence[System], statistics: Sequence[Statistics], records: np.ndarray, name: str,
            classes: list[str], chosen: Sequence[str], resamples: int, seed: int) -> Iterator[Row]:
-    here = [k for k, label in enumerate(classes) if any(_occurs(one, k, len(classes)) for one in statistics)]
-    shown = [classes[k] for k in here]
+    counted = [metrics.given_and_true(one.sums()[0], len(classes)) for one in statistics]
+    shown = [label for k, label in enumerate(classes) if any(given[k] or true[k] for given, true in counted)]
     for place, (system, own) in enumerate(zip(systems, statistics)):
         scores = {key: score for key, score in system.counts.scores(classes).items()
                   if _wanted(key[0], chosen) and (key[1] is None or key[1] in shown)}
@@ -197,14 +200,12 @@ def _group(systems: Sequence[System], statistics: Sequence[Statistics], records:
         apart = compare(statistics[0], own, scores, hits, resamples, seed) if place else {}
         figures = [Figure(*key, _value(score, own), *(between[key] or (None, None)), apart.get(key))
                    for key, score in scores.items()]
-        matrix = system.counts.confusion(records, shown) if "confusion" in chosen else None
-        yield Row(system, name, len(records), int(np.array(system.empty)[records].sum()), shown, figures, matrix,
-                  system.counts.majority(records))
-
-
-def _occurs(statistics: Statistics, k: int, count: int) -> bool:
-    sums = statistics.sums()[0]
-    return bool(sums[3 + count + k] or sums[3 + 2 * count + k])
+        given, true = counted[place]
+        yield Row(system, name, len(records), int(np.array(system.empty)[records].sum()), shown, figures,
+                  system.counts.confusion(records, shown) if "confusion" in chosen else None,
+                  system.counts.majority(records),
+                  [label for k, label in enumerate(classes) if true[k] and not given[k]],
+                  [label for k, label in enumerate(classes) if given[k] and not true[k]])
 
 
 def _wanted(name: str, chosen: Sequence[str]) -> bool:

@@ -35,11 +35,12 @@ class Task:
 
 
 LABELS = ("accuracy", "exact_set", "precision", "recall", "f1", "mcc", "confusion")
+AVERAGES = tuple(f"{name}_{kind}" for name in ("precision", "recall", "f1") for kind in ("macro", "micro"))
 TEXTS = tuple(name for metric, names in text_metrics.FIGURES.items() if metric != "pairs" for name in names)
 WRITERS = (("encoder-decoder", "lm"), ("decoder", "lm"))
 A_WRITER = "an encoder–decoder or a language model"
 TASKS = {task.name: task for task in (
-    Task("classify", FORMS["labels"], LABELS, LABELS, (("encoder", "sequence"),), "a classifier of texts"),
+    Task("classify", FORMS["labels"], LABELS, (*LABELS, *AVERAGES), (("encoder", "sequence"),), "a classifier of texts"),
     Task("translate", FORMS["texts"], ("bleu", "chrf", "identical"), TEXTS, WRITERS, A_WRITER),
     Task("summarize", FORMS["texts"], ("rouge1", "rouge2", "rougeL"), TEXTS, WRITERS, A_WRITER),
     Task("qa", FORMS["answers"], ("exact_match", "token_f1"), ("exact_match", "token_f1"), (("encoder", "span"),),
@@ -63,9 +64,13 @@ def find(asked: str, row: Record | None, where: str, head: tuple[str, str] | Non
     if name is None:
         name = next((task.name for metric in metrics for task in TASKS.values()
                      if any(_picks(metric, figure) for figure in task.figures)), None)
+    for metric in metrics if name is None else ():
+        if not any(_picks(metric, figure) for task in TASKS.values() for figure in task.offered):
+            raise _unknown(metric, [figure for task in TASKS.values() for figure in task.figures], "of any task")
     if name is None:
-        told = "plain text" if row is None or row.fields is None else f"the fields {', '.join(map(repr, row.fields))}"
-        raise UsageError(f"which task? {told} does not tell", where=where, hint=f"--task {', '.join(TASKS)}")
+        told = "plain text" if row is None or row.fields is None else f"a row with {', '.join(map(repr, row.fields))}"
+        raise UsageError(f"which task? {told} does not tell", where=where, hint=f"--task {', '.join(TASKS)}" + (
+            "; --format jsonl where it is JSON Lines" if told == "plain text" else ""))
     return TASKS[name]
 
 
@@ -86,19 +91,21 @@ def _picks(metric: str, figure: str) -> bool:
     return metric == figure or figure.startswith(f"{metric}_")
 
 
-def picked(task: Task, metrics: Sequence[str]) -> tuple[str, ...]:
+def picked(task: Task, names: Sequence[str]) -> tuple[str, ...]:
     """The figures that --metric names pick of a task; those it has by default when there are none.
 
     Raises UsageError for a name that picks nothing, with the nearest one.
     """
-    averages = tuple(f"{name}_{kind}" for name in ("precision", "recall", "f1") for kind in ("macro", "micro"))
-    known = (*task.offered, *averages) if task.name == "classify" else task.offered
-    for name in metrics:
-        if not any(_picks(name, figure) for figure in known):
-            near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-            raise UsageError(f"no figure {name!r} of the task {task.name}" + (f"; did you mean {near[0]!r}?" if near else ""),
-                             where="--metric", hint=f"there are: {', '.join(task.offered)}")
-    return tuple(figure for figure in known if any(_picks(name, figure) for name in metrics)) if metrics else task.figures
+    for name in names:
+        if not any(_picks(name, figure) for figure in task.offered):
+            raise _unknown(name, task.offered, f"of the task {task.name}")
+    return tuple(one for one in task.offered if any(_picks(name, one) for name in names)) if names else task.figures
+
+
+def _unknown(name: str, known: Sequence[str], where: str) -> UsageError:
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return UsageError(f"no figure {name!r} {where}" + (f"; did you mean {near[0]!r}?" if near else ""), where="--metric",
+                      hint=f"there are: {', '.join(known)}")
 
 
 def require(task: Task, name: str, config: ModelConfig, what: str) -> None:

@@ -76,7 +76,7 @@ def rouge(stemmer: bool = False, names: Sequence[str] = ("rouge1", "rouge2", "ro
         return np.array([[1.0, *(found[name].fmeasure for name in names)] for found in scored])
 
     def signature() -> str:
-        return f"rouge-score:{metadata.version('rouge-score')}|stemmer:{'yes' if stemmer else 'no'}|figure:fmeasure"
+        return f"figure:fmeasure|stemmer:{'yes' if stemmer else 'no'}|rouge-score:{metadata.version('rouge-score')}"
     return TextMetric(rows, {name: mean_of(1 + k, 0) for k, name in enumerate(names)}, signature, {})
 
 
@@ -90,7 +90,7 @@ def answers(version: int = 1) -> TextMetric:
     if version == 2:
         scores |= {"exact_match_answerable": mean_of(4, 3), "token_f1_answerable": mean_of(5, 3),
                    "exact_match_unanswerable": mean_of(7, 6)}
-    return TextMetric(rows, scores, lambda: f"squad:{'1.1' if version == 1 else '2.0'}", {"exact_match": 1})
+    return TextMetric(rows, scores, lambda: f"version:{'1.1' if version == 1 else '2.0'}", {"exact_match": 1})
 
 
 def identical() -> TextMetric:

@@ -119,8 +119,9 @@ class Data:
 
     def _help(self, row: dict | None) -> str | None:
         if row is None:
-            return "it is plain text; --format jsonl or tsv reads it as rows" if self.by or self.form.kind == "pairs" else None
-        return "--field and --reference-field name others" if self.form.kind != "pairs" else "--field names both of a pair"
+            rows = self.by or self.form.kind == "pairs"
+            return "it is plain text; --format jsonl or tsv reads it as rows" if rows else None
+        return "--field names both of a pair" if self.form.kind == "pairs" else "--field and --reference-field name others"
 
     def _inputs(self, row: dict) -> tuple[str, ...]:
         names = self.fields or next((names for names in self.form.inputs if all(name in row for name in names)), None)
