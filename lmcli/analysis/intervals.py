@@ -32,7 +32,7 @@ class Statistics:
 
     def sums(self) -> np.ndarray:
         """What all records add up to (1, K)."""
-        return np.bincount(self.index, minlength=len(self.values))[None] @ self.values
+        return np.bincount(self.index, minlength=len(self.values))[None].astype(np.float64) @ self.values
 
 
 def resampled(counts: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -40,11 +40,13 @@ def resampled(counts: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndar
     generator, total, kinds = np.random.default_rng(seed), int(counts.sum()), len(counts)
     few = 8 * kinds < total  # drawing all records and counting them is the faster one otherwise
     kind = None if few else np.repeat(np.arange(kinds), counts)
-    for size in _parts(resamples, total):
+    for size in _parts(resamples, kinds):
         if few:
-            yield generator.multinomial(total, counts / total, size=size)
+            drawn = generator.multinomial(total, counts / total, size=size)
         else:
-            yield np.stack([np.bincount(kind[generator.integers(total, size=total)], minlength=kinds) for _ in range(size)])
+            drawn = np.stack([np.bincount(kind[generator.integers(total, size=total)], minlength=kinds)
+                              for _ in range(size)])
+        yield drawn.astype(np.float64)  # products of whole numbers do not go through BLAS
 
 
 def _parts(resamples: int, width: int) -> Iterator[int]:
@@ -99,7 +101,8 @@ def compare(first: Statistics, second: Statistics, scores: Mapping[Hashable, Sco
         raise ValueError(f"{len(first)} and {len(second)} records are no pairs")
     codes, counts = np.unique(first.index * np.int64(len(second.values)) + second.index, return_counts=True)
     a, b = first.values[codes // len(second.values)], second.values[codes % len(second.values)]
-    apart = {key: float((score(second.sums()) - score(first.sums()))[0]) for key, score in scores.items()}
+    one, two = first.sums(), second.sums()
+    apart = {key: float((score(two) - score(one))[0]) for key, score in scores.items()}
     found = {key: Compared(None if math.isnan(value) else value) for key, value in apart.items()}
     if len(first) < 2 or not resamples:
         return found
@@ -129,7 +132,7 @@ def randomization(first: np.ndarray, second: np.ndarray, counts: np.ndarray, sco
     real = {key: abs(score(totals[1][None]) - score(totals[0][None]))[0] for key, score in scores.items()}
     beyond = dict.fromkeys(scores, 1)
     for size in _parts(trials if scores else 0, len(counts)):
-        moved = generator.binomial(counts, 0.5, size=(size, len(counts))) @ (second - first)
+        moved = generator.binomial(counts, 0.5, size=(size, len(counts))).astype(np.float64) @ (second - first)
         one, two = totals[0] + moved, totals[1] - moved
         for key, score in scores.items():
             beyond[key] += int((~(abs(score(two) - score(one)) < real[key] - 1e-12)).sum())  # undefined ones counted too

@@ -1,6 +1,8 @@
 """Figures of systems as `lm evaluate` writes them: lines of a table, JSON, tables for a terminal, remarks."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lmcli.analysis.intervals import Compared
@@ -63,6 +65,7 @@ def document(row: Row, task: str, several: bool, grouped: bool, resamples: int, 
 def tables(rows: Sequence[Row], several: bool, grouped: bool) -> Iterator[tuple[list[str], list[list[str]]]]:
     """(header, lines) of each table that a terminal shows: the figures; those of labels and who was taken for whom, of all
     records; and what models cost."""
+    rows = _renamed(rows)
     yield _figures(rows, several, grouped)
     whole = [row for row in rows if row.group == WHOLE]
     if of_labels := _labels(whole, several):
@@ -76,6 +79,14 @@ def tables(rows: Sequence[Row], several: bool, grouped: bool) -> Iterator[tuple[
                 for label, counts in zip(row.classes, row.confusion)]
     if any(row.system.facts for row in whole):
         yield _costs(whole)
+
+
+def _renamed(rows: Sequence[Row]) -> list[Row]:
+    """The rows, their systems called by the last part of their paths where these tell them apart."""
+    names = {row.system.name: Path(row.system.name).name or row.system.name for row in rows}
+    if len(set(names.values())) < len(names):
+        return list(rows)
+    return [replace(row, system=replace(row.system, name=names[row.system.name])) for row in rows]
 
 
 def _figures(rows: Sequence[Row], several: bool, grouped: bool) -> tuple[list[str], list[list[str]]]:

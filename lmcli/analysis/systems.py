@@ -198,7 +198,8 @@ def _group(systems: Sequence[System], statistics: Sequence[Statistics], records:
         hits = {key: column for key, column in system.counts.hits().items() if key in scores}
         between = intervals(own, scores, resamples, seed)
         apart = compare(statistics[0], own, scores, hits, resamples, seed) if place else {}
-        figures = [Figure(*key, _value(score, own), *(between[key] or (None, None)), apart.get(key))
+        sums = own.sums()
+        figures = [Figure(*key, _value(score(sums)), *(between[key] or (None, None)), apart.get(key))
                    for key, score in scores.items()]
         given, true = counted[place]
         yield Row(system, name, len(records), int(np.array(system.empty)[records].sum()), shown, figures,
@@ -212,6 +213,5 @@ def _wanted(name: str, chosen: Sequence[str]) -> bool:
     return name in chosen or any(name.startswith(f"{one}_") for one in chosen)
 
 
-def _value(score: Score, statistics: Statistics) -> float | None:
-    found = float(score(statistics.sums())[0])
-    return None if np.isnan(found) else found
+def _value(found: np.ndarray) -> float | None:
+    return None if np.isnan(found[0]) else float(found[0])

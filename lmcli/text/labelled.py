@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -90,7 +90,9 @@ class Data:
         reader = Reader(layout, take=lambda row: (row if isinstance(row, str) else "", ()))
         try:
             for batch in reader.batches(files):
-                yield from (replace(record, file=self.name_of(record.file)) for record in batch)
+                for record in batch:
+                    record.file = self.names.get(record.file, record.file)
+                yield from batch
         except UserError as error:
             where = error.where or ""
             for file, name in self.names.items():

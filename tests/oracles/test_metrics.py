@@ -13,7 +13,8 @@ from lmcli.analysis import intervals, metrics, text_metrics
 from lmcli.analysis.systems import LabelCounts, System, TextCounts, measure
 
 CASES = 1000
-WORDS = "a the an cat cats dog runs running ran red house, house. U.S. don't it's Der Mann läuft 你好 3.5 % - ".split(" ")
+WORDS = ["a", "the", "an", "cat", "cats", "dog", "runs", "running", "ran", "red", "house,", "house.", "U.S.", "don't",
+         "it's", "Der", "Mann", "läuft", "你好", "3.5", "%", "-", ""]
 
 
 def figures(counts) -> dict:
