@@ -222,8 +222,10 @@ class Runner:
         return [(texts[i],) if texts.get(i) else () for i in range(len(part))]
 
     def _answers(self, part: Sequence[Labelled]) -> list[Prediction]:
-        questions, contexts = zip(*(record.inputs for record in part))
-        return [(one.text,) if one.text else () for one in self.model.answer(list(questions), list(contexts))]
+        questions, contexts = map(list, zip(*(record.inputs for record in part)))
+        found = self.model.answer(questions, contexts, batch=self.batch)
+        self.cut += sum(one.truncated for one in found)
+        return [(one.text,) if one.text else () for one in found]
 
     def _pairs(self, part: Sequence[Labelled]) -> list[Prediction]:
         scores = iter(self.model.scorer(batch=self.batch).score([Question(text) for one in part for text in one.inputs]))

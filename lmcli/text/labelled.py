@@ -97,7 +97,8 @@ class Data:
             where = error.where or ""
             for file, name in self.names.items():
                 where = where.replace(file, name)
-            raise UserError(error.what, where, error.hint and "every record counts: mend the line or take it out") from error
+            hint = error.hint and "every record counts: mend the line or take it out"
+            raise UserError(error.what, where, hint) from error
 
     def name_of(self, file: str) -> str:
         """A file as messages call it."""
@@ -154,9 +155,10 @@ class Data:
         return texts(value, name)
 
     def _predicted(self, row: dict) -> tuple[str, ...] | None:
-        """What the row says was predicted: in a field `prediction`, or beside a given label in the field of the label."""
-        known = ("prediction",) if self.form.kind in ("texts", "answers") or not (
-            "given_label" in row or "given_labels" in row or self.form.kind == "pairs") else self.form.predictions
+        """What the row says was predicted: in a field `prediction`, or where a command wrote it beside what is right."""
+        written = {"labels": "given_label" in row or "given_labels" in row, "texts": False,
+                   "answers": "answers" in row and "answer" in row, "pairs": True}[self.form.kind]
+        known = self.form.predictions if written else ("prediction",)
         name = self.prediction or next((name for name in known if name in row), None)
         return None if name is None or name not in row else said(row[name], self.form.kind, self.several, name)
 
@@ -166,9 +168,8 @@ class Data:
 
         Raises UserError for a row without a prediction.
         """
-        reader, form = Reader("text"), None
-        lines = (record for batch in reader.batches([file]) for record in batch)
-        for record in lines:
+        form = None
+        for record in self._records([file], "text"):
             if form is None:
                 form = self._layout(file, record.text)
                 if form.header:
@@ -189,10 +190,11 @@ class Data:
                 layout = "jsonl"
             except ValueError:
                 pass
-        if layout == "text" and self.form.kind == "labels" and "\t" in first:
+        named = any(name in cells(first, "tsv") for name in names)
+        if layout == "text" and "\t" in first and (named or self.form.kind == "labels"):
             layout = "tsv"
         header = cells(first, layout) if layout in SEPARATED else []
-        if layout == "tsv" and self.form.kind == "labels" and not any(name in header for name in names):
+        if layout == "tsv" and self.form.kind == "labels" and not named:
             header = []  # as lm classify writes it: label, probability, text
         return _Layout(layout, header, names, self.form.kind, self.several)
 
@@ -213,7 +215,8 @@ class _Layout:
         if self.layout in SEPARATED and not self.header:
             cell = cells(line, self.layout)[0]
             return said(None if cell == "NA" else cell, self.kind, self.several, "label")
-        row = json_row(line) if self.layout == "jsonl" else dict(zip(self.header, cells(line, self.layout)))
+        row = json_row(line) if self.layout == "jsonl" else {
+            name: None if cell == "NA" else cell for name, cell in zip(self.header, cells(line, self.layout))}
         name = next((name for name in self.names if name in row), None)
         if name is None:
             raise ValueError(f"no prediction: none of the fields {', '.join(map(repr, self.names))} among "

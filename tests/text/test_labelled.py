@@ -73,6 +73,7 @@ def test_answers_in_every_form(value, found):
     (({"prompt": "a", "text": "b\nc"}, {"prompt": "", "text": ""}), "texts", [("b\nc",), ()]),  # lm generate --json
     (("b c", "{d}"), "texts", [("b c",), ("{d}",)]),
     (({"answer": "x"}, {"answer": None}), "answers", [("x",), ()]),
+    (("answer\tscore\tstart\tend\tquestion", "x y\t0.9\t0\t3\tq", "NA\tNA\tNA\tNA\tq"), "answers", [("x y",), ()]),
     (({"good": "a", "bad": "b", "first_likelier": True}, {"first_likelier": False}, {"first_likelier": None}), "pairs",
      [("true",), ("false",), ()])])  # lm score --pairs --json
 def test_predictions_as_commands_write_them(file, lines, kind, found):
@@ -94,6 +95,8 @@ def test_rows_that_have_their_predictions(file):
     rows = file("both.jsonl", {"text": "a", "given_label": "good", "label": "bad", "labels": ["bad"]})
     ((record, given),) = predicted(data("labels", rows), None)  # lm classify --json of labelled records
     assert (record.references, given) == (("good",), ("bad",))
+    rows = file("qa.jsonl", {"question": "q", "context": "c", "answers": ["x"], "answer": "y"})
+    assert [given for _, given in predicted(data("answers", rows), None)] == [("y",)]
     with pytest.raises(UsageError, match="nothing was predicted"):
         list(predicted(data("labels", file("c.jsonl", {"text": "a", "label": "good"})), None))
 
@@ -129,6 +132,11 @@ def test_bad_lines_are_named_as_what_they_are(file):
     with pytest.raises(UserError, match="invalid JSON") as error:
         list(data("labels", file("rows.jsonl", "{"), names={str(file("rows.jsonl", "{")): "standard input"}))
     assert error.value.where == "standard input, line 1" and "take it out" in error.value.hint
+    with open(file("p.txt"), "wb") as out:
+        out.write(b"good\n\xff\n")
+    with pytest.raises(UserError, match="invalid UTF-8") as error:
+        list(data("labels").of_file(out.name))
+    assert error.value.where.endswith("p.txt, line 2") and "take it out" in error.value.hint
     with pytest.raises(UserError, match="no prediction: none of the fields"):
         list(data("labels").of_file(file("p.jsonl", {"a": 1})))
     with pytest.raises(UserError, match="no field 'topic' to group by"):
