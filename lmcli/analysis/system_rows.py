@@ -78,7 +78,7 @@ def tables(rows: Sequence[Row], several: bool, grouped: bool) -> Iterator[tuple[
                 [label, *(f"{count:,}" for count in (counts if nothing else counts[:-1]))]
                 for label, counts in zip(row.classes, row.confusion)]
     if any(row.system.facts for row in whole):
-        yield _costs(whole)
+        yield _costs(whole, several)
 
 
 def _renamed(rows: Sequence[Row]) -> list[Row]:
@@ -137,16 +137,16 @@ def _labels(whole: Sequence[Row], several: bool) -> tuple[list[str], list[list[s
     return (["label", *(["system"] if several else []), *names], found) if names else None
 
 
-def _costs(whole: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def _costs(whole: Sequence[Row], several: bool) -> tuple[list[str], list[list[str]]]:
     """Which model? The first figure beside what it takes."""
-    first = next(figure.name for figure in whole[0].figures)
     found = []
     for row in whole:
-        figure, costs = row.figures[0], row.system.facts
-        value, between = _shown(figure)
+        value, between = _shown(row.figures[0])
         found.append([row.system.name, f"{value} [{between}]" if between else value,
-                      *(_cost(name, costs.get(name)) for name in COSTS)])
-    return ["model", first, "parameters", "MB on disk", "MB of memory", "records/s"], found
+                      *(_apart(row.figures[0]) if several else []),
+                      *(_cost(name, row.system.facts.get(name)) for name in COSTS)])
+    return ["model", whole[0].figures[0].name, *(["less the first", "p"] if several else []), "parameters", "MB on disk",
+            "MB of memory", "records/s"], found
 
 
 def _cost(name: str, value: float | None) -> str:

@@ -122,7 +122,7 @@ class System:
     empty: list[bool] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def take(self, pairs: Iterable[tuple[Labelled, tuple[str, ...]]], at_once: int = 512) -> Iterator[int]:
+    def take(self, pairs: Iterable[tuple[Labelled, tuple[str, ...]]], at_once: int = 128) -> Iterator[int]:
         """Counts records with what was predicted for them; yields how many it has."""
         part: list[tuple[Labelled, tuple[str, ...]]] = []
         for pair in pairs:

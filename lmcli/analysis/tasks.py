@@ -148,11 +148,12 @@ def prepared(asked: str, files: Sequence[str], references: str | None, by: str |
 
 @dataclass
 class Survey:
-    """What all records were found to be: the group of each (empty without a field to group by), and whether some question
-    has no answer."""
+    """What all records were found to be: the group of each (empty without a field to group by), how many have an empty
+    text as what is right, and whether some question has no answer."""
 
     records: int = 0
     groups: list[str] = field(default_factory=list)
+    blank: int = 0
     unanswerable: bool = False
 
 
@@ -173,6 +174,7 @@ def survey(task: Task, data: Data, models: Mapping[str, ModelConfig]) -> Survey:
             raise UserError(f"nothing for the model to read: no field {inputs}", where=record.place,
                             hint="--field names another; --predictions needs none")
         found.unanswerable |= not record.references
+        found.blank += task.form.kind == "texts" and not any(text.strip() for text in record.references)
         for name, config in models.items():
             for label in record.references if config.head == "sequence" else ():
                 if label not in config.labels:
@@ -198,7 +200,7 @@ class Runner:
         """Each record with what the model says of it."""
         work = {"labels": self._labels, "texts": self._texts, "answers": self._answers,
                 "pairs": self._pairs}[self.task.form.kind]
-        for part in data.parts():
+        for part in data.parts(128 if self.task.form.kind == "texts" else 512):  # texts take long: tell how far it is
             began = time.perf_counter()
             found = work(part)
             self.seconds += time.perf_counter() - began

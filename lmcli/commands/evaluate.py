@@ -92,6 +92,8 @@ def evaluate(files, models, predictions, references, task, pairs, metrics, by, a
         for _ in system.take(labelled.predicted(data, file)):
             pass
     rows = systems.measure(measured, found.groups, figures, resamples, seed)
+    if found.blank and not quiet:
+        note(f"{found.blank:,} of {found.records:,} references are empty")
     kept = _print(rows, chosen, as_json, len(measured) > 1, bool(by), resamples, seed)
     for text in () if quiet else system_rows.remarks(kept):
         note(text)

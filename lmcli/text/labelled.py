@@ -10,8 +10,6 @@ from lmcli.errors import UsageError, UserError
 from lmcli.text.asked import PAIR_FIELDS
 from lmcli.text.records import SEPARATED, Reader, Record, cells, file_format, json_row, row_field, shown
 
-AT_ONCE = 512  # records in a part
-
 
 @dataclass(frozen=True)
 class Form:
@@ -80,10 +78,10 @@ class Data:
         asked = (self._labelled(record, given=True) for record in self._records(self.files, self.format))
         return (one._replace(references=two.references) for one, two in beside(asked, right, self.references, "references"))
 
-    def parts(self) -> Iterator[list[Labelled]]:
-        """Lists of records."""
+    def parts(self, size: int) -> Iterator[list[Labelled]]:
+        """Lists of so many records."""
         records = iter(self)
-        while part := list(islice(records, AT_ONCE)):
+        while part := list(islice(records, size)):
             yield part
 
     def _records(self, files: list[str], layout: str) -> Iterator[Record]:
