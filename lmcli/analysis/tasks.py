@@ -171,8 +171,9 @@ def survey(task: Task, data: Data, models: Mapping[str, ModelConfig]) -> Survey:
             found.groups.append("NA" if value is None else value if isinstance(value, str) else json.dumps(value))
         if models and not record.inputs:
             inputs = " or ".join(repr(" and ".join(names)) for names in task.form.inputs)
-            raise UserError(f"nothing for the model to read: no field {inputs}", where=record.place,
-                            hint="--field names another; --predictions needs none")
+            raise UserError("nothing for the model to read: " + (f"no field {inputs}" if record.row else "a plain line says "
+                            "what is right"), where=record.place, hint="--field names another; --predictions needs none"
+                            if record.row else "give FILE with what is to be read, and this as --references FILE")
         found.unanswerable |= not record.references
         found.blank += task.form.kind == "texts" and not any(text.strip() for text in record.references)
         for name, config in models.items():

@@ -42,7 +42,8 @@ Examples:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End a text before this.")
 @click.option("--resamples", type=click.IntRange(min=0), default=1000, show_default=True,
               help="Bootstrap samples behind intervals, and trials behind p-values; 0 leaves both out.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of these samples.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Of these samples, and of texts where a model draws them.")
 @options.json_output
 @options.layout
 @options.hardware
@@ -58,8 +59,8 @@ def evaluate(files, models, predictions, references, task, pairs, metrics, by, a
     token F1 as SQuAD has them.
     """
     source = click.get_current_context().get_parameter_source("models")
-    if predictions and source is click.core.ParameterSource.ENVIRONMENT:
-        models = ()  # LM_MODEL is for commands that need one
+    by_default = source is click.core.ParameterSource.ENVIRONMENT  # LM_MODEL is for where predictions are to be made
+    models = () if predictions and by_default else models
     if pairs and task not in ("auto", "pairs"):
         raise UsageError(f"--pairs and --task {task} exclude each other")
     if not files and "-" in predictions and not references:
@@ -72,6 +73,8 @@ def evaluate(files, models, predictions, references, task, pairs, metrics, by, a
 
     configs = tasks.configurations(models)
     data, chosen = tasks.prepared("pairs" if pairs else task, names, references, by, metrics, configs, given)
+    if by_default and next(iter(data)).predicted is not None:
+        models, configs = (), {}
     figures = tasks.picked(chosen, metrics)
     for name, config in configs.items():
         tasks.require(chosen, name, config, api.abilities(config)[0])

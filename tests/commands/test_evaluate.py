@@ -242,11 +242,15 @@ def test_models_side_by_side(inside, file, classifier):
     assert 0 < float(paired["p"]) <= 1
 
 
-def test_lm_model_is_not_asked_where_there_are_predictions(inside, file, monkeypatch):
-    monkeypatch.setenv("LM_MODEL", "none")
+def test_lm_model_is_not_asked_where_there_are_predictions(inside, file, classifier, monkeypatch):
+    monkeypatch.setenv("LM_MODEL", str(classifier()))
     rows, lines = file("rows.jsonl", *ROWS), file("p.txt", *["bad"] * 5)
-    assert inside("evaluate", rows, "--predictions", lines).returncode == 0
-    assert inside("evaluate", rows).returncode == 1  # there is no such model
+    said = file("said.jsonl", *({**row, "prediction": "bad"} for row in ROWS))
+    for arguments in ((rows, "--predictions", lines), (said,)):
+        found = values(table(inside("evaluate", *arguments)))
+        assert found["accuracy"] == "0.4" and "parameters" not in found
+    assert "parameters" in values(table(inside("evaluate", rows)))
+    assert "parameters" in values(table(inside("evaluate", "-m", classifier(), said)))
 
 
 def test_a_label_that_the_model_does_not_have(inside, file, classifier):
@@ -256,7 +260,14 @@ def test_a_label_that_the_model_does_not_have(inside, file, classifier):
     told = done.stderr.decode()
     assert "rows.jsonl, line 2: label 'great' is none of the model's labels" in told and "bad, good, so so" in told
     done = inside("evaluate", "-m", classifier(), file("labels.txt", "good"), "--task", "classify")
-    assert done.returncode == 1 and b"labels.txt, line 1: nothing for the model to read" in done.stderr
+    assert done.returncode == 1 and b"labels.txt, line 1: nothing for the model to read: a plain line" in done.stderr
+    found = values(table(inside("evaluate", "-m", classifier(), "--references", file("labels.txt", "good", "bad"),
+                                file("texts.txt", "The baker", "went home"))))
+    assert found["records"] == "2"
+    done = inside("evaluate", "-m", classifier(), file("odd.jsonl", {"sentence": "a", "label": "good"}))
+    assert done.returncode == 1 and b"no field 'text'" in done.stderr and b"--field" in done.stderr
+    odd = file("odd.jsonl", {"sentence": "a", "label": "good"})
+    assert values(table(inside("evaluate", "-m", classifier(), "--field", "sentence", odd)))["records"] == "1"
 
 
 @pytest.mark.parametrize("head, row, told", [
