@@ -15,7 +15,8 @@ from lmcli.errors import UsageError, UserError
 from lmcli.inference.scoring import Question
 from lmcli.text.asked import PAIR_FIELDS
 from lmcli.text.documents import pin_stdin
-from lmcli.text.labelled import FORMS, Data, Form, Labelled, first_row
+from lmcli.text.fields import known_pair
+from lmcli.text.labelled import FORMS, SAID, Data, Form, Labelled, first_row
 from lmcli.text.records import Record
 
 Prediction = tuple[str, ...]  # labels, or one text; () for none
@@ -43,8 +44,8 @@ TASKS = {task.name: task for task in (
     Task("classify", FORMS["labels"], LABELS, (*LABELS, *AVERAGES), (("encoder", "sequence"),), "a classifier of texts"),
     Task("translate", FORMS["texts"], ("bleu", "chrf", "identical"), TEXTS, WRITERS, A_WRITER),
     Task("summarize", FORMS["texts"], ("rouge1", "rouge2", "rougeL"), TEXTS, WRITERS, A_WRITER),
-    Task("qa", FORMS["answers"], ("exact_match", "token_f1"), ("exact_match", "token_f1"), (("encoder", "span"),),
-         "a question-answering model"),
+    Task("qa", FORMS["answers"], ("exact_match", "token_f1"), ("exact_match", "token_f1"), (("encoder", "span"), *WRITERS),
+         f"a question-answering model, {A_WRITER}"),
     Task("pairs", FORMS["pairs"], ("first_likelier",), ("first_likelier",), (*WRITERS, ("encoder", "lm")),
          "a language model of any shape"))}
 
@@ -81,7 +82,7 @@ def _by_fields(row: Mapping[str, Any]) -> str | None:
         return "qa"
     if any(name in row for name in FORMS["labels"].references):
         return "classify"
-    if any(name in row for name in FORMS["texts"].references):
+    if any(name in row for name in (*FORMS["texts"].references, *SAID)):
         return "summarize" if "summary" in row or "highlights" in row else "translate"
     return None
 
@@ -199,9 +200,10 @@ class Runner:
 
     def predictions(self, data: Data) -> Iterator[tuple[Labelled, Prediction]]:
         """Each record with what the model says of it."""
-        work = {"labels": self._labels, "texts": self._texts, "answers": self._answers,
+        span = self.model.model.config.head == "span"
+        work = {"labels": self._labels, "texts": self._texts, "answers": self._answers if span else self._texts,
                 "pairs": self._pairs}[self.task.form.kind]
-        for part in data.parts(128 if self.task.form.kind == "texts" else 512):  # texts take long: tell how far it is
+        for part in data.parts(128 if work == self._texts else 512):  # texts take long: tell how far it is
             began = time.perf_counter()
             found = work(part)
             self.seconds += time.perf_counter() - began
@@ -215,8 +217,9 @@ class Runner:
         return [tuple(one.labels) for one in found]
 
     def _texts(self, part: Sequence[Labelled]) -> list[Prediction]:
-        sources, config = [record.inputs[0] for record in part], self.model.model.config
-        readable = [i for i, text in enumerate(sources) if text.strip()]  # of a blank one nothing is made
+        config = self.model.model.config
+        sources = [_prompt(record, config.shape == "decoder") for record in part]
+        readable = [i for i, record in enumerate(part) if any(map(str.strip, record.inputs))]  # a blank one gives nothing
         options = {"temperature": 0.0} | self.options if config.shape == "decoder" else self.options
         if config.positions != "relative":
             self.cut += sum(len(self.model.prompt(sources[i])) > self.model.context for i in readable)
@@ -244,3 +247,10 @@ class Runner:
                 "memory_bytes": peak_memory(model.placement.device) if followed else None,
                 "records_per_second": self.records / self.seconds if self.seconds else None}
 
+
+def _prompt(record: Labelled, continued: bool) -> str:
+    """What a model that writes is to read, as one that learnt from such rows has read it: a question with its context, and
+    with `continued` what parts both sides there."""
+    pair = known_pair(record.row)
+    asked = f"question: {record.inputs[0]} context: {record.inputs[1]}" if len(record.inputs) == 2 else record.inputs[0]
+    return asked + (pair.between if pair else "\n") if continued else asked

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from lmcli.errors import UsageError, UserError
 from lmcli.text.asked import PAIR_FIELDS
-from lmcli.text.records import SEPARATED, Reader, Record, cells, file_format, json_row, row_field, shown
+from lmcli.text.fields import known_pair, row_field
+from lmcli.text.records import SEPARATED, Reader, Record, cells, file_format, json_row, shown
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ FORMS = {
     "answers": Form("answers", (("question", "context"),), ("answers", "answer"),
                     ("prediction", "prediction_text", "answer", "text")),
     "pairs": Form("pairs", PAIR_FIELDS, (), ("prediction", "first_likelier"))}
+SAID = ("messages", "instruction")  # a first field by which rows are known whose texts are put together
 
 
 class Labelled(NamedTuple):
@@ -124,7 +126,14 @@ class Data:
             return "it is plain text; --format jsonl or tsv reads it as rows" if rows else None
         return "--field names both of a pair" if self.form.kind == "pairs" else "--field and --reference-field name others"
 
+    def _sides(self, row: dict) -> tuple[str, str] | None:
+        """What was said and what is to follow, of rows of messages or instructions, where no field is named."""
+        pair = None if self.form.kind != "texts" or self.fields or self.reference else known_pair(row)
+        return pair.sides(row) if pair and pair.fields[0] in SAID else None
+
     def _inputs(self, row: dict) -> tuple[str, ...]:
+        if sides := self._sides(row):
+            return sides[:1]
         names = self.fields or next((names for names in self.form.inputs if all(name in row for name in names)), None)
         if names is None and self.form.kind == "pairs":
             raise ValueError(f"no pair of fields among {', '.join(map(repr, row)) or 'none'}")
@@ -134,6 +143,8 @@ class Data:
     def _reference(self, row: dict) -> tuple[str, ...]:
         if self.form.kind == "pairs":
             return ()
+        if sides := self._sides(row):
+            return sides[1:]
         if self.reference and self.reference not in row:
             raise ValueError(f"no field {self.reference!r}; fields: {', '.join(map(repr, row)) or 'none'}")
         name = self.reference or next((name for name in self.form.references if name in row), None)

@@ -19,7 +19,8 @@ def row(*names: str) -> Record:
 
 @pytest.mark.parametrize("names, task", [
     (("text", "label"), "classify"), (("text", "labels"), "classify"), (("text", "given_label", "label"), "classify"),
-    (("source", "target"), "translate"), (("prompt", "completion"), "translate"), (("document", "summary"), "summarize"),
+    (("source", "target"), "translate"), (("messages",), "translate"),
+    (("instruction", "output"), "translate"), (("prompt", "completion"), "translate"), (("document", "summary"), "summarize"),
     (("article", "highlights"), "summarize"), (("context", "question", "answers"), "qa"), (("question", "answer"), "qa"),
     (("sentence_good", "sentence_bad"), "pairs"), (("more", "less", "bias_type"), "pairs")])
 def test_the_fields_tell_the_task(names, task):
@@ -52,7 +53,8 @@ WRITERS = {("encoder-decoder", "lm"), ("decoder", "lm")}
 
 
 @pytest.mark.parametrize("task, able", [
-    ("classify", {("encoder", "sequence")}), ("qa", {("encoder", "span")}), ("translate", WRITERS), ("summarize", WRITERS),
+    ("classify", {("encoder", "sequence")}), ("qa", {("encoder", "span"), *WRITERS}), ("translate", WRITERS),
+    ("summarize", WRITERS),
     ("pairs", {*WRITERS, ("encoder", "lm")})])
 @pytest.mark.parametrize("kind", [("decoder", "lm"), ("encoder", "lm"), ("encoder-decoder", "lm"), ("encoder", "sequence"),
                                   ("encoder", "token"), ("encoder", "span"), ("encoder", "none")], ids="-".join)
@@ -87,3 +89,28 @@ def test_a_span_model_is_asked_each_question_about_its_context(tmp_path):
     found = list(runner.predictions(Data([str(file)], FORMS["answers"])))
     assert [given for _, given in found] == [("yes",), ()] and asked == [(["q1", "q2"], ["c1", "c2"], 7)]
     assert (runner.records, runner.cut) == (2, 1) and runner.seconds > 0
+
+
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize("shape", ["decoder", "encoder-decoder"])
+@pytest.mark.parametrize("row, kind, asked, right, between", [
+    ({"source": "a", "target": "b"}, "texts", "a", "b", "\n"), ({"prompt": "a", "completion": " b"}, "texts", "a", " b", ""),
+    ({"instruction": "do", "input": "it", "output": "x"}, "texts", "do\nit", "x", "\n"),
+    ({"messages": TALK}, "texts", "user: Hi\nassistant:", " Hello", ""),
+    ({"question": "q", "context": "c", "answers": ["x"]}, "answers", "question: q context: c", "x", "\n")])
+def test_a_model_that_writes_reads_what_it_was_trained_on(tmp_path, shape, row, kind, asked, right, between):
+    file, read = tmp_path / "rows.jsonl", []
+    file.write_text(json.dumps(row) + "\n")
+
+    def generate(texts, batch, **options):
+        read.append((texts, options))
+        return [SimpleNamespace(text=" b\n")]
+    config = ModelConfig(shape=shape, positions="relative")
+    model = SimpleNamespace(generate=generate, model=SimpleNamespace(config=config))
+    runner = Runner(TASKS["qa" if kind == "answers" else "translate"], model, {"num_beams": None})
+    ((record, given),) = runner.predictions(Data([str(file)], FORMS[kind]))
+    assert (record.references, given) == ((right,), ("b",))
+    greedy = {"temperature": 0.0} if shape == "decoder" else {}
+    assert read == [([asked + (between if shape == "decoder" else "")], {**greedy, "num_beams": None})]
