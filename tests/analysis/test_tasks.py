@@ -20,7 +20,8 @@ def row(*names: str) -> Record:
 @pytest.mark.parametrize("names, task", [
     (("text", "label"), "classify"), (("text", "labels"), "classify"), (("text", "given_label", "label"), "classify"),
     (("source", "target"), "translate"), (("messages",), "translate"),
-    (("instruction", "output"), "translate"), (("prompt", "completion"), "translate"), (("document", "summary"), "summarize"),
+    (("instruction", "output"), "translate"), (("prompt", "completion"), "translate"),
+    (("document", "summary"), "summarize"),
     (("article", "highlights"), "summarize"), (("context", "question", "answers"), "qa"), (("question", "answer"), "qa"),
     (("sentence_good", "sentence_bad"), "pairs"), (("more", "less", "bias_type"), "pairs")])
 def test_the_fields_tell_the_task(names, task):

@@ -325,6 +325,21 @@ def test_a_decoder_writes_greedily_and_judges_pairs(inside, file, trained):
     assert values(again)["first_likelier"] == values(found, group="(all)")["first_likelier"]
 
 
+@pytest.mark.parametrize("name, field, metric, perfect", [
+    ("translation/multi30k.test2016.en-de.jsonl", lambda row: row["target"], "bleu", "100"),
+    ("qa/squad-dev-small.jsonl", lambda row: row["answers"][-1]["text"], "token_f1", "1"),
+    ("classification/sst2.dev.jsonl", lambda row: row["label"], "mcc", "1")])
+def test_what_is_right_is_perfect_on_real_data(inside, file, shared, name, field, metric, perfect):
+    if metric == "bleu":
+        pytest.importorskip("sacrebleu", reason="pip install 'lmcli[eval]'")
+    rows = [json.loads(line) for line in (shared / name).read_text().splitlines()]
+    given = file("p.txt", *map(field, rows))
+    found = table(inside("evaluate", shared / name, "--predictions", given, "--metric", metric))
+    (figure,) = (line for line in found if line["metric"] == metric)
+    assert figure["value"] == figure["low"] == figure["high"] == perfect
+    assert values(found)["records"] == str(len(rows)) and values(found)["empty"] == "0"
+
+
 def test_what_models_cost_stands_beside_what_they_can(inside, file, classifier):
     from lmcli.analysis import system_rows, systems
     from lmcli.analysis.systems import LabelCounts, System
