@@ -1,7 +1,5 @@
-"""Figures of labels and of answers, as pure functions: what one record counts for, and what the sums of that come to."""
+"""Figures of labels, as pure functions: what one record counts for, and what the sums of that come to."""
 
-import re
-import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -12,8 +10,6 @@ from lmcli.analysis.intervals import Score
 # columns that a record of labels adds before those of its classes: itself, whether it is all right, whether it got nothing
 RECORDS, EXACT, NOTHING = range(3)
 Key = tuple[str, str | None]  # (figure, the class it is for)
-ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
-PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def label_row(reference: frozenset[str], predicted: frozenset[str], places: dict[str, int]) -> np.ndarray:
@@ -108,36 +104,3 @@ def confusion(references: Sequence[str], predictions: Sequence[str | None], clas
     """How many records of each class (rows) got each label (columns, the last one for none)."""
     counts = Counter(zip(references, predictions))
     return [[counts[true, label] for label in (*classes, None)] for true in classes]
-
-
-def normalized(answer: str) -> str:
-    """An answer as SQuAD compares it: lower case, without ASCII punctuation, then without articles, single spaces.
-
-    >>> normalized("The  end, of an era!")
-    'end of era'
-    """
-    return " ".join(ARTICLES.sub(" ", answer.lower().translate(PUNCTUATION)).split())
-
-
-def squad(answers: Sequence[str], predicted: str, version: int) -> tuple[float, float]:
-    """(exact match, token F1) of a predicted answer, the best over the right ones, as the evaluation scripts of SQuAD 1.1
-    (Rajpurkar et al. 2016) and 2.0 (2018) have them; version 2 takes "" for "there is no answer".
-
-    >>> squad(["the Eiffel Tower", "Paris"], "Eiffel tower in Paris", 1)
-    (0.0, 0.6666666666666666)
-    """
-    if version == 2:
-        answers = [answer for answer in answers if normalized(answer)] or [""]
-    exact = max((float(normalized(answer) == normalized(predicted)) for answer in answers), default=0.0)
-    return exact, max((_token_f1(answer, predicted, version) for answer in answers), default=0.0)
-
-
-def _token_f1(answer: str, predicted: str, version: int) -> float:
-    right, found = normalized(answer).split(), normalized(predicted).split()
-    if version == 2 and not (right and found):
-        return float(right == found)
-    common = sum((Counter(right) & Counter(found)).values())
-    if not common:
-        return 0.0
-    share, covered = common / len(found), common / len(right)
-    return 2 * share * covered / (share + covered)

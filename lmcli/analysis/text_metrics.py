@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from lmcli.analysis.intervals import Score
-from lmcli.analysis.metrics import mean_of, squad
+from lmcli.analysis.metrics import mean_of
 from lmcli.errors import UserError
+from lmcli.text.answers import exact_match, token_f1
 
 References = Sequence[Sequence[str]]  # for each record the texts that are right
 
@@ -83,7 +84,8 @@ def rouge(stemmer: bool = False, names: Sequence[str] = ("rouge1", "rouge2", "ro
 def answers(version: int = 1) -> TextMetric:
     """Exact match and token F1 by the rules of SQuAD 1.1 or, with questions that have no answer, of 2.0, 0 to 1."""
     def rows(references: References, predictions: Sequence[str]) -> np.ndarray:
-        scored = (squad(texts, text, version) for texts, text in zip(references, predictions))
+        scored = ((exact_match(text, texts, version), token_f1(text, texts, version))
+                  for texts, text in zip(references, predictions))
         return np.array([[1.0, exact, overlap, bool(texts), exact * bool(texts), overlap * bool(texts), not texts,
                           exact * (not texts)] for texts, (exact, overlap) in zip(references, scored)])
     scores = {"exact_match": mean_of(1, 0), "token_f1": mean_of(2, 0)}

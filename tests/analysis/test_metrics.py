@@ -1,4 +1,4 @@
-"""Figures of labels and answers by hand; what is undefined; texts whose library is missing."""
+"""Figures of labels by hand; what is undefined; texts whose library is missing."""
 
 import sys
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lmcli.analysis import metrics, text_metrics
-from lmcli.analysis.metrics import label_row, label_scores, normalized, squad
+from lmcli.analysis.metrics import label_row, label_scores
 from lmcli.errors import UserError
 
 CLASSES = ("a", "b", "c")
@@ -56,19 +56,6 @@ def test_sets_of_labels_by_hand():
 
 def test_the_confusion_matrix_has_a_last_column_for_nothing():
     assert metrics.confusion(["a", "a", "b"], ["b", None, "b"], ["a", "b"]) == [[0, 1, 1], [0, 1, 0]]
-
-
-@pytest.mark.parametrize("text, plain", [("The  End!", "end"), ("a theatre, an era", "theatre era"), ("U.S.", "us"),
-                                         ("«Café» – 3.5 %", "«café» – 35"), ("  the ", "")])
-def test_answers_are_normalized_as_squad_does(text, plain):
-    assert normalized(text) == plain
-
-
-def test_answers_by_hand():
-    assert squad(["Denver Broncos", "The Broncos"], "the broncos.", 1) == (1, 1)
-    assert squad(["Denver Broncos"], "Broncos won", 1) == (0, 0.5)
-    assert squad([], "", 2) == (1, 1) and squad([], "Denver", 2) == (0, 0) and squad(["Denver"], "", 2) == (0, 0)
-    assert squad(["the"], "a", 1) == (1, 0) and squad(["the"], "a", 2) == (1, 1)  # where the versions differ
 
 
 def test_bleu_and_chrf_of_a_copy_are_100_and_of_nothing_0():
