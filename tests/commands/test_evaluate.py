@@ -292,6 +292,18 @@ def test_several_labels_of_a_model(inside, file, classifier):
     assert {name: value for name, value in values(found).items() if name in again} == again
 
 
+def test_a_span_model_and_its_own_answers_agree(inside, file, berts):
+    rows = file("rows.jsonl", *({"question": "Who went home?", "context": f"The baker went home, {name} did not.",
+                                 "answers": [{"text": "The baker", "answer_start": 0}]} for name in ("Ada", "Grace")))
+    direct = table(inside("evaluate", "-m", berts / "answers", rows))
+    piped = table(inside("evaluate", "--format", "jsonl", stdin=inside(
+        "classify", "-m", berts / "answers", "--json", rows).stdout))
+    lines = table(inside("evaluate", rows, "--predictions", file("p.txt", *inside(
+        "classify", "-m", berts / "answers", rows).stdout.decode().splitlines())))
+    assert piped == lines == [line for line in direct if line["metric"] in values(piped)]
+    assert set(values(piped)) == {"records", "empty", "exact_match", "token_f1"}
+
+
 def test_an_encoder_decoder_writes_with_the_beams_of_its_folder(inside, file, marian):
     pytest.importorskip("sacrebleu", reason="pip install 'lmcli[eval]'")
     import lmcli
