@@ -218,14 +218,16 @@ class Model:
                        start=self.checkpoint.start)
 
     def generate(self, prompts: str | list[str], num_samples: int = 1, seed: int | None = None,
-                 stop: str | tuple[str, ...] = (), bos: bool | None = None, **options: Any) -> list[Generated]:
+                 stop: str | tuple[str, ...] = (), bos: bool | None = None, batch: int = 0,
+                 **options: Any) -> list[Generated]:
         """`num_samples` results a prompt, in order: continuations, of an encoder–decoder what it makes of the source, of
         an encoder the text with its masks filled. Options: fields of GenerateConfig, such as max_new_tokens,
-        temperature, top_p, num_beams. Without a seed a random one is drawn; each result names its own."""
+        temperature, top_p, num_beams. Without a seed a random one is drawn; each result names its own. `batch` is tokens
+        a forward pass, 0 what suits the device."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         decoder = self.decoder(stop, bos, **options)
         ids = [self.prompt(text, bos) for text in prompts]
-        return [result for results in decode_all(decoder, ids, num_samples, seed) for result in results]
+        return [result for results in decode_all(decoder, ids, num_samples, seed, batch) for result in results]
 
     def stream(self, prompt: str, seed: int | None = None, stop: str | tuple[str, ...] = (), bos: bool | None = None,
                **options: Any) -> Iterator[Piece]:

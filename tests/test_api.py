@@ -73,6 +73,7 @@ def test_generate_gives_a_result_a_prompt_in_order(lm):
         assert 1 <= len(result.tokens) == len(result.token_logprobs) <= 6  # the folder's own default
         assert all(logprob <= 0 for logprob in result.token_logprobs)
         assert result.finish_reason == ("stop" if result.tokens[-1] == 0 else "length")
+    assert [result.tokens for result in lm.generate(prompts, seed=5, batch=8)] == [result.tokens for result in found]
 
 
 def test_the_folders_defaults_give_way_to_options(lm):

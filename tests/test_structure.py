@@ -242,6 +242,17 @@ class TestReadme:
             forms = (name, "NAME_se" if name.endswith("_se") else name, f"{name}_k", name.removeprefix("difference"))
             assert any(f"`{form}`" in NUMBERS for form in forms), name
 
+    def test_every_figure_of_predictions_is_defined(self):
+        from lmcli.analysis import system_rows, text_metrics
+        from lmcli.analysis.metrics import label_scores
+
+        names = {name for several in (False, True) for name, _ in label_scores(("x",), several)}
+        names |= {name for figures in text_metrics.FIGURES.values() for name in figures}
+        names |= {*text_metrics.answers(2).scores, *system_rows.columns(True, True, True), *system_rows.COSTS}
+        names |= {"records", "empty", "majority_accuracy", "confusion"}
+        for name in names - {"system", "group", "metric", "value"}:
+            assert f"`{name}`" in NUMBERS, name
+
     @pytest.mark.parametrize("name", COMMANDS)
     def test_every_command_is_mentioned(self, name):
         assert re.search(rf"\blm {name}\b", README)

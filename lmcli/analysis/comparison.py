@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmcli.analysis.intervals import percentiles, resampled
 from lmcli.inference.perplexity import Measured, Perplexity, each_measured
 from lmcli.inference.scoring import NATS_PER_BIT, Scorer
 from lmcli.text.corpus import encode_documents
@@ -15,7 +16,6 @@ from lmcli.text.documents import Document, Layout
 
 BINS = 4096  # documents beyond so many share bins, in turn, so that memory stays flat
 RESAMPLES = 2000
-CONFIDENCE = 0.95
 
 
 class Line(NamedTuple):
@@ -69,11 +69,8 @@ class Paired:
         used = self.bins[:min(self.documents, BINS)]
         if len(used) < 2:
             return None
-        generator = np.random.default_rng(0)
-        sums = np.concatenate([generator.multinomial(len(used), [1 / len(used)] * len(used), size=100) @ used
-                               for _ in range(RESAMPLES // 100)])
-        low, high = np.quantile(_difference(sums), ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-        return float(low), float(high)
+        samples = resampled(np.ones(len(used), dtype=np.int64), RESAMPLES, seed=0)
+        return percentiles(_difference(np.concatenate([weights @ used for weights in samples])))
 
     def lines(self) -> list[Line]:
         """The lines whose bits differ most, the most different first."""

@@ -49,11 +49,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     more ids than the model has rows, and a family that is not supported.
     """
     folder = Path(folder)
-    with user_errors(folder, "read"):
-        there = folder.is_dir()
-    if not there:
-        raise UserError("no such model folder", where=str(folder), hint="-m takes a folder with config.json in it")
-    document = read_json(folder / "config.json", "a model folder needs config.json, model.safetensors, tokenizer.json")
+    document = _document(folder)
     family, config = read_config(document, str(folder / "config.json"))
     tokenizer = tokenizers.load(folder)
     if tokenizer.size > config.vocab_size:
@@ -65,6 +61,19 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     return Checkpoint(model.to(device=device, dtype=dtype).eval(), tokenizer,
                       _generate_config(generation, document, config.shape, folder), tokenizer.prefix,
                       _stops(generation, document, tokenizer, folder), unused, _start(generation, config, folder))
+
+
+def configuration(folder: str | Path) -> ModelConfig:
+    """What the model of a folder is, without its weights. Raises UserError as `load` does."""
+    return read_config(_document(Path(folder)), str(Path(folder) / "config.json"))[1]
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    with user_errors(folder, "read"):
+        there = folder.is_dir()
+    if not there:
+        raise UserError("no such model folder", where=str(folder), hint="-m takes a folder with config.json in it")
+    return read_json(folder / "config.json", "a model folder needs config.json, model.safetensors, tokenizer.json")
 
 
 def _optional_json(file: Path) -> dict[str, Any] | None:

@@ -58,14 +58,16 @@ budgets = _together(
     click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Passes over the training text."))
 batch_tokens = click.option("--batch-tokens", type=click.IntRange(min=1), default=None,
                             help="Tokens of one forward pass; changes speed, not results.")
-reading = _together(
+layout = _together(
     click.option("--format", "format_", type=click.Choice(["auto", "text", "jsonl", "tsv", "csv"]), default="auto",
                  show_default=True, help="auto goes by suffix; standard input is text."),
     click.option("--fields", "listed", metavar="A,B", expose_value=False, is_eager=True, callback=_listed,
                  help="The same for several, in this order."),
     click.option("--field", "fields", multiple=True, metavar="NAME", help="Field of a JSON, TSV or CSV row to read.",
                  callback=lambda ctx, _, given: ctx.meta.get(LISTED) or given),
-    click.option("--include", metavar="GLOB", help="In a directory, take only files named like this."),
+    click.option("--include", metavar="GLOB", help="In a directory, take only files named like this."))
+reading = _together(
+    layout,
     click.option("--on-error", type=click.Choice(["stop", "blank", "skip"]), default="stop", show_default=True,
                  help="A bad record: stop, write an empty result, or leave it out."))
 writing = _together(

@@ -87,6 +87,21 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def follow_memory() -> bool:
+    """Lets the peak of memory start anew, after what nobody holds has been given back; False where the system cannot do
+    that, so that a peak stays that of all the process has done."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed blocks are kept otherwise: see keep_freed_memory
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError, TypeError):  # not Linux, not glibc, no C library by that name
+        return False
+    return True
+
+
 def machine_memory(device: torch.device) -> int:
     """Bytes of memory that the machine, or its GPU, has."""
     if device.type == "cuda":

@@ -70,27 +70,28 @@ def normalized(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
-def exact_match(prediction: str | None, answers: Sequence[str]) -> float:
-    """1.0 when a prediction is, normalized, one of the answers, else 0.0. None or "" says that there is no answer, which is
-    right where there are no `answers`."""
-    return float(normalized(prediction or "") in map(normalized, _kept(answers)))
+def exact_match(prediction: str | None, answers: Sequence[str], version: int = 2) -> float:
+    """1.0 when a prediction is, normalized, one of the answers, else 0.0. By the rules of SQuAD 2.0 None or "" says that
+    there is no answer, which is right where there are no `answers`; those of `version` 1 know no such question."""
+    return float(normalized(prediction or "") in map(normalized, _kept(answers, version)))
 
 
-def token_f1(prediction: str | None, answers: Sequence[str]) -> float:
+def token_f1(prediction: str | None, answers: Sequence[str], version: int = 2) -> float:
     """The best F1 of a prediction's words with those of an answer, 0.0 to 1.0; "no answer" is all right or all wrong.
 
     token_f1("the brown fox", ["a quick brown fox"]) == 0.8: both of its words are right, of three there.
     """
-    return max(_f1(normalized(prediction or "").split(), normalized(answer).split()) for answer in _kept(answers))
+    found = normalized(prediction or "").split()
+    return max((_f1(found, normalized(answer).split(), version) for answer in _kept(answers, version)), default=0.0)
 
 
-def _kept(answers: Sequence[str]) -> Sequence[str]:
-    """The answers that say something; [""] where there is none, as SQuAD's own script has it."""
-    return [answer for answer in answers if normalized(answer)] or [""]
+def _kept(answers: Sequence[str], version: int) -> Sequence[str]:
+    """The answers that say something; [""] where there is none, as SQuAD's own script has it. In version 1 all."""
+    return answers if version == 1 else [answer for answer in answers if normalized(answer)] or [""]
 
 
-def _f1(found: list[str], right: list[str]) -> float:
+def _f1(found: list[str], right: list[str], version: int) -> float:
     if not found or not right:
-        return float(found == right)
+        return float(version == 2 and found == right)
     same = (Counter(found) & Counter(right)).total()
     return 2 * same / (len(found) + len(right))

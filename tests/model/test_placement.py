@@ -1,10 +1,13 @@
 """Where work runs, and what a user hears who asks for what is not there."""
 
+import resource
+import sys
+
 import pytest
 import torch
 
 from lmcli.errors import UsageError
-from lmcli.model.device import dtype_name, place
+from lmcli.model.device import dtype_name, follow_memory, place
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
@@ -31,3 +34,15 @@ def test_a_precision_that_does_not_exist_is_a_usage_error():
     with pytest.raises(UsageError, match="no precision 'int3'") as caught:
         place("cpu", "int3")
     assert "float32" in caught.value.hint
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a peak start anew")
+def test_the_peak_of_memory_starts_anew():
+    if not follow_memory():
+        pytest.skip("this system does not let it")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held = torch.ones(50_000_000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > 150_000  # KiB
+    del held
+    follow_memory()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000

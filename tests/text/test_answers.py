@@ -22,3 +22,11 @@ def test_normalized_drops_case_punctuation_articles_and_space(text, plain):
 def test_the_best_of_the_right_answers_counts(prediction, answers, exact, f1):
     assert exact_match(prediction, answers) == exact
     assert token_f1(prediction, answers) == pytest.approx(f1)
+
+
+def test_the_rules_of_both_versions():
+    answers = ["the"]  # without a word when normalized
+    assert (exact_match("a", answers, 1), token_f1("a", answers, 1)) == (1, 0)
+    assert (exact_match("a", answers, 2), token_f1("a", answers, 2)) == (1, 1)
+    assert (exact_match("", [], 1), token_f1("", [], 1)) == (0, 0)
+    assert (exact_match("", [], 2), token_f1("", [], 2)) == (1, 1)
