@@ -183,15 +183,18 @@ def main() -> None:
     parser.add_argument("--contestants", default=",".join(CONTESTANTS))
     options = parser.parse_args()
     options.tokens = batch_tokens(options)
-    rows, context, pipes = len(read(options.train)), multiprocessing.get_context("spawn"), {}
+    rows, before = len(read(options.train)), UNTIMED * options.batch
+    if rows - before < 2 * options.batch * options.rounds:
+        parser.error(f"{rows} rows are too few for {options.rounds} turns of two steps or more")
+    context, pipes = multiprocessing.get_context("spawn"), {}
     for name in options.contestants.split(","):
         pipes[name], other = context.Pipe()
         context.Process(target=serve, args=(other, name, options), daemon=True).start()
-        asked(pipes[name], "turn", UNTIMED * options.batch)
+        asked(pipes[name], "turn", before)
     turns: dict[str, list[tuple]] = {name: [] for name in pipes}
     for part in range(1, options.rounds + 1):
         for name, pipe in pipes.items():
-            turns[name].append(asked(pipe, "turn", rows * part // options.rounds))
+            turns[name].append(asked(pipe, "turn", before + (rows - before) * part // options.rounds))
     show(turns, {name: asked(pipe, "accuracy") for name, pipe in pipes.items()})
 
 
