@@ -76,7 +76,8 @@ def keep_freed_memory() -> None:
     """Has glibc keep freed blocks instead of giving each large one back to the system and faulting it in again.
 
     Worth 15 to 20 % of a training step on the CPU (4 × 128, batch 4,096 tokens), 5 % of scoring (GPT-2 small), and for
-    blocks over 32 MB, as a large vocabulary's gradient is, 9 % of fine-tuning (MiniLM). Elsewhere it does nothing.
+    blocks over 32 MB, as a large vocabulary's gradient is, perhaps 9 % of fine-tuning MiniLM (within
+    noise). Elsewhere it does nothing.
     """
     if sys.platform != "linux":
         return
