@@ -21,7 +21,10 @@ CURVES = {F.silu: fused.SILU, _gelu_tanh: fused.GELU_TANH}
 
 
 class Linear(nn.Linear):
-    """x Wᵀ + b, (…, C) → (…, outputs), in the precision of x, which may be lower than that of the weights."""
+    """x Wᵀ + b, (…, C) → (…, outputs), in the precision of x, which may be lower than that of the weights. `low` is what an
+    adapter adds to W (see `adapters`)."""
+
+    low: fused.LowRank | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
