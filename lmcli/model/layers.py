@@ -82,7 +82,11 @@ class MLP(nn.Module):
                 return self.down(fused.gelu_tanh_(inner))
             return self.down(self.activation(inner))
         if self.activation in CURVES and self.gate.bias is None and fused.active(x):
-            gate_up = F.linear(x, torch.cat([self.gate.weight, self.up.weight]).to(x.dtype))
+            parts = self.gate, self.up
+            if torch.is_grad_enabled() and any(part.low for part in parts):
+                gate_up = torch.cat([part(x) for part in parts], dim=-1)
+            else:
+                gate_up = F.linear(x, torch.cat([fused.added(part.weight, part.low) for part in parts]).to(x.dtype))
             return self.down(fused.gated(gate_up, CURVES[self.activation]))
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
