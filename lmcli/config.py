@@ -4,6 +4,7 @@ Each field carries its default, what it means with its unit, and its range; `che
 """
 
 import dataclasses
+import difflib
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_origin
@@ -11,6 +12,7 @@ from typing import Any, get_args, get_origin
 from lmcli.errors import UsageError
 
 Number = int | float
+LORA_TARGETS = ("all", "query", "key", "value", "output", "gate", "up", "down")
 
 
 def knob(default: Any, meaning: str, low: Number | None = None, high: Number | None = None,
@@ -183,6 +185,13 @@ class TrainConfig:
     weight_decay: float = knob(0.1, "decoupled decay of matrices", 0.0, 10.0)
     gradient_clip: float = knob(1.0, "largest gradient norm; 0 leaves gradients alone", 0.0)
     dropout: float = knob(0.0, "share of sublayer outputs set to zero", 0.0, 0.95)
+    # of a model that is trained further: what of it is trained
+    lora_rank: int = knob(0, "rank of the matrices that LoRA trains beside frozen ones; 0 trains all weights", 0, 1 << 16)
+    lora_alpha: float = knob(0.0, "what they add is multiplied by lora_alpha / lora_rank; 0 takes twice the rank", 0.0, 1e9)
+    lora_dropout: float = knob(0.0, "share of what they read set to zero", 0.0, 0.95)
+    lora_targets: tuple[str, ...] = knob(("all",), "parts of a block that get them", choices=LORA_TARGETS)
+    frozen_layers: int = knob(0, "blocks from the bottom (of two stacks: the encoder's) that are not trained, nor is the "
+                              "embedding then", 0, 1024)
     compile: str = knob("auto", "torch.compile for the blocks; auto: on a GPU, in runs that repay the minute it takes",
                         choices=("auto", "on", "off"))
     precision: str = knob("auto", "of the forward pass; weights stay float32", choices=("auto", "float32", "bfloat16"))
@@ -257,6 +266,8 @@ def check(section: type, key: str, value: Any, where: str) -> Any:
 
 def _convert(kind: Any, unit: str, value: Any) -> Any:
     if get_origin(kind) is tuple:
+        if isinstance(value, str) and get_args(kind)[0] is str:  # --set train.lora_targets=query,value
+            value = [word.strip() for word in value.split(",")]
         if not isinstance(value, (list, tuple)):
             raise ValueError
         return tuple(_convert(get_args(kind)[0], "", item) for item in value)
@@ -289,8 +300,11 @@ def _described(kind: Any) -> str:
 
 def _check_range(spec: dataclasses.Field, value: Any, where: str) -> None:
     low, high, choices = (spec.metadata[name] for name in ("low", "high", "choices"))
-    if choices and value not in choices:
-        raise UsageError(f"{spec.name}: {value!r} is not one of {', '.join(choices)}", where=where)
+    wrong = [item for item in (value if isinstance(value, tuple) else (value,)) if choices and item not in choices]
+    if wrong:
+        near = difflib.get_close_matches(str(wrong[0]), choices, n=1, cutoff=0.5)
+        raise UsageError(f"{spec.name}: {wrong[0]!r} is not one of {', '.join(choices)}"
+                         + (f"; did you mean {near[0]!r}?" if near else ""), where=where)
     if value is None or isinstance(value, (str, bool, tuple)):
         return
     too_low, too_high = low is not None and not value >= low, high is not None and not value <= high

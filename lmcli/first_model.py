@@ -5,9 +5,11 @@ from collections.abc import Callable
 
 import torch
 
+from lmcli.checkpoints.adapters import together
 from lmcli.checkpoints.config_json import family_of
-from lmcli.config import ModelConfig, Recipe
+from lmcli.config import ModelConfig, Recipe, TrainConfig
 from lmcli.errors import UsageError
+from lmcli.model.adapters import Lora, freeze_below, put_on
 from lmcli.model.device import Placement
 from lmcli.model.transformer import Transformer, initialize
 from lmcli.text import tokenizer as tokenizers
@@ -44,9 +46,13 @@ def fresh(recipe: Recipe, prepared: data.TrainingData, placement: Placement, obj
 
 def adopted(model: Transformer, recipe: Recipe, prepared: data.TrainingData, objective: Objective,
             note: Callable[[str], None]) -> Transformer:
-    """A loaded model, to be trained further; with a fresh head where the objective needs another one than it has."""
+    """A loaded model, to be trained further as far as the recipe says; with a fresh head where the objective needs another
+    one than it has."""
     changes = _head(model.config, objective, prepared)
     if recipe.train.new_head or any(getattr(model.config, key) != value for key, value in changes.items()):
+        if recipe.train.lora_rank and objective.head == "lm":
+            raise UsageError("the head over the vocabulary would be new, and an adapter holds none", where="train.lora_rank",
+                             hint="train the whole model, or one that has such a head")
         body = {name: weight for name, weight in model.named_parameters() if not name.startswith("head.")}
         model = Transformer(dataclasses.replace(model.config, **changes).complete())
         model.load_state_dict(body, strict=False)
@@ -54,7 +60,27 @@ def adopted(model: Transformer, recipe: Recipe, prepared: data.TrainingData, obj
         initialize(model, new, torch.Generator().manual_seed(recipe.train.seed))
         note(f"the head is new: {', '.join(name for name, _ in new)}")
     model.set_dropout(recipe.train.dropout)
-    return model.train().requires_grad_()
+    choose_trained(model, recipe.train)
+    if recipe.train.lora_rank and recipe.train.lora_rank >= model.config.hidden_size:
+        note(f"rank {recipe.train.lora_rank} is no less than the model's width of {model.config.hidden_size}: LoRA saves "
+             "nothing then")
+    return model
+
+
+def choose_trained(model: Transformer, train: TrainConfig) -> None:
+    """Has all of a model trained but what `frozen_layers` names; with `lora_rank` adapters alone, and a head for labels, as
+    PEFT does.
+
+    Raises UsageError for blocks and targets that the model has not.
+    """
+    model.train().requires_grad_()
+    if train.frozen_layers:
+        freeze_below(model, train.frozen_layers)
+    if train.lora_rank:
+        lora = Lora(train.lora_rank, train.lora_alpha or 2.0 * train.lora_rank, train.lora_dropout, train.lora_targets)
+        put_on(model, lora, together(model), train.seed)
+        if model.config.head != "lm":
+            model.head.requires_grad_()
 
 
 def _closing(tokenizer: tokenizers.Tokenizer) -> int | None:

@@ -57,6 +57,14 @@ def require_budget(recipe: Recipe, where: str) -> None:
         raise UsageError(f"no budget: {', '.join(BUDGETS)} are all 0", where=where, hint="give one, for example --time 5m")
 
 
+def require_origin(recipe: Recipe) -> None:
+    """UsageError for a recipe that trains only parts of a model, which is for models that are trained further."""
+    for key, option in (("lora_rank", "--lora"), ("frozen_layers", "--freeze")):
+        if getattr(recipe.train, key):
+            raise UsageError(f"{option} (train.{key}) trains a part of a model that is there already", where="train",
+                             hint="--from names that model")
+
+
 def changed(recipe: Recipe, sets: Iterable[str]) -> Recipe:
     """The recipe with `section.key=value` settings on top; UsageError as in `resolve`."""
     values = {name: dict(vars(getattr(recipe, name))) for name in SECTIONS}

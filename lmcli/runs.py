@@ -13,11 +13,11 @@ import tokenizers as tokenizers_library
 import torch
 
 from lmcli import __version__, first_model
-from lmcli.analysis import auto
+from lmcli.analysis import auto, remembering
 from lmcli.analysis.card import model_card
 from lmcli.analysis.loss_curve import draw
+from lmcli.checkpoints import adapters, hub
 from lmcli.checkpoints import folder as checkpoints
-from lmcli.checkpoints import hub
 from lmcli.checkpoints.config_json import family_of
 from lmcli.config import Recipe
 from lmcli.errors import UsageError, UserError
@@ -27,7 +27,7 @@ from lmcli.inference.scoring import Scorer
 from lmcli.model import kernels
 from lmcli.model.device import Placement, place
 from lmcli.model.transformer import Transformer
-from lmcli.recipes import changed, require_budget
+from lmcli.recipes import changed, require_budget, require_origin
 from lmcli.storage import write_text
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
@@ -60,6 +60,7 @@ class Request:
     refine: Callable[[dict[str, object]], Recipe] | None = None
     on_long: str = "truncate"
     targets: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    remember: tuple[str, ...] = ()
 
 
 def start(request: Request, began: float, note: Callable[[str], None]) -> "TrainingRun":
@@ -71,14 +72,26 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
     if request.origin and request.tokenizer:
         raise UsageError("--from brings its own tokenizer: leave --tokenizer out")
     require_budget(recipe, "train")
+    if not request.origin:
+        require_origin(recipe)
+        if request.remember:
+            raise UsageError("--remember measures what a model that is trained further forgets",
+                             hint="--from names that model")
     placement = place(request.device, recipe.train.precision, request.threads, training=True)
-    origin = checkpoints.load(hub.find(request.origin)) if request.origin else None
+    folder = Path(hub.find(request.origin)) if request.origin else None
+    origin = checkpoints.load(folder) if folder else None
+    if origin and recipe.train.lora_rank and request.output and folder.resolve() == Path(request.output).resolve():
+        raise UsageError("is the base that the adapter needs", where=request.output, hint="choose another folder with -o")
+    if origin and recipe.train.lora_rank and adapters.is_adapter(folder):
+        raise UsageError("is an adapter itself, and an adapter needs a whole model under it", where=request.origin,
+                         hint=f"lm export {request.origin} --merge -o DIR makes one of it")
     tokenizer = origin.tokenizer if origin else \
         tokenizers.load(hub.find(request.tokenizer, weights=False)) if request.tokenizer else None
     context = recipe.train.context
     if origin and context > origin.model.config.max_position_embeddings:
         context = origin.model.config.max_position_embeddings
         note(f"context is {context} tokens, all that {request.origin} has")
+    remember = remembering.checked(request.remember, origin.model.config.shape if origin else "")
     if not origin:
         recipe.model.complete()  # impossible sizes are told before any work is done
     name = Path(os.path.abspath(request.data[0])).stem if request.data and request.data[0] != "-" else "stdin"
@@ -106,7 +119,10 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
         recipe = dataclasses.replace(recipe, model=model.config)
         run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
         run.chosen = chosen
+        run.base = request.origin if folder and str(folder) != request.origin else str(folder.resolve()) if folder else ""
         memory_room.fit(run.loop, note)
+        run.remembered = [{"file": file, "before": remembering.bits_per_byte(run.model, tokenizer, file), "after": None}
+                          for file in remember]
         run.create()
     except BaseException:
         place_of_run.abandon()
@@ -129,9 +145,12 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
     prepared = data.prepare(source, data.split(source, recipe.train.validation_bytes, note), recipe.tokenizer,
                             recipe.train.context, tokenizer, note, OBJECTIVES[recipe.train.objective], recipe.model.labels)
     model = Transformer(recipe.model.complete(), recipe.train.dropout)
+    if recipe.train.lora_rank or recipe.train.frozen_layers:
+        first_model.choose_trained(model, recipe.train)
     run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
     run.loop.counters = state.restore(place_of_run.states, run.model, run.loop.optimizer, note)
     run.result, run.chosen = facts.get("result") or {}, facts.get("choice") or []
+    run.remembered, run.base = run.result.pop("remembered", []), adapters.base_name(Path(path))
     memory_room.fit(run.loop, note)
     place_of_run.open_metrics(run.step)
     if sets:
@@ -143,6 +162,8 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
 
 def _tell(run: "TrainingRun", note: Callable[[str], None]) -> None:
     note(run.description())
+    for text in run.memories():
+        note(text)
     if run.placement.device.type == "cpu" and kernels.problem():
         note(f"without the compiled kernels training takes half as long again: {kernels.problem()}")
 
@@ -156,6 +177,8 @@ class TrainingRun:
         self.model, self.placement = model.train(), placement
         self.result: dict = {}
         self.chosen: list[str] = []
+        self.base = ""  # of adapters: what names the model that they are for
+        self.remembered: list[dict] = []
         self.headline = ""
         torch.manual_seed(recipe.train.seed)
         self.objective = OBJECTIVES[recipe.train.objective]
@@ -214,16 +237,18 @@ class TrainingRun:
 
     def description(self) -> str:
         """One line: the model, the data, where it runs."""
-        config, parameters = self.model.config, sum(p.numel() for p in self.model.parameters())
+        config = self.model.config
+        total, trained = (sum(p.numel() for p in self.model.parameters() if p.requires_grad or every) for every in (1, 0))
+        part = f", {trained:,} of them ({100 * trained / total:.1f} %) trained" if trained < total else ""
         depth = f"{config.num_encoder_layers} + " if config.shape == "encoder-decoder" else ""
-        return (f"{parameters:,} parameters ({depth}{config.num_hidden_layers} × {config.hidden_size}), context "
+        return (f"{total:,} parameters{part} ({depth}{config.num_hidden_layers} × {config.hidden_size}), context "
                 f"{self.prepared.context}, vocabulary {config.vocab_size:,}, {self.prepared.corpus.tokens:,} tokens; "
                 f"{self.objective.name} objective; on {self.placement}; into {self.folder}")
 
     def create(self) -> None:
         """Writes the model folder with the weights as they are, the recipe, and empty metrics."""
         self.place.begin()
-        checkpoints.save(self.folder, self.model, self.prepared.tokenizer, self.recipe.generate)
+        checkpoints.save(self.folder, self.model, self.prepared.tokenizer, self.recipe.generate, self.base)
         self.write_recipe()
         self.place.open_metrics(0)
 
@@ -303,12 +328,16 @@ class TrainingRun:
         counters = self.loop.counters
         self.result |= {"steps": counters.step, "tokens": counters.tokens, "seconds": round(counters.seconds, 1),
                         "epochs": round(counters.rows / self.loop.rows.rows_per_epoch, 3), "stopped": self.stopped}
+        if self.remembered and not self.stopped:
+            best = checkpoints.load(self.folder, self.placement.device)
+            for one in self.remembered:
+                one["after"] = remembering.bits_per_byte(best.model, best.tokenizer, one["file"])
         self.write_recipe()
         write_text(self.folder / "loss.svg", draw(self.place.metrics(), self.objective.target))
         write_text(self.folder / "README.md", model_card(
             self.folder.resolve().name, self.model.config, self.recipe.train,
             sum(p.numel() for p in self.model.parameters()), family_of(self.model.config).heads[self.model.config.head],
-            self.source.files, self.result, self._beginning()))
+            self.source.files, self.result, self._beginning(), self.base if self.recipe.train.lora_rank else ""))
 
     def _beginning(self) -> str:
         tokenizer = self.prepared.tokenizer
@@ -322,7 +351,8 @@ class TrainingRun:
                       "python": platform.python_version(), "device": str(self.placement)},
             data=self.source.facts() | {"tokenizer": self.prepared.tokenizer.hash, "tokens": self.prepared.corpus.tokens,
                                         "bytes": self.prepared.corpus.bytes},
-            validation=data.ranges(self.prepared.measured), result=self.result,
+            validation=data.ranges(self.prepared.measured),
+            result=self.result | ({"remembered": self.remembered} if self.remembered else {}),
             **({"choice": self.chosen} if self.chosen else {}))
 
     def summary(self) -> str:
@@ -331,6 +361,10 @@ class TrainingRun:
         again = f"; lm perplexity -m {self.folder} --validation measures the same" if self.objective.name == "causal" else ""
         return (f"validation {self.headline or 'as before'}, at step {result['best_step']:,} of {result['steps']:,} "
                 f"({result['seconds']:.0f} s){again}")
+
+    def memories(self) -> list[str]:
+        """A line for each text of which is measured whether it is forgotten."""
+        return [remembering.told(**one) for one in self.remembered]
 
     @contextmanager
     def signals(self) -> Iterator[None]:

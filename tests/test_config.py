@@ -29,7 +29,8 @@ every_knob = pytest.mark.parametrize("section, field", KNOBS, ids=lambda part: g
     (ModelConfig, "query_key_norm", "false", False),
     (ModelConfig, "query_key_norm", True, True),
     (ModelConfig, "bos_token_id", None, None),
-    (ModelConfig, "bos_token_id", "7", 7)])
+    (ModelConfig, "bos_token_id", "7", 7),
+    (TrainConfig, "lora_targets", "query, down", ("query", "down")), (TrainConfig, "lora_targets", ["all"], ("all",))])
 def test_values_become_the_type_of_their_field(section, key, given_, taken):
     value = check(section, key, given_, "here")
     assert value == taken and type(value) is type(taken)
@@ -56,6 +57,9 @@ def test_values_become_the_type_of_their_field(section, key, given_, taken):
     (TrainConfig, "time", -5, "time: -5.0 is outside 0.0 or more"),
     (TrainConfig, "schedule", "square", "schedule: 'square' is not one of linear, cosine, constant"),
     (TrainConfig, "schedule", 3, "schedule: 3 is not a word"),
+    (TrainConfig, "lora_targets", "query, dwn", "lora_targets: 'dwn' is not one of .*; did you mean 'down'"),
+    (TrainConfig, "lora_targets", 3, "lora_targets: 3 is not a list of words"),
+    (TrainConfig, "lora_rank", -1, "lora_rank: -1 is outside 0 to 65536"),
     (ModelConfig, "query_key_norm", "yes", "query_key_norm: 'yes' is not true or false"),
     (ModelConfig, "query_key_norm", 1, "query_key_norm: 1 is not true or false"),
     (ModelConfig, "bos_token_id", -1, "bos_token_id: -1 is outside 0 or more"),

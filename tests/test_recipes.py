@@ -180,7 +180,8 @@ def value_of(field):
     """Values of a field within its range."""
     low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
     if choices:
-        return st.sampled_from(choices)
+        one = st.sampled_from(choices)
+        return one if field.type is str else st.lists(one, max_size=3).map(tuple)
     if field.type is bool:
         return st.booleans()
     if field.type is float:

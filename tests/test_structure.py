@@ -121,7 +121,8 @@ class TestImports:
     def test_within_model_layers_come_before_attention_before_the_transformer(self):
         order = {"kernels": set(), "fused": {"kernels"}, "layers": {"fused"}, "attention": {"fused", "layers"},
                  "recompute": {"device"}, "transformer": {"kernels", "fused", "layers", "attention", "recompute"},
-                 "likelihood": {"fused"}, "device": set(), "cost": set(), "memory": {"cost"}}
+                 "adapters": {"fused", "layers", "transformer"}, "likelihood": {"fused"},
+                 "device": set(), "cost": set(), "memory": {"cost"}}
         for name, allowed in order.items():
             found = {module.removeprefix("lmcli.model.") for module, _ in imports(PACKAGE / "model" / f"{name}.py")
                      if module.startswith("lmcli.model.")}

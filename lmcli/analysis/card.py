@@ -16,23 +16,27 @@ USES = {
 
 
 def model_card(name: str, config: ModelConfig, train: TrainConfig, parameters: int, architecture: str,
-               files: list[str], result: dict, beginning: str) -> str:
+               files: list[str], result: dict, beginning: str, base: str = "") -> str:
     """Markdown for the run called `name`; `result` is the `result` section of its recipe.yaml, `beginning`
-    spells the token that leads every context."""
+    spells the token that leads every context, `base` names the model that an adapter is for."""
     sources = "\n".join(f"- `{Path(file).name}`" for file in files[:20]) + ("\n- …" if len(files) > 20 else "")
     first = f"Every context begins with `{beginning}`; `tokenizer.json` puts it there.\n\n" if beginning else ""
     objective = train.objective if train.objective in USES else "causal"
     pipeline, commands, auto_class = USES[objective]
     layers = f"{config.num_encoder_layers} + {config.num_hidden_layers}" if config.shape == "encoder-decoder" else \
         f"{config.num_hidden_layers}"
+    library = f"peft\nbase_model: {base}" if base else "transformers"
+    adapter = f"A LoRA adapter of rank {train.lora_rank} for `{base}`, with which it is:\n\n" if base else ""
+    merging = "\n`lm export DIR --merge -o MODEL` makes one model of adapter and base.\n" if base else ""
+    loading = "`transformers` with `peft`" if base else "`transformers`"
     return f"""---
-library_name: transformers
+library_name: {library}
 pipeline_tag: {pipeline}
 ---
 
 # {name}
 
-A {architecture} of {parameters:,} parameters ({layers} layers, hidden size {config.hidden_size},
+{adapter}A {architecture} of {parameters:,} parameters ({layers} layers, hidden size {config.hidden_size},
 {config.num_attention_heads} heads, context {config.max_position_embeddings}, vocabulary {config.vocab_size:,}),
 trained with `lm train` in {result['seconds']:.0f} s: {result['steps']:,} steps, {result['tokens']:,} tokens
 ({result['epochs']:.2f} passes over the training text), batches of {train.batch_tokens:,} tokens.
@@ -51,8 +55,8 @@ Trained on:
 {commands}
 ```
 
-or `{auto_class}.from_pretrained(DIR)` and `AutoTokenizer.from_pretrained(DIR)` in `transformers`.
-"""
+or `{auto_class}.from_pretrained(DIR)` and `AutoTokenizer.from_pretrained(DIR)` in {loading}.
+{merging}"""
 
 
 def _figures(objective: str, result: dict, train: TrainConfig) -> str:

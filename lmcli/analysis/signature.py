@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lmcli import __version__
+from lmcli.checkpoints import adapters
 from lmcli.errors import UsageError
 from lmcli.inference.perplexity import Perplexity
 from lmcli.inference.scoring import Score, Scorer
@@ -67,9 +68,12 @@ class Signature:
 
 
 def of_model(folder: Path) -> str:
-    """The hash of a model folder: config.json and its files of weights."""
-    digest = hashlib.sha256()
-    for file in sorted((folder / "config.json", *folder.glob("*.safetensors"))):
+    """The hash of a model folder: config.json and its files of weights; of an adapter's, its own and its base's."""
+    digest, config = hashlib.sha256(), folder / "config.json"
+    if adapters.is_adapter(folder):
+        base, config = adapters.base_of(folder), folder / adapters.CONFIG
+        digest.update(b"" if base == folder else of_model(base).encode())
+    for file in sorted((config, *folder.glob("*.safetensors"))):
         digest.update(file.name.encode())
         with user_errors(file, "read"), file.open("rb") as handle:
             while chunk := handle.read(16 * CHUNK_BYTES):

@@ -23,7 +23,8 @@ from lmcli.text.records import CHUNK_BYTES, Reader, expand, file_format, json_ro
 from lmcli.text.tokenizer import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MODEL_FILES = ("config.json", WEIGHTS, INDEX, "pytorch_model.bin", "recipe.yaml")
+ADAPTER = "adapter_config.json"
+MODEL_FILES = ("config.json", ADAPTER, WEIGHTS, INDEX, "pytorch_model.bin", "recipe.yaml")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "source.spm")
 HEADS = {"lm": "words", "sequence": "a label of the text", "token": "a label of each token",
          "span": "where an answer starts and ends", "none": "none"}
@@ -64,7 +65,7 @@ def describe(path: str | Path, tokenizer: Tokenizer | None = None, fields: tuple
     if not file:
         raise UserError("no such file or folder", where=str(path))
     if names.intersection(MODEL_FILES):
-        return _model_folder(path, "run" if "recipe.yaml" in names else "model")
+        return _model_folder(path, "run" if "recipe.yaml" in names else "adapter" if ADAPTER in names else "model")
     if names.intersection(TOKENIZER_FILES) or (file and _is_tokenizer(path)):
         summary = Summary({"kind": "tokenizer", "path": str(path)})
         with summary.noting():
@@ -113,25 +114,37 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _model_folder(path: Path, kind: str) -> Summary:
+    from lmcli.checkpoints import adapters
     from lmcli.checkpoints.config_json import read_config
+    from lmcli.checkpoints.folder import TOKENIZERS, own_or_base
 
     summary = Summary({"kind": kind, "path": str(path)})
-    facts, family, tokenizer, header = summary.facts, None, None, None
+    facts, family, tokenizer, header, adapter, base = summary.facts, None, None, None, None, path
+    if adapters.is_adapter(path):
+        with summary.noting():
+            adapter = adapters.read(path)
+            base = adapter.base
+            facts["adapter"] = _adapter(adapter)
+        if adapter is None:
+            return summary
     with summary.noting():
-        document = read_json(path / "config.json",
+        document = read_json(base / "config.json",
                              "a model folder needs config.json, model.safetensors, tokenizer.json")
+        document = adapters.as_adapted(adapter, document) if adapter else document
         facts |= {"family": document.get("model_type"), "architecture": document.get("architectures")}
-        family, summary.config = read_config(document, str(path / "config.json"))
+        family, summary.config = read_config(document, str(base / "config.json"))
         facts |= {"architecture": family.heads[summary.config.head], **_shape(summary.config)}
     with summary.noting():
-        tokenizer = tokenizers.load(path)
+        tokenizer = tokenizers.load(own_or_base(path, base, *TOKENIZERS).parent)
     with summary.noting():
-        files = _weight_files(path)
+        files = _weight_files(base)
         header = {name: found for file in files for name, found in _header(file).items()}
+        if adapter:  # a head of its own
+            header |= {name: ("F32", tuple(tensor.shape)) for name, tensor in adapter.tensors.items() if "lora_" not in name}
         facts["weights"] = {"files": [file.name for file in files],
                             "bytes": sum(file.stat().st_size for file in files), **_stored(header)}
     if family:
-        facts["parameters"], used = _against(summary, family, header, path)
+        facts["parameters"], used = _against(summary, family, header, base)
         facts["weights"] = facts.pop("weights", {}) | used
         count = facts["parameters"]["total"]
         facts["memory"] = {name: count * size for name, size in BYTES.items()}
@@ -146,6 +159,14 @@ def _model_folder(path: Path, kind: str) -> Summary:
         with summary.noting():
             facts["run"] = _run(recipes.load_yaml(path / "recipe.yaml"))
     return summary
+
+
+def _adapter(adapter) -> dict[str, Any]:
+    """What an adapter is for, how large it is, and where it lies."""
+    named = adapter.options.get("target_modules")
+    return {"base": str(adapter.base), "rank": adapter.options.get("r"), "alpha": adapter.options.get("lora_alpha"),
+            "targets": sorted(named) if isinstance(named, list) else named,
+            "parameters": sum(tensor.numel() for tensor in adapter.tensors.values())}
 
 
 def _shape(config: ModelConfig) -> dict[str, Any]:

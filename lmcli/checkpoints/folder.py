@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
+from lmcli.checkpoints import adapters
 from lmcli.checkpoints.config_json import family_of, read_config, write_config
 from lmcli.checkpoints.families import Family
 from lmcli.checkpoints.weights import as_stored, new_names, put, tensors_of
 from lmcli.config import GenerateConfig, ModelConfig, check
 from lmcli.errors import UserError
+from lmcli.model.adapters import put_on_linears
+from lmcli.model.device import dtype_name
 from lmcli.model.transformer import Transformer
 from lmcli.storage import read_json, read_tensors, user_errors, write_tensors, write_text
 from lmcli.text import tokenizer as tokenizers
@@ -20,6 +23,8 @@ from lmcli.text.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+              "source.spm")  # a folder with one of them has a tokenizer of its own
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # generation_config.json keys, which mean the same here; `do_sample: false` is temperature 0
 GENERATE_KEYS = tuple(field.name for field in fields(GenerateConfig))
@@ -43,21 +48,23 @@ class Checkpoint:
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
-    """The model of a folder, in evaluation mode on `device` in `dtype`.
+    """The model of a folder, in evaluation mode on `device` in `dtype`; of an adapter's folder, its base model with what the
+    adapter adds.
 
     Raises UserError naming the file for a missing or damaged one, a missing tensor or a wrong shape, a tokenizer with
     more ids than the model has rows, and a family that is not supported.
     """
     folder = Path(folder)
-    document = _document(folder)
-    family, config = read_config(document, str(folder / "config.json"))
-    tokenizer = tokenizers.load(folder)
+    adapter, base, document = _document(folder)
+    family, config = read_config(document, str(base / "config.json"))
+    tokenizer = tokenizers.load(own_or_base(folder, base, *TOKENIZERS).parent)
     if tokenizer.size > config.vocab_size:
         raise UserError(f"has {tokenizer.size:,} ids, the model has {config.vocab_size:,} rows for them",
                         where=str(folder / "tokenizer.json"), hint="tokenizer and model do not belong together")
-    weights = folder / (INDEX if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file() else WEIGHTS)
-    model, unused = _model(family, config, _tensors(weights, family.heads[config.head]), str(weights))
-    generation = _optional_json(folder / "generation_config.json")
+    weights = base / (INDEX if not (base / WEIGHTS).is_file() and (base / INDEX).is_file() else WEIGHTS)
+    tensors = new_names(_tensors(weights, family.heads[config.head]))
+    model, unused = _model(family, config, adapters.merged(adapter, family, tensors) if adapter else tensors, str(weights))
+    generation = _optional_json(own_or_base(folder, base, "generation_config.json"))
     return Checkpoint(model.to(device=device, dtype=dtype).eval(), tokenizer,
                       _generate_config(generation, document, config.shape, folder), tokenizer.prefix,
                       _stops(generation, document, tokenizer, folder), unused, _start(generation, config, folder))
@@ -65,15 +72,26 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
 
 def configuration(folder: str | Path) -> ModelConfig:
     """What the model of a folder is, without its weights. Raises UserError as `load` does."""
-    return read_config(_document(Path(folder)), str(Path(folder) / "config.json"))[1]
+    _, base, document = _document(Path(folder))
+    return read_config(document, str(base / "config.json"))[1]
 
 
-def _document(folder: Path) -> dict[str, Any]:
+def _document(folder: Path) -> tuple[adapters.Adapter | None, Path, dict[str, Any]]:
+    """The adapter that a folder holds, if it does; the folder of its base, or itself; the config.json of what both make."""
     with user_errors(folder, "read"):
         there = folder.is_dir()
     if not there:
         raise UserError("no such model folder", where=str(folder), hint="-m takes a folder with config.json in it")
-    return read_json(folder / "config.json", "a model folder needs config.json, model.safetensors, tokenizer.json")
+    adapter = adapters.read(folder) if adapters.is_adapter(folder) else None
+    base = adapter.base if adapter else folder
+    document = read_json(base / "config.json", "a model folder needs config.json, model.safetensors, tokenizer.json")
+    return adapter, base, adapters.as_adapted(adapter, document) if adapter else document
+
+
+def own_or_base(folder: Path, base: Path, *names: str) -> Path:
+    """The first of these files that an adapter's folder has, else (at the first name, if there is none) that of its base."""
+    places = [place / name for place in (folder, base) for name in names]
+    return next((place for place in places if place.is_file()), base / names[0])
 
 
 def _optional_json(file: Path) -> dict[str, Any] | None:
@@ -111,7 +129,6 @@ def _model(family: Family, config: ModelConfig, tensors: dict[str, torch.Tensor]
            where: str) -> tuple[Transformer, list[str]]:
     """A Transformer around the tensors, and the names of those it has no use for; nothing is allocated for weights that
     a file already holds."""
-    tensors = new_names(tensors)
     with torch.device("meta"):
         model = Transformer(as_stored(config, family, tensors))
     return model, put(model, family, tensors, where)
@@ -168,11 +185,20 @@ def _stops(generation: dict[str, Any] | None, document: dict[str, Any], tokenize
     return [] if eos is None else [eos]
 
 
-def save(folder: Path, model: Transformer, tokenizer: Tokenizer, generate: GenerateConfig) -> None:
-    """Writes a whole model folder (which must exist), the weights last, so that a folder with weights is complete."""
-    config = model.config
-    write_text(folder / "config.json", json.dumps(write_config(config, "float32"), indent=2) + "\n")
-    tokenizer.save(folder, config.max_position_embeddings)
+def save(folder: Path, model: Transformer, tokenizer: Tokenizer, generate: GenerateConfig, base: str = "",
+         dtype: torch.dtype = torch.float32) -> None:
+    """Writes a whole model folder (which must exist), the weights last and in `dtype`, so that a folder with weights is
+    complete. A model with adapters is written as its adapter, to be put on the model that `base` names."""
+    tokenizer.save(folder, model.config.max_position_embeddings)
+    _save_generation(folder, model.config, generate)
+    if put_on_linears(model):
+        adapters.save(folder, model, base)  # beside a config.json, transformers would not look for the base elsewhere
+    else:
+        write_text(folder / "config.json", json.dumps(write_config(model.config, dtype_name(dtype)), indent=2) + "\n")
+        save_weights(folder, model, dtype)
+
+
+def _save_generation(folder: Path, config: ModelConfig, generate: GenerateConfig) -> None:
     plain = asdict(GenerateConfig())
     settings = {key: value for key, value in asdict(generate).items() if key in ALWAYS_WRITTEN or value != plain[key]}
     if generate.max_length:
@@ -187,9 +213,11 @@ def save(folder: Path, model: Transformer, tokenizer: Tokenizer, generate: Gener
     write_text(folder / "generation_config.json", json.dumps(
         {"do_sample": bool(generate.temperature), **settings,
          "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}, indent=2) + "\n")
-    save_weights(folder, model)
 
 
-def save_weights(folder: Path, model: Transformer) -> None:
-    """Replaces the weights of a model folder atomically. They are stored as float32."""
-    write_tensors(folder / WEIGHTS, tensors_of(model, family_of(model.config)))
+def save_weights(folder: Path, model: Transformer, dtype: torch.dtype = torch.float32) -> None:
+    """Replaces the weights of a model folder atomically; of a model with adapters only theirs, always in float32."""
+    if put_on_linears(model):
+        adapters.save_weights(folder, model)
+    else:
+        write_tensors(folder / WEIGHTS, tensors_of(model, family_of(model.config), dtype))

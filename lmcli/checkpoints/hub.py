@@ -12,8 +12,8 @@ NO_NAME = (".json", ".safetensors", ".txt", ".model", ".bin", ".pt", ".gguf")  #
 FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
          "sentencepiece.bpe.model", "source.spm", "target.spm", "target_vocab.json", "model.safetensors",
-         "model.safetensors.index.json", "model-*-of-*.safetensors"]
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+         "model.safetensors.index.json", "model-*-of-*.safetensors", "adapter_config.json", "adapter_model.safetensors"]
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 INSTALL = "pip install 'lmcli[hub]' lets lm fetch it from the hub"
 
 

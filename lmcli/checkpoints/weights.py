@@ -24,8 +24,9 @@ class Stored(NamedTuple):
 
 
 def stored_tensors(family: Family, model: Transformer) -> Iterator[Stored]:
-    """Every tensor that a file of this model holds, each parameter in exactly one."""
-    config, left = model.config, dict.fromkeys(name for name, _ in model.named_parameters())
+    """Every tensor that a file of this model holds, each parameter in exactly one; what adapters add stands in none."""
+    config = model.config
+    left = dict.fromkeys(name for name, _ in model.named_parameters() if not name.endswith((".lora_a", ".lora_b")))
     head_rows = family.head_rows.get(config.head, ())
     for row in (*family.rows, *head_rows):
         if row.when and getattr(config, row.when[0]) != row.when[1]:
@@ -127,7 +128,7 @@ def as_stored(config: ModelConfig, family: Family, tensors: dict[str, Tensor]) -
     if config.head == "none" and not any("pooler." in name for name in tensors):
         config = replace(config, head_dense=False)
     if config.head == "lm" and config.tie_word_embeddings:
-        names = [_spelled(f"{family.module_of(ours)}.weight", family.prefix, tensors)
+        names = [spelled(f"{family.module_of(ours)}.weight", family.prefix, tensors)
                  for ours in ("embedding", "head.output")]
         if None not in names and not _same(*(tensors[name] for name in names)):
             config = replace(config, tie_word_embeddings=False)
@@ -141,7 +142,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _refuse_other_embeddings(family: Family, config: ModelConfig, tensors: dict[str, Tensor], where: str) -> None:
     """Raises UserError where a stack has an embedding of its own: ours share one."""
     name = _found_name(f"{family.module_of('embedding')}.weight", family, config, tensors)
-    for copy in (_spelled(f"{module}.weight", family.prefix, tensors) for module in family.copies):
+    for copy in (spelled(f"{module}.weight", family.prefix, tensors) for module in family.copies):
         if copy is not None and not _same(tensors[copy], tensors[name]):
             raise UserError(f"{copy} differs from {name}", where=where,
                             hint="stacks with embeddings of their own are not supported")
@@ -158,18 +159,19 @@ def _found_name(theirs: str, family: Family, config: ModelConfig, tensors: dict[
     names = [theirs, *(name for pair in family.twice.items() if theirs in pair for name in pair)]
     if theirs == f"{family.module_of('embedding')}.weight":
         names += _repeated(family, config)
-    found = (_spelled(name, family.prefix, tensors) for name in names)
+    found = (spelled(name, family.prefix, tensors) for name in names)
     return next((name for name in found if name is not None), None)
 
 
-def _spelled(theirs: str, prefix: str, tensors: dict[str, Tensor]) -> str | None:
-    """A bare model's file leaves the prefix out, some others carry it all the same."""
+def spelled(theirs: str, prefix: str, tensors: dict[str, Tensor]) -> str | None:
+    """The name that a file has for a tensor; None without it. A bare model's file leaves the prefix out, some others carry
+    it all the same."""
     return next((name for name in (theirs, theirs.removeprefix(prefix), f"{prefix}{theirs}") if name in tensors), None)
 
 
-def tensors_of(model: Transformer, family: Family) -> dict[str, Tensor]:
-    """The tensors of a file of this model, in float32 on the CPU."""
+def tensors_of(model: Transformer, family: Family, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The tensors of a file of this model, in `dtype` on the CPU."""
     state = dict(model.named_parameters())
     tensors = {theirs: joined([state[name].detach() for name in ours], layout, model.config.num_attention_heads)
-               .float().cpu().contiguous() for theirs, ours, layout in stored_tensors(family, model)}
+               .to(dtype).cpu().contiguous() for theirs, ours, layout in stored_tensors(family, model)}
     return {**tensors, **{name: tensors[read].clone() for name, read in family.twice.items() if read in tensors}}

@@ -21,6 +21,7 @@ COMMANDS = {
     "classify": "Labels of lines or tokens; answers to questions.",
     "evaluate": "Metrics of a task from labelled records, with intervals; models side by side.",
     "plan": "What a training run will come to here, and which preset to take.",
+    "export": "A model in another precision, or an adapter merged into its base.",
     "info": "What a model, run, tokenizer or text is.",
     "bench": "Speed of training beside what the machine can do.",
 }
@@ -54,6 +55,7 @@ def lm() -> None:
     lm perplexity -m notes other.txt      bits per byte of a file
     lm classify -m sentiment lines.txt    label and probability of each line
     lm evaluate -m sentiment dev.jsonl    accuracy, F1 and more, each with an interval
+    lm export more --merge -o whole       an adapter and its base as one model
     lm info notes                         what a model, tokenizer or text is
     lm plan notes.txt --time 30m          what fits that time, and which preset to take
     lm bench --train                      speed of training on this machine

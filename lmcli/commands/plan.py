@@ -58,6 +58,7 @@ def plan(data, presets, sets, time_, steps, tokens, epochs, val, documents, dtyp
     chosen = {name: resolve(name) for name in presets or PRESETS}
     for name, recipe in chosen.items():
         recipes.require_budget(recipe, name)
+        recipes.require_origin(recipe)
     first = next(iter(chosen.values()))
     placement = place(device, first.train.precision, threads or 0, training=True)
     startup = time.monotonic() - BEGAN

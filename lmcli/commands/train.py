@@ -17,6 +17,7 @@ Examples:
   lm train reviews.tsv --preset encoder-small     columns text and label
   lm train squad.jsonl --preset qa --from bert    rows with context, question, answers
   lm train more.txt --from runs/book -o runs/more
+  lm train more.txt --from runs/book --lora 8     trains an adapter of rank 8 beside it
   lm train --resume runs/book""")
 @click.argument("data", nargs=-1, metavar="DATA...")
 @click.option("-o", "--output", metavar="DIR", help="Run folder.  [default: runs/NAME, the next free number]")
@@ -25,6 +26,12 @@ Examples:
                    "transformer-2017, or a .yaml file.")
 @click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value of the preset.")
 @click.option("--from", "origin", metavar="MODEL", help="Go on training this model folder, with its tokenizer.")
+@click.option("--lora", type=click.IntRange(min=1), metavar="RANK",
+              help="With --from: train adapters of this rank (LoRA), not the model's own weights.")
+@click.option("--freeze", type=click.IntRange(min=1), metavar="N",
+              help="With --from: leave the embedding and the N blocks next to it as they are.")
+@click.option("--remember", multiple=True, metavar="FILE",
+              help="With --from: bits per byte of this text before and after, to see what is forgotten.")
 @click.option("--tokenizer", "tokenizer_folder", metavar="DIR", help="Use this tokenizer instead of learning one.")
 @options.budgets
 @click.option("--val", multiple=True, metavar="FILE", help="Validate on this, instead of on a held-out tenth.")
@@ -43,9 +50,9 @@ Examples:
 @options.hardware
 @options.quiet
 @options.verbose
-def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, tokens, epochs, val, targets, val_targets,
-          on_long, documents, seed, resume, overwrite, format_, fields, include, on_error, device, dtype, threads, quiet,
-          verbose):
+def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_folder, time_, steps, tokens, epochs, val,
+          targets, val_targets, on_long, documents, seed, resume, overwrite, format_, fields, include, on_error, device,
+          dtype, threads, quiet, verbose):
     """Trains a model on text files (or a directory, or standard input) and prints the folder it lies in.
 
     A decoder learns from text; an encoder from text (masked words), from rows with text and label, or from rows with
@@ -72,18 +79,19 @@ def train(data, output, preset, sets, origin, tokenizer_folder, time_, steps, to
         def resolve(below):
             return recipes.resolve(preset, sets, {
                 "time": time_, "steps": steps, "tokens": tokens, "epochs": epochs, "seed": seed,
-                "precision": None if dtype == "auto" else dtype}, below)
+                "precision": None if dtype == "auto" else dtype, "lora_rank": lora, "frozen_layers": freeze}, below)
 
         run = runs.start(runs.Request(
             resolve({}), data, output, val, include, Layout(documents, format_, fields, on_error), origin, tokenizer_folder,
-            overwrite, device, threads or 0, resolve if preset == "auto" else None, on_long, (targets, val_targets)),
-            BEGAN, note)
+            overwrite, device, threads or 0, resolve if preset == "auto" else None, on_long, (targets, val_targets),
+            remember), BEGAN, note)
     with run.signals(), display.TrainingView(quiet, run.bytes_per_token, run.objective.target) as view:
         for kind, event in run.events():
             {"step": view.step, "validation": view.validation, "sample": view.sample, "note": view.note}[kind](event)
     if run.stopped:
         raise Interrupted(f"stopped after step {run.step:,}, and saved; go on with: lm train --resume {run.folder}")
-    note(run.summary())
+    for text in (run.summary(), *run.memories()):
+        note(text)
     click.echo(run.folder)
 
 

@@ -7,6 +7,7 @@ Letters as in layers.py; N is B·T, F the width inside the MLP.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from lmcli.model.kernels import ACCUMULATED, PARTS
 
 QUERIES_AT_ONCE = 128  # rows of scores in one product: little above the diagonal is calculated, and products stay large
 KEPT_WEIGHTS = 512  # keys up to which attention weights are kept for the backward pass, not calculated again
+FIRST_MATRIX = 11  # among what `_Block` is given
 ROWS_AT_ONCE = 1024  # rows of logits in one piece: they stay in the cache
 WORDS_AT_ONCE = 2048  # columns of logits that are only read: more would be fetched anew from the system each time
 # activations as x · σ(x · (a + b x²)): (a, b)
@@ -51,18 +53,34 @@ class Shape:
         return self.rows, self.length, self.heads, self.keys, self.width
 
 
+class LowRank(NamedTuple):
+    """What is added to a matrix (out, in): scale · b a (LoRA: Hu et al. 2021), with a (rank, in) and b (out, rank)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def added(weight: Tensor, low: LowRank | None) -> Tensor:
+    """The matrix with what is added to it."""
+    return weight if low is None else torch.addmm(weight, low.b, low.a, alpha=low.scale)
+
+
 class _Block(Function):
     @staticmethod
     def forward(ctx, x: Tensor, shape: Shape, cos: Tensor, sin: Tensor, firsts: Tensor | None,
-                *weights: Tensor | None) -> Tensor:
-        norm1, norm2, query_norm, key_norm, query, key, value, output, gate, up, down = weights
+                scales: tuple[float, ...], trained: bool, *weights: Tensor | None) -> Tensor:
+        norm1, norm2, query_norm, key_norm = weights[:4]
+        ctx.low = [None if a is None else LowRank(a, b, scale)
+                   for a, b, scale in zip(weights[11::2], weights[12::2], scales)]
+        query, key, value, output, gate, up, down = map(added, weights[4:11], ctx.low)
         ctx.shape, ctx.seeds = shape, torch.randint(1 << 31, (2,)).tolist() if shape.dropout else (0, 0)
         qkv, out = _joined(x.dtype, query, key, value), _joined(x.dtype, output)
         into, back = _joined(x.dtype, gate, up), _joined(x.dtype, down)
 
         products = _rms_norm(x, norm1, shape.eps) @ qkv.T  # (N, (H + 2K)·D)
         heads = _split_heads(products, cos, sin, query_norm, key_norm, shape)
-        if any(ctx.needs_input_grad) or firsts is not None:
+        if trained or firsts is not None:
             mixed, kept = _attend(*heads, firsts, shape)
             joined = _joined_heads(mixed, shape)  # (N, H·D)
         else:
@@ -70,7 +88,7 @@ class _Block(Function):
         middle = _add(x, joined, out, shape, ctx.seeds[0])
         gate_up = _rms_norm(middle, norm2, shape.eps) @ into.T  # (N, 2F)
         y = _add(middle, _gated(gate_up), back, shape, ctx.seeds[1])
-        ctx.dtype = query.dtype
+        ctx.dtype, ctx.outputs = query.dtype, [len(matrix) for matrix in (query, key, value, output, gate, up, down)]
         ctx.save_for_backward(x, middle, products, joined, gate_up, cos, sin, firsts, norm1, norm2, query_norm, key_norm,
                               qkv, out, into, back, *heads, *kept)
         return y
@@ -84,35 +102,61 @@ class _Block(Function):
 
         above = _dropped(dy, shape.dropout, ctx.seeds[1])
         dgate_up, inner = _gated_backward(gate_up, above @ back)
-        ddown = above.T @ inner
-        dinto = dgate_up.T @ _rms_norm(middle, norm2, shape.eps)
+        ddown = _matrix_gradients(ctx, (6,), above, inner)
+        dinto = _matrix_gradients(ctx, (4, 5), dgate_up, _rms_norm(middle, norm2, shape.eps))
         dmiddle, dnorm2 = _rms_norm_backward(middle, norm2, dgate_up @ into, dy, shape.eps)
         above = _dropped(dmiddle, shape.dropout, ctx.seeds[0])
-        doutput = above.T @ joined
+        doutput = _matrix_gradients(ctx, (3,), above, joined)
         dheads = _attend_backward(query, key, value, _parted_heads(above @ out, shape), kept, firsts, shape)
         dproducts, dhead_norms = _split_heads_backward(products, cos, sin, query_norm, key_norm, dheads, shape)
-        dqkv = dproducts.T @ _rms_norm(x, norm1, shape.eps)
+        dqkv = _matrix_gradients(ctx, (0, 1, 2), dproducts, _rms_norm(x, norm1, shape.eps))
         dx, dnorm1 = _rms_norm_backward(x, norm1, dproducts @ qkv, dmiddle, shape.eps)
 
-        dtype, keys = ctx.dtype, shape.keys * shape.width
-        return (dx, None, None, None, None, dnorm1, dnorm2, *dhead_norms,
-                *dqkv.to(dtype).split((len(dqkv) - 2 * keys, keys, keys)), doutput.to(dtype),
-                *dinto.to(dtype).chunk(2), ddown.to(dtype))
+        matrices, low = zip(*dqkv, *doutput, *dinto, *ddown)
+        low = (part for pair in low for part in pair)
+        return dx, None, None, None, None, None, None, dnorm1, dnorm2, *dhead_norms, *matrices, *low
+
+
+def _matrix_gradients(ctx, places: tuple[int, ...], dy: Tensor, x: Tensor) -> list[tuple]:
+    """(gradient of the matrix or None, those of what is added to it) of each of the block's matrices at `places`, which
+    read x (N, in) and together gave what has the gradient dy (N, out).
+
+    Of b a without the matrix's own, a third of a block's work: da = (dy b)ᵀ x and db = dyᵀ (x aᵀ), each times the scale.
+    """
+    lows = [ctx.low[i] for i in places]
+    trained = [ctx.needs_input_grad[FIRST_MATRIX + i] for i in places]
+    parts = dy.split([ctx.outputs[i] for i in places], dim=1)
+    if all(trained):
+        found = list((dy.T @ x).to(ctx.dtype).split([part.shape[1] for part in parts]))
+    else:
+        found = [(part.T @ x).to(ctx.dtype) if wanted else None for part, wanted in zip(parts, trained)]
+    if not any(lows):
+        return [(gradient, (None, None)) for gradient in found]
+    ranks = [0 if low is None else len(low.a) for low in lows]
+    narrow = x @ torch.cat([low.a for low in lows if low]).to(x.dtype).T  # (N, ranks)
+    above = torch.cat([part @ (low.b * low.scale).to(x.dtype) for part, low in zip(parts, lows) if low], dim=1)
+    das = (above.T @ x).to(ctx.dtype).split(ranks)
+    return [(gradient, (da, (part.T @ own).to(ctx.dtype).mul_(low.scale)) if low else (None, None))
+            for gradient, da, part, own, low in zip(found, das, parts, narrow.split(ranks, dim=1), lows)]
 
 
 def block(x: Tensor, shape: Shape, cos: Tensor, sin: Tensor, weights: tuple[Tensor | None, ...],
-          firsts: Tensor | None = None) -> Tensor:
+          firsts: Tensor | None = None, low: tuple[LowRank | None, ...] = (None,) * 7) -> Tensor:
     """x (N, C) after a block: x + attention(norm(x)), and then + mlp(norm(·)).
 
     cos and sin (T, D/2) turn queries and keys. With `firsts` (B, T) int64 a position sees none before the one it names.
     `weights` are those of: norm before attention, norm before the MLP, norm of
     the queries' heads, of the keys' heads (None: these are not normed), query, key, value, output, gate, up, down; they may
-    be more precise than x, and get gradients as precise as themselves.
+    be more precise than x, and get gradients as precise as themselves. `low` is what is added to each of the last seven.
     """
     dtype = ACCUMULATED[x.dtype]
     norms = (None if weight is None else weight.to(dtype) for weight in weights[:4])
+    scales = tuple(1.0 if part is None else part.scale for part in low)
+    sides = (side for part in low for side in (part or (None, None))[:2])
+    # whether there is a gradient: what could have one says so to the function even where none is wanted
     return _Block.apply(x.contiguous(), shape, cos.to(dtype).contiguous(), sin.to(dtype).contiguous(),
-                        None if firsts is None else firsts.contiguous(), *norms, *weights[4:])
+                        None if firsts is None else firsts.contiguous(), scales, torch.is_grad_enabled(), *norms,
+                        *weights[4:], *sides)
 
 
 def _joined(dtype: torch.dtype, *weights: Tensor) -> Tensor:
@@ -330,7 +374,7 @@ class _CrossEntropy(Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float) -> Tensor:
         matrix, added = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)  # (V, C), (V,)
         losses = torch.empty(len(hidden), dtype=ACCUMULATED[hidden.dtype])
-        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
+        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         dbias = None if bias is None else torch.zeros_like(bias)
         for first in range(0, len(hidden), ROWS_AT_ONCE):
             rows = slice(first, first + ROWS_AT_ONCE)
@@ -338,7 +382,8 @@ class _CrossEntropy(Function):
             logits = part @ matrix.T if bias is None else torch.addmm(added, part, matrix.T)
             kernels.run("cross_entropy", hidden.dtype, logits, targets[rows], losses[rows], *logits.shape, smoothing)
             torch.mm(logits, matrix, out=dhidden[rows])
-            dweight += logits.T @ part
+            if dweight is not None:
+                dweight += logits.T @ part
             if bias is not None:
                 dbias += logits.sum(0, dtype=dbias.dtype)
         ctx.save_for_backward(dhidden, dweight, dbias)
@@ -348,7 +393,8 @@ class _CrossEntropy(Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight, dbias = ctx.saved_tensors
-        return dhidden * gradient, dweight * gradient, None if dbias is None else dbias * gradient, None, None
+        dweight, dbias = (None if part is None else part * gradient for part in (dweight, dbias))
+        return dhidden * gradient, dweight, dbias, None, None
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float = 0.0) -> Tensor:

@@ -21,7 +21,10 @@ CURVES = {F.silu: fused.SILU, _gelu_tanh: fused.GELU_TANH}
 
 
 class Linear(nn.Linear):
-    """x Wᵀ + b, (…, C) → (…, outputs), in the precision of x, which may be lower than that of the weights."""
+    """x Wᵀ + b, (…, C) → (…, outputs), in the precision of x, which may be lower than that of the weights. `low` is what an
+    adapter adds to W (see `adapters`)."""
+
+    low: fused.LowRank | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -79,7 +82,11 @@ class MLP(nn.Module):
                 return self.down(fused.gelu_tanh_(inner))
             return self.down(self.activation(inner))
         if self.activation in CURVES and self.gate.bias is None and fused.active(x):
-            gate_up = F.linear(x, torch.cat([self.gate.weight, self.up.weight]).to(x.dtype))
+            parts = self.gate, self.up
+            if torch.is_grad_enabled() and any(part.low for part in parts):
+                gate_up = torch.cat([part(x) for part in parts], dim=-1)
+            else:
+                gate_up = F.linear(x, torch.cat([fused.added(part.weight, part.low) for part in parts]).to(x.dtype))
             return self.down(fused.gated(gate_up, CURVES[self.activation]))
         return self.down(self.activation(self.gate(x)) * self.up(x))
 

@@ -42,14 +42,20 @@ def training_memory(config: ModelConfig, train: TrainConfig, micro_batch_tokens:
     """The Memory of training a complete configuration with micro-batches of so many tokens, activations in `dtype`.
 
     `recompute` keeps only the input of each block and makes the rest of it again in the backward pass. `fused` says
-    whether the compiled kernels are there; they serve decoders with rotary positions, without biases.
+    whether the compiled kernels are there; they serve decoders with rotary positions, without biases. With LoRA only its
+    matrices, taken to be at all of the blocks', have gradients and moments.
     """
     total, inner = cost.parameters(config).total, inner_matrices(config)
-    by_muon = sum(count * rows * columns for count, rows, columns in inner) if train.optimizer == "muon" else 0
+    trained, by_muon = total, 0
+    if train.lora_rank:
+        trained = sum(count * train.lora_rank * (rows + columns) for count, rows, columns in inner)
+    elif train.optimizer == "muon":
+        by_muon = sum(count * rows * columns for count, rows, columns in inner)
     groups: dict[tuple[int, int], int] = {}
     for count, rows, columns in inner if by_muon else ():
         groups[rows, columns] = groups.get((rows, columns), 0) + count * rows * columns
-    return Memory(MASTER * total, MASTER * total, MASTER * (2 * (total - by_muon) + by_muon),
+    weights = MASTER * (total + (trained if train.lora_rank else 0))
+    return Memory(weights, MASTER * trained, MASTER * (2 * (trained - by_muon) + by_muon),
                   _activations(config, train, micro_batch_tokens, dtype, recompute, fused and serves(config)),
                   ORTHOGONAL * max(groups.values(), default=0))
 

@@ -37,6 +37,7 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config, config.encoder_intermediate_size if encoder else config.intermediate_size)
         self.post_norm, self.parallel, self.dropout = config.post_norm, config.parallel_block, dropout
+        self.inner_dropout = False  # whether an adapter drops some of what its matrices read, which no kernel knows
         plain = config.norm == "rms" and config.gated_mlp and config.hidden_act == "silu" and not (
             config.mlp_bias or config.attention_bias != "none" or config.post_norm or config.parallel_block)
         self.fusable = plain and first_normed and self.cross is None and not encoder and width <= kernels.WIDEST_HEAD
@@ -59,11 +60,11 @@ class Block(nn.Module):
         return self._add(x, self.mlp(self.mlp_norm(x)))
 
     def _fused(self, x: Tensor, view: View) -> bool:
-        """Whether `fused.block` can stand in: a decoder's block over whole rows, all of it trained or nothing."""
+        """Whether `fused.block` can stand in: a decoder's block over whole rows."""
         return (self.fusable and fused.active(x) and self.attention.fast and view.mask is None and view.cache is None
                 and view.packed is None and not view.since and view.turn is not None and view.turn[0].shape[0] == 1
                 and view.turn[0].shape[-1] == self.attention.head_dim
-                and (not torch.is_grad_enabled() or all(p.requires_grad for p in self.parameters())))
+                and not (torch.is_grad_enabled() and self.training and self.inner_dropout))
 
     def _forward_fused(self, x: Tensor, cos: Tensor, sin: Tensor, firsts: Tensor | None) -> Tensor:
         attention, mlp, (rows, length, _) = self.attention, self.mlp, x.shape
@@ -71,11 +72,11 @@ class Block(nn.Module):
         normed = (attention.query_norm, attention.key_norm) if attention.normed else ()
         shape = fused.Shape(rows, length, heads, heads // attention.groups, attention.head_dim, attention.scale,
                             self.mlp_norm.eps, normed[0].eps if normed else 0.0, self.dropout if self.training else 0.0)
+        linears = (attention.query, attention.key, attention.value, attention.output, mlp.gate, mlp.up, mlp.down)
         weights = (self.attention_norm.weight, self.mlp_norm.weight, *([norm.weight for norm in normed] or (None, None)),
-                   *(part.weight for part in (attention.query, attention.key, attention.value, attention.output,
-                                              mlp.gate, mlp.up, mlp.down)))
-        return fused.block(x.flatten(0, 1), shape, cos[0, 0, :, :half], sin[0, 0, :, :half], weights,
-                           firsts).view(x.shape)
+                   *(part.weight for part in linears))
+        return fused.block(x.flatten(0, 1), shape, cos[0, 0, :, :half], sin[0, 0, :, :half], weights, firsts,
+                           tuple(part.low for part in linears)).view(x.shape)
 
     def _add(self, residual: Tensor, x: Tensor) -> Tensor:
         if not (self.dropout and self.training):
@@ -130,6 +131,12 @@ class Stack(nn.Module):
         return x if self.norm is None else self.norm(x)
 
     def _through(self, layer: Block, x: Tensor, view: View) -> Tensor:
+        if self.training and torch.is_grad_enabled() and not x.requires_grad:
+            others = (view.mask, view.memory and view.memory.states, *layer.parameters())
+            if not any(part is not None and part.requires_grad for part in others):
+                with torch.no_grad():  # nothing is trained so far
+                    return layer(x, view)
+            x = x.detach().requires_grad_()  # where training begins: what is fused has all of its gradients or none
         if self.recompute and self.training and torch.is_grad_enabled():
             states, real = view.memory or (None, None)
 

@@ -1,4 +1,4 @@
-"""Which parameter is updated how: every parameter in exactly one group of exactly one optimizer."""
+"""Which parameter is updated how: every one that is trained in exactly one group of exactly one optimizer."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -48,9 +48,10 @@ class Optimizers:
                 parameter.grad = None
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The state of one parameter, to be read or filled in place; empty before its first step."""
-        return next(rule.state[parameter] for rule in self.rules for group in rule.groups
-                    if any(parameter is known for known in group.parameters))
+        """The state of one parameter, to be read or filled in place; empty before its first step, and of one that is not
+        trained."""
+        return next((rule.state[parameter] for rule in self.rules for group in rule.groups
+                     if any(parameter is known for known in group.parameters)), {})
 
 
 @dataclass
@@ -160,13 +161,15 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def build(model: nn.Module, config: TrainConfig) -> Optimizers:
-    """AdamW, or with optimizer "muon" AdamW beside Muon, which gets the blocks' matrices at `matrix_learning_rate`.
+    """AdamW, or with optimizer "muon" AdamW beside Muon, which gets the blocks' matrices at `matrix_learning_rate`; those of
+    LoRA, whose factors are nothing to make orthogonal, are AdamW's.
 
-    Matrices decay; norms, biases and tables of embeddings do not.
+    Matrices decay; norms, biases, tables of embeddings, and LoRA's, which stand for a change and start at none, do not.
     """
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    inner = [p for name, p in named if p.ndim == 2 and ".layers." in name]
+    tables |= {name for name, _ in named if name.endswith((".lora_a", ".lora_b"))}
+    inner = [p for name, p in named if p.ndim == 2 and ".layers." in name and name not in tables]
     outer = [p for name, p in named if p.ndim == 2 and ".layers." not in name and name not in tables]
     kept = [p for name, p in named if p.ndim < 2 or name in tables]
     assert len(inner) + len(outer) + len(kept) == len(named)

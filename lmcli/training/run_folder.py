@@ -12,7 +12,7 @@ from lmcli.storage import user_errors, write_text
 
 # everything a run writes at its top; --overwrite removes these and nothing else
 OWN_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
-             "recipe.yaml", "README.md", "metrics.jsonl", "loss.svg")
+             "recipe.yaml", "README.md", "metrics.jsonl", "loss.svg", "adapter_config.json", "adapter_model.safetensors")
 
 
 class RunFolder:

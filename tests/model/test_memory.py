@@ -7,6 +7,7 @@ import torch
 
 from lmcli.config import ModelConfig, TrainConfig
 from lmcli.model import cost, fused, kernels, likelihood, memory
+from lmcli.model.adapters import Lora, put_on
 from lmcli.model.transformer import Transformer
 from lmcli.recipes import preset_names, resolve
 from lmcli.training import optimizers
@@ -108,3 +109,13 @@ def test_smaller_micro_batches_and_recomputation_need_less():
     assert formula(known, 8192, 256, "float32") > 1.5 * whole
     total = memory.training_memory(known, TrainConfig(), 8192)
     assert total.total == total.weights + total.gradients + total.optimizer + max(total.activations, total.update)
+
+
+def test_with_lora_only_its_matrices_have_gradients_and_moments():
+    known, train = config(), TrainConfig(lora_rank=3)
+    model = Transformer(known)
+    put_on(model, Lora(3, 6.0))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    found = memory.training_memory(known, train, 1024)
+    assert (found.weights, found.gradients, found.optimizer, found.update) == (
+        4 * sum(p.numel() for p in model.parameters()), 4 * trained, 8 * trained, 0)

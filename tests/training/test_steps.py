@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcli.config import ModelConfig, TrainConfig
+from lmcli.first_model import choose_trained
 from lmcli.model.transformer import Transformer
 from lmcli.text.batches import Batch
 from lmcli.training import objectives, optimizers, schedules, state
@@ -56,6 +57,37 @@ def test_every_parameter_is_in_exactly_one_group():
         assert sorted(held) == sorted(id(p) for p in made.parameters())
         decayed = {id(p) for group in built.groups if group.weight_decay for p in group.parameters}
         assert decayed == {id(p) for name, p in made.named_parameters() if p.ndim == 2 and name != "embedding.weight"}
+
+
+def test_what_is_not_trained_is_in_no_group_and_loras_matrices_are_adamws():
+    made = model()
+    choose_trained(made, TrainConfig(lora_rank=3, frozen_layers=1))
+    built = optimizers.build(made, TrainConfig(optimizer="muon", learning_rate=0.5, matrix_learning_rate=0.7))
+    held = {id(p) for group in built.groups for p in group.parameters if group.top == 0.5 and not group.weight_decay}
+    wanted = {id(p) for name, p in made.named_parameters() if name.endswith((".lora_a", ".lora_b"))}
+    assert held == wanted and len(wanted) == 2 * 7
+    assert sum(len(group.parameters) for group in built.groups) == len(wanted)
+    assert built.state_of(made.embedding.weight) == {}
+
+
+def test_a_state_with_adapters_comes_back(tmp_path):
+    made = [model() for _ in range(2)]
+    optimizer = []
+    for one in made:
+        choose_trained(one, TrainConfig(lora_rank=3))
+        optimizer.append(optimizers.build(one, TrainConfig()))
+    batch = packed(torch.arange(34).view(2, 17) % 40)
+    for _ in range(2):
+        objectives.loss(OBJECTIVES["causal"], made[0], batch).backward()
+        optimizer[0].step()
+        optimizer[0].zero_grad()
+    state.save(tmp_path, state.Counters(step=2), made[0], optimizer[0])
+    assert state.restore(tmp_path, made[1], optimizer[1], print).step == 2
+    for one, build in zip(made, optimizer):
+        objectives.loss(OBJECTIVES["causal"], one, batch).backward()
+        build.step()
+    for (name, one), other in zip(made[0].named_parameters(), made[1].parameters()):
+        assert torch.equal(one, other), name
 
 
 def test_one_adamw_step_equals_torch_written_out():

@@ -1,0 +1,208 @@
+"""Adapter folders: written and read back, told apart from models, and named where something is wrong with them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmcli.analysis import signature
+from lmcli.checkpoints import adapters, exporting, folder
+from lmcli.config import GenerateConfig, TrainConfig
+from lmcli.errors import UsageError, UserError
+from lmcli.first_model import choose_trained
+from lmcli.model.adapters import put_on_linears
+
+GPT2 = {"norm": "layer", "gated_mlp": False, "mlp_bias": True, "attention_bias": "all", "positions": "learned",
+        "query_key_norm": False, "hidden_act": "gelu_new", "num_key_value_heads": 4}
+
+
+@pytest.fixture
+def made(small_model, small_tokenizer, tmp_path):
+    """made(**TrainConfig): (the model with adapters that add something, its adapter's folder); its base is `base` beside."""
+    def build(options=None, **train):
+        (tmp_path / "base").mkdir()
+        (tmp_path / "adapter").mkdir()
+        folder.save(tmp_path / "base", small_model(**(options or {})), small_tokenizer, GenerateConfig())
+        model = folder.load(tmp_path / "base").model
+        choose_trained(model, TrainConfig(**{"lora_rank": 3, **train}))
+        with torch.no_grad():
+            for adapter in put_on_linears(model).values():
+                adapter.lora_b.normal_(generator=torch.Generator().manual_seed(len(adapter.lora_b)))
+        folder.save(tmp_path / "adapter", model.eval(), small_tokenizer, GenerateConfig(temperature=0.3),
+                    str(tmp_path / "base"))
+        return model, tmp_path / "adapter"
+    return build
+
+
+def options(at) -> dict:
+    return json.loads((at / adapters.CONFIG).read_text())
+
+
+def change(at, **values) -> None:
+    (at / adapters.CONFIG).write_text(json.dumps({**options(at), **values}))
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(torch.arange(20)[None])
+
+
+@pytest.mark.parametrize("shape", [{}, GPT2], ids=["qwen3", "gpt2"])
+def test_what_is_written_loads_as_the_same_model(made, shape):
+    model, at = made(shape)
+    loaded = folder.load(at)
+    assert torch.equal(logits(loaded.model), logits(model)) and not put_on_linears(loaded.model)
+    assert loaded.generate.temperature == 0.3
+    assert sorted(path.name for path in at.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "generation_config.json", "tokenizer.json",
+        "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("shape, train, named", [
+    ({}, {}, ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+    ({}, {"lora_targets": ("query",)}, ["q_proj"]),
+    ({}, {"lora_targets": ("query", "down"), "frozen_layers": 1},
+     ["model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"]),
+    (GPT2, {}, ["c_attn", "c_fc", "c_proj"]), (GPT2, {"lora_targets": ("down",)}, ["mlp.c_proj"]),
+    (GPT2, {"lora_targets": ("query", "value")}, ["c_attn"])], ids=str)
+def test_targets_have_the_familys_names(made, shape, train, named):
+    model, at = made(shape, **train)
+    assert options(at)["target_modules"] == named
+    assert options(at)["fan_in_fan_out"] == (shape == GPT2) and options(at)["task_type"] == "CAUSAL_LM"
+    assert torch.equal(logits(folder.load(at).model), logits(model))
+
+
+def test_alpha_is_twice_the_rank_unless_told(made):
+    _, at = made(lora_dropout=0.25)
+    assert (options(at)["r"], options(at)["lora_alpha"], options(at)["lora_dropout"]) == (3, 6, 0.25)
+
+
+def test_a_folder_without_a_tokenizer_takes_the_bases(made):
+    model, at = made()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (at / name).unlink()
+    loaded = folder.load(at)
+    assert torch.equal(logits(loaded.model), logits(model)) and loaded.generate.temperature == 0.8
+
+
+def test_a_model_with_an_adapter_in_its_folder_is_its_own_base(made, tmp_path):
+    """As transformers has it."""
+    model, at = made()
+    for name in (adapters.CONFIG, adapters.WEIGHTS):
+        shutil.copy(at / name, tmp_path / "base")
+    change(tmp_path / "base", base_model_name_or_path="nowhere/at-all")
+    assert torch.equal(logits(folder.load(tmp_path / "base").model), logits(model))
+
+
+def test_a_signature_hangs_on_adapter_and_base(made, tmp_path):
+    _, at = made()
+    first = signature.of_model(at)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "base" / "model.safetensors")
+    second = signature.of_model(at)
+    change(at, lora_alpha=1)
+    assert len({first, second, signature.of_model(at)}) == 3
+
+
+@pytest.mark.parametrize("values, said", [
+    ({"base_model_name_or_path": "/no/such/folder"}, "its base model is not there: /no/such/folder"),
+    ({"base_model_name_or_path": None}, "names no base model"),
+    ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"), ({"use_dora": True}, "use_dora True is not supported"),
+    ({"bias": "all"}, "bias 'all' is not supported"), ({"revision": "v2"}, "revision 'v2' is not supported"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported"),
+    ({"shiny_new_option": 3}, "shiny_new_option 3 is not supported"),
+    ({"lora_alpha": "big"}, "lora_alpha: 'big' is not a number"), ({"rank_pattern": [1]}, "rank_pattern is not an object"),
+    ({"alpha_pattern": {"q_proj": None}}, "q_proj: None is not a number"),
+    ({"task_type": "SEQ_CLS"}, "task_type SEQ_CLS is not supported for qwen3")], ids=str)
+def test_what_is_wrong_in_its_options_is_named(made, values, said):
+    _, at = made()
+    change(at, **values)
+    with pytest.raises(UserError, match=said) as caught:
+        folder.load(at)
+    assert caught.value.where == str(at / adapters.CONFIG)
+
+
+def test_a_base_that_is_an_adapter_is_refused(made, tmp_path):
+    _, at = made()
+    shutil.copytree(at, tmp_path / "second")
+    change(tmp_path / "second", base_model_name_or_path=str(at))
+    with pytest.raises(UserError, match=r"is an adapter itself\n  lm export .*adapter --merge -o DIR"):
+        folder.load(tmp_path / "second")
+
+
+def test_a_base_of_another_shape_is_refused(made, small_model, small_tokenizer, tmp_path):
+    _, at = made()
+    folder.save(tmp_path / "base", small_model(hidden_size=16), small_tokenizer, GenerateConfig())
+    with pytest.raises(UserError, match=r"of model\.layers\.0\..* do not fit the matrix .* of its base .*base"):
+        folder.load(at)
+    folder.save(tmp_path / "base", small_model(num_hidden_layers=1), small_tokenizer, GenerateConfig())
+    with pytest.raises(UserError, match=r"has model\.layers\.1\..*, which its base .*base has not"):
+        folder.load(at)
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda at: (at / adapters.WEIGHTS).write_bytes(b"nothing"), "is damaged or no safetensors file"),
+    (lambda at: (at / adapters.WEIGHTS).unlink(), "holds no adapter_model.safetensors"),
+    (lambda at: (at / adapters.CONFIG).write_text("{"), "is not JSON")], ids=["weights", "no weights", "options"])
+def test_damage_is_named(made, damage, said):
+    _, at = made()
+    damage(at)
+    with pytest.raises(UserError, match=said):
+        folder.load(at)
+
+
+@pytest.mark.parametrize("tensors, said", [
+    ({"x.lora_embedding_A": (2, 2)}, "a kind that is not supported: x.lora_embedding_A"),
+    ({"base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": None}, "has no model.layers.0.mlp.up_proj.lora_B.weight"),
+    ({"base_model.model.strange.weight": (2,)}, "has a tensor that qwen3 does not know: strange.weight")], ids=str)
+def test_tensors_that_do_not_belong_are_named(made, tensors, said):
+    _, at = made()
+    there = load_file(at / adapters.WEIGHTS)
+    changed = {**there, **{name: torch.ones(shape) for name, shape in tensors.items() if shape}}
+    save_file({name: tensor for name, tensor in changed.items() if tensors.get(name, 1)}, at / adapters.WEIGHTS)
+    with pytest.raises(UserError, match=said):
+        folder.load(at)
+
+
+class TestExport:
+    def test_a_merged_model_is_the_adapters(self, made, tmp_path):
+        model, at = made()
+        exporting.export(at, tmp_path / "whole", torch.float32, merge=True)
+        loaded = folder.load(tmp_path / "whole")
+        assert torch.equal(logits(loaded.model), logits(model)) and loaded.generate.temperature == 0.3
+        assert not adapters.is_adapter(tmp_path / "whole")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_weights_have_the_dtype(self, made, tmp_path, dtype):
+        made()
+        exporting.export(tmp_path / "base", tmp_path / "half", dtype, merge=False)
+        stored, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "base"))
+        assert all(torch.equal(tensor, whole[name].to(dtype)) for name, tensor in stored.items())
+        assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == str(dtype)[6:]
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            assert (tmp_path / "half" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+
+    def test_numbers_too_large_for_float16_are_named(self, made, tmp_path):
+        made()
+        weights = load_file(tmp_path / "base" / "model.safetensors")
+        weights["model.norm.weight"][0] = 1e5
+        save_file(weights, tmp_path / "base" / "model.safetensors")
+        with pytest.raises(UserError, match=r"decoder\.norm\.weight holds 1e\+05, more than float16 can \(65,504\)"):
+            exporting.export(tmp_path / "base", tmp_path / "half", torch.float16, merge=False)
+        assert not (tmp_path / "half").exists()
+
+    def test_merging_must_fit_what_is_there(self, made, tmp_path):
+        _, at = made()
+        with pytest.raises(UsageError, match="holds no adapter to merge"):
+            exporting.export(tmp_path / "base", tmp_path / "out", torch.float32, merge=True)
+        with pytest.raises(UsageError, match=r"is an adapter.*\n  --merge makes one model of both"):
+            exporting.export(at, tmp_path / "out", torch.float32, merge=False)
+
+    @pytest.mark.parametrize("name", ["base", "adapter", "."])
+    def test_what_is_read_is_never_replaced(self, made, tmp_path, name):
+        _, at = made()
+        with pytest.raises(UsageError, match="is where the model is read from"):
+            exporting.export(at, tmp_path / name, torch.float32, merge=True)
+        assert folder.load(at)

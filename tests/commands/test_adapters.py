@@ -1,0 +1,215 @@
+"""lm train --lora, --freeze and --remember, and lm export, as a shell sees them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lmcli.training import loop
+
+SET = ("--preset", "tiny", "--set", "train.context=32", "--set", "train.batch_tokens=128",
+       "--set", "train.sample_every=99", "--set", "train.eval_every=4", "--threads", 1)
+STEPS = ("--steps", 8)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapters") / "text.txt"
+    path.write_text("".join(f"The baker of village {i} sold {i % 7} loaves.\n" for i in range(40)))
+    return path
+
+
+@pytest.fixture
+def tune(inside, trained, text, tmp_path):
+    """tune(*arguments, name="run"): the process that trained the small run further."""
+    def call(*arguments, name: str = "run"):
+        return inside("train", text, "--from", trained[0], "-o", tmp_path / name, *SET, *STEPS, *arguments)
+    return call
+
+
+def bits(inside, folder, file) -> float:
+    done = inside("perplexity", "-m", folder, "--json", file)
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)["bits_per_byte"]
+
+
+def test_a_run_with_lora_is_an_adapter_that_every_command_takes(inside, tune, trained, text, tmp_path):
+    done = tune("--lora", 4)
+    said = done.stderr.decode()
+    assert done.returncode == 0, said
+    assert "parameters, 10,240 of them (6.8 %) trained (2 × 64)" in said
+    run = tmp_path / "run"
+    assert not (run / "config.json").exists() and not (run / "model.safetensors").exists()
+    options = json.loads((run / "adapter_config.json").read_text())
+    assert (options["r"], options["lora_alpha"]) == (4, 8)
+    assert options["base_model_name_or_path"] == str(trained[0].resolve())
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert recipe["train"]["lora_rank"] == 4 and recipe["train"]["lora_targets"] == ["all"]
+    assert bits(inside, run, text) < bits(inside, trained[0], text)
+    again = json.loads(inside("perplexity", "-m", run, "--validation", "--json").stdout)["bits_per_byte"]
+    assert again == recipe["result"]["val_bits_per_byte"]
+    assert inside("generate", "-m", run, "--seed", 1, "-n", 3, "The").returncode == 0
+    facts = json.loads(inside("info", run, "--json").stdout)
+    assert facts["kind"] == "run" and facts["adapter"]["rank"] == 4 and facts["adapter"]["parameters"] == 10_240
+    assert facts["family"] == "qwen3" and not facts["weights"]["missing"] and "damage" not in facts
+    card = (run / "README.md").read_text()
+    assert f"base_model: {trained[0].resolve()}" in card and "A LoRA adapter of rank 4" in card
+
+
+@pytest.mark.parametrize("arguments", [
+    ("--lora", 4), ("--lora", 2, "--freeze", 1, "--set", "train.lora_targets=query,up"), ("--freeze", 1),
+    ("--lora", 3, "--set", "train.lora_dropout=0.2", "--set", "train.dropout=0.1")], ids=str)
+def test_stopped_and_resumed_is_never_stopped(tune, inside, tmp_path, monkeypatch, arguments):
+    step = loop.Run._step
+
+    def stop_after_five(self, share):
+        made = yield from step(self, share)
+        self.stop = made.step == 5
+        return made
+
+    assert tune(*arguments, name="whole").returncode == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_step", stop_after_five)
+        assert tune(*arguments).returncode == 130
+    done = inside("train", "--resume", tmp_path / "run", "--threads", 1)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"of them (" in done.stderr
+    kept = "adapter_model.safetensors" if "--lora" in arguments else "model.safetensors"
+    for name in (kept, "state/step-000000008/weights.safetensors", "state/step-000000008/optimizer.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_frozen_layers_stay_as_they_were(tune, trained, tmp_path):
+    assert tune("--freeze", 1).returncode == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (trained[0], tmp_path / "run"))
+    same = {name for name, tensor in after.items() if torch.equal(tensor, before[name])}
+    assert same == {name for name in after if name.startswith(("model.embed_tokens.", "model.layers.0."))}
+
+
+def test_what_is_forgotten_is_told_and_stored(tune, inside, trained, story, tmp_path):
+    old = tmp_path / "old.txt"
+    old.write_text(story.read_text()[:4000])
+    done = tune("--lora", 2, "--remember", old)
+    assert done.returncode == 0, done.stderr.decode()
+    (one,) = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["result"]["remembered"]
+    assert one["file"] == str(old)
+    assert one["before"] == pytest.approx(bits(inside, trained[0], old), rel=1e-6)
+    assert one["after"] == pytest.approx(bits(inside, tmp_path / "run", old), rel=1e-6)
+    assert one["after"] != one["before"]
+    lines = [line for line in done.stderr.decode().splitlines() if "bits/byte before" in line or "bits/byte after" in line]
+    assert lines == [f"lm: {old}: {one['before']:.4f} bits/byte before",
+                     f"lm: {old}: {one['after']:.4f} bits/byte after, {one['before']:.4f} before "
+                     f"({one['after'] - one['before']:+.4f})"]
+
+
+@pytest.mark.parametrize("arguments, code, told", [
+    (("--set", "train.lora_targets=querry"), 2, "'querry' is not one of all, query, key, value, output, gate, up, down; did "
+                                                "you mean 'query'?"),
+    (("--lora", 4, "--freeze", 3), 2, "frozen_layers 3 is more than the 2 blocks there are"),
+    (("--lora", 4, "--freeze", 2), 2, "frozen_layers leaves no block that LoRA could train"),
+    (("--remember", "nowhere.txt"), 1, "nowhere.txt: no such file")], ids=str)
+def test_what_cannot_be_trained_is_told(tune, tmp_path, arguments, code, told):
+    done = tune(*arguments)
+    assert done.returncode == code and told in done.stderr.decode(), done.stderr.decode()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (("--lora", 4), "--lora (train.lora_rank) trains a part of a model that is there already"),
+    (("--set", "train.frozen_layers=2"), "--freeze (train.frozen_layers) trains a part"),
+    (("--remember", "x.txt"), "--remember measures what a model that is trained further forgets")], ids=str)
+def test_they_need_a_model_to_go_on_from(inside, text, tmp_path, arguments, told):
+    done = inside("train", text, "-o", tmp_path / "run", *SET, *STEPS, *arguments)
+    assert done.returncode == 2 and told in done.stderr.decode() and "--from names that model" in done.stderr.decode()
+    if "--remember" not in arguments:
+        assert inside("plan", text, *SET[:2], *STEPS, *(arguments if "--set" in arguments else
+                                                        ("--set", "train.lora_rank=4"))).returncode == 2
+
+
+def test_a_rank_above_the_width_is_allowed_and_told(tune):
+    done = tune("--lora", 64)
+    assert done.returncode == 0 and b"rank 64 is no less than the model's width of 64" in done.stderr
+
+
+def test_an_adapter_on_an_adapter_and_on_its_own_base_are_refused(tune, inside, text, trained, tmp_path):
+    assert tune("--lora", 2).returncode == 0
+    done = inside("train", text, "--from", tmp_path / "run", "-o", tmp_path / "second", *SET, *STEPS, "--lora", 2)
+    assert done.returncode == 2 and f"lm export {tmp_path / 'run'} --merge -o DIR" in done.stderr.decode()
+    whole = inside("train", text, "--from", tmp_path / "run", "-o", tmp_path / "third", *SET, *STEPS)
+    assert whole.returncode == 0 and (tmp_path / "third" / "model.safetensors").is_file()
+    shutil.copytree(trained[0], tmp_path / "base")
+    done = inside("train", text, "--from", tmp_path / "base", "-o", tmp_path / "base", *SET, *STEPS, "--lora", 2,
+                  "--overwrite")
+    assert done.returncode == 2 and "is the base that the adapter needs" in done.stderr.decode()
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+
+
+def test_a_base_that_is_gone_is_named(inside, trained, text, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "base")
+    done = inside("train", text, "--from", tmp_path / "base", "-o", tmp_path / "run", *SET, *STEPS, "--lora", 2)
+    assert done.returncode == 0
+    shutil.rmtree(tmp_path / "base")
+    for arguments in (("perplexity", "-m", tmp_path / "run", text), ("info", tmp_path / "run")):
+        done = inside(*arguments)
+        assert done.returncode == 1 and f"its base model is not there: {tmp_path / 'base'}" in done.stderr.decode()
+
+
+def test_a_head_for_labels_is_trained_beside_the_adapter(inside, tmp_path):
+    rows, sizes = tmp_path / "labels.tsv", ("--set", "model.hidden_size=32", "--set", "model.num_hidden_layers=1",
+                                            "--set", "tokenizer.vocab_size=300", "--set", "train.context=32")
+    rows.write_text("text\tlabel\n" + "".join(f"number {i} is here\t{('even', 'odd')[i % 2]}\n" for i in range(60)))
+    (tmp_path / "plain.txt").write_text(rows.read_text())
+    base, run = tmp_path / "base", tmp_path / "run"
+    assert inside("train", tmp_path / "plain.txt", "-o", base, "--preset", "encoder-small", *sizes, *STEPS).returncode == 0
+    done = inside("train", rows, "--from", base, "-o", run, "--preset", "encoder-small", *sizes[-2:], *STEPS, "--lora", 2)
+    assert done.returncode == 0, done.stderr.decode()
+    assert json.loads((run / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "head"]
+    answer = inside("classify", "-m", run, stdin=b"number 3 is here\n")
+    assert answer.returncode == 0 and answer.stdout.split(b"\t")[0] in (b"even", b"odd")
+    assert inside("export", run, "--merge", "-o", tmp_path / "whole").returncode == 0
+    assert inside("classify", "-m", tmp_path / "whole", stdin=b"number 3 is here\n").stdout == answer.stdout
+    facts = json.loads(inside("info", run, "--json").stdout)
+    assert facts["labels"] == ["even", "odd"] and not facts["weights"]["missing"] and facts["commands"] == ["lm classify"]
+
+
+class TestExport:
+    def test_a_merged_adapter_measures_the_same(self, inside, tune, text, tmp_path):
+        assert tune("--lora", 4).returncode == 0
+        done = inside("export", tmp_path / "run", "--merge", "-o", tmp_path / "whole")
+        assert done.returncode == 0 and done.stdout.decode() == f"{tmp_path / 'whole'}\n"
+        assert b"MB of float32 weights" in done.stderr
+        assert bits(inside, tmp_path / "whole", text) == pytest.approx(bits(inside, tmp_path / "run", text), rel=1e-9)
+
+    def test_another_precision(self, inside, trained, text, tmp_path):
+        done = inside("export", trained[0], "-o", tmp_path / "half", "--dtype", "bfloat16", "-q")
+        assert done.returncode == 0 and done.stderr == b""
+        stored = load_file(tmp_path / "half" / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+        assert bits(inside, tmp_path / "half", text) == pytest.approx(bits(inside, trained[0], text), rel=0.01)
+
+    def test_what_is_there_is_replaced_only_when_told_and_only_a_model(self, inside, trained, tmp_path):
+        out = tmp_path / "out"
+        assert inside("export", trained[0], "-o", out).returncode == 0
+        done = inside("export", trained[0], "-o", out, "--dtype", "float16")
+        assert done.returncode == 2 and "--overwrite replaces the model in it" in done.stderr.decode()
+        assert inside("export", trained[0], "-o", out, "--dtype", "float16", "--overwrite").returncode == 0
+        assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.float16}
+        (tmp_path / "notes").mkdir()
+        (tmp_path / "notes" / "mine.md").write_text("mine")
+        done = inside("export", trained[0], "-o", tmp_path / "notes", "--overwrite")
+        assert done.returncode == 2 and "is not empty and holds no model" in done.stderr.decode()
+        done = inside("export", trained[0], "-o", tmp_path / "notes" / "mine.md")
+        assert done.returncode == 2 and "is a file" in done.stderr.decode()
+
+    @pytest.mark.parametrize("arguments, code, told", [
+        (("--merge",), 2, "holds no adapter to merge"), (("--dtype", "int4"), 2, "'int4' is not one of")], ids=str)
+    def test_what_cannot_be_exported_is_told(self, inside, trained, tmp_path, arguments, code, told):
+        done = inside("export", trained[0], "-o", tmp_path / "out", *arguments)
+        assert done.returncode == code and told in done.stderr.decode() and not (tmp_path / "out").exists()
+
+    def test_a_folder_that_is_not_there_is_told(self, inside, tmp_path):
+        done = inside("export", tmp_path / "none", "-o", tmp_path / "out")
+        assert done.returncode == 1 and "no such model folder" in done.stderr.decode()

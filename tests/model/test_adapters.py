@@ -1,0 +1,176 @@
+"""Adapters: nothing at first, the written-out sum after, gradients of finite differences, and no trace when taken off."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+from lmcli.errors import UsageError
+from lmcli.model import fused, kernels
+from lmcli.model.adapters import Lora, LoraLinear, freeze_below, put_on, put_on_linears, take_off
+from lmcli.model.layers import Linear
+from lmcli.model.transformer import Transformer
+
+IDS = torch.arange(40).view(2, 20) % 37
+GPT2 = {"norm": "layer", "gated_mlp": False, "mlp_bias": True, "attention_bias": "all", "positions": "learned",
+        "query_key_norm": False, "hidden_act": "gelu_new"}
+SHAPES = {"decoder": {}, "gpt2": GPT2, "encoder": {"shape": "encoder", "post_norm": True, **GPT2},
+          "two stacks": {"shape": "encoder-decoder", "positions": "relative", "query_key_norm": False}}
+each_shape = pytest.mark.parametrize("shape", SHAPES)
+
+
+def logits(model: Transformer) -> torch.Tensor:
+    return model(IDS, decoder_input_ids=IDS if model.config.shape == "encoder-decoder" else None)
+
+
+def read(model: Transformer) -> torch.Tensor:
+    """Logits without a gradient: as a model is used."""
+    with torch.no_grad():
+        return logits(model.eval())
+
+
+def adapted(model: Transformer, lora: Lora = Lora(3, 5.0), **options) -> Transformer:
+    """With adapters that add something."""
+    put_on(model, lora, **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for adapter in put_on_linears(model).values():
+            adapter.lora_b.copy_(torch.randn(adapter.lora_b.shape, generator=generator))
+    return model
+
+
+@each_shape
+def test_fresh_adapters_add_nothing_and_leave_no_trace(small_model, shape):
+    model = small_model(**SHAPES[shape])
+    names, before = [name for name, _ in model.named_parameters()], read(model)
+    put_on(model, Lora(3, 5.0))
+    assert torch.equal(read(model), before)
+    torch.testing.assert_close(logits(model.train()).detach(), before, rtol=1e-3, atol=1e-4)
+    take_off(model)
+    assert torch.equal(read(model), before) and [name for name, _ in model.named_parameters()] == names
+
+
+@each_shape
+def test_they_add_the_product_written_out(small_model, shape):
+    model, plain = adapted(small_model(**SHAPES[shape])), small_model(**SHAPES[shape])
+    for name, adapter in put_on_linears(model).items():
+        with torch.no_grad():
+            plain.get_submodule(name).weight += 5.0 / 3 * adapter.lora_b @ adapter.lora_a
+    wanted, found = read(plain), read(model)
+    for others in (found, logits(model.train()).detach()):
+        assert (others - wanted).norm() < 1e-5 * wanted.norm()
+    take_off(model, merge=True)
+    assert torch.equal(read(model), found) and not put_on_linears(model)
+
+
+@each_shape
+def test_nothing_else_is_trained(small_model, shape):
+    model = adapted(small_model(**SHAPES[shape]).train())
+    logits(model).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == name.endswith((".lora_a", ".lora_b")), name
+    per_block = {"decoder": 7, "gpt2": 6, "encoder": 6, "two stacks": 7}[shape]
+    count = 2 * per_block + (2 * 11 if shape == "two stacks" else 0)
+    assert len(put_on_linears(model)) == count and "head" not in " ".join(put_on_linears(model))
+
+
+def test_a_linear_by_hand():
+    base = Linear(2, 2)
+    base.weight, base.bias = (torch.nn.Parameter(torch.tensor(x)) for x in ([[1.0, 0.0], [0.0, 1.0]], [0.5, 0.0]))
+    adapter = LoraLinear(base, torch.nn.Parameter(torch.tensor([[1.0, 2.0]])), 0.5, 0.0)
+    adapter.lora_b.data = torch.tensor([[10.0], [0.0]])
+    x = torch.tensor([1.0, 1.0])  # A x = 3, B A x = (30, 0), half of it is added
+    assert adapter.train()(x).tolist() == adapter.eval()(x).tolist() == [16.5, 1.0]
+
+
+def test_gradients_are_those_of_finite_differences_and_dropout_is_seen():
+    def run(x, a, b):
+        torch.manual_seed(2)
+        adapter = LoraLinear(base, torch.nn.Parameter(a), 0.7, 0.4).train()
+        del adapter.lora_a, adapter.lora_b
+        adapter.lora_a, adapter.lora_b = a, b
+        return adapter(x)
+
+    base = Linear(5, 4).double().requires_grad_(False)
+    parts = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), (2, 5), (4, 2))]
+    assert gradcheck(run, parts)
+    torch.manual_seed(2)
+    x, a, b = parts
+    wanted = F.linear(x, base.weight, base.bias) + 0.7 * F.dropout(x, 0.4) @ a.T @ b.T
+    torch.testing.assert_close(run(*parts), wanted)
+
+
+@pytest.mark.skipif(bool(kernels.problem()), reason="no compiled kernels here")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("lora", [Lora(3, 5.0), Lora(2, 1.0, targets=("query", "up")), Lora(3, 5.0, 1e-12)], ids=str)
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_the_compiled_block_has_the_gradients_of_the_plain_one(small_model, lora, frozen, recompute, monkeypatch):
+    """In float64, of whatever is trained: adapters in some matrices, or blocks above frozen ones."""
+    found, called = [], []
+    block = fused.block
+    monkeypatch.setattr(fused, "block", lambda *given: called.append(1) or block(*given))
+    for plain in (False, True):
+        model = small_model(num_hidden_layers=3).double().train()
+        model.training_dtype = torch.float64
+        model.set_recompute(recompute)
+        if frozen:
+            freeze_below(model, frozen)
+        adapted(model, lora)
+        with monkeypatch.context() as patch:
+            if plain:
+                patch.setattr(fused, "active", lambda x: False)
+            logits(model).square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert found[0].keys() == found[1].keys() and found[0]
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-9, atol=1e-9)
+    assert bool(called) == (not lora.dropout or frozen == 1)  # dropout inside: no kernel knows it; below, nothing is trained
+
+
+def test_frozen_layers_leave_the_rest_its_gradients(small_model):
+    whole, part = small_model(num_hidden_layers=3, tie_word_embeddings=False).train(), \
+        small_model(num_hidden_layers=3, tie_word_embeddings=False).train()
+    freeze_below(part, 2)
+    for model in (whole, part):
+        logits(model).square().sum().backward()
+    for (name, one), other in zip(whole.named_parameters(), part.parameters()):
+        if name.startswith(("embedding", "decoder.layers.0.", "decoder.layers.1.")):
+            assert other.grad is None
+        else:
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_kept_together_shares_one_a(small_model):
+    model = small_model(**GPT2)
+    group = tuple(f"decoder.layers.0.attention.{part}" for part in ("query", "key", "value"))
+    put_on(model, Lora(3, 5.0, targets=("query", "value", "output")), [group])
+    first, second, third = (model.get_submodule(name) for name in group)
+    assert first.lora_a is third.lora_a and first.lora_b is not third.lora_b and not isinstance(second, LoraLinear)
+    assert first.lora_a is not model.get_submodule("decoder.layers.0.attention.output").lora_a
+
+
+def test_a_seed_decides_how_they_begin(small_model):
+    drawn = []
+    for seed in (1, 1, 2):
+        model = small_model()
+        put_on(model, Lora(3, 5.0), seed=seed)
+        drawn.append(model.get_submodule("decoder.layers.1.mlp.up").lora_a)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].abs().max() <= 32 ** -0.5
+
+
+@pytest.mark.parametrize("lora, said", [
+    (Lora(2, 1.0, targets=("query", "gate")), "no block of this model has a matrix 'gate'"),
+    (Lora(2, 1.0, targets=()), "names no part of a block")], ids=str)
+def test_targets_that_are_not_there_are_refused(small_model, lora, said):
+    with pytest.raises(UsageError, match=said):
+        put_on(small_model(**GPT2), lora)
+
+
+def test_blocks_that_are_not_there_are_refused(small_model):
+    with pytest.raises(UsageError, match="frozen_layers 3 is more than the 2 blocks there are"):
+        freeze_below(small_model(), 3)
+    model = small_model()
+    freeze_below(model, 2)
+    with pytest.raises(UsageError, match="leaves no block that LoRA could train"):
+        put_on(model, Lora(2, 1.0))
