@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -37,7 +38,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         drawn.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
     for row in rows:
         drawn.add_row(*map(Text, row))
-    console = Console(file=None, width=max(80, Console().width))
+    wide = Console(width=1 << 14)
+    needed = Measurement.get(wide, wide.options, drawn).minimum  # a number is never cut off, whatever the terminal's width
+    console = Console(width=max(80, Console().width, needed))
     with console.capture() as captured:
         console.print(drawn)
     return captured.get()

@@ -26,6 +26,12 @@ def test_table_aligns_numbers_right_and_keeps_brackets():
         "file          bits", "[bold]x        1.5", "longer name  12.25"]
 
 
+def test_table_wider_than_the_terminal_keeps_every_number():
+    names = [f"figure_{i}" for i in range(20)]
+    text = display.table(("system", *names), [("a model", *(f"{i}.0123456789" for i in range(20)))])
+    assert all(f" {i}.0123456789" in text for i in range(20)) and all(name in text for name in names)
+
+
 @pytest.fixture
 def view(monkeypatch):
     """view(quiet, terminal, **options): a TrainingView and the stream of its terminal."""
