@@ -111,8 +111,8 @@ def settle(source: Source, asked: str, shape: str, note: Callable[[str], None], 
                             else ", and there are none"), where=shown(source.files[0]),
                             hint="JSON Lines or TSV with source and target, or name the two: --fields a,b")
         layout.fields, layout.paired = pair.fields, True
-        told = "of both in one text, the loss is on what follows alone" if asked == "completion" else "from one to the other"
-        note(f"rows are pairs, {' + '.join(pair.fields)}: {told}")
+        if asked == "completion":
+            note(f"the loss is on what follows {pair.fields[0]!r} alone; --set train.objective=causal learns both")
     elif asked == "classification":
         *fields, label = layout.fields or LABELLED
         layout.fields, layout.label = tuple(fields) or ("text",), label
@@ -156,7 +156,7 @@ def split(source: Source, validation_bytes: int, note: Callable[[str], None]) ->
     if layout.empty:
         note(f"{layout.empty:,} rows with an empty {'side' if layout.paired else 'text'} left out")
     parts = Parts(training, held_out, documents.limit(held_out, layout, validation_bytes))
-    _note_sizes(note, parts)
+    _note_sizes(note, parts, layout)
     return parts
 
 
@@ -297,12 +297,21 @@ def size(documents_: list[Document]) -> int:
     return sum(document.end - document.start for document in documents_)
 
 
-def _note_sizes(note: Callable[[str], None], parts: Parts) -> None:
+def _note_sizes(note: Callable[[str], None], parts: Parts, layout: Layout) -> None:
     sizes = [size(part) for part in (parts.training, parts.held_out, parts.measured)]
-    text = f"{len(parts.training):,} documents, {sizes[0]:,} bytes to train on; {sizes[1]:,} bytes held out"
+    text = f"{len(parts.training):,} {_called(layout)}, {sizes[0]:,} bytes to train on; {sizes[1]:,} bytes held out"
     if sizes[2] < sizes[1]:
         text += f", {sizes[2]:,} of them measured (train.validation_bytes)"
     note(text)
+
+
+def _called(layout: Layout) -> str:
+    """What the documents of a layout are, with the fields that are read."""
+    if layout.paired:
+        return f"pairs ({' + '.join(layout.fields)})"
+    if layout.label:
+        return f"labelled texts ({' + '.join((*layout.fields, layout.label))})"
+    return f"questions ({' + '.join((*layout.fields, layout.answers))})" if layout.answers else "documents"
 
 
 def ranges(documents_: list[Document]) -> list[dict]:

@@ -118,7 +118,9 @@ PAIRS = {"prompt": [{"prompt": f"{word} is", "completion": f" {word[::-1]}"} for
 @pytest.mark.parametrize("preset", ["tiny", "translate"])
 def test_known_sets_of_fields_are_pairs(kind, preset, train):
     code, said, recipe = train(PAIRS[kind], preset=preset)
-    assert code == 0 and "rows are pairs, " in said
+    fields = {"prompt": "prompt + completion", "messages": "messages", "instruction": "instruction + output",
+              "answers": "context + question + answers"}[kind]
+    assert code == 0 and f"32 pairs ({fields}), " in said
     assert recipe["train"]["objective"] == ("completion" if preset == "tiny" else "seq2seq")
     assert recipe["result"]["val_bytes"] == sum(len(word) + (kind == "prompt" or kind == "messages") for word in
                                                 (WORDS * 5)[9::10])
@@ -127,7 +129,7 @@ def test_known_sets_of_fields_are_pairs(kind, preset, train):
 def test_named_fields_are_a_pair_in_their_order(train):
     rows = [{"de": f"{word} a", "en": f"{word} b", "note": 1} for word in WORDS * 5]
     code, said, recipe = train(rows, "--fields", "en,de", preset="translate")
-    assert code == 0 and "rows are pairs, en + de" in said and recipe["data"]["fields"] == ["en", "de"]
+    assert code == 0 and "32 pairs (en + de), " in said and recipe["data"]["fields"] == ["en", "de"]
 
 
 def test_a_decoder_that_learns_what_follows_writes_it(inside, tmp_path):
