@@ -9,6 +9,7 @@ from torch import Tensor
 from lmcli.errors import UsageError
 from lmcli.inference.ordering import batch_tokens, in_order, pad
 from lmcli.model.transformer import Transformer
+from lmcli.text.examples import shortened
 from lmcli.text.tokenizer import Tokenizer
 
 
@@ -110,18 +111,12 @@ class Classifier:
         return list(self.model(ids, real, token_type_ids=types if has_types else None).float().cpu())
 
     def _cut(self, first: list[int], second: list[int] | None) -> tuple[list[int], list[int] | None]:
-        """A text, or both of a pair, cut to the context as `tokenizers` does it: the longer loses its end first."""
+        """A text, or both of a pair, cut to the context."""
         around = len(self.tokenizer.with_template([], None if second is None else [])[0])
         room = max(0, self.model.config.max_position_embeddings - around)
         if second is None:
             return first[:room], None
-        short = min(len(first), len(second))
-        if len(first) + len(second) <= room:
-            return first, second
-        if 2 * short <= room:
-            return (first[:room - short], second) if len(first) > short else (first, second[:room - short])
-        half, more = room // 2, room - room // 2
-        return (first[:more], second[:half]) if len(first) > len(second) else (first[:half], second[:more])
+        return shortened(first, second, room)
 
     def _pieces(self, text: str, ends: list[int], logits: Tensor) -> Iterator[LabelledPiece]:
         data = text.encode("utf-8")

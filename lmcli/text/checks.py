@@ -12,8 +12,9 @@ RARE = 5  # examples of a label, below which it is named
 
 def findings(training: Examples, held_out: Examples, labels: tuple[str, ...]) -> Iterator[str]:
     """Sentences about what was found, each with its count; none where there is nothing to tell but the labels' shares."""
-    sources, held = _digests(training.sources), _digests(held_out.sources)
-    whole = _mixed(sources, training)
+    sources, held = _given(training), _given(held_out)
+    others = _digests(training.targets) if training.labels is None else _rows(training.labels)
+    whole = _mixed(sources, others)
     distinct = len(np.unique(whole))
     if repeated := len(whole) - distinct:
         yield f"{repeated:,} of {len(whole):,} training examples are repeated word for word"
@@ -26,18 +27,25 @@ def findings(training: Examples, held_out: Examples, labels: tuple[str, ...]) ->
         yield from _balance(training.labels, labels)
 
 
+def _given(examples: Examples) -> np.ndarray:
+    """(N,) int64, equal for examples of which the same is given: the source, or the text or pair of texts with a label."""
+    sources = _digests(examples.sources)
+    return sources if examples.labels is None or not examples.targets else _mixed(sources, _digests(examples.targets))
+
+
 def _digests(texts: Texts) -> np.ndarray:
     """(N,) int64, equal for equal texts."""
     return np.fromiter((hash(texts[i].tobytes()) for i in range(len(texts))), dtype=np.int64, count=len(texts))
 
 
-def _mixed(sources: np.ndarray, examples: Examples) -> np.ndarray:
-    """(N,) int64, equal for examples of which both sides are equal."""
-    if examples.targets:
-        others = _digests(examples.targets)
-    else:
-        others = np.fromiter((hash(label.tobytes()) for label in examples.labels), dtype=np.int64, count=len(examples))
-    return sources * np.int64(1_000_003) ^ others
+def _rows(labels: np.ndarray) -> np.ndarray:
+    """(N,) int64, equal for equal labels."""
+    return np.fromiter((hash(label.tobytes()) for label in labels), dtype=np.int64, count=len(labels))
+
+
+def _mixed(digests: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(N,) int64, equal where both are."""
+    return digests * np.int64(1_000_003) ^ others
 
 
 def _balance(numbers: np.ndarray, labels: tuple[str, ...]) -> Iterator[str]:

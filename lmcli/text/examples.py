@@ -3,7 +3,7 @@
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from lmcli.errors import UserError
 from lmcli.storage import cached
 from lmcli.text.batches import IGNORED, Batch, padded, real_tokens
 from lmcli.text.documents import Document, Layout, line_number
-from lmcli.text.fields import pair_of
+from lmcli.text.fields import pair_of, row_field
 from lmcli.text.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 2048
@@ -52,8 +52,9 @@ class Texts:
 
 @dataclass
 class Examples:
-    """`sources` and either `targets` or `labels`: numbers into the names of the labels, (N,) int64, or (N, labels) float32
-    of 0 and 1 where a text may have several. `sizes` (N,) are the bytes of target text (with labels: of text)."""
+    """`sources` and `targets`, or texts (pairs of texts: `sources` and `targets`) with `labels`: numbers into the names of
+    the labels, (N,) int64, or (N, labels) float32 of 0 and 1 where a text may have several. `sizes` (N,) are the bytes of
+    target text (with labels: of text)."""
 
     sources: Texts
     targets: Texts | None
@@ -96,17 +97,18 @@ def fingerprint(documents: list[Document], hashes: dict[str, str], settings: tup
 def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer,
           labels: tuple[str, ...] = (), joined: bool = False) -> Examples:
     """The examples of these rows, one for each in their order, from the cache when they are there; with `labels` each is a
-    text and its label's number. Sides that are `joined` are encoded as one text: a token that spans both is the target's.
+    text, or with two fields a pair of texts, and its label's number. Sides that are `joined` are encoded as one text: a
+    token that spans both is the target's.
 
     `hashes` is the SHA-256 of each file's content. Raises UserError for a label that is not among `labels`, and when the
     cache folder cannot be written.
     """
-    kind = (3, tokenizer.hash, layout.fields, layout.label, layout.several, layout.format, labels, joined)
+    kind = (4, tokenizer.hash, layout.fields, layout.label, layout.several, layout.format, labels, joined)
     folder = cached("examples", fingerprint(documents, hashes, kind),
                     lambda part: _write(part, documents, layout, tokenizer, labels, joined))
     sides = [Texts.load(folder, side) for side in ("source", "target")]
     numbers = np.load(folder / "labels.npy") if labels else None
-    return Examples(sides[0], None if labels else sides[1], numbers, np.load(folder / "sizes.npy"))
+    return Examples(sides[0], None if labels and len(layout.fields) != 2 else sides[1], numbers, np.load(folder / "sizes.npy"))
 
 
 def _write(folder: Path, documents: list[Document], layout: Layout, tokenizer: Tokenizer, labels: tuple[str, ...],
@@ -117,9 +119,9 @@ def _write(folder: Path, documents: list[Document], layout: Layout, tokenizer: T
     rows = layout.raw_rows(documents)
     while batch := list(islice(rows, ROWS_AT_ONCE)):
         if labels:
-            texts = [layout.text_of(row) for _, row in batch]
+            texts = [_texts(row, layout) for _, row in batch]
             numbers += [_numbers(document, layout.labels_of(row), labels, layout.several) for document, row in batch]
-            encoded, sized = (tokenizer.encode_batch(texts), [[]] * len(texts)), texts
+            encoded, sized = map(tokenizer.encode_batch, map(list, zip(*texts))), map("".join, texts)
         else:
             sides = [layout.sides_of(row) for _, row in batch]
             encoded = _joined(sides, pair_of(layout.fields).between, tokenizer) if joined else (
@@ -134,6 +136,11 @@ def _write(folder: Path, documents: list[Document], layout: Layout, tokenizer: T
     np.save(folder / "labels.npy", np.asarray(numbers, dtype=np.float32 if layout.several else np.int64))
     np.save(folder / "sizes.npy", np.asarray(sizes, dtype=np.int64))
     (folder / "facts.json").write_text(json.dumps({"examples": len(sizes)}))
+
+
+def _texts(row: dict, layout: Layout) -> tuple[str, str]:
+    """The text of a row, or its two."""
+    return tuple(row_field(row, name) for name in layout.fields) if len(layout.fields) == 2 else (layout.text_of(row), "")
 
 
 def _joined(sides: list[tuple[str, str]], between: str, tokenizer: Tokenizer) -> tuple[list[list[int]], list[list[int]]]:
@@ -154,10 +161,21 @@ def _numbers(document: Document, found: tuple[str, ...], labels: tuple[str, ...]
     return [int(label in found) for label in labels] if several else labels.index(found[0])
 
 
+def shortened(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
+    """Both of a pair, cut to `room` ids together as `tokenizers` does it: the longer loses its end first."""
+    short = min(len(first), len(second))
+    if len(first) + len(second) <= room:
+        return first, second
+    if 2 * short <= room:
+        return (first[:room - short], second) if len(first) > short else (first, second[:room - short])
+    half, more = room // 2, room - room // 2
+    return (first[:more], second[:half]) if len(first) > len(second) else (first[:half], second[:more])
+
+
 @dataclass(frozen=True)
 class Template:
     """What stands around a text, and which ids a decoder that reads an encoder begins and fills up with. A decoder alone
-    reads source and target `joined`."""
+    reads source and target `joined`. `pair` puts two texts together and gives the ids with their types."""
 
     before: list[int]
     after: list[int]
@@ -166,6 +184,7 @@ class Template:
     start: int = 0
     end: int | None = None
     joined: bool = False
+    pair: Callable[[list[int], list[int]], tuple[list[int], list[int]]] | None = None
 
     def source(self, ids: np.ndarray) -> np.ndarray:
         """A text inside its template, cut at the context."""
@@ -191,6 +210,8 @@ class Template:
         sources, closing = examples.sources.lengths + len(self.before), int(self.end is not None)
         if self.joined:
             return (sources + examples.targets.lengths + closing - 1,)  # the last token is predicted and not read
+        if examples.targets and examples.labels is not None:
+            return (examples.sources.lengths + examples.targets.lengths + len(self.pair([], [])[0]),)
         sources = sources + len(self.after)
         return (sources, examples.targets.lengths + closing) if examples.targets else (sources,)
 
@@ -199,6 +220,8 @@ class Template:
         and its end."""
         if self.joined:
             return self._continued(examples, chosen)
+        if examples.targets and examples.labels is not None:
+            return self._pairs(examples, chosen)
         sources = [self.source(examples.sources[i]) for i in chosen]
         read = Batch(padded(sources, self.padding), np.zeros(0, dtype=np.int64), real_tokens(sources))
         if examples.targets is None:
@@ -206,6 +229,12 @@ class Template:
         targets = [self.target(examples.targets[i]) for i in chosen]
         inputs = [np.concatenate([[self.start], target[:-1]]) for target in targets]
         return replace(read, targets=padded(targets, IGNORED), decoder_ids=padded(inputs, self.padding))
+
+    def _pairs(self, examples: Examples, chosen: np.ndarray) -> Batch:
+        room = max(0, self.context - len(self.pair([], [])[0]))
+        rows = [self.pair(*shortened(examples.sources[i].tolist(), examples.targets[i].tolist(), room)) for i in chosen]
+        ids, types = ([np.asarray(part, dtype=np.int64) for part in side] for side in zip(*rows))
+        return Batch(padded(ids, self.padding), examples.labels[chosen], real_tokens(ids), types=padded(types, 0))
 
     def _continued(self, examples: Examples, chosen: np.ndarray) -> Batch:
         """Source and target in a row, of which only the target is to be predicted; too long a source loses its beginning."""

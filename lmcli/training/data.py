@@ -95,7 +95,7 @@ def settle(source: Source, asked: str, shape: str, note: Callable[[str], None], 
     """
     layout = source.layout
     row = layout.first_row(source.files) or {}
-    labelled = set(LABELLED) <= row.keys() or (layout.label and layout.label in row)
+    labelled = layout.fields[-1] == LABELLED[-1] if layout.fields else set(LABELLED) <= row.keys()
     pair = pair_of(layout.fields) or (None if layout.fields or TEXT_FIELDS[0][0] in row else known_pair(row))
     if asked == "auto":
         continued = pair is not None and not layout.fields and pair.fields != PAIRS[0].fields
@@ -236,7 +236,7 @@ def template(prepared: TrainingData, start: int | None) -> Template:
     padding = tokenizer.special("pad_token")
     return Template(tokenizer.prefix, tokenizer.suffix, prepared.context, 0 if padding is None else padding,
                     0 if start is None else start, None if prepared.labels else tokenizer.special("eos_token"),
-                    prepared.objective == "completion")
+                    prepared.objective == "completion", tokenizer.with_template)
 
 
 def windows(prepared: TrainingData, found: Questions, stride: int) -> Windows:

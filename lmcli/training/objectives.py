@@ -54,18 +54,26 @@ def seq2seq(model: Transformer, batch: Batch) -> Predictions:
 def classification(model: Transformer, batch: Batch) -> Predictions:
     """The label of each text, or its labels: targets are then (N, labels), 0 or 1."""
     ids, targets, real = _tensors(model, batch)
-    return Predictions(model.pooled(model.hidden(ids, real), real), model.head, targets)
+    hidden = model.hidden(ids, real, token_type_ids=_types(model, batch))
+    return Predictions(model.pooled(hidden, real), model.head, targets)
 
 
 def span(model: Transformer, batch: Batch) -> Predictions:
     """The first and the last token of each answer, among the candidates (Devlin et al. 2019, §4.2): a row of logits (2·B, T)
     for each, those of the starts first."""
     ids, targets, real = _tensors(model, batch)
-    types = None if batch.types is None or model.config.type_vocab_size < 2 else torch.from_numpy(batch.types).to(ids.device)
-    logits = model.head(model.hidden(ids, real, token_type_ids=types)).float().movedim(-1, 0)  # (2, B, T)
+    hidden = model.hidden(ids, real, token_type_ids=_types(model, batch))
+    logits = model.head(hidden).float().movedim(-1, 0)  # (2, B, T)
     if batch.candidates is not None:
         logits = logits.masked_fill(~torch.from_numpy(batch.candidates).to(ids.device), float("-inf"))
     return Predictions(logits.flatten(0, 1), nn.Identity(), targets.T.flatten())
+
+
+def _types(model: Transformer, batch: Batch) -> Tensor | None:
+    """Token types, where there are any and the model tells them apart."""
+    if batch.types is None or model.config.type_vocab_size < 2:
+        return None
+    return torch.from_numpy(batch.types).to(model.embedding.weight.device)
 
 
 def _tensors(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,6 +1,7 @@
 """lm train on rows and aligned files: what is told of them before training, what becomes of long and empty ones."""
 
 import json
+import math
 
 import pytest
 import yaml
@@ -168,3 +169,17 @@ class TestAlignedFiles:
     def test_a_target_for_each_file(self, inside, tmp_path):
         done = inside("train", *self.files(tmp_path), "--val", tmp_path / "a.en", "-o", tmp_path / "run")
         assert done.returncode == 2 and b"1 files of sources and 0 of targets" in done.stderr
+
+
+def test_two_texts_and_a_label_are_a_pair_in_training_as_in_use(train, inside, tmp_path):
+    """The held-out loss is that of the probabilities which lm classify gives."""
+    rows = [{"premise": WORDS[i % 7], "hypothesis": WORDS[i * 3 % 7], "label": "same" if i % 7 == i * 3 % 7 else "other"}
+            for i in range(60)]
+    code, said, recipe = train(rows, "--fields", "premise,hypothesis,label", "--steps", 3)
+    assert code == 0 and "labelled texts (premise + hypothesis + label)" in said
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(row) + "\n" for row in rows[9::10]))
+    done = inside("classify", "-m", tmp_path / "run", "--field", "premise,hypothesis", "--json", held)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    loss = -sum(math.log(row["probabilities"][row["given_label"]]) for row in found) / len(found)
+    assert recipe["result"]["val_loss"] == pytest.approx(loss, abs=2e-5)

@@ -135,3 +135,21 @@ def test_entropy_of_counting_by_hand():
     parts = [np.array([5, 5, IGNORED]), np.array([7, 900])]
     assert unigram_entropy(iter(parts)) == pytest.approx(1.5 * math.log(2))
     assert unigram_entropy(iter([np.array([3, 3])])) == 0
+
+
+def test_two_texts_and_a_label_are_read_as_a_pair_and_cut_as_tokenizers_does(tmp_path):
+    tokenizer = learn(["a b c x y " * 20], TokenizerConfig(vocab_size=300), "encoder")
+    rows = [{"one": "a b c", "two": "x y", "is": "u"}, {"one": "a", "two": "x y " * 9, "is": "v"}]
+    found, hashes, layout = read(tmp_path / "p.jsonl", rows, tokenizer, fields=("one", "two"), label="is")
+    made = examples.build(found, hashes, layout, tokenizer, ("u", "v"))
+    assert made.labels.tolist() == [0, 1] and made.sizes.tolist() == [8, 37]
+    around = Template(tokenizer.prefix, tokenizer.suffix, 12, 0, pair=tokenizer.with_template)
+    batch = around.batch(made, np.arange(2))
+    tokenizer.core.enable_truncation(12, strategy="longest_first")
+    for i, row in enumerate(rows):
+        wanted = tokenizer.core.encode(row["one"], row["two"])
+        size = len(wanted.ids)
+        assert batch.ids[i, :size].tolist() == wanted.ids and batch.types[i, :size].tolist() == wanted.type_ids
+    assert batch.real.sum(1).tolist() == around.lengths(made)[:, 0].tolist()
+    special = len(tokenizer.with_template([], [])[0])
+    assert around.lost(made).tolist() == [0, len(made.sources[1]) + len(made.targets[1]) + special - 12]
