@@ -108,7 +108,8 @@ def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tok
                     lambda part: _write(part, documents, layout, tokenizer, labels, joined))
     sides = [Texts.load(folder, side) for side in ("source", "target")]
     numbers = np.load(folder / "labels.npy") if labels else None
-    return Examples(sides[0], None if labels and len(layout.fields) != 2 else sides[1], numbers, np.load(folder / "sizes.npy"))
+    alone = labels and len(layout.fields) != 2
+    return Examples(sides[0], None if alone else sides[1], numbers, np.load(folder / "sizes.npy"))
 
 
 def _write(folder: Path, documents: list[Document], layout: Layout, tokenizer: Tokenizer, labels: tuple[str, ...],
