@@ -335,11 +335,13 @@ class Transformer(nn.Module):
 def initialize(model: Transformer, named: list[tuple[str, nn.Parameter]], generator: torch.Generator) -> None:
     """Draws these parameters: normal with deviation 0.02 for embeddings and head, 1/(2·√inputs) for the other matrices.
 
-    The matrices that write into the residual stream start at zero, so every block starts as the identity. Norms start
+    An embedding that is no head as well has 0.3: its rows get a gradient only where their words are read, and those of rare
+    words would stay small beside what the first blocks add. The matrices that write into the residual stream start at zero, so every block starts as the identity. Norms start
     at 1, biases at 0.
     """
     zero = ("attention.output.weight", "cross.output.weight", "mlp.down.weight", "bias")
     tables = tuple(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    alone = not (model.config.tie_word_embeddings and model.config.head == "lm")
     for name, weight in named:
         if name.endswith(zero):
             nn.init.zeros_(weight)
@@ -347,4 +349,5 @@ def initialize(model: Transformer, named: list[tuple[str, nn.Parameter]], genera
             nn.init.ones_(weight)
         else:
             small = name in tables or name == "head.output.weight"
-            nn.init.normal_(weight, std=0.02 if small else 0.5 * weight.shape[1] ** -0.5, generator=generator)
+            small_deviation = 0.3 if alone and name == "embedding.weight" else 0.02
+            nn.init.normal_(weight, std=small_deviation if small else 0.5 * weight.shape[1] ** -0.5, generator=generator)
