@@ -336,8 +336,8 @@ def initialize(model: Transformer, named: list[tuple[str, nn.Parameter]], genera
     """Draws these parameters: normal with deviation 0.02 for embeddings and head, 1/(2·√inputs) for the other matrices.
 
     An embedding that is no head as well has 0.3: its rows get a gradient only where their words are read, and those of rare
-    words would stay small beside what the first blocks add. The matrices that write into the residual stream start at zero, so every block starts as the identity. Norms start
-    at 1, biases at 0.
+    words would stay small beside what the first blocks add. The matrices that write into the residual stream start at zero,
+    so every block starts as the identity. Norms start at 1, biases at 0.
     """
     zero = ("attention.output.weight", "cross.output.weight", "mlp.down.weight", "bias")
     tables = tuple(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding))
@@ -348,6 +348,6 @@ def initialize(model: Transformer, named: list[tuple[str, nn.Parameter]], genera
         elif weight.ndim < 2:
             nn.init.ones_(weight)
         else:
-            small = name in tables or name == "head.output.weight"
-            small_deviation = 0.3 if alone and name == "embedding.weight" else 0.02
-            nn.init.normal_(weight, std=small_deviation if small else 0.5 * weight.shape[1] ** -0.5, generator=generator)
+            deviation = 0.02 if name in tables or name == "head.output.weight" else 0.5 * weight.shape[1] ** -0.5
+            deviation = 0.3 if alone and name == "embedding.weight" else deviation
+            nn.init.normal_(weight, std=deviation, generator=generator)
