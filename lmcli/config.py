@@ -184,7 +184,7 @@ class TrainConfig:
     schedule: str = knob("linear", "fall of the rate after warm-up", choices=("linear", "cosine", "constant"))
     weight_decay: float = knob(0.1, "decoupled decay of matrices", 0.0, 10.0)
     gradient_clip: float = knob(1.0, "largest gradient norm; 0 leaves gradients alone", 0.0)
-    dropout: float = knob(0.0, "share of sublayer outputs set to zero", 0.0, 0.95)
+    dropout: float = knob(0.0, "share of sublayer outputs, beside an encoder of embeddings too, set to zero", 0.0, 0.95)
     # of a model that is trained further: what of it is trained
     lora_rank: int = knob(0, "rank of the matrices that LoRA trains beside frozen ones; 0 trains all weights", 0, 1 << 16)
     lora_alpha: float = knob(0.0, "what they add is multiplied by lora_alpha / lora_rank; 0 takes twice the rank", 0.0, 1e9)

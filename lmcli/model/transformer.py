@@ -90,6 +90,7 @@ class Stack(nn.Module):
     def __init__(self, config: ModelConfig, encoder: bool, dropout: float):
         super().__init__()
         self.config, self.causal, self.recompute = config, not encoder, False
+        self.dropout = dropout if config.shape != "decoder" else 0.0  # of embeddings; decoders alone were measured without
         count = config.num_encoder_layers if encoder else config.num_hidden_layers
         heads = config.encoder_attention_heads if encoder else config.num_attention_heads
         learned = config.positions == "learned"
@@ -120,6 +121,7 @@ class Stack(nn.Module):
             x = x + (self.types.weight[0] if types is None else self.types(types)).to(x.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         full, local = self._views(x, positions, real, cache, memory, past)
         full.packed = local.packed = packed
         full.firsts = local.firsts = firsts
@@ -305,6 +307,9 @@ class Transformer(nn.Module):
         """Sets the share of sublayer outputs that training sets to zero."""
         for block in self.blocks():
             block.dropout = dropout
+        for stack in (self.encoder, self.decoder):
+            if stack is not None:
+                stack.dropout = dropout if self.config.shape != "decoder" else 0.0
 
     def compile_blocks(self, **options) -> None:
         """Has torch.compile, with its options, make one kernel of what it can of each block in training. Evaluations, whose
