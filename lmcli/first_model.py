@@ -53,10 +53,13 @@ def adopted(model: Transformer, recipe: Recipe, prepared: data.TrainingData, obj
         if recipe.train.lora_rank and objective.head == "lm":
             raise UsageError("the head over the vocabulary would be new, and an adapter holds none", where="train.lora_rank",
                              hint="train the whole model, or one that has such a head")
-        body = {name: weight for name, weight in model.named_parameters() if not name.startswith("head.")}
+        # what a bare encoder puts on its first token, BERT's pooler, is the first layer of a head for labels as well
+        pooler = model.config.head == "none" and changes["head"] == "sequence" and changes.get("head_dense")
+        old = {name: weight for name, weight in model.named_parameters()
+               if not name.startswith("head.") or (pooler and name.startswith("head.dense."))}
         model = Transformer(dataclasses.replace(model.config, **changes).complete())
-        model.load_state_dict(body, strict=False)
-        new = [(name, weight) for name, weight in model.named_parameters() if name.startswith("head.")]
+        model.load_state_dict(old, strict=False)
+        new = [(name, weight) for name, weight in model.named_parameters() if name not in old]
         initialize(model, new, torch.Generator().manual_seed(recipe.train.seed))
         note(f"the head is new: {', '.join(name for name, _ in new)}")
     model.set_dropout(recipe.train.dropout)

@@ -60,7 +60,7 @@ def test_a_prompt_without_a_mask_is_told_and_may_be_left_blank_or_out(inside, be
 
 @pytest.mark.parametrize(("kind", "what", "hint"), [
     ("labels", "a classifier of texts (encoder), which lm generate cannot use", "lm classify"),
-    ("answers", "a question-answering model (encoder), which lm generate cannot use", "logits"),
+    ("answers", "a question-answering model (encoder), which lm generate cannot use", "lm classify (finds answers"),
     ("bare", "an encoder without a head, which lm generate cannot use", "logits")])
 def test_a_model_that_cannot_write_says_what_it_can(kind, what, hint, inside, berts):
     done = inside("generate", "-m", berts / kind, "a [MASK]")

@@ -183,3 +183,18 @@ def test_two_texts_and_a_label_are_a_pair_in_training_as_in_use(train, inside, t
     found = [json.loads(line) for line in done.stdout.splitlines()]
     loss = -sum(math.log(row["probabilities"][row["given_label"]]) for row in found) / len(found)
     assert recipe["result"]["val_loss"] == pytest.approx(loss, abs=2e-5)
+
+
+def test_a_pooler_is_kept_where_a_head_for_labels_has_one(berts, inside, tmp_path):
+    """Of a bare BERT, whose pooler transformers keeps as well; that of a masked-word head is another layer, and new."""
+    from safetensors.numpy import load_file
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled()))
+    for kind, new in (("bare", "lm: the head is new: head.output.weight, head.output.bias\n"),
+                      ("masked", "lm: the head is new: head.dense.weight")):
+        done = inside("train", tmp_path / "rows.jsonl", "--from", berts / kind, "-o", tmp_path / kind, "--steps", 1,
+                      "--preset", "finetune", "--set", "train.learning_rate=1e-9")
+        assert done.returncode == 0 and new in done.stderr.decode()
+    before = load_file(berts / "bare" / "model.safetensors")["pooler.dense.weight"]
+    after = load_file(tmp_path / "bare" / "model.safetensors")["bert.pooler.dense.weight"]
+    assert abs(after - before).max() < 1e-6

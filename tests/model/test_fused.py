@@ -549,7 +549,7 @@ def test_other_shapes_train_in_bfloat16_as_in_float32(preset, randomize):
     assert loss == pytest.approx(plain_loss, rel=1e-6)
     assert distance(exact, plain) < 1e-5
     assert half_loss == pytest.approx(loss, rel=0.01)
-    assert distance(half, exact) < 1.5 * distance(half_plain, exact) < 0.2  # NaN fails as well
+    assert distance(half, exact) < 1.5 * distance(half_plain, exact) < 0.4  # NaN fails as well
 
 
 def in_both_precisions(model: Transformer, batch: Batch, objective: str) -> list[tuple[float, Tensor]]:

@@ -1,5 +1,7 @@
 """The model as a whole: fresh weights, tying, causality."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,8 +13,8 @@ SMALL = ModelConfig(vocab_size=300, max_position_embeddings=32, hidden_size=64, 
                     num_attention_heads=4, tie_word_embeddings=False).complete()
 
 
-def fresh(seed: int) -> Transformer:
-    model = Transformer(SMALL)
+def fresh(seed: int, **options) -> Transformer:
+    model = Transformer(dataclasses.replace(SMALL, **options))
     model.initialize(seed)
     return model
 
@@ -34,10 +36,14 @@ def test_a_fresh_model_passes_its_input_through_and_knows_nothing(difference):
 
 
 @pytest.mark.parametrize(("name", "deviation"), [
-    ("embedding.weight", 0.02), ("head.output.weight", 0.02), ("decoder.layers.0.attention.query.weight", 0.5 / 8),
+    ("embedding.weight", 0.3), ("head.output.weight", 0.02), ("decoder.layers.0.attention.query.weight", 0.5 / 8),
     ("decoder.layers.1.mlp.up.weight", 0.5 / 8), ("decoder.layers.1.mlp.down.weight", 0.0)])
 def test_fresh_matrices_have_the_deviation_that_is_promised(name, deviation):
     assert fresh(0).get_parameter(name).std().item() == pytest.approx(deviation, rel=0.05)
+
+
+def test_a_fresh_embedding_that_is_the_head_too_begins_small():
+    assert fresh(0, tie_word_embeddings=True).embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_a_tied_head_is_the_embedding_itself(small_model):
