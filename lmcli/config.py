@@ -202,7 +202,7 @@ class TrainConfig:
     save_every: int = knob(0, "steps between resumable states; 0 means an eighth of the budget", 0)
     sample_every: int = knob(0, "steps between sample texts; 0 means an eighth of the budget", 0)
     metric: str = knob("loss", "what tells the best model of a run: the lowest loss, or the most targets that were the "
-                       "likeliest choice", choices=("loss", "accuracy"))
+                       "likeliest choice (span: the highest F1)", choices=("loss", "accuracy"))
     patience: int = knob(0, "evaluations in a row without a better one that end the run; 0 never does", 0)
     seed: int = knob(0, "of initial weights, data order, dropout and samples", 0, (1 << 63) - 1)
 

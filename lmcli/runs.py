@@ -195,7 +195,7 @@ class TrainingRun:
             return lambda: measured(scorer, prepared.validation), read
         if self.objective.name == "span":
             held = Asked(data.windows(prepared, prepared.validation, self.recipe.train.doc_stride), prepared.posed,
-                         loop.MOST_MICRO_BATCH_TOKENS)
+                         loop.MOST_MICRO_BATCH_TOKENS, self.recipe.train.metric)
             return lambda: held.measure(self.model), held.tokens
         known = Figures(self.objective.target, by=self.recipe.train.metric)
         if self.objective.name == "masked":

@@ -23,10 +23,15 @@ class SpanFigures(Figures):
     exact: float = 0.0
     f1: float = 0.0
 
+    @property
+    def criterion(self) -> float:
+        """Nats per position or, by accuracy, what F1 lacks of 1."""
+        return self.loss if self.by == "loss" else 1.0 - self.f1 / max(1, self.questions)
+
     def metrics(self) -> dict[str, float]:
         """Plain values for metrics.jsonl and recipe.yaml."""
         questions = max(1, self.questions)
-        return {"val_loss": self.criterion, "val_accuracy": self.accuracy, "val_targets": self.targets,
+        return {"val_loss": self.loss, "val_accuracy": self.accuracy, "val_targets": self.targets,
                 "val_guessing": self.entropy, "val_questions": self.questions,
                 "val_exact_match": self.exact / questions, "val_f1": self.f1 / questions}
 
@@ -35,17 +40,19 @@ class SpanFigures(Figures):
     def headline(self) -> str:
         """The figures on one line."""
         questions = max(1, self.questions)
-        return (f"{self.criterion:.4f} nats/{self.target} (guessing: {self.entropy:.3f}) · "
+        return (f"{self.loss:.4f} nats/{self.target} (guessing: {self.entropy:.3f}) · "
                 f"{self.exact / questions:.1%} exact · F1 {self.f1 / questions:.1%}")
 
 
 @dataclass
 class Asked:
-    """Questions held out, what each poses, in windows. `most` tokens are read at once."""
+    """Questions held out, what each poses, in windows. `most` tokens are read at once; the best figures are told `by` loss,
+    or with accuracy by F1."""
 
     windows: Windows
     posed: list[Posed]
     most: int
+    by: str = "loss"
     guessing: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,7 +68,7 @@ class Asked:
     @torch.inference_mode()
     def measure(self, model: Transformer) -> SpanFigures:
         """The figures of a model, which is in evaluation mode. An answer is given unless none is likelier."""
-        figures = SpanFigures("position", entropy=self.guessing, questions=len(self.posed))
+        figures = SpanFigures("position", entropy=self.guessing, by=self.by, questions=len(self.posed))
         read: list[list[Read]] = [[] for _ in self.posed]
         for chosen in self._rows.in_order(self.most):
             batch = self.windows.batch(chosen)

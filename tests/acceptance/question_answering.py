@@ -9,9 +9,8 @@ Baselines: the longest run of words that question and context have in common, an
 that stands. Prints exact match and F1 by SQuAD's rules with their 95 % bootstrap intervals over the 200 questions, and the
 differences from both baselines with theirs. Fails unless F1 is above that of the longest common words, interval and all.
 
-MiniLM after 3 minutes on two cores that much else ran on (0.7 passes; --set train.batch_tokens=1536 --set
-train.learning_rate=2e-4): exact match 5.5 % (2.5 to 9.0), F1 14.1 % (10.6 to 17.9), the baselines 0.0 and 0.5 %, 7.1 and
-21.7 %: so short a run finds answers, and not yet more of their words than a whole sentence has.
+MiniLM after 8 minutes on two cores: exact match 39.5 % (33.0 to 46.5), F1 51.7 % (45.7 to 57.9); the baselines 0.0 and
+0.5 %, 7.1 and 21.7 %.
 """
 
 import argparse
