@@ -1,14 +1,11 @@
 """Two files whose lines belong together, as parallel corpora come: written as rows of source and target into the cache."""
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator
 from itertools import zip_longest
 
 from lmcli.errors import UsageError, UserError
-from lmcli.storage import cache_folder, user_errors
-from lmcli.text.documents import Layout
+from lmcli.text.documents import Layout, pinned
 from lmcli.text.records import Reader, shown
 
 
@@ -22,25 +19,9 @@ def pin(sources: list[str], targets: tuple[str, ...], layout: Layout) -> list[st
         raise UsageError(f"{len(sources)} files of sources and {len(targets)} of targets", where="--target",
                          hint="one --target for each FILE, one --val-target for each --val, in the same order")
     layout.format, layout.fields = "jsonl", ("source", "target")
-    return [_pin(source, target) for source, target in zip(sources, targets)]
-
-
-def _pin(source: str, target: str) -> str:
-    folder, digest = cache_folder() / "aligned", hashlib.sha256()
-    part = folder / f".{os.getpid()}.part"
-    with user_errors(folder, "keep aligned lines"):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as out:
-                for pair in _pairs(source, target):
-                    line = json.dumps(pair, ensure_ascii=False).encode("utf-8") + b"\n"
-                    digest.update(line)
-                    out.write(line)
-            whole = folder / f"{digest.hexdigest()[:16]}.jsonl"
-            os.replace(part, whole)
-        finally:
-            part.unlink(missing_ok=True)
-    return str(whole)
+    rows = ((json.dumps(pair, ensure_ascii=False).encode("utf-8") + b"\n" for pair in _pairs(*both))
+            for both in zip(sources, targets))
+    return [pinned("aligned", ".jsonl", "keep aligned lines", lines) for lines in rows]
 
 
 def _pairs(source: str, target: str) -> Iterator[dict[str, str]]:

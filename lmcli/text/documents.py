@@ -8,7 +8,6 @@ import codecs
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -352,18 +351,24 @@ def _line_end(document: Document, at: int) -> int:
 
 def pin_stdin() -> str:
     """Copies standard input into the cache folder, named by its content, so that a run on it can be resumed."""
-    folder = cache_folder() / "stdin"
+    with user_errors(cache_folder() / "stdin", "keep standard input"), open_bytes("-") as source:
+        return pinned("stdin", ".txt", "keep standard input", iter(lambda: source.read(CHUNK_BYTES), b""))
+
+
+def pinned(kind: str, suffix: str, doing: str, chunks: Iterable[bytes]) -> str:
+    """A file in the cache's folder of this kind that holds these chunks, named by its content. UserError, which says what
+    was `doing`, where that fails."""
+    folder, digest = cache_folder() / kind, hashlib.sha256()
     part = folder / f".{os.getpid()}.part"
-    digest = hashlib.sha256()
-    with user_errors(folder, "keep standard input"):
+    with user_errors(folder, doing):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with part.open("wb") as out, open_bytes("-") as source:
-                while chunk := source.read(CHUNK_BYTES):
+            with part.open("wb") as out:
+                for chunk in chunks:
                     digest.update(chunk)
                     out.write(chunk)
-            target = folder / f"{digest.hexdigest()[:16]}.txt"
-            shutil.move(part, target)
+            target = folder / f"{digest.hexdigest()[:16]}{suffix}"
+            os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
     return str(target)

@@ -105,3 +105,22 @@ def berts(tmp_path_factory, shared):
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(shared / "tokenizers" / "bert-minilm" / file, folder / name)
     return folder
+
+
+@pytest.fixture
+def stopped_after_five(inside, monkeypatch):
+    """stopped_after_five(*arguments): `inside`, a run that is told to stop by its fifth step."""
+    from lmcli.training import loop
+
+    step = loop.Run._step
+
+    def stop(self, share):
+        made = yield from step(self, share)
+        self.stop = made.step == 5
+        return made
+
+    def call(*arguments) -> subprocess.CompletedProcess:
+        with monkeypatch.context() as patched:
+            patched.setattr(loop.Run, "_step", stop)
+            return inside(*arguments)
+    return call

@@ -87,18 +87,9 @@ def test_transformers_loads_the_folder_as_it_is(run):
     assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-def test_a_run_stopped_after_a_step_resumes_to_the_same_bits(data, run, inside, tmp_path, monkeypatch):
-    from lmcli.training import loop
-
-    step = loop.Run._step
-
-    def stop_after_five(self, share):
-        made = yield from step(self, share)
-        self.stop = made.step == 5
-        return made
-    with monkeypatch.context() as patched:
-        patched.setattr(loop.Run, "_step", stop_after_five)
-        stopped = inside("train", data, "-o", tmp_path / "run", "--preset", "qa", *SMALL, "--steps", 12, "--threads", 1)
+def test_a_run_stopped_after_a_step_resumes_to_the_same_bits(data, run, inside, stopped_after_five, tmp_path):
+    stopped = stopped_after_five("train", data, "-o", tmp_path / "run", "--preset", "qa", *SMALL, "--steps", 12,
+                                 "--threads", 1)
     assert stopped.returncode == 130
     assert inside("train", "--resume", tmp_path / "run", "--threads", 1).returncode == 0
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (run[0] / "model.safetensors").read_bytes()

@@ -90,21 +90,11 @@ def test_transformers_loads_the_folder_as_it_is(run, difference):
         assert theirs.config.id2label == {0: "even", 1: "odd"}
 
 
-def test_a_run_stopped_after_a_step_resumes_to_the_same_bits(rows, run, inside, tmp_path, monkeypatch):
-    from lmcli.training import loop
-
+def test_a_run_stopped_after_a_step_resumes_to_the_same_bits(rows, run, inside, stopped_after_five, tmp_path):
     case, folder, _ = run
     preset, file, more = CASES[case]
-    step = loop.Run._step
-
-    def stop_after_five(self, share):
-        made = yield from step(self, share)
-        self.stop = made.step == 5
-        return made
-    with monkeypatch.context() as patched:
-        patched.setattr(loop.Run, "_step", stop_after_five)
-        stopped = inside("train", rows / file, "-o", tmp_path / "run", "--preset", preset, *SMALL, *more, "--steps", 12,
-                         "--threads", 1)
+    stopped = stopped_after_five("train", rows / file, "-o", tmp_path / "run", "--preset", preset, *SMALL, *more,
+                                 "--steps", 12, "--threads", 1)
     assert stopped.returncode == 130
     assert inside("train", "--resume", tmp_path / "run", "--threads", 1).returncode == 0
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
