@@ -39,6 +39,7 @@ from lmcli.training.objectives import OBJECTIVES
 from lmcli.training.span_evaluation import Asked
 
 SAMPLE_TOKENS = 60
+EVALUATION_BATCH_TOKENS = 16_384
 
 
 @dataclass
@@ -195,18 +196,18 @@ class TrainingRun:
             return lambda: measured(scorer, prepared.validation), read
         if self.objective.name == "span":
             held = Asked(data.windows(prepared, prepared.validation, self.recipe.train.doc_stride), prepared.posed,
-                         loop.MOST_MICRO_BATCH_TOKENS, self.recipe.train.metric)
+                         EVALUATION_BATCH_TOKENS, self.recipe.train.metric)
             return lambda: held.measure(self.model), held.tokens
         known = Figures(self.objective.target, by=self.recipe.train.metric)
         if self.objective.name == "masked":
             ids = data.validation_ids(prepared)
             def batches():
-                return rows.in_order(ids, loop.MOST_MICRO_BATCH_TOKENS)
+                return rows.in_order(ids, EVALUATION_BATCH_TOKENS)
         else:
             held_out = data.example_rows(prepared.validation, data.template(
                 prepared, self.model.config.decoder_start_token_id))
             def batches():
-                return held_out.in_order(loop.MOST_MICRO_BATCH_TOKENS)
+                return held_out.in_order(EVALUATION_BATCH_TOKENS)
             if self.objective.name in ("seq2seq", "completion"):
                 known = dataclasses.replace(known, end=tokenizer.special("eos_token"), bytes=prepared.validation.bytes)
         entropy = unigram_entropy(batch.targets for batch in batches())

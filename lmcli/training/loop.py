@@ -20,7 +20,7 @@ from lmcli.training.divergence import Diverged
 from lmcli.training.objectives import OBJECTIVES, Objective
 from lmcli.training.state import Counters
 
-MOST_MICRO_BATCH_TOKENS = 16_384
+MICRO_BATCH_TOKENS = {"cpu": 16_384, "mps": 16_384, "cuda": 65_536}  # of one forward pass at most
 EVALUATIONS = 8  # of a run, unless eval_every says otherwise; and so many saves and sample texts
 PLACES_TOLD = 4  # of the rows that an error names
 SMALLER = "lower train.context, model.hidden_size, model.num_hidden_layers or tokenizer.vocab_size"
@@ -75,6 +75,11 @@ def evaluations(budget: float, cost: float) -> int:
     return min(EVALUATIONS, max(1, int(budget / 15 / max(cost, 1e-9)))) if budget else EVALUATIONS
 
 
+def micro_batch_tokens(config: TrainConfig, device: torch.device) -> int:
+    """Tokens of one forward pass at most, where memory allows."""
+    return config.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
+
+
 @dataclass
 class Run:
     """A training run. `elapsed()` is seconds since its start; set `stop` to end it after the current step.
@@ -118,7 +123,7 @@ class Run:
     @property
     def micro_batch_tokens(self) -> int:
         """Tokens of one forward pass at most: what fitted once memory had run out, else what is configured."""
-        return self.counters.micro_batch_tokens or self.config.micro_batch_tokens or MOST_MICRO_BATCH_TOKENS
+        return self.counters.micro_batch_tokens or micro_batch_tokens(self.config, self.placement.device)
 
     @property
     def recompute(self) -> bool:
