@@ -30,9 +30,10 @@ MAY_IMPORT = {
     **{name: set(GROUND[:i]) for i, name in enumerate(GROUND)},
     "text": {*GROUND}, "model": {*GROUND},
     "checkpoints": BELOW_2, "training": BELOW_2, "inference": BELOW_2,
-    "analysis": BELOW_3, "api": BELOW_3, "first_model": BELOW_3, "runs": {*BELOW_3, "analysis", "first_model"},
+    "analysis": BELOW_3, "api": BELOW_3, "first_model": BELOW_3, "launch": set(),
+    "runs": {*BELOW_3, "analysis", "first_model", "launch"},
     "display": {"errors", "config"},
-    "commands": {*BELOW_3, "analysis", "api", "runs", "display"},
+    "commands": {*BELOW_3, "analysis", "api", "launch", "runs", "display"},
     "__init__": {"api"}, "__main__": {"commands"}}
 # which libraries stand where: a part of lmcli/ → those it must not import
 NEVER = {
