@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "__init__": {"api"}, "__main__": {"commands"}}
 # which libraries stand where: a part of lmcli/ → those it must not import
 NEVER = {
-    **{name: {"torch", "rich", "click", "numpy", "tokenizers"} for name in GROUND},
+    **{name: {"torch", "rich", "click", "numpy", "tokenizers"} for name in (*GROUND, "launch")},
     "text": {"torch", "safetensors", "rich", "click"}, "model": {"rich", "click", "tokenizers", "safetensors"},
     "display": {"torch", "numpy", "tokenizers", "click"},
     **{name: {"rich", "click"} for name in (*BELOW_3 - BELOW_2, "analysis", "api", "first_model", "runs", "__init__")},
