@@ -23,8 +23,8 @@ Examples:
 @click.argument("data", nargs=-1, metavar="DATA...")
 @click.option("-o", "--output", metavar="DIR", help="Run folder.  [default: runs/NAME, the next free number]")
 @click.option("--preset", default="auto", show_default=True, metavar="NAME|FILE",
-              help="Recipe: auto (chooses by text, time and machine), tiny, small, base, encoder-small, qa, seq2seq-small, "
-                   "transformer-2017, or a .yaml file.")
+              help="Recipe: auto (chooses by text, time and machine), tiny, small, base; encoder-small, classify, qa; "
+                   "seq2seq-small, translate, summarize, transformer-2017; finetune; or a .yaml file.")
 @click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value of the preset.")
 @click.option("--from", "origin", metavar="MODEL", help="Go on training this model folder, with its tokenizer.")
 @click.option("--lora", type=click.IntRange(min=1), metavar="RANK",
