@@ -45,14 +45,16 @@ Examples:
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order, dropout, samples.")
 @click.option("--resume", metavar="DIR",
               help="Go on with an interrupted run; needs nothing else, and takes --set train.learning_rate.")
+@click.option("--allow-changes", is_flag=True,
+              help="With --resume: go on though data, tokenizer, recipe or versions have changed, and say what has.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that the folder -o holds.")
 @options.reading
 @options.hardware
 @options.quiet
 @options.verbose
 def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_folder, time_, steps, tokens, epochs, val,
-          targets, val_targets, on_long, documents, seed, resume, overwrite, format_, fields, include, on_error, device,
-          dtype, threads, quiet, verbose):
+          targets, val_targets, on_long, documents, seed, resume, allow_changes, overwrite, format_, fields, include,
+          on_error, device, dtype, threads, quiet, verbose):
     """Trains a model on text files (or a directory, or standard input) and prints the folder it lies in.
 
     A decoder learns from text; an encoder from text (masked words), from rows with text and label, or from rows with
@@ -66,7 +68,9 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
     if origin and any(setting.lstrip().startswith(("model.", "tokenizer.")) for setting in sets):
         raise UsageError("--from brings its model and tokenizer: leave --set model.… and tokenizer.… out")
     if resume:
-        _refuse_beside_resume(sets)
+        _refuse_beside_resume(sets, allow_changes)
+    elif allow_changes:
+        raise UsageError("--allow-changes goes with --resume")
     elif not data and sys.stdin.isatty():
         raise UsageError("nothing to train on: give DATA, or pipe text in", hint="lm train --help")
     from lmcli import display, recipes, runs
@@ -74,7 +78,7 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
 
     note = (lambda text: None) if quiet else display.note
     if resume:
-        run = runs.resume(resume, device, threads or 0, BEGAN, note, sets)
+        run = runs.resume(resume, device, threads or 0, BEGAN, note, sets, allow_changes)
     else:
         def resolve(below):
             return recipes.resolve(preset, sets, {
@@ -95,20 +99,19 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
     click.echo(run.folder)
 
 
-# settings that may change under way: neither model nor data nor budget hang on them
-CHANGEABLE = ("learning_rate", "matrix_learning_rate", "gradient_clip", "precision", "recompute")
-
-
-def _refuse_beside_resume(sets):
+def _refuse_beside_resume(sets, allow_changes):
     """--resume needs nothing else; whatever would make it another run is refused."""
     context = click.get_current_context()
-    allowed = {"resume", "sets", "device", "threads", "quiet", "verbose"}
+    from lmcli.training.changes import CHANGEABLE
+
+    allowed = {"resume", "allow_changes", "sets", "device", "threads", "quiet", "verbose"}
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name)
         if source == click.core.ParameterSource.COMMANDLINE and parameter.name not in allowed:
             raise UsageError(f"--resume needs nothing else: leave {parameter.opts[0]} out",
                              hint="to go on with other data or settings, start a new run with --from")
     for setting in sets:
-        if setting.partition("=")[0].strip() not in {f"train.{key}" for key in CHANGEABLE}:
+        key = setting.partition("=")[0].strip()
+        if key not in {f"train.{key}" for key in CHANGEABLE} and not (allow_changes and key.startswith("train.")):
             raise UsageError(f"--resume goes on with the settings of its run, {setting} is another: leave --set out",
-                             hint=f"only these of train may change: {', '.join(CHANGEABLE)}")
+                             hint=f"only these of train may change: {', '.join(CHANGEABLE)}; --allow-changes lets others")
