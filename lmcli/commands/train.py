@@ -18,7 +18,8 @@ Examples:
   lm train squad.jsonl --preset qa --from bert    rows with context, question, answers
   lm train more.txt --from runs/book -o runs/more
   lm train more.txt --from runs/book --lora 8     trains an adapter of rank 8 beside it
-  lm train --resume runs/book""")
+  lm train --resume runs/book
+  lm train notes.txt --check-resume               whether a run on this text can be resumed to the same bit""")
 @click.argument("data", nargs=-1, metavar="DATA...")
 @click.option("-o", "--output", metavar="DIR", help="Run folder.  [default: runs/NAME, the next free number]")
 @click.option("--preset", default="auto", show_default=True, metavar="NAME|FILE",
@@ -44,17 +45,19 @@ Examples:
               help="What a document is: the whole file (<|endoftext|> parts it), a line, or a paragraph.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order, dropout, samples.")
 @click.option("--resume", metavar="DIR",
-              help="Go on with an interrupted run; needs nothing else, and takes --set train.learning_rate.")
+              help="Go on with an interrupted run, to the same bit; needs nothing else, takes --set train.learning_rate.")
 @click.option("--allow-changes", is_flag=True,
               help="With --resume: go on though data, tokenizer, recipe or versions have changed, and say what has.")
+@click.option("--check-resume", is_flag=True,
+              help="Train nothing, but prove in under a minute that runs on this data can be resumed to the same bit here.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that the folder -o holds.")
 @options.reading
 @options.hardware
 @options.quiet
 @options.verbose
 def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_folder, time_, steps, tokens, epochs, val,
-          targets, val_targets, on_long, documents, seed, resume, allow_changes, overwrite, format_, fields, include,
-          on_error, device, dtype, threads, quiet, verbose):
+          targets, val_targets, on_long, documents, seed, resume, allow_changes, check_resume, overwrite, format_, fields,
+          include, on_error, device, dtype, threads, quiet, verbose):
     """Trains a model on text files (or a directory, or standard input) and prints the folder it lies in.
 
     A decoder learns from text; an encoder from text (masked words), from rows with text and label, or from rows with
@@ -85,10 +88,16 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
                 "time": time_, "steps": steps, "tokens": tokens, "epochs": epochs, "seed": seed,
                 "precision": None if dtype == "auto" else dtype, "lora_rank": lora, "frozen_layers": freeze}, below)
 
-        run = runs.start(runs.Request(
+        request = runs.Request(
             resolve({}), data, output, val, include, Layout(documents, format_, fields, on_error), origin, tokenizer_folder,
             overwrite, device, threads or 0, resolve if preset == "auto" else None, on_long, (targets, val_targets),
-            remember), BEGAN, note)
+            remember)
+        if check_resume:
+            from lmcli import resume_check
+
+            click.echo(resume_check.check(request, note))
+            return
+        run = runs.start(request, BEGAN, note)
     with run.signals(), display.TrainingView(quiet, run.bytes_per_token, run.objective.target) as view:
         for kind, event in run.events():
             {"step": view.step, "validation": view.validation, "sample": view.sample, "note": view.note}[kind](event)
