@@ -2,24 +2,22 @@
 
 import dataclasses
 import os
-import platform
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import tokenizers as tokenizers_library
 import torch
 
-from lmcli import __version__, first_model, launch
+from lmcli import first_model, launch
 from lmcli.analysis import auto, remembering
 from lmcli.analysis.card import model_card
 from lmcli.analysis.loss_curve import draw
 from lmcli.checkpoints import adapters, hub
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints.config_json import family_of
-from lmcli.config import Recipe, TrainConfig
+from lmcli.config import Recipe
 from lmcli.errors import UsageError, UserError
 from lmcli.inference.decoding import Decoder
 from lmcli.inference.perplexity import measured
@@ -27,12 +25,12 @@ from lmcli.inference.scoring import Scorer
 from lmcli.model import kernels
 from lmcli.model.device import Placement, place
 from lmcli.model.transformer import Transformer
-from lmcli.recipes import changed, require_budget, require_origin
-from lmcli.storage import write_text
+from lmcli.recipes import BUDGETS, changed, require_budget, require_origin
+from lmcli.storage import copy_file, sha256_of, write_text
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
 from lmcli.text.examples import unigram_entropy
-from lmcli.training import data, loop, memory_room, run_folder, state
+from lmcli.training import changes, data, loop, memory_room, run_folder, state
 from lmcli.training.divergence import Diverged
 from lmcli.training.evaluation import Figures, evaluate
 from lmcli.training.objectives import OBJECTIVES
@@ -134,66 +132,91 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
 
 
 def resume(path: str, device: str, threads: int, began: float, note: Callable[[str], None],
-           sets: tuple[str, ...] = ()) -> "TrainingRun":
-    """The run of a folder, as its newest state left it, with `section.key=value` settings from there on.
+           sets: tuple[str, ...] = (), allow_changes: bool = False) -> "TrainingRun":
+    """The run of a folder, as its newest sound state left it, with `section.key=value` settings from there on. `note` gets
+    what has changed since, which `allow_changes` lets it.
 
-    Raises UserError when data or state are missing or changed.
+    Raises UserError when data or state are missing or damaged, when anything the run's numbers come from has changed, and
+    when another process is training in the folder.
     """
-    run, facts = _reopened(path, device, threads, began, note, sets)
-    run.loop.counters = state.restore(run.place.states, run.model, run.loop.optimizer, note)
-    run.result, run.chosen = facts.get("result") or {}, facts.get("choice") or []
-    run.remembered, run.base = run.result.pop("remembered", []), adapters.base_name(Path(path))
-    memory_room.fit(run.loop, note)
-    run.place.open_metrics(run.step)
-    if sets:
-        run.write_recipe()
+    place_of_run, recipe, facts = run_folder.take(Path(path))
+    try:
+        recipe = changed(recipe, sets)
+        saved = state.newest(place_of_run.states, note)
+        source = data.source_from_facts(facts["data"])
+        known, source.hashes = source.hashes, {}
+        parts = data.split(source, recipe.train.validation_bytes, note)
+        changes.require_allowed([
+            *changes.settings(saved.beside.recipe, recipe), *changes.files(known, source.hashes),
+            *changes.files(facts["data"].get("tokenizer_files", {}), _tokenizer_files(Path(path))),
+            *changes.versions(facts.get("versions") or {})], Path(path), allow_changes, note)
+        run = _rebuilt(place_of_run, recipe, source, parts, device, threads, began, note)
+        run.chosen, run.base = facts.get("choice") or [], adapters.base_name(Path(path))
+        run.go_on_from(saved, facts, note)
+    except BaseException:
+        place_of_run.release()
+        raise
     note(f"going on after step {run.step:,}")
     _tell(run, note)
     return run
 
 
-def _reopened(path: str, device: str, threads: int, began: float, note: Callable[[str], None],
-              sets: tuple[str, ...] = ()) -> tuple["TrainingRun", dict]:
-    """(the run of a folder before its first step, the facts stored with it)."""
-    place_of_run, recipe, facts = run_folder.reopen(Path(path))
-    recipe = changed(recipe, sets)
+def _rebuilt(place_of_run: run_folder.RunFolder, recipe: Recipe, source: data.Source, parts: data.Parts, device: str,
+             threads: int, began: float, note: Callable[[str], None]) -> "TrainingRun":
+    """The run of a folder with weights that are nothing yet."""
+    path = place_of_run.path
     placement = place(device, recipe.train.precision, threads, training=True)
-    source = data.source_from_facts(facts["data"])
-    tokenizer = tokenizers.load(path)
-    prepared = data.prepare(source, data.split(source, recipe.train.validation_bytes, note), recipe.tokenizer,
-                            recipe.train.context, tokenizer, note, OBJECTIVES[recipe.train.objective], recipe.model.labels)
+    tokenizer = tokenizers.load(str(path))
+    if tokenizer.size > recipe.model.vocab_size:
+        raise UserError(f"has {tokenizer.size:,} ids, the model has {recipe.model.vocab_size:,} rows for them",
+                        where=f"{path}/tokenizer.json", hint="a run goes on with the tokenizer it began with")
+    prepared = data.prepare(source, parts, recipe.tokenizer, recipe.train.context, tokenizer, note,
+                            OBJECTIVES[recipe.train.objective], recipe.model.labels)
     model = Transformer(recipe.model.complete(), recipe.train.dropout)
     if recipe.train.lora_rank or recipe.train.frozen_layers:
         first_model.choose_trained(model, recipe.train)
-    return TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began), facts
+    return TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
 
 
 def lead(run: "TrainingRun", team: Team) -> None:
     """Lets the other processes of a team, which `follow`, join a run that is ready for its next step."""
+    if team.size == 1:
+        return
     launch.remember_folder(run.folder)
     run.loop.team = team
-    team.tell({"folder": str(run.folder.resolve()), "counters": run.loop.counters,
-               "changed": dataclasses.asdict(run.recipe.train)})
+    team.tell({"folder": str(run.folder.resolve()), "counters": dataclasses.asdict(run.loop.counters)})
     team.share_weights(run.model)
 
 
 def follow(team: Team, device: str, threads: int) -> None:
-    """Joins the run that the leader tells of and makes its steps to the end; both see the same files.
+    """Joins the run that the leader tells of and makes its steps to the end; all see the same files.
 
     Raises Lost when the leader has gone, and what `loop.Run.follow` raises.
     """
+    def silent(text: str) -> None:
+        """The leader has said it."""
+
     heard = team.hear()
-    if heard is None:
-        return
-    run, _ = _reopened(heard["folder"], device, threads, 0.0, lambda text: None)
-    if heard["counters"].step:
-        state.restore(run.place.states, run.model, run.loop.optimizer, lambda text: None)
-    run.loop.counters, run.loop.config, run.loop.team = heard["counters"], TrainConfig(**heard["changed"]), team
+    place_of_run, recipe, facts = run_folder.reopen(Path(heard["folder"]))
+    source = data.source_from_facts(facts["data"])
+    parts = data.split(source, recipe.train.validation_bytes, silent)
+    run = _rebuilt(place_of_run, recipe, source, parts, device, threads, 0.0, silent)
+    if heard["counters"]["step"]:
+        state.newest(place_of_run.states, silent).restore(run.model, run.loop.optimizer)
+    run.loop.counters, run.loop.team = state.Counters(**heard["counters"]), team
     team.share_weights(run.model)
     run.loop.follow()
 
 
+def _tokenizer_files(folder: Path) -> dict[str, str]:
+    """The SHA-256 of the files that make a run's tokenizer."""
+    files = (folder / name for name in (*checkpoints.TOKENIZERS, "target.spm", "tokenizer_config.json"))
+    return {file.name: sha256_of(file) for file in files if file.is_file()}
+
+
 def _tell(run: "TrainingRun", note: Callable[[str], None]) -> None:
+    if run.place.held.missing:
+        note(run.place.held.missing)
     note(run.description())
     for text in run.memories():
         note(text)
@@ -213,6 +236,7 @@ class TrainingRun:
         self.base = ""  # of adapters: what names the model that they are for
         self.remembered: list[dict] = []
         self.headline = ""
+        self.best_sha256 = ""  # of the weights of the best model so far, as the folder has them
         torch.manual_seed(recipe.train.seed)
         self.objective = OBJECTIVES[recipe.train.objective]
         rows = data.training_rows(prepared, self.objective, model.config.decoder_start_token_id, recipe.train)
@@ -279,18 +303,69 @@ class TrainingRun:
                 f"{self.objective.name} objective; on {self.placement}; into {self.folder}")
 
     def create(self) -> None:
-        """Writes the model folder with the weights as they are, the recipe, and empty metrics."""
+        """Writes the model folder with the weights as they are, empty metrics, the state before the first step, and, last,
+        the recipe: a folder that has one can be resumed."""
         self.place.begin()
         checkpoints.save(self.folder, self.model, self.prepared.tokenizer, self.recipe.generate, self.base)
-        self.write_recipe()
         self.place.open_metrics(0)
+        self._save()
+        self.write_recipe()
+
+    def go_on_from(self, saved: state.Saved, facts: dict, note: Callable[[str], None]) -> None:
+        """Puts a state back, and with it what of the folder belongs to it: an evaluation after it is yet to be made."""
+        self.loop.counters = saved.restore(self.model, self.loop.optimizer)
+        before = saved.beside.recipe.get("train")
+        if before and any(before[budget] != getattr(self.recipe.train, budget) for budget in BUDGETS):
+            self.loop.budget_has_changed()
+        result = facts.get("result") or {}
+        self.remembered = result.pop("remembered", [])
+        self.result = saved.beside.result or result  # none yet: then the model stays the one that a stop left
+        self.headline = saved.beside.headline
+        self._put_back_best(saved)
+        if not self.place.open_metrics(self.step, saved.beside.metrics_bytes):
+            note(f"{self.folder}/metrics.jsonl is not what it was when the state was saved: lines may be missing")
+        before, now = facts.get("versions") or {}, self._where()
+        if moved := [f"{before[key]} → {now[key]}" for key in now if before.get(key, now[key]) != now[key]]:
+            note(f"goes on elsewhere, so not the same to the bit: {'; '.join(moved)}")
+        memory_room.fit(self.loop, note)
+        self.write_recipe()
+
+    def _put_back_best(self, saved: state.Saved) -> None:
+        file, self.best_sha256 = self._weights_file(), saved.beside.best_sha256
+        if file.is_file() and (not self.best_sha256 or sha256_of(file) == self.best_sha256):
+            return
+        if saved.best:
+            copy_file(saved.best, file)
+        else:
+            checkpoints.save_weights(self.folder, self.model)
+
+    def _weights_file(self) -> Path:
+        return self.folder / (adapters.WEIGHTS if self.recipe.train.lora_rank else checkpoints.WEIGHTS)
+
+    def _save(self) -> None:
+        """Writes a resumable state. Raises UserError that tells how to go on when the disk refuses."""
+        counters, recipe = self.loop.counters, changes.plain(self.recipe)
+        best = self._weights_file() if 0 < counters.best_step < counters.step else None
+        beside = state.Beside(self.result, self.headline, self.place.flush_metrics(), recipe, self.best_sha256, best)
+        try:
+            state.save(self.place.states, counters, self.model, self.loop.optimizer, beside)
+        except UserError as error:
+            onward = f"free some room; what was saved before is intact, and lm train --resume {self.folder} goes on from it"
+            raise UserError(error.what, error.where, onward if counters.step else error.hint) from error
 
     def events(self) -> Iterator[tuple[str, object]]:
         """("step" | "validation" | "sample" | "note", record) as they happen; what is to be saved has been saved by then.
 
         Raises UserError, and leaves nothing behind, when the time was over before the first step; and when the loss
-        explodes or is no number, which leaves the best model and the states from before.
+        explodes or is no number, which leaves the best model and the states from before. At the end, however it comes, other
+        processes may have the folder.
         """
+        try:
+            yield from self._events()
+        finally:
+            self.place.release()
+
+    def _events(self) -> Iterator[tuple[str, object]]:
         for event in self._checked(self.loop.events()):
             if isinstance(event, loop.Note):
                 yield "note", event
@@ -308,7 +383,7 @@ class TrainingRun:
                 if sample := self._sample():
                     yield "sample", sample
             else:
-                state.save(self.place.states, self.loop.counters, self.model, self.loop.optimizer)
+                self._save()
         self._finish()
 
     def _checked(self, events: Iterator[object]) -> Iterator[object]:
@@ -328,6 +403,7 @@ class TrainingRun:
                         **figures.metrics()})
         if event.best:
             checkpoints.save_weights(self.folder, self.model)
+            self.best_sha256 = sha256_of(self._weights_file())
             self.result = {"best_step": event.step, **figures.facts()}
             self.headline = figures.headline()
             self.write_recipe()
@@ -380,13 +456,18 @@ class TrainingRun:
         """Writes recipe.yaml with what is known by now."""
         self.place.write_recipe(
             self.recipe,
-            versions={"lm": __version__, "torch": str(torch.__version__), "tokenizers": tokenizers_library.__version__,
-                      "python": platform.python_version(), "device": str(self.placement)},
+            versions=changes.versions_here() | self._where(),
             data=self.source.facts() | {"tokenizer": self.prepared.tokenizer.hash, "tokens": self.prepared.corpus.tokens,
-                                        "bytes": self.prepared.corpus.bytes},
+                                        "bytes": self.prepared.corpus.bytes,
+                                        "tokenizer_files": _tokenizer_files(self.folder)},
             validation=data.ranges(self.prepared.measured),
             result=self.result | ({"remembered": self.remembered} if self.remembered else {}),
             **({"choice": self.chosen} if self.chosen else {}))
+
+    def _where(self) -> dict[str, str]:
+        """What else than versions decides about the last bits: device, threads, precision, and, on a CPU, the kernels."""
+        kind = {"kernels": "torch's kernels" if kernels.problem() else "compiled kernels"}
+        return {"device": str(self.placement)} | (kind if self.placement.device.type == "cpu" else {})
 
     def summary(self) -> str:
         """One line: the figures of the model that was kept."""

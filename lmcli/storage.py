@@ -1,7 +1,10 @@
 """Files and folders that are either whole or not there: written under a temporary name, flushed to disk, renamed."""
 
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +42,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             _flush(part)
             os.chmod(part, 0o666 & ~_umask())  # some writers make private files
             os.replace(part, path)
+            _flush_entries(path.parent)
     finally:
         with suppress(OSError):  # on a disk that refuses, the error that ended the block is the one to tell
             part.unlink()
@@ -64,6 +68,15 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def copy_file(source: Path, path: Path) -> None:
+    """Copies a file atomically, after looking whether the disk has room for it."""
+    with user_errors(source, "read"):
+        needed = source.stat().st_size
+    require_room(path, needed)
+    with atomic_path(path) as part:
+        shutil.copyfile(source, part)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`; renamed to it when the block ends well, removed when it does not.
@@ -78,9 +91,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             yield part
             for file in part.iterdir():
                 _flush(file)
+            _flush_entries(part)
             if os.path.lexists(path):
                 os.rename(path, old)  # aside and whole: deleting takes time, and a kill would leave half of it
             os.rename(part, path)
+            _flush_entries(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
         with suppress(OSError):
@@ -102,6 +117,54 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _flush_entries(folder: Path) -> None:
+    """Has the names in a folder reach the disk: without it a machine that loses its power may have the file under its old
+    name, or under none. Where a system cannot open a folder, or flush one, its own order of writing has to do."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
+
+
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<end>part|old)")
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Removes what processes that were killed while they wrote left in a folder, in which nobody may be writing now. What
+    they had put aside, and did not come to replace, gets its name back."""
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        found = LEFTOVER.fullmatch(path.name)
+        if not found:
+            continue
+        if found["end"] == "old" and not os.path.lexists(folder / found["name"]):
+            os.rename(path, folder / found["name"])
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with user_errors(file, "read"), file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def require_room(path: Path, needed: int) -> None:
+    """Raises UserError when the disk that holds `path` has not `needed` bytes, and a megabyte, left."""
+    free = free_bytes(path)
+    if free < needed + (1 << 20):
+        raise UserError(f"no room on the disk: {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free",
+                        where=str(path), hint="free some room; what was saved before is intact")
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that can still be written on the disk that holds `path` (or its nearest existing parent)."""
     while not path.exists():
@@ -109,15 +172,17 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def size_of(tensors: dict) -> int:
+    """Bytes that tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
 def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
     """Writes a .safetensors file atomically, after looking whether the disk has room for it."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if free_bytes(path) < needed + (1 << 20):
-        raise UserError(f"no room on the disk: {needed / 1e6:.0f} MB are needed, {free_bytes(path) / 1e6:.0f} MB are free",
-                        where=str(path), hint="free some room; what was saved before is intact")
+    require_room(path, size_of(tensors))
     with atomic_path(path) as part:
         try:
             save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})

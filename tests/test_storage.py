@@ -1,5 +1,7 @@
 """Files and folders are whole or not there, whatever ends the writing."""
 
+import contextlib
+import errno
 import os
 import stat
 import subprocess
@@ -157,6 +159,48 @@ class TestFolder:
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match="cannot write: "), atomic_folder(tmp_path / "file" / "x"):
             pass
+
+
+class TestDurability:
+    @pytest.fixture
+    def done(self, monkeypatch):
+        """What was flushed and renamed, in this order: names of what each was about."""
+        found = []
+        for name, path_of in (("fsync", lambda handle: os.readlink(f"/proc/self/fd/{handle}")),
+                              ("replace", lambda _, to: str(to)), ("rename", lambda _, to: str(to))):
+            def noted(*arguments, true=getattr(os, name), name=name, path_of=path_of):
+                found.append((name, os.path.basename(path_of(*arguments)).split(".")[-1]))
+                return true(*arguments)
+            monkeypatch.setattr(os, name, noted)
+        return found
+
+    @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="only /proc tells the path of an open file")
+    def test_contents_reach_the_disk_before_the_name_and_the_name_before_the_end(self, tmp_path, done):
+        (tmp_path / "in").mkdir()
+        write_text(tmp_path / "in" / "a", "x")
+        assert done == [("fsync", "part"), ("replace", "a"), ("fsync", "in")]
+        done.clear()
+        with atomic_folder(tmp_path / "in" / "b") as part:
+            (part / "inner").write_text("x")
+        assert done == [("fsync", "inner"), ("fsync", "part"), ("rename", "b"), ("fsync", "in")]
+
+    def test_a_disk_that_cannot_flush_a_folder_is_none_that_is_broken(self, tmp_path, monkeypatch):
+        for number, broken in ((errno.EINVAL, False), (errno.EIO, True)):
+            def refuse(handle, number=number, true=os.fsync):
+                if stat.S_ISDIR(os.fstat(handle).st_mode):
+                    raise OSError(number, "refused")
+            monkeypatch.setattr(os, "fsync", refuse)
+            with pytest.raises(UserError, match="refused") if broken else contextlib.nullcontext():
+                write_text(tmp_path / "a", "x")
+
+    def test_a_copy_is_whole_and_looks_for_room_first(self, tmp_path, monkeypatch):
+        (tmp_path / "a").write_bytes(b"x" * 1000)
+        storage.copy_file(tmp_path / "a", tmp_path / "b")
+        assert (tmp_path / "b").read_bytes() == b"x" * 1000
+        monkeypatch.setattr(storage, "free_bytes", lambda path: (1 << 20) + 999)
+        with pytest.raises(UserError, match="no room on the disk"):
+            storage.copy_file(tmp_path / "a", tmp_path / "c")
+        assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
 class TestErrors:

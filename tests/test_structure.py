@@ -31,16 +31,17 @@ MAY_IMPORT = {
     "text": {*GROUND}, "model": {*GROUND},
     "checkpoints": BELOW_2, "training": BELOW_2, "inference": BELOW_2,
     "analysis": BELOW_3, "api": BELOW_3, "first_model": BELOW_3, "launch": set(),
-    "runs": {*BELOW_3, "analysis", "first_model", "launch"},
+    "runs": {*BELOW_3, "analysis", "first_model", "launch"}, "resume_check": {*BELOW_3, "analysis", "runs"},
     "display": {"errors", "config"},
-    "commands": {*BELOW_3, "analysis", "api", "launch", "runs", "display"},
+    "commands": {*BELOW_3, "analysis", "api", "launch", "runs", "resume_check", "display"},
     "__init__": {"api"}, "__main__": {"commands"}}
 # which libraries stand where: a part of lmcli/ → those it must not import
 NEVER = {
     **{name: {"torch", "rich", "click", "numpy", "tokenizers"} for name in (*GROUND, "launch")},
     "text": {"torch", "safetensors", "rich", "click"}, "model": {"rich", "click", "tokenizers", "safetensors"},
     "display": {"torch", "numpy", "tokenizers", "click"},
-    **{name: {"rich", "click"} for name in (*BELOW_3 - BELOW_2, "analysis", "api", "first_model", "runs", "__init__")},
+    **{name: {"rich", "click"} for name in (*BELOW_3 - BELOW_2, "analysis", "api", "first_model", "runs", "resume_check",
+                                              "__init__")},
     "commands": {"rich"}, "__main__": {"rich", "click", "torch"}}
 HEAVY = ("torch", "numpy", "tokenizers", "transformers", "safetensors", "rich")
 

@@ -19,7 +19,8 @@ Examples:
   lm train squad.jsonl --preset qa --from bert    rows with context, question, answers
   lm train more.txt --from runs/book -o runs/more
   lm train more.txt --from runs/book --lora 8     trains an adapter of rank 8 beside it
-  lm train --resume runs/book""")
+  lm train --resume runs/book
+  lm train notes.txt --check-resume               whether a run on this text can be resumed to the same bit""")
 @click.argument("data", nargs=-1, metavar="DATA...")
 @click.option("-o", "--output", metavar="DIR", help="Run folder.  [default: runs/NAME, the next free number]")
 @click.option("--preset", default="auto", show_default=True, metavar="NAME|FILE",
@@ -45,7 +46,11 @@ Examples:
               help="What a document is: the whole file (<|endoftext|> parts it), a line, or a paragraph.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order, dropout, samples.")
 @click.option("--resume", metavar="DIR",
-              help="Go on with an interrupted run; needs nothing else, and takes --set train.learning_rate.")
+              help="Go on with an interrupted run, to the same bit; needs nothing else, takes --set train.learning_rate.")
+@click.option("--allow-changes", is_flag=True,
+              help="With --resume: go on though data, tokenizer, recipe or versions have changed, and say what has.")
+@click.option("--check-resume", is_flag=True,
+              help="Train nothing, but prove in under a minute that runs on this data can be resumed to the same bit here.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that the folder -o holds.")
 @options.nproc
 @options.reading
@@ -53,8 +58,8 @@ Examples:
 @options.quiet
 @options.verbose
 def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_folder, time_, steps, tokens, epochs, val,
-          targets, val_targets, on_long, documents, seed, resume, overwrite, nproc, format_, fields, include, on_error,
-          device, dtype, threads, quiet, verbose):
+          targets, val_targets, on_long, documents, seed, resume, allow_changes, check_resume, overwrite, nproc, format_,
+          fields, include, on_error, device, dtype, threads, quiet, verbose):
     """Trains a model on text files (or a directory, or standard input) and prints the folder it lies in.
 
     A decoder learns from text; an encoder from text (masked words), from rows with text and label, or from rows with
@@ -68,7 +73,9 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
     if origin and any(setting.lstrip().startswith(("model.", "tokenizer.")) for setting in sets):
         raise UsageError("--from brings its model and tokenizer: leave --set model.… and tokenizer.… out")
     if resume:
-        _refuse_beside_resume(sets)
+        _refuse_beside_resume(sets, allow_changes)
+    elif allow_changes:
+        raise UsageError("--allow-changes goes with --resume")
     elif not data and sys.stdin.isatty():
         raise UsageError("nothing to train on: give DATA, or pipe text in", hint="lm train --help")
     from lmcli import display, launch, recipes, runs
@@ -84,17 +91,23 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
     if launch.is_member():
         output, resume, overwrite = _again(output, resume, overwrite)
     if resume:
-        run = runs.resume(resume, device, threads or 0, BEGAN, note, sets)
+        run = runs.resume(resume, device, threads or 0, BEGAN, note, sets, allow_changes)
     else:
         def resolve(below):
             return recipes.resolve(preset, sets, {
                 "time": time_, "steps": steps, "tokens": tokens, "epochs": epochs, "seed": seed,
                 "precision": None if dtype == "auto" else dtype, "lora_rank": lora, "frozen_layers": freeze}, below)
 
-        run = runs.start(runs.Request(
+        request = runs.Request(
             resolve({}), data, output, val, include, Layout(documents, format_, fields, on_error), origin, tokenizer_folder,
             overwrite, device, threads or 0, resolve if preset == "auto" else None, on_long, (targets, val_targets),
-            remember), BEGAN, note)
+            remember)
+        if check_resume:
+            from lmcli import resume_check
+
+            click.echo(resume_check.check(request, note))
+            return
+        run = runs.start(request, BEGAN, note)
     runs.lead(run, team)
     with run.signals(), display.TrainingView(quiet, run.bytes_per_token, run.objective.target) as view:
         for kind, event in run.events():
@@ -135,20 +148,19 @@ def _again(output, resume, overwrite):
     return (place, place, False) if any(Path(place).glob("state/step-*")) else (place, None, True)
 
 
-# settings that may change under way: neither model nor data nor budget hang on them
-CHANGEABLE = ("learning_rate", "matrix_learning_rate", "gradient_clip", "precision", "recompute")
-
-
-def _refuse_beside_resume(sets):
+def _refuse_beside_resume(sets, allow_changes):
     """--resume needs nothing else; whatever would make it another run is refused."""
     context = click.get_current_context()
-    allowed = {"resume", "sets", "nproc", "device", "threads", "quiet", "verbose"}
+    from lmcli.training.changes import CHANGEABLE
+
+    allowed = {"resume", "allow_changes", "nproc", "sets", "device", "threads", "quiet", "verbose"}
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name)
         if source == click.core.ParameterSource.COMMANDLINE and parameter.name not in allowed:
             raise UsageError(f"--resume needs nothing else: leave {parameter.opts[0]} out",
                              hint="to go on with other data or settings, start a new run with --from")
     for setting in sets:
-        if setting.partition("=")[0].strip() not in {f"train.{key}" for key in CHANGEABLE}:
+        key = setting.partition("=")[0].strip()
+        if key not in {f"train.{key}" for key in CHANGEABLE} and not (allow_changes and key.startswith("train.")):
             raise UsageError(f"--resume goes on with the settings of its run, {setting} is another: leave --set out",
-                             hint=f"only these of train may change: {', '.join(CHANGEABLE)}")
+                             hint=f"only these of train may change: {', '.join(CHANGEABLE)}; --allow-changes lets others")

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -107,13 +106,11 @@ class Run:
         if self.config.compile == "on" or (self.config.compile == "auto" and self._worth_compiling()):
             self.model.compile_blocks()
         self.optimizer = optimizers.build(self.model, self.config)
-        self._evaluation_seconds = self._speed = 0.0
-        self._before = self._sampled_at = 0.0
+        self._speed = self._before = self._sampled_at = 0.0
         self._sample_seconds = 0.3  # until one has been timed
         config = self.model.config
         choices = {"lm": config.vocab_size, "span": self.config.context}.get(self.objective.head, len(config.labels))
         self._uniform = math.log(max(2, choices))
-        self._losses: deque[float] = deque(maxlen=divergence.STEPS_ABOVE)
 
     def _worth_compiling(self) -> bool:
         # on a CPU it is within noise at 6 × 384 and a loss below, and takes 23 s
@@ -177,14 +174,16 @@ class Run:
                        f"{counters.best_step:,}: ended at {share:.0%} of the budget (train.patience)")
             counters.looked = share = 1.0
         ended = share >= 1.0 and not self.stop
-        if (ended and counters.looked < 1.0) or not counters.best_step:  # no run is left with the weights it began with
+        if ended and (counters.looked < 1.0 or counters.best == math.inf):
             counters.looked = share
-            yield self._validate(final=ended)
+            yield self._validate(final=True)
         counters.seconds = self.elapsed()
         self._require_finite()
-        if counters.best == math.inf:
+        if ended and counters.best == math.inf:
             raise self._diverged("no evaluation gave a number")
         yield Due("save", counters.step)
+        if counters.best == math.inf:  # no run is left with the weights it began with; the state knows nothing of this one,
+            yield self._validate(final=False)  # so that the run goes on as one that was never stopped
 
     def _between(self, share: float) -> Iterator[Validation | Due]:
         """What is due after a step that brought the run to `share`: at most once there, however often the run is stopped."""
@@ -203,6 +202,12 @@ class Run:
             self._require_finite()
             yield Due("save", counters.step)
 
+    def budget_has_changed(self) -> None:
+        """To be called where a resumed run has another budget: it was looked at up to here, whatever share that is now."""
+        self._before = self.counters.seconds
+        if (share := self._share()) < 1.0:
+            self.counters.looked = share
+
     def _patience_is_over(self) -> bool:
         return 0 < self.config.patience <= self.counters.stale
 
@@ -214,8 +219,8 @@ class Run:
     def _evaluation_cost(self) -> float:
         """Seconds of an evaluation: as timed, else by the speed of training, whose backward pass costs twice a forward; an
         evaluation is float32, which takes twice as long as bfloat16."""
-        if self._evaluation_seconds:
-            return self._evaluation_seconds
+        if self.counters.evaluation_seconds:
+            return self.counters.evaluation_seconds
         if self.evaluation_tokens and self._speed:
             return self.evaluation_tokens / ((3 if self.placement.dtype == torch.float32 else 1.5) * self._speed)
         return 0.04 * self.config.time
@@ -237,7 +242,7 @@ class Run:
         with self._enough_memory("an evaluation"):
             figures = self.evaluate()
         self.model.train()
-        self._evaluation_seconds = time.monotonic() - started
+        counters.evaluation_seconds = time.monotonic() - started
         best = figures.criterion < counters.best and self._finite()
         counters.stale = 0 if best else counters.stale + 1
         if best:
@@ -317,9 +322,9 @@ class Run:
         counters, before = self.counters, self._above()
         if not counters.step:
             counters.first_loss = loss
-        self._losses.append(loss)
+        counters.losses = [*counters.losses, loss][-divergence.STEPS_ABOVE:]
         if math.isfinite(loss) and math.isfinite(norm):
-            if not divergence.exploded(self._losses, self._limit()):
+            if not divergence.exploded(counters.losses, self._limit()):
                 return
             what = (f"the loss has exploded: {loss:.4g} nats/{self.objective.target}, where guessing costs "
                     f"{self._uniform:.3g},")
@@ -334,7 +339,7 @@ class Run:
 
     def _above(self) -> int:
         """How many steps in a row the loss has been higher than it should ever be."""
-        return divergence.steps_above(self._losses, self._limit())
+        return divergence.steps_above(self.counters.losses, self._limit())
 
     def _rows_told(self, position: int) -> str:
         """Which rows of the data the gradients just made are from."""

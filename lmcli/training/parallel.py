@@ -5,6 +5,7 @@ it, with the same numbers to the end, so that all have the same weights. Process
 torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); `lm train --nproc` sets them itself.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,6 @@ class Team:
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
-        self._led = False  # whether the others wait for the leader's next word
 
     @property
     def leads(self) -> bool:
@@ -39,17 +39,21 @@ class Team:
         return parts[self.rank::self.size]
 
     def tell(self, word: Any) -> None:
-        """Hands any object to all that follow; None sends them home."""
+        """Hands something that JSON can say to all that follow; None sends them home."""
         if self.size > 1:
+            said = torch.frombuffer(bytearray(json.dumps(word).encode()), dtype=torch.uint8)
             with _noticing():
-                dist.broadcast_object_list([word], src=0)
+                dist.broadcast(torch.tensor([len(said)]), src=0)
+                dist.broadcast(said, src=0)
 
     def hear(self) -> Any:
         """What the leader tells next."""
-        heard = [None]
+        size = torch.zeros(1, dtype=torch.int64)
         with _noticing():
-            dist.broadcast_object_list(heard, src=0)
-        return heard[0]
+            dist.broadcast(size, src=0)
+            heard = torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(heard, src=0)
+        return json.loads(bytes(heard.tolist()))
 
     def seed(self, seed: int, step: int) -> None:
         """Gives every process random numbers of its own for a step, whatever was drawn before."""
@@ -105,11 +109,6 @@ def join() -> Team:
     with _noticing():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     return Team(dist.get_rank(), dist.get_world_size())
-
-
-def local_size() -> int:
-    """How many processes of the team are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 @contextmanager

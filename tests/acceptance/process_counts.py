@@ -92,8 +92,8 @@ class Cases:
         return time.monotonic() - started
 
     def wait_for_a_state(self, name: str, process: subprocess.Popen) -> None:
-        """Waits for the first save."""
-        while not any((self.room / name).glob("state/step-*")):
+        """Waits for the first save after a step."""
+        while not any((self.room / name).glob("state/step-*[1-9]*")):
             assert process.poll() is None, "it ended before its first save"
             time.sleep(0.02)
 

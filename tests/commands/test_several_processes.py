@@ -53,8 +53,9 @@ def started(environment):
 
 
 def wait_for_a_state(folder: Path, process: subprocess.Popen) -> None:
+    """Until one has been saved after the first steps."""
     until = time.monotonic() + 90
-    while not any(folder.glob("state/step-*")):
+    while not any(folder.glob("state/step-*[1-9]*")):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.02)
 

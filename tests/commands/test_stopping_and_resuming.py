@@ -73,10 +73,7 @@ def test_stopped_and_resumed_is_never_stopped(inside, text, tmp_path, stop_at, v
         done = inside("train", "--resume", tmp_path / "stopped")
     assert done.returncode == 0, done.stderr.decode()
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
-    whole, stopped = log(tmp_path / "whole"), log(tmp_path / "stopped")
-    extra = [row for row in stopped if "val_loss" in row and row["step"] in stops and row not in whole]
-    assert len(extra) == (stops == (1,))  # it had not been looked at yet: that is made up for at the stop
-    assert [row for row in stopped if row not in extra] == whole
+    assert log(tmp_path / "stopped") == log(tmp_path / "whole")
 
 
 def test_a_stop_while_validating_keeps_the_evaluation_once(inside, text, tmp_path, stop_at):
@@ -134,7 +131,7 @@ def test_no_readable_state_is_an_error(inside, text, tmp_path):
     for state in (tmp_path / "run" / "state").iterdir():
         (state / "counters.json").write_text("{")
     done = inside("train", "--resume", tmp_path / "run")
-    assert done.returncode == 1 and b"cannot read counters.json" in done.stderr and done.stdout == b""
+    assert done.returncode == 1 and b"counters.json is damaged" in done.stderr and done.stdout == b""
 
 
 @pytest.mark.parametrize("arguments, told", [

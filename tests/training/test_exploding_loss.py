@@ -140,7 +140,7 @@ def test_the_first_loss_is_remembered_after_resuming(losses, tmp_path):
     list(run.events())
     state.save(tmp_path, run.counters, run.model, run.optimizer)
     again = made(steps=30)
-    again.counters = state.restore(tmp_path, again.model, again.optimizer, print)
+    again.counters = state.newest(tmp_path, print).restore(again.model, again.optimizer)
     losses([14.0] * 30)
     list(again.events())
     assert again.counters.first_loss == 14.0

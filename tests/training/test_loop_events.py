@@ -157,12 +157,12 @@ def test_a_time_that_is_over_before_the_first_step_still_gives_a_measured_model(
     assert kinds(events) == ["validation 0", "save 0"]
 
 
-def test_a_stop_ends_after_the_step_and_is_measured_if_nothing_was(run):
+def test_a_stop_ends_after_the_step_and_is_measured_if_nothing_was_but_the_state_knows_nothing_of_it(run):
     made, events = run(steps=100), []
     for event in made.events():
         events.append(event)
         made.stop = isinstance(event, loop.Step) and event.step == 2
-    assert kinds(events) == ["step 1", "step 2", "validation 2", "save 2"] and not events[2].final
+    assert kinds(events) == ["step 1", "step 2", "save 2", "validation 2"] and not events[3].final
 
 
 def test_a_gradient_without_end_stops_the_run_with_the_weights_of_before(run):

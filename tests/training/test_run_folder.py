@@ -76,6 +76,25 @@ def test_metrics_after_the_step_that_is_resumed_are_cut_off(tmp_path):
     assert [(row["step"], row["loss"]) for row in folder.metrics()] == [(1, 1.5), (2, 1.5), (2, 1.5), (3, 0.5)]
 
 
+@pytest.mark.parametrize("after", ['{"step": 2, "val_loss": 3.0}\n', '{"step": 3, "lo', "\0\0\0\0", '{"step": 3}\n\0\0'])
+def test_what_was_logged_after_the_state_goes_even_of_the_same_step(tmp_path, after):
+    """An evaluation that a stop made once more, half a line, or the zeros that a machine without power leaves."""
+    folder, kept = run_folder.RunFolder(tmp_path), '{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_text(kept + after)
+    assert folder.open_metrics(2, len(kept))
+    assert (tmp_path / "metrics.jsonl").read_text() == kept
+    folder.log({"step": 3})
+    assert folder.flush_metrics() == len(kept) + len('{"step": 3}\n')
+
+
+@pytest.mark.parametrize("found", ["", '{"step": 1}\n', '{"step": 1}\n{"step": 2, "more": 1}\n{"step": 3}\n'])
+def test_metrics_that_are_not_those_of_the_state_are_told(tmp_path, found):
+    folder = run_folder.RunFolder(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(found)
+    assert not folder.open_metrics(2, len('{"step": 1}\n{"step": 2}\n'))
+    assert all(row["step"] <= 2 for row in folder.metrics())
+
+
 @pytest.mark.parametrize("content", [None, "train: [1", "- a list"])
 def test_only_a_folder_with_a_readable_recipe_is_reopened(tmp_path, content):
     if content:

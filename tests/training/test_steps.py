@@ -82,7 +82,7 @@ def test_a_state_with_adapters_comes_back(tmp_path):
         optimizer[0].step()
         optimizer[0].zero_grad()
     state.save(tmp_path, state.Counters(step=2), made[0], optimizer[0])
-    assert state.restore(tmp_path, made[1], optimizer[1], print).step == 2
+    assert state.newest(tmp_path, print).restore(made[1], optimizer[1]).step == 2
     for one, build in zip(made, optimizer):
         objectives.loss(OBJECTIVES["causal"], one, batch).backward()
         build.step()
@@ -132,7 +132,7 @@ def test_a_restored_state_goes_on_to_the_same_bits(tmp_path):
     second = Transformer(TINY)
     again = optimizers.build(second, TrainConfig())
     torch.manual_seed(99)
-    assert state.restore(tmp_path, second, again, note=print) == state.Counters(step=3, rows=6)
+    assert state.newest(tmp_path, print).restore(second, again) == state.Counters(step=3, rows=6)
     stepped(second, again, 3)
     for name, weight in first.named_parameters():
         assert torch.equal(weight, second.get_parameter(name)), name
@@ -147,7 +147,7 @@ def test_two_states_are_kept_and_a_damaged_newest_is_told(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002", "step-000000003"]
     (tmp_path / "step-000000003" / "weights.safetensors").write_bytes(b"broken")
     notes = []
-    assert state.restore(tmp_path, made, built, notes.append).step == 2
+    assert state.newest(tmp_path, notes.append).restore(made, built).step == 2
     assert len(notes) == 1 and "step-000000003" in notes[0]
 
 

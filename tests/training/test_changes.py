@@ -1,0 +1,89 @@
+"""What differs from a saved run, old → new; what is refused, what is never possible, what only told."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from lmcli.config import Recipe
+from lmcli.errors import UserError
+from lmcli.training import changes
+
+RUN = Path("runs/a")
+
+
+def recipe(section="train", **values) -> Recipe:
+    base = Recipe()
+    return dataclasses.replace(base, **{section: dataclasses.replace(getattr(base, section), **values)})
+
+
+def test_the_same_recipe_has_no_changes():
+    made = recipe(lora_targets=("q", "v"), learning_rate=1 / 3)  # tuples come back as lists
+    assert list(changes.settings(changes.plain(made), made)) == []
+    assert list(changes.settings({}, made)) == []  # of a state from before this was stored nothing is known
+
+
+@pytest.mark.parametrize("section, key, value, refused, impossible", [
+    ("train", "steps", 7, True, False), ("train", "seed", 7, True, False), ("tokenizer", "vocab_size", 999, True, False),
+    ("train", "learning_rate", 0.7, False, False), ("train", "precision", "float32", False, False),
+    ("generate", "top_k", 7, False, False), ("model", "hidden_size", 1024, True, True),
+    ("train", "optimizer", "adamw", True, True), ("train", "lora_rank", 3, True, True)])
+def test_each_setting_has_its_kind(section, key, value, refused, impossible):
+    (found,) = changes.settings(changes.plain(Recipe()), recipe(section, **{key: value}))
+    assert found.what == f"{section}.{key}" and (found.refused, found.impossible) == (refused, impossible)
+    assert str(found).startswith(f"{section}.{key} ") and str(found).endswith(f" → {value}".replace("adamw", '"adamw"')
+                                                                              .replace("float32", '"float32"'))
+
+
+def test_files_are_told_by_their_beginnings_and_unknown_ones_left_out():
+    found = list(changes.files({"a": "1" * 64, "b": "2" * 64, "c": "3" * 64}, {"a": "1" * 64, "b": "4" * 64, "d": "5" * 64}))
+    assert [str(change) for change in found] == [f"b (SHA-256) {'2' * 12} → {'4' * 12}"]
+
+
+def test_versions_and_code_are_compared_as_far_as_they_are_known():
+    here = changes.versions_here()
+    assert list(changes.versions(here)) == [] and list(changes.versions({})) == []
+    assert list(changes.versions({**here, "python": "2.7", "device": "abacus"})) == []
+    found = list(changes.versions({**here, "torch": "1.0", "code": "abc"}))
+    assert [str(change) for change in found] == [f"code of lm (SHA-256) abc → {here['code']}",
+                                                 f"torch 1.0 → {here['torch']}"]
+    assert all(change.refused for change in found)
+
+
+def test_the_code_is_that_of_what_calculates(monkeypatch, tmp_path):
+    package = tmp_path / "lmcli"
+    for part in (*changes.CODE, "commands"):
+        (package / part).mkdir(parents=True)
+        (package / part / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(changes, "__file__", str(package / "training" / "changes.py"))
+    found = []
+    for part in ("model", "commands"):
+        changes.code.cache_clear()
+        found.append(changes.code())
+        (package / part / "a.py").write_text("x = 2\n")
+    changes.code.cache_clear()
+    found.append(changes.code())
+    changes.code.cache_clear()
+    monkeypatch.undo()
+    assert found[0] != found[1] == found[2]
+
+
+def change(**kind) -> changes.Change:
+    return changes.Change("steps", "1", "2", **kind)
+
+
+def test_what_is_allowed_is_told_and_goes_on():
+    notes = []
+    changes.require_allowed([change()], RUN, True, notes.append)
+    changes.require_allowed([change(refused=False)], RUN, False, notes.append)
+    assert notes == ["changed: steps 1 → 2"] * 2
+
+
+@pytest.mark.parametrize("kind, allow, told, hint", [
+    ({}, False, "runs/a: is not as it was when it was saved: steps 1 → 2", "--allow-changes"),
+    ({"impossible": True}, True, "runs/a: its state is not one of steps 1 → 2", "put recipe.yaml right")])
+def test_what_is_refused_is_an_error(kind, allow, told, hint):
+    with pytest.raises(UserError) as caught:
+        changes.require_allowed([change(**kind), change(refused=False)], RUN, allow, pytest.fail)
+    first, second = str(caught.value).splitlines()
+    assert first == told and hint in second
