@@ -159,9 +159,9 @@ def sha256_of(file: Path) -> str:
 
 def require_room(path: Path, needed: int) -> None:
     """Raises UserError when the disk that holds `path` has not `needed` bytes, and a megabyte, left."""
-    free = free_bytes(path)
-    if free < needed + (1 << 20):
-        raise UserError(f"no room on the disk: {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free",
+    free, needed = free_bytes(path), needed + (1 << 20)
+    if free < needed:
+        raise UserError(f"no room on the disk: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free",
                         where=str(path), hint="free some room; what was saved before is intact")
 
 

@@ -19,7 +19,8 @@ CHANGEABLE = ("learning_rate", "matrix_learning_rate", "gradient_clip", "precisi
 # settings that a state is made of
 FIXED = ("objective", "optimizer", "lora_rank", "lora_targets", "frozen_layers")
 # parts of the package and libraries that a run's numbers come from
-CODE = ("text", "model", "checkpoints", "training", "inference")
+CODE = ("text/*.py", "model/*.py", "model/*.c", "checkpoints/*.py", "training/*.py", "inference/*.py", "first_model.py",
+        "runs.py")
 LIBRARIES = ("torch", "tokenizers", "numpy")
 VERSIONS = ("lm", "code", *LIBRARIES)
 
@@ -79,7 +80,7 @@ def versions_here() -> dict[str, str]:
 def code() -> str:
     """The first 12 digits of the SHA-256 of those sources of this package that a run's numbers come from."""
     digest, package = hashlib.sha256(), Path(__file__).resolve().parent.parent
-    for file in sorted(file for part in CODE for file in (package / part).iterdir() if file.suffix in (".py", ".c")):
+    for file in sorted(file for pattern in CODE for file in package.glob(pattern)):
         digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 

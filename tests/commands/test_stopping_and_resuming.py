@@ -64,7 +64,8 @@ VARIANTS = {
     *((variant, stops) for variant in ("accumulated", "adamw, often looked at") for stops in ((5, 6), (10,)))], ids=str)
 def test_stopped_and_resumed_is_never_stopped(inside, text, tmp_path, stop_at, variant, stops):
     arguments = ("train", text, *SMALL, *VARIANTS[variant], "--steps", STEPS)
-    assert inside(*arguments, "-o", tmp_path / "whole").returncode == 0
+    done = inside(*arguments, "-o", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr.decode()
     stop_at(stops)
     done = inside(*arguments, "-o", tmp_path / "stopped")
     for step in stops:

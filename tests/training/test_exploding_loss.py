@@ -146,6 +146,19 @@ def test_the_first_loss_is_remembered_after_resuming(losses, tmp_path):
     assert again.counters.first_loss == 14.0
 
 
+def test_losses_before_a_stop_count_after_it(losses, tmp_path):
+    """Five in a row above the limit, then three: the run ends where it would have without the stop."""
+    losses([3.7] + [13.0] * 20)
+    run = made(steps=30)
+    for event in run.events():
+        run.stop = isinstance(event, loop.Step) and event.step >= 6
+    state.save(tmp_path, run.counters, run.model, run.optimizer)
+    again = made(steps=30)
+    again.counters = state.newest(tmp_path, print).restore(again.model, again.optimizer)
+    _, error = ends(again)
+    assert "the loss has exploded" in error.what and "at step 9" in error.what
+
+
 @pytest.mark.parametrize("loss, told", [(math.nan, "loss is nan at step 3"), (math.inf, "loss is inf at step 3"),
                                         (1e6, "exploded: 1e+06 nats/token")])
 def test_the_error_names_step_rate_norm_precision_and_rows(losses, loss, told):
