@@ -103,7 +103,7 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
         objective = data.settle(source, recipe.train.objective, config.shape, note, config.multi_label)
         parts, chosen = data.split(source, recipe.train.validation_bytes, note), []
         if request.refine and not origin and objective.name == "causal":
-            text = auto.describe((piece.text for piece in source.layout.pieces(parts.training)), data.size(parts.training))
+            text = auto.describe((piece.text for piece in source.layout.pieces(parts.training)), parts.training.bytes)
             recipe, chosen = auto.refined(request.refine, text, placement, tokenizer.size if tokenizer else 0)
             context = recipe.train.context
             for reason in chosen:

@@ -128,7 +128,7 @@ def read(arguments: tuple[str, ...], val: tuple[str, ...], layout: Layout, inclu
     if not "".join(sample).strip():
         raise UserError("no text in it", where=shown(source.files[0]), hint="give a file with text, or pipe some in")
     seconds = time.monotonic() - started
-    return Text(layout, data.size(parts.training), len(parts.training), data.size(parts.measured), sample,
+    return Text(layout, parts.training.bytes, len(parts.training), parts.measured.bytes, sample,
                 compressed(sample), seconds)
 
 

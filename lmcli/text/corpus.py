@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from lmcli.storage import atomic_folder, cache_folder, user_errors
-from lmcli.text.documents import Document, Layout, Piece
+from lmcli.text.documents import Layout, Piece
+from lmcli.text.ranges import Document
 from lmcli.text.tokenizer import Encoded, Tokenizer
 
 PIECES_AT_ONCE = 64
@@ -85,7 +86,7 @@ def _whole(pieces: Iterable[Piece]) -> Iterator[Piece]:
         yield Piece("".join(part.text for part in parts), document, True)
 
 
-def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer,
+def build(documents: Sequence[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer,
           end_of_text: int | None) -> Corpus:
     """The corpus of these documents, from the cache when it is there.
 
@@ -104,7 +105,7 @@ def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tok
     return Corpus(ids, facts["documents"], facts["bytes"], key)
 
 
-def _key(documents: list[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer,
+def _key(documents: Sequence[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer,
          end_of_text: int | None) -> str:
     digest = hashlib.sha256(repr((1, tokenizer.hash, end_of_text, layout.fields, layout.format)).encode())
     for document in documents:
@@ -112,7 +113,7 @@ def _key(documents: list[Document], hashes: dict[str, str], layout: Layout, toke
     return digest.hexdigest()[:32]
 
 
-def _write(folder: Path, documents: list[Document], layout: Layout, tokenizer: Tokenizer,
+def _write(folder: Path, documents: Sequence[Document], layout: Layout, tokenizer: Tokenizer,
            end_of_text: int | None) -> None:
     dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
     closing = np.asarray([] if end_of_text is None else [end_of_text], dtype=dtype)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,8 +13,9 @@ import numpy as np
 from lmcli.errors import UserError
 from lmcli.storage import cached
 from lmcli.text.batches import IGNORED, Batch, padded, real_tokens
-from lmcli.text.documents import Document, Layout, line_number
+from lmcli.text.documents import Layout, line_number
 from lmcli.text.fields import pair_of, row_field
+from lmcli.text.ranges import Document
 from lmcli.text.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 2048
@@ -80,13 +81,13 @@ class Examples:
                         None if self.labels is None else self.labels[chosen], self.sizes[chosen])
 
 
-def label_names(documents: list[Document], layout: Layout) -> tuple[str, ...]:
+def label_names(documents: Sequence[Document], layout: Layout) -> tuple[str, ...]:
     """The labels that rows have, sorted (whole numbers by value)."""
     found = {label for _, row in layout.raw_rows(documents) for label in layout.labels_of(row)}
     return tuple(sorted(found, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name)))
 
 
-def fingerprint(documents: list[Document], hashes: dict[str, str], settings: tuple) -> str:
+def fingerprint(documents: Sequence[Document], hashes: dict[str, str], settings: tuple) -> str:
     """A key for what is made of these documents, which lie in files with these hashes, with such settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for document in documents:
@@ -94,7 +95,7 @@ def fingerprint(documents: list[Document], hashes: dict[str, str], settings: tup
     return digest.hexdigest()[:32]
 
 
-def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer,
+def build(documents: Sequence[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer,
           labels: tuple[str, ...] = (), joined: bool = False) -> Examples:
     """The examples of these rows, one for each in their order, from the cache when they are there; with `labels` each is a
     text, or with two fields a pair of texts, and its label's number. Sides that are `joined` are encoded as one text: a
@@ -112,7 +113,7 @@ def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tok
     return Examples(sides[0], None if alone else sides[1], numbers, np.load(folder / "sizes.npy"))
 
 
-def _write(folder: Path, documents: list[Document], layout: Layout, tokenizer: Tokenizer, labels: tuple[str, ...],
+def _write(folder: Path, documents: Sequence[Document], layout: Layout, tokenizer: Tokenizer, labels: tuple[str, ...],
            joined: bool) -> None:
     dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
     ids: dict[str, list[np.ndarray]] = {"source": [], "target": []}

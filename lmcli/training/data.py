@@ -13,10 +13,11 @@ from lmcli.text import tokenizer as tokenizers
 from lmcli.text.answers import Posed
 from lmcli.text.batches import ExampleRows, MaskedRows, Masking, PackedRows
 from lmcli.text.corpus import Corpus, EncodedDocument
-from lmcli.text.documents import Document, Layout
+from lmcli.text.documents import Layout
 from lmcli.text.examples import Examples, Template
 from lmcli.text.fields import LABELLED, PAIRS, TEXT_FIELDS, known_pair, pair_of
 from lmcli.text.questions import Framing, Questions, Windows
+from lmcli.text.ranges import Document, Documents
 from lmcli.text.records import expand, shown
 from lmcli.text.tokenizer import Tokenizer
 from lmcli.training.objectives import OBJECTIVES, Objective
@@ -61,7 +62,7 @@ class TrainingData:
 
     tokenizer: Tokenizer
     corpus: Corpus | Examples | Questions
-    measured: list[Document]
+    measured: Documents
     validation: list[EncodedDocument] | Examples | Questions
     context: int
     labels: tuple[str, ...] = ()
@@ -133,9 +134,9 @@ def settle(source: Source, asked: str, shape: str, note: Callable[[str], None], 
 class Parts:
     """The documents to train on, those held out, and of these the ones that are measured."""
 
-    training: list[Document]
-    held_out: list[Document]
-    measured: list[Document]
+    training: Documents
+    held_out: Documents
+    measured: Documents
 
 
 def split(source: Source, validation_bytes: int, note: Callable[[str], None]) -> Parts:
@@ -292,13 +293,8 @@ def _check_unchanged(source: Source, hashes: dict[str, str]) -> None:
     source.hashes = hashes
 
 
-def size(documents_: list[Document]) -> int:
-    """Bytes of their files that documents take."""
-    return sum(document.end - document.start for document in documents_)
-
-
 def _note_sizes(note: Callable[[str], None], parts: Parts, layout: Layout) -> None:
-    sizes = [size(part) for part in (parts.training, parts.held_out, parts.measured)]
+    sizes = [part.bytes for part in (parts.training, parts.held_out, parts.measured)]
     text = f"{len(parts.training):,} {_called(layout)}, {sizes[0]:,} bytes to train on; {sizes[1]:,} bytes held out"
     if sizes[2] < sizes[1]:
         text += f", {sizes[2]:,} of them measured (train.validation_bytes)"
@@ -314,7 +310,7 @@ def _called(layout: Layout) -> str:
     return f"questions ({' + '.join((*layout.fields, layout.answers))})" if layout.answers else "documents"
 
 
-def ranges(documents_: list[Document]) -> list[dict]:
+def ranges(documents_: Documents) -> list[dict]:
     """Documents as `recipe.yaml` stores them: for each file its byte ranges, "0-120 240-360"."""
     found: dict[str, list[str]] = {}
     for document in documents_:
@@ -322,12 +318,13 @@ def ranges(documents_: list[Document]) -> list[dict]:
     return [{"file": file, "ranges": " ".join(parts)} for file, parts in found.items()]
 
 
-def from_ranges(stored: list[dict]) -> list[Document]:
+def from_ranges(stored: list[dict]) -> Documents:
     """The documents that `ranges` stored."""
-    return [Document(part["file"], *map(int, span.split("-"))) for part in stored for span in part["ranges"].split()]
+    return Documents.of(Document(part["file"], *map(int, span.split("-")))
+                        for part in stored for span in part["ranges"].split())
 
 
-def validation_documents(facts: dict, stored: list[dict]) -> tuple[list[Document], Layout]:
+def validation_documents(facts: dict, stored: list[dict]) -> tuple[Documents, Layout]:
     """The held-out documents of a run, as its `recipe.yaml` tells, with their layout. UserError when a file has changed."""
     source = source_from_facts(facts)
     files = [part["file"] for part in stored]
