@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 from lmcli.errors import UserError
@@ -21,7 +22,7 @@ from lmcli.text.ranges import Document, Documents
 from lmcli.text.records import CHUNK_BYTES, SEPARATED, bad_record, cells, file_format, json_row, open_bytes, shown
 
 SEPARATOR = b"<|endoftext|>"
-PIECE_CHARS = 1 << 15
+PIECE_CHARS = 1 << 12  # the library takes a tenth longer a character for texts of 32,000
 # Between these two characters every pattern we train with (GPT-2's, Qwen2's) ends a word, so text cut here gives the
 # same tokens as text in one go: after a single newline, before a single space between letters, and, for languages that
 # write no spaces, before punctuation after a letter (of those that every version of Unicode has).
@@ -189,12 +190,18 @@ class Layout:
             yield Document(file, begin, position + len(held))
 
     def pieces(self, documents: Iterable[Document]) -> Iterator[Piece]:
-        """The text of the documents in their order, in pieces of some 32,000 characters."""
+        """The text of the documents in their order, in pieces of some 4,000 characters."""
         for document, chunks in self._contents(documents):
             if self.rows(document.file):
                 row = self._row(document.file, b"".join(chunks))
                 chunks = [self.text_of(row).encode("utf-8")]
             yield from _cut(chunks, document)
+
+    def sampled(self, documents: Documents, most: int) -> tuple[Iterator[str], int]:
+        """(text of the documents, every how manieth piece of it): all of it, or pieces from all over it that take some
+        `most` bytes, since whatever counts words holds each different one in memory."""
+        every = max(1, -(-documents.bytes // most))
+        return (piece.text for piece in islice(self.pieces(documents), 0, None, every)), every
 
     def raw_rows(self, documents: Iterable[Document]) -> Iterator[tuple[Document, dict]]:
         """Documents that are rows, each with its row, in their order."""

@@ -170,17 +170,14 @@ def prepare(source: Source, parts: Parts, config: TokenizerConfig, context: int,
     """
     layout, hashes, training, measured = source.layout, source.hashes, parts.training, parts.measured
     if tokenizer is None:
-        texts = (piece.text for piece in layout.pieces(training))
-        tokenizer = tokenizers.learn(texts, config, objective.shape)
-        if tokenizer.size < config.vocab_size:
-            note(f"the text has room for a vocabulary of {tokenizer.size:,}, not {config.vocab_size:,}")
+        tokenizer = tokenizers.learn_from(training, layout, config, note, objective.shape)
     if objective.name == "span":
         asked = [questions.build(part, hashes, layout, tokenizer) for part in (training, measured)]
         return TrainingData(tokenizer, asked[0], measured, asked[1], context, posed=questions.posed_by(measured, layout))
     if objective.name in BY_EXAMPLES:
         return _examples(source, parts, tokenizer, context, objective, labels, note)
     closing = tokenizer.special("eos_token" if objective.name == "causal" else "sep_token")
-    ids = corpus.build(training, hashes, layout, tokenizer, closing)
+    ids = corpus.build(training, hashes, layout, tokenizer, closing, note)
     if ids.tokens < FEWEST_TOKENS:
         raise UserError(f"only {ids.tokens} tokens to train on", where=shown(source.files[0]),
                         hint=f"at least {FEWEST_TOKENS} are needed: give more text")
