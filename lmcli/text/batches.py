@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 IGNORED = -100  # a target that nothing is to predict, as in transformers
+MOST_SHUFFLED = 1 << 22  # spans whose order is a list, 8 bytes each; of more it is calculated one by one
 EXAMPLES_SORTED = 1 << 15  # so many examples are put together by length at a time
 
 
@@ -61,7 +62,7 @@ class Ring:
     def __init__(self, ids: np.ndarray, stride: int, span: int, seed: int):
         self.ids, self.stride, self.span, self.seed = ids, stride, span, seed
         self.per_epoch = max(1, len(ids) // stride)
-        self._epoch, self._order, self._offset = -1, np.zeros(0, dtype=np.int64), 0
+        self._epoch, self._offset, self._place = -1, 0, int
 
     def start(self, number: int) -> int:
         """Where span number `number` begins in the corpus."""
@@ -69,8 +70,8 @@ class Ring:
         if epoch != self._epoch:
             generator = np.random.default_rng((self.seed, epoch))
             self._offset = int(generator.integers(len(self.ids)))
-            self._epoch, self._order = epoch, generator.permutation(self.per_epoch)
-        return (self._offset + int(self._order[index]) * self.stride) % len(self.ids)
+            self._epoch, self._place = epoch, _order(self.per_epoch, generator)
+        return (self._offset + int(self._place(index)) * self.stride) % len(self.ids)
 
     def take(self, number: int) -> np.ndarray:
         """Span number `number`, int64."""
@@ -79,6 +80,30 @@ class Ring:
         while len(row) < self.span:  # over the end of the ring
             row = np.concatenate([row, self.ids[:self.span - len(row)]])
         return row.astype(np.int64)
+
+
+def _order(count: int, generator: np.random.Generator) -> Callable[[int], int]:
+    """Index → place in a random order of `count`."""
+    if count <= MOST_SHUFFLED:
+        return generator.permutation(count).__getitem__
+    keys = generator.integers(1 << 32, size=4).tolist()
+    return lambda index: scattered(index, count, keys)
+
+
+def scattered(index: int, count: int, keys: list[int]) -> int:
+    """Where `index` comes to in an order of 0 … `count` − 1 that follows from the keys and is nowhere kept: a Feistel
+    network (Luby and Rackoff 1988) over the next even number of bits, gone through again until it is below `count`."""
+    half = max(1, (count - 1).bit_length() + 1 >> 1)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for key in keys:
+            mixed = (right ^ key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+            mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ (mixed ^ mixed >> 32) & mask
+        index = left << half | right
+        if index < count:
+            return index
 
 
 class PackedRows:

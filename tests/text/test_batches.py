@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcli.text.batches import IGNORED, Batch, ExampleRows, MaskedRows, Masking, PackedRows, padded, real_tokens
+from lmcli.text import batches
+from lmcli.text.batches import IGNORED, Batch, ExampleRows, MaskedRows, Masking, PackedRows, padded, real_tokens, scattered
 
 BEGINNING = 60_000
 cases = st.tuples(st.integers(1, 200), st.integers(1, 40), st.integers(0, 3), st.sampled_from([None, BEGINNING]))
@@ -72,6 +73,32 @@ def test_rows_come_in_random_order():
     firsts = PackedRows(np.arange(1000), 10, None, seed=0).batch(0, 100)[:, 0]
     neighbours = sum((later - earlier) % 1000 in (10, 990) for earlier, later in pairwise(firsts))
     assert neighbours < 10  # of 99; two are expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 63, 64, 65, 1000, 4097])
+def test_an_order_that_is_calculated_has_each_place_once(count):
+    orders = [[scattered(i, count, keys) for i in range(count)] for keys in ([1, 2, 3, 4], [4, 3, 2, 1])]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    if count > 5:
+        assert orders[0] != orders[1]
+
+
+def test_an_order_that_is_calculated_looks_random():
+    """Neighbours are far apart, and halves of the order have halves of the places: as of a drawn one, within 5 σ."""
+    order = np.array([scattered(i, 10_000, [11, 12, 13, 14]) for i in range(10_000)])
+    assert (np.abs(np.diff(order)) == 1).sum() < 12  # two are expected
+    table = np.histogram2d(np.arange(10_000), order, bins=10)[0]
+    assert table.min() > 50 and table.max() < 150
+    assert abs(np.corrcoef(np.arange(10_000), order)[0, 1]) < 0.05
+
+
+def test_rows_of_a_corpus_too_long_to_shuffle_in_memory(monkeypatch):
+    monkeypatch.setattr(batches, "MOST_SHUFFLED", 10)
+    rows = PackedRows(np.arange(1005), 10, None, seed=1)
+    first, second = (rows.batch(start, 100)[:, 1:].flatten() for start in (0, 100))
+    assert len(set(first.tolist())) == len(set(second.tolist())) == 1000 and not np.array_equal(first, second)
+    other = PackedRows(np.arange(1005), 10, None, seed=1)
+    assert np.array_equal(other.batch(150, 3), rows.batch(150, 3))
 
 
 def test_the_array_is_left_as_it_is():
