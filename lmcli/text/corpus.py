@@ -20,7 +20,7 @@ from lmcli.text.documents import Layout, Piece
 from lmcli.text.ranges import Document
 from lmcli.text.tokenizer import Encoded, Tokenizer
 
-CHARACTERS_AT_ONCE = 1 << 20  # what the library tells of their tokens takes twenty times as much memory, for a while
+CHARACTERS_AT_ONCE = 1 << 19  # what the library tells of their tokens takes a hundred times as much memory, for a while
 BATCHES_AT_ONCE = 2
 KEPT_EVERY = 1 << 26  # bytes of text after which a build is not begun again from before
 TOLD_EVERY = 30.0  # seconds
