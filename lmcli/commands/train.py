@@ -12,6 +12,7 @@ from lmcli.errors import Interrupted, UsageError
 Examples:
   lm train notes.txt                              a model of notes.txt in runs/notes
   lm train book.txt -o runs/book --preset small --time 10m
+  lm train a.txt b.jsonl --weights 3,1            three rows of a.txt to one of b.jsonl
   lm train chat.jsonl --field message --set model.hidden_size=192
   lm train pairs.jsonl --preset seq2seq-small     rows with source and target
   lm train reviews.tsv --preset encoder-small     columns text and label
@@ -34,6 +35,8 @@ Examples:
               help="With --from: bits per byte of this text before and after, to see what is forgotten.")
 @click.option("--tokenizer", "tokenizer_folder", metavar="DIR", help="Use this tokenizer instead of learning one.")
 @options.budgets
+@click.option("--weights", type=options.Weights(), default=(), metavar="W,W...",
+              help="One for each DATA: draw the rows from them in this proportion, whatever their sizes.")
 @click.option("--val", multiple=True, metavar="FILE", help="Validate on this, instead of on a held-out tenth.")
 @click.option("--target", "targets", multiple=True, metavar="FILE",
               help="Line by line what DATA is to be turned into: two files that belong together.")
@@ -50,9 +53,9 @@ Examples:
 @options.hardware
 @options.quiet
 @options.verbose
-def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_folder, time_, steps, tokens, epochs, val,
-          targets, val_targets, on_long, documents, seed, resume, overwrite, format_, fields, include, on_error, device,
-          dtype, threads, quiet, verbose):
+def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_folder, time_, steps, tokens, epochs,
+          weights, val, targets, val_targets, on_long, documents, seed, resume, overwrite, format_, fields, include,
+          on_error, device, dtype, threads, quiet, verbose):
     """Trains a model on text files (or a directory, or standard input) and prints the folder it lies in.
 
     A decoder learns from text; an encoder from text (masked words), from rows with text and label, or from rows with
@@ -67,6 +70,8 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
         raise UsageError("--from brings its model and tokenizer: leave --set model.… and tokenizer.… out")
     if resume:
         _refuse_beside_resume(sets)
+    elif weights and targets:
+        raise UsageError("--weights mixes texts, --target pairs the lines of two", hint="leave one of them out")
     elif not data and sys.stdin.isatty():
         raise UsageError("nothing to train on: give DATA, or pipe text in", hint="lm train --help")
     from lmcli import display, recipes, runs
@@ -84,13 +89,13 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
         run = runs.start(runs.Request(
             resolve({}), data, output, val, include, Layout(documents, format_, fields, on_error), origin, tokenizer_folder,
             overwrite, device, threads or 0, resolve if preset == "auto" else None, on_long, (targets, val_targets),
-            remember), BEGAN, note)
+            remember, weights), BEGAN, note)
     with run.signals(), display.TrainingView(quiet, run.bytes_per_token, run.objective.target) as view:
         for kind, event in run.events():
             {"step": view.step, "validation": view.validation, "sample": view.sample, "note": view.note}[kind](event)
     if run.stopped:
         raise Interrupted(f"stopped after step {run.step:,}, and saved; go on with: lm train --resume {run.folder}")
-    for text in (run.summary(), *run.memories()):
+    for text in (run.summary(), *run.shares(done=True), *run.memories()):
         note(text)
     click.echo(run.folder)
 

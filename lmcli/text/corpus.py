@@ -16,6 +16,7 @@ import numpy as np
 
 from lmcli.errors import UserError
 from lmcli.storage import cached_in_steps, write_text
+from lmcli.text.batches import Weighted
 from lmcli.text.documents import Layout, Piece
 from lmcli.text.ranges import Document
 from lmcli.text.tokenizer import Encoded, Tokenizer
@@ -54,6 +55,39 @@ class Corpus:
     def tokens(self) -> int:
         """Ids in the array, closing tokens included."""
         return len(self.ids)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text that a token stands for."""
+        return self.bytes / self.tokens
+
+
+@dataclass
+class Mixture:
+    """Several corpora to draw rows from in the proportion of `weights`."""
+
+    parts: list[Corpus]
+    weights: list[float]
+
+    @property
+    def ids(self) -> Weighted:
+        """The ids of all."""
+        return Weighted([part.ids for part in self.parts], self.weights)
+
+    @property
+    def tokens(self) -> int:
+        """Ids of all."""
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        """Text bytes of all."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text that a token of the rows stands for, as they are drawn."""
+        return sum(weight * part.bytes_per_token for weight, part in zip(self.weights, self.parts)) / sum(self.weights)
 
 
 def encode_documents(documents: Iterable[Document], layout: Layout, tokenizer: Tokenizer,
