@@ -18,8 +18,9 @@ from lmcli.errors import UserError
 from lmcli.storage import cache_folder, user_errors
 from lmcli.text.answers import Posed, posed
 from lmcli.text.fields import pair_of, row_labels, row_text
+from lmcli.text.opening import open_bytes
 from lmcli.text.ranges import Document, Documents
-from lmcli.text.records import CHUNK_BYTES, SEPARATED, bad_record, cells, file_format, json_row, open_bytes, shown
+from lmcli.text.records import CHUNK_BYTES, SEPARATED, bad_record, cells, file_format, json_row, shown
 
 SEPARATOR = b"<|endoftext|>"
 PIECE_CHARS = 1 << 12  # the library takes a tenth longer a character for texts of 32,000
