@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from lmcli.text.tokenizer import Encoded, Tokenizer
 
 CHARACTERS_AT_ONCE = 1 << 19  # what the library tells of their tokens takes a hundred times as much memory, for a while
 BATCHES_AT_ONCE = 2
+WHOLE_CHARACTERS = 1 << 20  # of training text, for tokenizers that need it whole: encoding takes a hundred bytes for each
 KEPT_EVERY = 1 << 26  # bytes of text after which a build is not begun again from before
 TOLD_EVERY = 30.0  # seconds
 
@@ -124,12 +126,15 @@ class EncodedPiece(NamedTuple):
 
 
 def _encoded_pieces(documents: Iterable[Document], layout: Layout, tokenizer: Tokenizer, placed: bool = False,
-                    dtype: type = np.int32) -> Iterator[EncodedPiece]:
+                    dtype: type = np.int32, most: float = math.inf) -> Iterator[EncodedPiece]:
     """The pieces in their order. Some batches are encoded ahead, in threads: the library works beside Python, so that
-    reading, making arrays and whatever is done with a piece cost no time of their own."""
+    reading, making arrays and whatever is done with a piece cost no time of their own.
+
+    A tokenizer that needs texts whole gets stretches of `most` characters.
+    """
     pieces = layout.pieces(documents)
     if not tokenizer.cuts_at_words:
-        pieces = _whole(pieces)
+        pieces = _whole(pieces, most)
     def encode(batch: list[Piece]) -> list[EncodedPiece]:
         texts = [piece.text for piece in batch]
         if placed:
@@ -171,9 +176,15 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _whole(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    for document, parts in groupby(pieces, key=lambda piece: piece.document):
-        yield Piece("".join(part.text for part in parts), document, True)
+def _whole(pieces: Iterable[Piece], most: float) -> Iterator[Piece]:
+    """Documents as one piece, or as several, each with some `most` characters, where they are longer."""
+    parts, size = [], 0
+    for piece in pieces:
+        parts.append(piece.text)
+        size += len(piece.text)
+        if piece.last or size >= most:
+            yield Piece("".join(parts), piece.document, piece.last)
+            parts, size = [], 0
 
 
 def build(documents: Sequence[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer,
@@ -193,7 +204,8 @@ def build(documents: Sequence[Document], hashes: dict[str, str], layout: Layout,
 
 def _key(documents: Sequence[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer,
          end_of_text: int | None) -> str:
-    digest = hashlib.sha256(repr((1, tokenizer.hash, end_of_text, layout.fields, layout.format)).encode())
+    version = 1 if tokenizer.cuts_at_words else (1, WHOLE_CHARACTERS)
+    digest = hashlib.sha256(repr((version, tokenizer.hash, end_of_text, layout.fields, layout.format)).encode())
     for document in documents:
         digest.update(f"{hashes[document.file]} {document.start} {document.end}\n".encode())
     return digest.hexdigest()[:32]
@@ -217,10 +229,13 @@ def _write(folder: Path, documents: Sequence[Document], layout: Layout, tokenize
     done = _taken_up(folder, dtype.itemsize)
     if done.bytes:
         note(f"tokenizing goes on after {done.bytes / 1e6:,.0f} MB, where it was interrupted")
+    if not tokenizer.cuts_at_words and any(part.end - part.start > WHOLE_CHARACTERS for part in documents):
+        note(f"this tokenizer encodes texts whole, and longer ones in stretches of about {WHOLE_CHARACTERS:,} characters")
     kept, told, before = done.bytes, time.monotonic(), done.bytes
     with (folder / "ids").open("ab") as out:
         out.truncate(done.tokens * dtype.itemsize)  # what was written after the last note of how far it was
-        for piece, data, ids, _ in _encoded_pieces(_rest(documents, done), layout, tokenizer, dtype=dtype):
+        left = _rest(documents, done)
+        for piece, data, ids, _ in _encoded_pieces(left, layout, tokenizer, False, dtype, WHOLE_CHARACTERS):
             out.write(ids)
             done.tokens, done.bytes, done.inside = done.tokens + len(ids), done.bytes + len(data), done.inside + len(data)
             if piece.last:

@@ -24,10 +24,11 @@ from lmcli.text.records import CHUNK_BYTES, SEPARATED, bad_record, cells, file_f
 
 SEPARATOR = b"<|endoftext|>"
 PIECE_CHARS = 1 << 12  # the library takes a tenth longer a character for texts of 32,000
-# Between these two characters every pattern we train with (GPT-2's, Qwen2's) ends a word, so text cut here gives the
-# same tokens as text in one go: after a single newline, before a single space between letters, and, for languages that
-# write no spaces, before punctuation after a letter (of those that every version of Unicode has).
-SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])"
+# Between these two characters every pattern we know to (GPT-2's, Qwen2's, Llama 3's) ends a word, so text cut here gives
+# the same tokens as text in one go: after a single newline, before a single space between letters, and, for languages that
+# write no spaces, before punctuation after a letter (of those that every version of Unicode has). Never before what may be
+# a special token that takes the white space in front of it: [MASK], <mask>.
+SAFE_CUT = re.compile(r"(?<=\S\n)(?=[^\s\[<])|(?<=[^\W\d_])(?= [^\W\d_])"
                       r"|(?<=[A-Za-zぁ-ゖァ-ヺ一-龥가-힣])(?=[,.;:!?，．。、；：！？])")
 
 

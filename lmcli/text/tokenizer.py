@@ -19,7 +19,7 @@ from lmcli.errors import UserError
 from lmcli.storage import atomic_path, user_errors, write_text
 from lmcli.text import pretrained
 from lmcli.text.documents import PIECE_CHARS, SAFE_CUT, Layout
-from lmcli.text.pretrained import END_OF_TEXT, PLAIN, QWEN2_PATTERN
+from lmcli.text.pretrained import END_OF_TEXT, LLAMA3_PATTERN, PLAIN, QWEN2_PATTERN
 from lmcli.text.ranges import Documents
 from lmcli.text.sentencepiece import MarianSide
 
@@ -196,11 +196,16 @@ class Tokenizer:
 
     @cached_property
     def cuts_at_words(self) -> bool:
-        """Whether text cut at documents.SAFE_CUT gives the same ids as text in one go (GPT-2's and Qwen2's patterns)."""
-        if self._definition["normalizer"] is not None or self._definition["truncation"]:
+        """Whether text cut at documents.SAFE_CUT gives the same ids as text in one go: with the patterns of GPT-2,
+        Qwen2 and Llama 3.
+
+        NFC composes nothing across such a cut, and leaves a letter there a letter, or one with a mark before a space.
+        """
+        if (self._definition["normalizer"] or {"type": "NFC"})["type"] != "NFC" or self._definition["truncation"]:
             return False
-        if any(token["lstrip"] or token["rstrip"] or token["single_word"] or any(map(str.isspace, token["content"]))
-               or SAFE_CUT.search(token["content"]) for token in self._definition["added_tokens"]):
+        if any((token["lstrip"] and token["content"][:1] not in ("[", "<")) or token["rstrip"] or token["single_word"]
+               or any(map(str.isspace, token["content"])) or SAFE_CUT.search(token["content"])
+               for token in self._definition["added_tokens"]):
             return False  # such a token may reach, or look, across a cut
         splitter = self._definition["pre_tokenizer"] or {}
         parts = splitter.get("pretokenizers", [splitter])
@@ -209,7 +214,7 @@ class Tokenizer:
             return False
         if kinds == ["ByteLevel"]:
             return parts[0].get("use_regex", True)
-        return kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") == QWEN2_PATTERN
+        return kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") in (QWEN2_PATTERN, LLAMA3_PATTERN)
 
     @cached_property
     def _byte_lengths(self) -> list[int] | None:

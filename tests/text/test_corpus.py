@@ -264,3 +264,19 @@ class TestEncodedDocuments:
         layout = Layout()
         (found,) = corpus.encode_documents(layout.survey([str(file)])[0], layout, bert)
         assert found.ids.tolist() == bert.encode(file.read_text())
+
+
+def test_a_long_text_for_a_tokenizer_that_needs_it_whole_is_encoded_in_stretches(tmp_path, monkeypatch, shared):
+    """BERT's ends words at white space, so its ids stay what they were; memory does not grow with the text."""
+    monkeypatch.setattr("lmcli.text.documents.PIECE_CHARS", 50)
+    monkeypatch.setattr(corpus, "WHOLE_CHARACTERS", 400)
+    bert, lengths, notes = tokenizer.load(shared / "tokenizers" / "bert-minilm"), [], []
+    encode = bert.encode_batch
+    monkeypatch.setattr(bert, "encode_batch", lambda texts: lengths.extend(map(len, texts)) or encode(texts))
+    (tmp_path / "a.txt").write_text("One two three four, five six\nseven\n" * 100)
+    layout = Layout()
+    documents, hashes = layout.survey([str(tmp_path / "a.txt")])
+    found = corpus.build(documents, hashes, layout, bert, None, notes.append)
+    assert found.ids.tolist() == bert.encode((tmp_path / "a.txt").read_text())
+    assert max(lengths) < 500 and notes == [
+        "this tokenizer encodes texts whole, and longer ones in stretches of about 400 characters"]

@@ -371,7 +371,7 @@ class TestWordCuts:
         assert gpt2.cuts_at_words and not bert.cuts_at_words and not stories.cuts_at_words
 
     @pytest.mark.parametrize("token, safe", [
-        (AddedToken("<mask>"), True), (AddedToken("<mask>", lstrip=True), False),
+        (AddedToken("<mask>"), True), (AddedToken("<mask>", lstrip=True), True), (AddedToken("mask", lstrip=True), False),
         (AddedToken("MASK", rstrip=True), False), (AddedToken("new york"), False),
         (AddedToken("e.g."), False), (AddedToken(",x", single_word=True), False)])
     def test_an_added_token_that_reaches_across_a_cut_forbids_it(self, token, safe):
