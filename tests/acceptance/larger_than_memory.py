@@ -1,12 +1,15 @@
 """lm train on a text larger than memory: peak memory, and whether it stays flat; MB/s from file to model.
 
 python tests/acceptance/larger_than_memory.py [--gigabytes 5] [--limit 2] [--steps 5] [--preset tiny] [--documents file]
-    [--seed 0] [--folder DIR]
+    [--seed 0] [--folder DIR] [--kill]
 
 Writes a text of that many GB from a seed into a temporary folder (which needs twice its size: the token cache lies there
 too), trains a few steps on it in a process that may hold `limit` GB (RLIMIT_DATA, so a larger need ends it), and asks its
 memory four times a second. Passes when the run ends well, its peak of resident memory is below the limit, and anonymous
 memory in the second half of the time before the first step is no more than 150 MB above that of the first.
+
+With --kill a first run is killed (SIGKILL) once it has noted how far its token cache is, and the one that is measured has to
+go on from there.
 
 The text: 20,000 sentences of words drawn by Zipf's law, in random order, each line with a number that occurs nowhere else.
 """
@@ -74,24 +77,45 @@ class Watch:
             time.sleep(0.25)
 
 
+def command(file: Path, options: argparse.Namespace) -> list[str]:
+    """The run, as it is typed."""
+    return [sys.executable, "-m", "lmcli", "train", str(file), "-o", str(file.parent / "run"), "--overwrite", "--preset",
+            options.preset, "--steps", str(options.steps), "--documents", options.documents]
+
+
+def kill(file: Path, options: argparse.Namespace, environment: dict[str, str]) -> None:
+    """Starts the run, and kills it when it could go on from somewhere."""
+    process = subprocess.Popen(command(file, options), env=environment, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, cwd=ROOT)
+    while process.poll() is None and not list(Path(environment["LM_CACHE"]).glob("corpus/.*.part/progress.json")):
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    (note,) = Path(environment["LM_CACHE"]).glob("corpus/.*.part/progress.json")
+    print(f"killed; it had noted {note.read_text()}", flush=True)
+
+
 def train(file: Path, options: argparse.Namespace, environment: dict[str, str]) -> tuple[int, Watch, float, float]:
     """(exit code, memory, seconds in all, seconds until the run was set up) of lm train under the limit."""
     limit = int(options.limit * 1e9)
-    command = [sys.executable, "-m", "lmcli", "train", str(file), "-o", str(file.parent / "run"), "--preset", options.preset,
-               "--steps", str(options.steps), "--documents", options.documents]
-    began, ready = time.monotonic(), 0.0
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               cwd=ROOT, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))
+    began, ready, gone_on = time.monotonic(), 0.0, False
+    process = subprocess.Popen(command(file, options), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, cwd=ROOT,
+                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))
     watch = Watch(process, began)
     thread = threading.Thread(target=watch.run)
     thread.start()
     for line in process.stderr:
         passed = time.monotonic() - began
+        gone_on = gone_on or "tokenizing goes on after" in line
         if not ready and " parameters" in line and "objective" in line:
             ready = passed
         print(f"{passed:8.1f} s  {line.rstrip()}", flush=True)
     process.wait()
     thread.join()
+    if options.kill and not gone_on:
+        print("it did not go on from where the killed run was")
+        return 1, watch, time.monotonic() - began, ready
     return process.returncode, watch, time.monotonic() - began, ready
 
 
@@ -105,13 +129,17 @@ def main() -> int:
     parser.add_argument("--documents", default="file", choices=["file", "line"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where the temporary folder is made")
+    parser.add_argument("--kill", action="store_true", help="kill a run first, and go on from its token cache")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         file, began = Path(folder) / "text.txt", time.monotonic()
         write(file, options.gigabytes * 1e9, options.seed)
         size = file.stat().st_size
         print(f"{size / 1e9:.2f} GB written in {time.monotonic() - began:.0f} s", flush=True)
-        code, watch, seconds, ready = train(file, options, {**os.environ, "LM_CACHE": str(Path(folder) / "cache")})
+        environment = {**os.environ, "LM_CACHE": str(Path(folder) / "cache")}
+        if options.kill:
+            kill(file, options, environment)
+        code, watch, seconds, ready = train(file, options, environment)
     peak = max(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024, *(row[1] for row in watch.rows))
     until = ready or seconds
     before = [row for row in watch.rows if row[0] < until]
