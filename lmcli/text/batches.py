@@ -13,7 +13,7 @@ import numpy as np
 
 IGNORED = -100  # a target that nothing is to predict, as in transformers
 MOST_SHUFFLED = 1 << 22  # spans whose order is a list, 8 bytes each; of more it is calculated one by one
-MIXED_AT_ONCE = 1024  # rows, or more with a weight below a 512th, among which every source has its share
+MIXED_AT_ONCE = 64  # rows, or more with a weight below a 32nd of all, among which every source has its share
 EXAMPLES_SORTED = 1 << 15  # so many examples are put together by length at a time
 
 
