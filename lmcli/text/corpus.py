@@ -135,6 +135,7 @@ def _encoded_pieces(documents: Iterable[Document], layout: Layout, tokenizer: To
     pieces = layout.pieces(documents)
     if not tokenizer.cuts_at_words:
         pieces = _whole(pieces, most)
+
     def encode(batch: list[Piece]) -> list[EncodedPiece]:
         texts = [piece.text for piece in batch]
         if placed:
