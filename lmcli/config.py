@@ -165,7 +165,8 @@ class TrainConfig:
     # batches
     context: int = knob(256, "tokens in a row", 8, 1 << 24)
     batch_tokens: int = knob(8192, "tokens of an optimizer step", 8)
-    micro_batch_tokens: int = knob(0, "tokens of one forward pass at most, halved where memory runs out; 0 takes 16,384", 0)
+    micro_batch_tokens: int = knob(0, "tokens of one forward pass at most, halved where memory runs out; 0 takes 16,384, "
+                                   "with CUDA 65,536", 0)
     recompute: str = knob("auto", "whether the backward pass calculates activations again: slower, in less memory; auto "
                           "does so where not even one row fits otherwise", choices=("auto", "on", "off"))
     # what is learnt

@@ -36,3 +36,7 @@ class Interrupted(Exception):
 
 class ClosedPipe(Exception):
     """Whoever read standard output has gone, as `head` does (exit code 141, nothing printed)."""
+
+
+class Lost(UserError):
+    """Another process of a run has gone, and this one cannot go on without it (exit code 1)."""

@@ -12,14 +12,14 @@ from pathlib import Path
 import tokenizers as tokenizers_library
 import torch
 
-from lmcli import __version__, first_model
+from lmcli import __version__, first_model, launch
 from lmcli.analysis import auto, remembering
 from lmcli.analysis.card import model_card
 from lmcli.analysis.loss_curve import draw
 from lmcli.checkpoints import adapters, hub
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints.config_json import family_of
-from lmcli.config import Recipe
+from lmcli.config import Recipe, TrainConfig
 from lmcli.errors import UsageError, UserError
 from lmcli.inference.decoding import Decoder
 from lmcli.inference.perplexity import measured
@@ -36,9 +36,11 @@ from lmcli.training import data, loop, memory_room, mixing, run_folder, state
 from lmcli.training.divergence import Diverged
 from lmcli.training.evaluation import Figures, evaluate
 from lmcli.training.objectives import OBJECTIVES
+from lmcli.training.parallel import Team
 from lmcli.training.span_evaluation import Asked
 
 SAMPLE_TOKENS = 60
+EVALUATION_BATCH_TOKENS = 16_384
 
 
 @dataclass
@@ -138,6 +140,22 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
 
     Raises UserError when data or state are missing or changed.
     """
+    run, facts = _reopened(path, device, threads, began, note, sets)
+    run.loop.counters = state.restore(run.place.states, run.model, run.loop.optimizer, note)
+    run.result, run.chosen = facts.get("result") or {}, facts.get("choice") or []
+    run.remembered, run.base = run.result.pop("remembered", []), adapters.base_name(Path(path))
+    memory_room.fit(run.loop, note)
+    run.place.open_metrics(run.step)
+    if sets:
+        run.write_recipe()
+    note(f"going on after step {run.step:,}")
+    _tell(run, note)
+    return run
+
+
+def _reopened(path: str, device: str, threads: int, began: float, note: Callable[[str], None],
+              sets: tuple[str, ...] = ()) -> tuple["TrainingRun", dict]:
+    """(the run of a folder before its first step, the facts stored with it)."""
     place_of_run, recipe, facts = run_folder.reopen(Path(path))
     recipe = changed(recipe, sets)
     placement = place(device, recipe.train.precision, threads, training=True)
@@ -148,17 +166,32 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
     model = Transformer(recipe.model.complete(), recipe.train.dropout)
     if recipe.train.lora_rank or recipe.train.frozen_layers:
         first_model.choose_trained(model, recipe.train)
-    run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
-    run.loop.counters = state.restore(place_of_run.states, run.model, run.loop.optimizer, note)
-    run.result, run.chosen = facts.get("result") or {}, facts.get("choice") or []
-    run.remembered, run.base = run.result.pop("remembered", []), adapters.base_name(Path(path))
-    memory_room.fit(run.loop, note)
-    place_of_run.open_metrics(run.step)
-    if sets:
-        run.write_recipe()
-    note(f"going on after step {run.step:,}")
-    _tell(run, note)
-    return run
+    return TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began), facts
+
+
+def lead(run: "TrainingRun", team: Team) -> None:
+    """Lets the other processes of a team, which `follow`, join a run that is ready for its next step."""
+    launch.remember_folder(run.folder)
+    run.loop.team = team
+    team.tell({"folder": str(run.folder.resolve()), "counters": run.loop.counters,
+               "changed": dataclasses.asdict(run.recipe.train)})
+    team.share_weights(run.model)
+
+
+def follow(team: Team, device: str, threads: int) -> None:
+    """Joins the run that the leader tells of and makes its steps to the end; both see the same files.
+
+    Raises Lost when the leader has gone, and what `loop.Run.follow` raises.
+    """
+    heard = team.hear()
+    if heard is None:
+        return
+    run, _ = _reopened(heard["folder"], device, threads, 0.0, lambda text: None)
+    if heard["counters"].step:
+        state.restore(run.place.states, run.model, run.loop.optimizer, lambda text: None)
+    run.loop.counters, run.loop.config, run.loop.team = heard["counters"], TrainConfig(**heard["changed"]), team
+    team.share_weights(run.model)
+    run.loop.follow()
 
 
 def _tell(run: "TrainingRun", note: Callable[[str], None]) -> None:
@@ -196,18 +229,18 @@ class TrainingRun:
             return lambda: measured(scorer, prepared.validation), read
         if self.objective.name == "span":
             held = Asked(data.windows(prepared, prepared.validation, self.recipe.train.doc_stride), prepared.posed,
-                         loop.MOST_MICRO_BATCH_TOKENS, self.recipe.train.metric)
+                         EVALUATION_BATCH_TOKENS, self.recipe.train.metric)
             return lambda: held.measure(self.model), held.tokens
         known = Figures(self.objective.target, by=self.recipe.train.metric)
         if self.objective.name == "masked":
             ids = data.validation_ids(prepared)
             def batches():
-                return rows.in_order(ids, loop.MOST_MICRO_BATCH_TOKENS)
+                return rows.in_order(ids, EVALUATION_BATCH_TOKENS)
         else:
             held_out = data.example_rows(prepared.validation, data.template(
                 prepared, self.model.config.decoder_start_token_id))
             def batches():
-                return held_out.in_order(loop.MOST_MICRO_BATCH_TOKENS)
+                return held_out.in_order(EVALUATION_BATCH_TOKENS)
             if self.objective.name in ("seq2seq", "completion"):
                 known = dataclasses.replace(known, end=tokenizer.special("eos_token"), bytes=prepared.validation.bytes)
         entropy = unigram_entropy(batch.targets for batch in batches())

@@ -30,13 +30,14 @@ MAY_IMPORT = {
     **{name: set(GROUND[:i]) for i, name in enumerate(GROUND)},
     "text": {*GROUND}, "model": {*GROUND},
     "checkpoints": BELOW_2, "training": BELOW_2, "inference": BELOW_2,
-    "analysis": BELOW_3, "api": BELOW_3, "first_model": BELOW_3, "runs": {*BELOW_3, "analysis", "first_model"},
+    "analysis": BELOW_3, "api": BELOW_3, "first_model": BELOW_3, "launch": set(),
+    "runs": {*BELOW_3, "analysis", "first_model", "launch"},
     "display": {"errors", "config"},
-    "commands": {*BELOW_3, "analysis", "api", "runs", "display"},
+    "commands": {*BELOW_3, "analysis", "api", "launch", "runs", "display"},
     "__init__": {"api"}, "__main__": {"commands"}}
 # which libraries stand where: a part of lmcli/ → those it must not import
 NEVER = {
-    **{name: {"torch", "rich", "click", "numpy", "tokenizers"} for name in GROUND},
+    **{name: {"torch", "rich", "click", "numpy", "tokenizers"} for name in (*GROUND, "launch")},
     "text": {"torch", "safetensors", "rich", "click"}, "model": {"rich", "click", "tokenizers", "safetensors"},
     "display": {"torch", "numpy", "tokenizers", "click"},
     **{name: {"rich", "click"} for name in (*BELOW_3 - BELOW_2, "analysis", "api", "first_model", "runs", "__init__")},
@@ -119,10 +120,10 @@ class TestImports:
             graph = {module: targets for module, targets in graph.items() if module not in leaves}
 
     def test_within_model_layers_come_before_attention_before_the_transformer(self):
-        order = {"kernels": set(), "fused": {"kernels"}, "layers": {"fused"}, "attention": {"fused", "layers"},
-                 "recompute": {"device"}, "transformer": {"kernels", "fused", "layers", "attention", "recompute"},
-                 "adapters": {"fused", "layers", "transformer"}, "likelihood": {"fused"},
-                 "device": set(), "cost": set(), "memory": {"cost"}}
+        order = {"kernels": set(), "fused": {"kernels"}, "head_loss": {"kernels"}, "layers": {"fused"},
+                 "attention": {"fused", "layers"}, "recompute": {"device"}, "adapters": {"fused", "layers", "transformer"},
+                 "transformer": {"kernels", "fused", "head_loss", "layers", "attention", "recompute"},
+                 "likelihood": {"fused", "head_loss"}, "device": set(), "cost": set(), "memory": {"cost"}}
         for name, allowed in order.items():
             found = {module.removeprefix("lmcli.model.") for module, _ in imports(PACKAGE / "model" / f"{name}.py")
                      if module.startswith("lmcli.model.")}

@@ -78,7 +78,7 @@ class TrainingWorkload:
         self.train = dataclasses.replace(recipe.train, time=0.0, tokens=0, epochs=0.0, steps=NEVER, eval_every=NEVER,
                                          save_every=NEVER, sample_every=NEVER)
         rows = _rows(config, recipe, objective.name)
-        batches = rows.step(0, self.train.batch_tokens, self.train.micro_batch_tokens or loop.MOST_MICRO_BATCH_TOKENS)
+        batches = rows.step(0, self.train.batch_tokens, loop.micro_batch_tokens(self.train, placement.device))
         passes = [_passes(config, batch) for batch in batches]
         self.config, self.placement = config, placement
         self.tokens = sum(batch.tokens for batch in batches)

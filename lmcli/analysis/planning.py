@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from lmcli.analysis.benchmark import NEVER, TrainingWorkload, peak_memory
 from lmcli.config import ModelConfig, Recipe
@@ -165,7 +166,7 @@ class Planner:
         parameters = cost.parameters(config).total
         before = self.startup + self.text.seconds + vocabulary.seconds + parameters / 1e8
         steps, seconds = _steps(recipe, speed, step_tokens, text_tokens, before, self._interlude(config, vocabulary, speed))
-        needed = self._memory(recipe, min(step_tokens, micro_batch(recipe)))
+        needed = self._memory(recipe, min(step_tokens, micro_batch(recipe, self.placement.device)))
         process = self.process + 2 * text_tokens * (self.placement.device.type == "cpu")
         tokens = steps * step_tokens
         return Plan(
@@ -188,8 +189,9 @@ class Planner:
         return expected_bits_per_byte(self.text.compressed, self.text.bytes, tokens * vocabulary.bytes_per_token, body)
 
     def _memory(self, recipe: Recipe, micro: int) -> memory.Memory:
-        fused = self.placement.device.type == "cpu" and not kernels.problem()
-        return memory.training_memory(recipe.model, recipe.train, micro, dtype_name(self.placement.dtype), fused=fused)
+        device = self.placement.device
+        return memory.training_memory(recipe.model, recipe.train, micro, dtype_name(self.placement.dtype),
+                                      fused=kernels.serve(device), device=device.type)
 
     def _interlude(self, config: ModelConfig, vocabulary: Vocabulary, speed: Speed) -> tuple[float, float]:
         """(seconds of an evaluation, of the save and the sample text that go with it)."""
@@ -199,7 +201,7 @@ class Planner:
 
     def _speed(self, recipe: Recipe, vocabulary: Vocabulary) -> Speed:
         """The Speed of a recipe: measured with all its layers, or, of a large model, with one and with three of them."""
-        probes = _probes(recipe, MOST_FLOPS.get(self.placement.device.type, MOST_FLOPS_ELSEWHERE))
+        probes = _probes(recipe, MOST_FLOPS.get(self.placement.device.type, MOST_FLOPS_ELSEWHERE), self.placement.device)
         found = [self._measured(probe, vocabulary, SECONDS / len(probes)) for probe in probes]
         if len(found) == 1:
             return found[0]
@@ -251,9 +253,9 @@ def learnt(text: Text, recipe: Recipe) -> Vocabulary:
     return Vocabulary(tokenizer, encoded.ids, encoded.bytes / max(1, len(encoded.ids)), seconds)
 
 
-def micro_batch(recipe: Recipe) -> int:
+def micro_batch(recipe: Recipe, device: torch.device) -> int:
     """Tokens of one forward pass, as training takes them: whole rows."""
-    most = recipe.train.micro_batch_tokens or loop.MOST_MICRO_BATCH_TOKENS
+    most = loop.micro_batch_tokens(recipe.train, device)
     return max(1, most // recipe.train.context) * recipe.train.context
 
 
@@ -263,11 +265,12 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _probes(recipe: Recipe, most_flops: float) -> list[Recipe]:
+def _probes(recipe: Recipe, most_flops: float, device: torch.device) -> list[Recipe]:
     """What is measured in a recipe's place: itself with one micro-batch a step; if a step of that is too long, the same
     with few and with more layers, and with fewer rows."""
     config, train = recipe.model, recipe.train
-    tokens = min(train.batch_tokens // train.context * train.context or train.context, micro_batch(recipe))
+    tokens = min(train.batch_tokens // train.context * train.context or train.context,
+                 micro_batch(recipe, device))
 
     def probe(layers: int, tokens: int) -> Recipe:
         sizes = {} if layers == config.num_hidden_layers else {"num_hidden_layers": layers, "num_encoder_layers": 0}

@@ -69,6 +69,8 @@ hardware = _together(
     click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
                  help="Precision. auto: float32 to measure, bfloat16 to generate where the hardware is made for it."),
     threads)
+nproc = click.option("--nproc", type=click.IntRange(min=1), default=1, metavar="N",
+                     help="So many processes on this machine work together, each on a GPU of its own where there are some.")
 budgets = _together(
     click.option("--time", "time_", type=Duration(), help="Time from the start to the saved model: 90s, 10m, 1h30m."),
     click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps."),

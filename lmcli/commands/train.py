@@ -1,5 +1,6 @@
 """lm train: from text files to a model folder."""
 
+import os
 import sys
 
 import click
@@ -23,8 +24,8 @@ Examples:
 @click.argument("data", nargs=-1, metavar="DATA...")
 @click.option("-o", "--output", metavar="DIR", help="Run folder.  [default: runs/NAME, the next free number]")
 @click.option("--preset", default="auto", show_default=True, metavar="NAME|FILE",
-              help="Recipe: auto (chooses by text, time and machine), tiny, small, base, encoder-small, qa, seq2seq-small, "
-                   "transformer-2017, or a .yaml file.")
+              help="Recipe: auto (chooses by text, time and machine), tiny, small, base; encoder-small, classify, qa; "
+                   "seq2seq-small, translate, summarize, transformer-2017; finetune; or a .yaml file.")
 @click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value of the preset.")
 @click.option("--from", "origin", metavar="MODEL", help="Go on training this model folder, with its tokenizer.")
 @click.option("--lora", type=click.IntRange(min=1), metavar="RANK",
@@ -49,12 +50,13 @@ Examples:
 @click.option("--resume", metavar="DIR",
               help="Go on with an interrupted run; needs nothing else, and takes --set train.learning_rate.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that the folder -o holds.")
+@options.nproc
 @options.reading
 @options.hardware
 @options.quiet
 @options.verbose
 def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_folder, time_, steps, tokens, epochs,
-          weights, val, targets, val_targets, on_long, documents, seed, resume, overwrite, format_, fields, include,
+          weights, val, targets, val_targets, on_long, documents, seed, resume, overwrite, nproc, format_, fields, include,
           on_error, device, dtype, threads, quiet, verbose):
     """Trains a model on text files (or a directory, or standard input) and prints the folder it lies in.
 
@@ -74,10 +76,18 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
         raise UsageError("--weights mixes texts, --target pairs the lines of two", hint="leave one of them out")
     elif not data and sys.stdin.isatty():
         raise UsageError("nothing to train on: give DATA, or pipe text in", hint="lm train --help")
-    from lmcli import display, recipes, runs
+    from lmcli import display, launch, recipes, runs
     from lmcli.text.documents import Layout
+    from lmcli.training import parallel
 
     note = (lambda text: None) if quiet else display.note
+    if nproc > 1 and not launch.is_member():
+        click.get_current_context().exit(launch.together(nproc, sys.argv[1:], note))
+    team = parallel.join()
+    if not team.leads:
+        return _follow(team, device, threads)
+    if launch.is_member():
+        output, resume, overwrite = _again(output, resume, overwrite)
     if resume:
         run = runs.resume(resume, device, threads or 0, BEGAN, note, sets)
     else:
@@ -90,6 +100,7 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
             resolve({}), data, output, val, include, Layout(documents, format_, fields, on_error), origin, tokenizer_folder,
             overwrite, device, threads or 0, resolve if preset == "auto" else None, on_long, (targets, val_targets),
             remember, weights), BEGAN, note)
+    runs.lead(run, team)
     with run.signals(), display.TrainingView(quiet, run.bytes_per_token, run.objective.target) as view:
         for kind, event in run.events():
             {"step": view.step, "validation": view.validation, "sample": view.sample, "note": view.note}[kind](event)
@@ -100,6 +111,35 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
     click.echo(run.folder)
 
 
+def _follow(team, device, threads):
+    """The part of a process that does not lead. It has nothing to say; that the leader has gone is not its to tell."""
+    import signal
+
+    from lmcli import runs
+    from lmcli.errors import EXIT_FAILED, Lost
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the leader answers these
+    try:
+        runs.follow(team, device, threads or 0)
+    except Lost:
+        click.get_current_context().exit(EXIT_FAILED)
+
+
+def _again(output, resume, overwrite):
+    """(output, resume, overwrite) of processes that may have been started again: then the run goes on."""
+    from pathlib import Path
+
+    from lmcli import launch
+
+    if not output and not resume and not launch.known_folder() and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UsageError("torchrun starts a command again where a process dies: give -o, so that the run is found then")
+    place = launch.known_folder() or output
+    if not launch.restarts() or resume or not place or not (Path(place) / "recipe.yaml").is_file():
+        return output, resume, overwrite
+    return (place, place, False) if any(Path(place).glob("state/step-*")) else (place, None, True)
+
+
 # settings that may change under way: neither model nor data nor budget hang on them
 CHANGEABLE = ("learning_rate", "matrix_learning_rate", "gradient_clip", "precision", "recompute")
 
@@ -107,7 +147,7 @@ CHANGEABLE = ("learning_rate", "matrix_learning_rate", "gradient_clip", "precisi
 def _refuse_beside_resume(sets):
     """--resume needs nothing else; whatever would make it another run is refused."""
     context = click.get_current_context()
-    allowed = {"resume", "sets", "device", "threads", "quiet", "verbose"}
+    allowed = {"resume", "sets", "nproc", "device", "threads", "quiet", "verbose"}
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name)
         if source == click.core.ParameterSource.COMMANDLINE and parameter.name not in allowed:

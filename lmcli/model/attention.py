@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
 from lmcli.model import fused
-from lmcli.model.layers import Linear, RMSNorm, rotate
+from lmcli.model.layers import Linear, RMSNorm, rotate, together
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
@@ -150,18 +150,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, view: View) -> Tensor:
         """(B, T, C) → (B, T, C), or of the view's positions `since` one on."""
         since = 0 if self.cross else view.since
-        asking = x[:, since:]
-        rows, read, _ = asking.shape
-        query = self.query(asking).view(rows, read, -1, self.head_dim)
-        if self.normed:
-            query = self.query_norm(query)
-        query = query.transpose(1, 2)  # (B, H, T, D)
+        rows, read = x.shape[0], x.shape[1] - since
         if self.cross:
+            query = self._queries(self.query(x))
             key, value = self._remembered(view)
             real = view.memory.real
             mask = None if real is None else real[:, None, None, :]
         else:
-            key, value = self._keys_and_values(x)  # (B, K, T, D)
+            query, *others = together(x, self.query, self.key, self.value) if not since else (
+                self.query(x[:, since:]), *together(x, self.key, self.value))
+            query, (key, value) = self._queries(query), self._keys_and_values(*others)
             if view.turn is not None:
                 cos, sin = (part.to(query.dtype) for part in view.turn)
                 query, key = rotate(query, cos[..., since:, :], sin[..., since:, :]), rotate(key, cos, sin)
@@ -184,18 +182,21 @@ class Attention(nn.Module):
             start = end
         return torch.cat(found)[None]
 
-    def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        split = (*x.shape[:2], -1, self.head_dim)
-        key, value = self.key(x).view(split), self.value(x).view(split)
-        if self.normed:
-            key = self.key_norm(key)
-        return key.transpose(1, 2), value.transpose(1, 2)  # (B, K, S, D) each
+    def _queries(self, made: Tensor) -> Tensor:
+        """(B, T, H·D) → (B, H, T, D), normed if queries are."""
+        query = made.unflatten(-1, (-1, self.head_dim))
+        return (self.query_norm(query) if self.normed else query).transpose(1, 2)
+
+    def _keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, K·D) → (B, K, S, D) each, keys normed if they are."""
+        key, value = (made.unflatten(-1, (-1, self.head_dim)) for made in (key, value))
+        return (self.key_norm(key) if self.normed else key).transpose(1, 2), value.transpose(1, 2)
 
     def _remembered(self, view: View) -> tuple[Tensor, Tensor]:
         if view.cache is None:
-            return self._keys_and_values(view.memory.states)
+            return self._keys_and_values(*together(view.memory.states, self.key, self.value))
         if self.layer not in view.cache.cross:
-            view.cache.cross[self.layer] = self._keys_and_values(view.memory.states)
+            view.cache.cross[self.layer] = self._keys_and_values(*together(view.memory.states, self.key, self.value))
         return view.cache.cross[self.layer]
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

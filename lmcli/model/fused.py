@@ -1,4 +1,4 @@
-"""A decoder's block and the head's loss with backward passes of their own: as few passes over memory as there can be.
+"""A decoder's block with a backward pass of its own: as few passes over memory as there can be.
 
 For whole rows on a CPU: training, scoring. The block is the one of transformer.py with RMSNorm, rotary causal attention and
 SwiGLU; the tests compare both, value and gradient (in float64 as well). Products are torch's, what lies between them is
@@ -20,8 +20,6 @@ from lmcli.model.kernels import ACCUMULATED, PARTS
 QUERIES_AT_ONCE = 128  # rows of scores in one product: little above the diagonal is calculated, and products stay large
 KEPT_WEIGHTS = 512  # keys up to which attention weights are kept for the backward pass, not calculated again
 FIRST_MATRIX = 11  # among what `_Block` is given
-ROWS_AT_ONCE = 1024  # rows of logits in one piece: they stay in the cache
-WORDS_AT_ONCE = 2048  # columns of logits that are only read: more would be fetched anew from the system each time
 # activations as x · σ(x · (a + b x²)): (a, b)
 SILU, GELU_TANH = (1.0, 0.0), (2 * (2 / torch.pi) ** 0.5, 2 * 0.044715 * (2 / torch.pi) ** 0.5)
 
@@ -367,65 +365,3 @@ def gelu_tanh_(x: Tensor) -> Tensor:
     """x (…, F), contiguous, becomes GELU(x) by its tanh formula (Hendrycks & Gimpel 2016); without a gradient."""
     kernels.run("gelu_tanh", x.dtype, x, x.numel() // x.shape[-1], x.shape[-1])
     return x
-
-
-class _CrossEntropy(Function):
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float) -> Tensor:
-        matrix, added = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)  # (V, C), (V,)
-        losses = torch.empty(len(hidden), dtype=ACCUMULATED[hidden.dtype])
-        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        dbias = None if bias is None else torch.zeros_like(bias)
-        for first in range(0, len(hidden), ROWS_AT_ONCE):
-            rows = slice(first, first + ROWS_AT_ONCE)
-            part = hidden[rows]
-            logits = part @ matrix.T if bias is None else torch.addmm(added, part, matrix.T)
-            kernels.run("cross_entropy", hidden.dtype, logits, targets[rows], losses[rows], *logits.shape, smoothing)
-            torch.mm(logits, matrix, out=dhidden[rows])
-            if dweight is not None:
-                dweight += logits.T @ part
-            if bias is not None:
-                dbias += logits.sum(0, dtype=dbias.dtype)
-        ctx.save_for_backward(dhidden, dweight, dbias)
-        return losses.sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight, dbias = ctx.saved_tensors
-        dweight, dbias = (None if part is None else part * gradient for part in (dweight, dbias))
-        return dhidden * gradient, dweight, dbias, None, None
-
-
-def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The summed −log p of targets (N,) under the logits hidden (N, C) · weightᵀ (V, C) + bias (V,), nats; smoothing as in
-    `likelihood.target_losses`. The gradient is made beside the loss, so the logits never exist all at once."""
-    assert targets.dtype == torch.int64 and (not len(targets) or 0 <= targets.min() <= targets.max() < len(weight))
-    return _CrossEntropy.apply(hidden.contiguous(), weight, bias, targets.contiguous(), smoothing)
-
-
-def target_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """−log p of targets (N,) under the logits hidden (N, C) · weightᵀ (V, C) + bias (V,), nats, (N,) float32 (of float64
-    float64); without a gradient.
-
-    Logits are made for a block of words at a time, in the same memory each time, and only their largest and the sum of
-    their exponentials is kept, as Milakov & Gimelshein (2018) do.
-    """
-    assert targets.dtype == torch.int64 and (not len(targets) or 0 <= targets.min() <= targets.max() < len(weight))
-    dtype, words = ACCUMULATED[hidden.dtype], len(weight)
-    kept = torch.zeros(len(hidden), 3, dtype=dtype)  # largest logit, sum of exponentials, logit of the target
-    kept[:, 0] = -torch.inf
-    room = hidden.new_empty(min(ROWS_AT_ONCE, len(hidden)) * min(WORDS_AT_ONCE, words))
-    for start in range(0, len(hidden), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        part, wanted, known = hidden[rows], targets[rows].contiguous(), kept[rows]
-        for first in range(0, words, WORDS_AT_ONCE):
-            block = slice(first, first + WORDS_AT_ONCE)
-            matrix = weight[block].to(hidden.dtype)
-            logits = room[:len(part) * len(matrix)].view(len(part), len(matrix))
-            if bias is None:
-                torch.mm(part, matrix.T, out=logits)
-            else:
-                torch.addmm(bias[block].to(hidden.dtype), part, matrix.T, out=logits)
-            kernels.run("merge_logits", hidden.dtype, logits, wanted, known, *logits.shape, first)
-    return kept[:, 1].log() - (kept[:, 2] - kept[:, 0])

@@ -117,9 +117,14 @@ def _processor() -> bytes:
     return b"\n".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))
 
 
+def serve(device: torch.device) -> bool:
+    """Whether work on this device has the kernels."""
+    return device.type == "cpu" and library() is not None
+
+
 def usable(x: Tensor) -> bool:
     """Whether the kernels can work on tensors like this one."""
-    return x.device.type == "cpu" and x.dtype in SUFFIX and library() is not None
+    return x.dtype in SUFFIX and serve(x.device)
 
 
 def run(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:

@@ -30,6 +30,15 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+def together(x: Tensor, *parts: Linear) -> tuple[Tensor, ...]:
+    """What each of some matrices makes of x (…, C): in training by one product, whose gradients are larger and fewer."""
+    if not torch.is_grad_enabled() or any(part.low for part in parts):
+        return tuple(part(x) for part in parts)
+    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts]).to(x.dtype)
+    made = F.linear(x, torch.cat([part.weight for part in parts]).to(x.dtype), bias)
+    return made.split([part.out_features for part in parts], dim=-1)
+
+
 class RMSNorm(nn.Module):
     """x / √(mean(x²) + ε) · weight over the last axis (Zhang & Sennrich 2019)."""
 
@@ -88,10 +97,11 @@ class MLP(nn.Module):
             else:
                 gate_up = F.linear(x, torch.cat([fused.added(part.weight, part.low) for part in parts]).to(x.dtype))
             return self.down(fused.gated(gate_up, CURVES[self.activation]))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        gate, up = together(x, self.gate, self.up)
+        return self.down(self.activation(gate) * up)
 
 
-def rotary_frequencies(config: ModelConfig, theta: float) -> tuple[Tensor, float]:
+def rotary_frequencies(config: ModelConfig, theta: float, device: torch.device) -> tuple[Tensor, float]:
     """(angles a position turns by, (R/2,) float32; factor on cos and sin) for the R turned numbers of a head.
 
     Plain rotary turns by theta^(−2i/R) (Su et al. 2021). To read more than a model was trained on, "linear" divides all
@@ -99,7 +109,7 @@ def rotary_frequencies(config: ModelConfig, theta: float) -> tuple[Tensor, float
     attention (Peng et al. 2023).
     """
     size = config.rotary_size
-    angles = theta ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+    angles = theta ** (-torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
     factor, trained = config.rope_factor, config.rope_original_context or config.max_position_embeddings
     if config.rope_type == "linear":
         return angles / factor, 1.0
@@ -112,7 +122,7 @@ def rotary_frequencies(config: ModelConfig, theta: float) -> tuple[Tensor, float
         def place(turns: float) -> float:
             return size * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
         low, high = max(math.floor(place(32)), 0), min(math.ceil(place(1)), size - 1)
-        ramp = ((torch.arange(size // 2) - low) / (high - low if high > low else 0.001)).clamp(0, 1)
+        ramp = ((torch.arange(size // 2, device=device) - low) / (high - low if high > low else 0.001)).clamp(0, 1)
         return angles * (1 - ramp + ramp / factor), 0.1 * math.log(factor) + 1.0
     return angles, 1.0
 
@@ -122,8 +132,8 @@ def rotation(positions: Tensor, config: ModelConfig, theta: float) -> tuple[Tens
 
     Both halves of R carry the same R/2 angles.
     """
-    angles, factor = rotary_frequencies(config, theta)
-    angles = positions[:, None, :, None].float() * angles.to(positions.device)  # (B, 1, T, R/2)
+    angles, factor = rotary_frequencies(config, theta, positions.device)
+    angles = positions[:, None, :, None].float() * angles  # (B, 1, T, R/2)
     angles = torch.cat([angles, angles], dim=-1)  # (B, 1, T, R)
     return angles.cos() * factor, angles.sin() * factor
 

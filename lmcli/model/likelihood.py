@@ -7,10 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmcli.model import fused
-
-LOGITS_AT_ONCE = 1 << 23  # so many numbers of logits exist at a time
-FEWEST_ROWS = 128  # but so many rows, for the product's sake
+from lmcli.model import fused, head_loss
 
 
 class Readings(NamedTuple):
@@ -42,7 +39,7 @@ def target_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Ten
     if targets.is_floating_point():
         return F.binary_cross_entropy_with_logits(head(hidden).float(), targets, reduction="none").sum(-1)
     if hasattr(head, "prepared") and fused.active(hidden) and not torch.is_grad_enabled() and not smoothing:
-        return fused.target_losses(head.prepared(hidden), head.output.weight, head.output.bias, targets)
+        return head_loss.target_losses(head.prepared(hidden), head.output.weight, head.output.bias, targets)
     parts = [F.cross_entropy(head(rows).float(), wanted, reduction="none", label_smoothing=smoothing)
              for rows, wanted in pieces(head, hidden, targets)]
     return torch.cat(parts) if parts else hidden.new_zeros(0)
@@ -51,7 +48,7 @@ def target_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Ten
 def pieces(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The rows of hidden states (N, C) with their targets (N,), as many at a time as logits may be."""
     output = getattr(head, "output", head)  # of a LanguageHead, or a matrix by itself
-    rows = max(FEWEST_ROWS, LOGITS_AT_ONCE // getattr(output, "out_features", 2048))
+    rows = head_loss.rows_at_once(hidden.device, getattr(output, "out_features", 2048))
     return zip(hidden.split(rows), targets.split(rows))
 
 
@@ -77,7 +74,8 @@ def _read(logprobs: Tensor, targets: Tensor, members: Tensor | None, count: int)
 
 
 def summed_loss(hidden: Tensor, head: torch.nn.Module, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The sum of `target_losses`, with a gradient that costs less where the kernels are there."""
-    if fused.active(hidden) and hasattr(head, "prepared"):
-        return fused.cross_entropy(head.prepared(hidden), head.output.weight, head.output.bias, targets, smoothing)
+    """The sum of `target_losses`; of a language head the gradient is made beside it."""
+    if hasattr(head, "prepared"):
+        return head_loss.cross_entropy(head.prepared(hidden), head.output.weight, head.output.bias, targets, smoothing,
+                                       head.loss_with_gradient)
     return target_losses(hidden, head, targets, smoothing).sum()

@@ -12,11 +12,12 @@ from lmcli.model import cost
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MASTER = 4  # weights, their gradients and moments are float32
-# as in `fused`, which may not be imported here since it leads to torch; a test compares them
+# as in `fused` and `head_loss`, which may not be imported here since they lead to torch; a test compares them
 QUERIES_AT_ONCE = 128
 KEPT_WEIGHTS = 512
 LOGIT_ROWS_AT_ONCE = 1024
-LOGITS_AT_ONCE, FEWEST_ROWS = 1 << 23, 128  # of `likelihood`
+LOGITS_AT_ONCE = {"cpu": 1 << 23, "mps": 1 << 23, "cuda": 1 << 28}
+FEWEST_ROWS = 128
 ORTHOGONAL = 8  # bytes that Muon works with for each number of the largest group of equal matrices, see `optimizers.Muon`
 
 
@@ -38,7 +39,7 @@ class Memory(NamedTuple):
 
 
 def training_memory(config: ModelConfig, train: TrainConfig, micro_batch_tokens: int, dtype: str = "bfloat16",
-                    recompute: bool = False, fused: bool = True) -> Memory:
+                    recompute: bool = False, fused: bool = True, device: str = "cpu") -> Memory:
     """The Memory of training a complete configuration with micro-batches of so many tokens, activations in `dtype`.
 
     `recompute` keeps only the input of each block and makes the rest of it again in the backward pass. `fused` says
@@ -56,7 +57,8 @@ def training_memory(config: ModelConfig, train: TrainConfig, micro_batch_tokens:
         groups[rows, columns] = groups.get((rows, columns), 0) + count * rows * columns
     weights = MASTER * (total + (trained if train.lora_rank else 0))
     return Memory(weights, MASTER * trained, MASTER * (2 * (trained - by_muon) + by_muon),
-                  _activations(config, train, micro_batch_tokens, dtype, recompute, fused and serves(config)),
+                  kept_for_backward(config, train, micro_batch_tokens, dtype, recompute, fused)
+                  + _worked_with(config, train, micro_batch_tokens, SIZES[dtype], recompute, fused, device),
                   ORTHOGONAL * max(groups.values(), default=0))
 
 
@@ -79,19 +81,20 @@ def kept_for_backward(config: ModelConfig, train: TrainConfig, tokens: int, dtyp
     kept = sum(layers * (config.hidden_size if recompute else block) for layers, block, _ in _blocks(config, train, fused))
     copies = 0 if dtype == "float32" and not fused else size * sum(
         count * rows * columns for count, rows, columns in inner_matrices(config))  # of the weights, in that precision
-    return int(size * tokens * (kept + config.hidden_size)) + copies + _head(config, train, tokens, size, fused)
+    return int(size * tokens * (kept + config.hidden_size)) + copies + _head(config, train, tokens, size)
 
 
-def _activations(config: ModelConfig, train: TrainConfig, tokens: int, dtype: str, recompute: bool, fused: bool) -> int:
-    """The same, and what the last block's backward pass and the head's work with while all of it is there."""
-    size = SIZES[dtype]
-    widest = max(gradients + (block if recompute else 0) for _, block, gradients in _blocks(config, train, fused))
-    matrix = config.vocab_size * config.hidden_size
-    pieces = 0 if config.head != "lm" else size * config.vocab_size * min(tokens, LOGIT_ROWS_AT_ONCE) + \
-        MASTER * matrix if fused else (MASTER + size) * config.vocab_size * min(
-            tokens, max(FEWEST_ROWS, LOGITS_AT_ONCE // config.vocab_size))
-    return kept_for_backward(config, train, tokens, dtype, recompute, fused) + pieces + int(
-        size * tokens * (widest + config.hidden_size))
+def _worked_with(config: ModelConfig, train: TrainConfig, tokens: int, size: int, recompute: bool, fused: bool,
+                 device: str) -> int:
+    """Bytes that the last block's backward pass and the head work with while all that is kept is there."""
+    blocks = _blocks(config, train, fused and serves(config))
+    widest = max(gradients + (block if recompute else 0) for _, block, gradients in blocks)
+    if config.head != "lm":
+        return int(size * tokens * (widest + config.hidden_size))
+    # a piece of the logits, by torch in several forms, and what it adds to the gradient of the head's matrix
+    rows = LOGIT_ROWS_AT_ONCE if fused else max(FEWEST_ROWS, LOGITS_AT_ONCE[device] // config.vocab_size)
+    pieces = (size if fused else 2 * (MASTER + size)) * min(tokens, rows) + MASTER * config.hidden_size
+    return int(size * tokens * (widest + config.hidden_size)) + pieces * config.vocab_size
 
 
 def _blocks(config: ModelConfig, train: TrainConfig, fused: bool) -> list[tuple[int, float, float]]:
@@ -137,13 +140,9 @@ def _plain_block(config: ModelConfig, stack: str, heads: int, width: int, inner:
     return attention + 2 * hidden + (4 if config.gated_mlp else 2) * inner
 
 
-def _head(config: ModelConfig, train: TrainConfig, tokens: int, size: int, fused: bool) -> int:
-    """Bytes that the head keeps: fused, the gradients of hidden states and matrix, made beside the loss; plain, the
-    log-probability of every word at every target."""
+def _head(config: ModelConfig, train: TrainConfig, tokens: int, size: int) -> int:
+    """Bytes that the head keeps: the gradients of hidden states and matrix, made beside the loss."""
     if config.head != "lm":
         return 0
-    matrix = config.vocab_size * config.hidden_size
     targets = int({"encoder": train.mask_share, "encoder-decoder": 0.5}.get(config.shape, 1.0) * tokens)
-    if fused and not config.head_bias:
-        return targets * config.hidden_size * size + matrix * MASTER
-    return MASTER * targets * config.vocab_size + (0 if size == MASTER else size) * matrix
+    return targets * config.hidden_size * size + config.vocab_size * config.hidden_size * MASTER

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
-from lmcli.model import fused, kernels
+from lmcli.model import fused, head_loss, kernels
 from lmcli.model.attention import Attention, KeyValueCache, Memory, Packed, View, visible
 from lmcli.model.layers import ACTIVATIONS, MLP, Linear, RelativeBias, make_norm, rotation, sinusoids
 from lmcli.model.recompute import recomputed
@@ -185,6 +185,7 @@ class LanguageHead(nn.Module):
         self.activation = ACTIVATIONS[config.head_act]
         self.scale = config.hidden_size ** -0.5 if config.scale_logits else 1.0
         self.output = Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.loss_with_gradient = head_loss.with_gradient  # or as torch.compile made it
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.prepared(x))
@@ -312,11 +313,13 @@ class Transformer(nn.Module):
                 stack.dropout = dropout if self.config.shape != "decoder" else 0.0
 
     def compile_blocks(self, **options) -> None:
-        """Has torch.compile, with its options, make one kernel of what it can of each block in training. Evaluations, whose
-        rows have many lengths, run as before."""
+        """Has torch.compile, with its options, make one kernel of what it can of each block and of the head's loss in
+        training. Evaluations, whose rows have many lengths, run as before."""
         for stack in (self.encoder, self.decoder):
             if stack is not None:
                 stack.compiled = [torch.compile(layer, **options) for layer in stack.layers]
+        if isinstance(self.head, LanguageHead):
+            self.head.loss_with_gradient = torch.compile(head_loss.with_gradient, **options)
 
     def set_recompute(self, on: bool) -> None:
         """Whether training keeps only what enters each block, and calculates what lies inside again in the backward pass

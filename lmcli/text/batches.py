@@ -76,13 +76,16 @@ class Ring:
             self._epoch, self._place = epoch, _order(self.per_epoch, generator)
         return (self._offset + int(self._place(index)) * self.stride) % len(self.ids)
 
-    def take(self, number: int) -> np.ndarray:
-        """Span number `number`, int64."""
-        start = self.start(number)
-        row = self.ids[start:start + self.span]
-        while len(row) < self.span:  # over the end of the ring
-            row = np.concatenate([row, self.ids[:self.span - len(row)]])
-        return row.astype(np.int64)
+    def take(self, number: int, count: int) -> np.ndarray:
+        """Spans number `number` to `number + count`, (count, span) int64."""
+        rows = np.empty((count, self.span), dtype=np.int64)
+        for i, row in enumerate(rows):
+            start, filled = self.start(number + i), 0
+            while filled < self.span:  # again where the ring begins anew
+                part = self.ids[start:start + self.span - filled]
+                row[filled:filled + len(part)] = part
+                start, filled = 0, filled + len(part)
+        return rows
 
 
 def _order(count: int, generator: np.random.Generator) -> Callable[[int], int]:
@@ -149,10 +152,13 @@ class Rings:
         ring, index = self.place(number)
         return sum(len(one.ids) for one in self.rings[:ring]) + self.rings[ring].start(index)
 
-    def take(self, number: int) -> np.ndarray:
-        """Span number `number`, int64."""
-        ring, index = self.place(number)
-        return self.rings[ring].take(index)
+    def take(self, number: int, count: int) -> np.ndarray:
+        """Spans number `number` to `number + count`, (count, span) int64."""
+        rows = np.empty((count, self.span), dtype=np.int64)
+        for i in range(count):
+            ring, index = self.place(number + i)
+            rows[i] = self.rings[ring].take(index, 1)
+        return rows
 
     def _load(self, number: int) -> int:
         """Draws the block that a span is in, and returns its place there."""
@@ -195,7 +201,10 @@ class PackedRows:
 
     def batch(self, position: int, rows: int) -> np.ndarray:
         """(rows, context + 1) int64: rows number `position` to `position + rows` of the run."""
-        return np.stack([self._row(position + i) for i in range(rows)])
+        spans = self.ring.take(position, rows)
+        if self.beginning is None:
+            return spans
+        return np.concatenate([np.full((rows, 1), self.beginning), spans], axis=1)
 
     def step(self, position: int, batch_tokens: int, most: int) -> list[Batch]:
         """The batches of one optimizer step of `batch_tokens`, none of them over `most` tokens (or one row)."""
@@ -214,10 +223,6 @@ class PackedRows:
     def places(self, position: int, rows: int) -> tuple[str, list[int]]:
         """("token", where in the corpus each of these rows begins)."""
         return "token", [self.ring.start(position + i) for i in range(rows)]
-
-    def _row(self, number: int) -> np.ndarray:
-        row = self.ring.take(number)
-        return row if self.beginning is None else np.concatenate([[self.beginning], row])
 
 
 def _parts(position: int, batch_tokens: int, most: int, context: int) -> Iterator[tuple[int, int]]:
@@ -261,7 +266,7 @@ class MaskedRows:
 
     def step(self, position: int, batch_tokens: int, most: int) -> list[Batch]:
         """The batches of one optimizer step of `batch_tokens`, none of them over `most` tokens (or one row)."""
-        return [self._batch([self.ring.take(start + i) for i in range(rows)], start)
+        return [self._batch(self.ring.take(start, rows), start)
                 for start, rows in _parts(position, batch_tokens, most, self.context)]
 
     def places(self, position: int, rows: int) -> tuple[str, list[int]]:
@@ -276,7 +281,7 @@ class MaskedRows:
         for start in range(0, len(spans), at_once):
             yield self._batch(spans[start:start + at_once], start)
 
-    def _batch(self, spans: list[np.ndarray], first: int) -> Batch:
+    def _batch(self, spans: Sequence[np.ndarray], first: int) -> Batch:
         rows = [np.concatenate([self.around[0], span, self.around[1]]).astype(np.int64) for span in spans]
         pairs = [self.masking.apply(row, np.random.default_rng((self.seed, 1, first + i))) for i, row in enumerate(rows)]
         return Batch(np.stack([read for read, _ in pairs]), np.stack([targets for _, targets in pairs]))

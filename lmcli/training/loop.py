@@ -8,19 +8,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from lmcli.config import TrainConfig
 from lmcli.errors import UserError
 from lmcli.model import device
 from lmcli.model.device import Placement
 from lmcli.model.transformer import Transformer
-from lmcli.text.batches import ExampleRows, MaskedRows, PackedRows
+from lmcli.text.batches import Batch, ExampleRows, MaskedRows, PackedRows
 from lmcli.training import divergence, objectives, optimizers, schedules
 from lmcli.training.divergence import Diverged
 from lmcli.training.objectives import OBJECTIVES, Objective
+from lmcli.training.parallel import ALONE, Team
 from lmcli.training.state import Counters
 
-MOST_MICRO_BATCH_TOKENS = 16_384
+MICRO_BATCH_TOKENS = {"cpu": 16_384, "mps": 16_384, "cuda": 65_536}  # of one forward pass at most
 EVALUATIONS = 8  # of a run, unless eval_every says otherwise; and so many saves and sample texts
 PLACES_TOLD = 4  # of the rows that an error names
 SMALLER = "lower train.context, model.hidden_size, model.num_hidden_layers or tokenizer.vocab_size"
@@ -75,6 +77,11 @@ def evaluations(budget: float, cost: float) -> int:
     return min(EVALUATIONS, max(1, int(budget / 15 / max(cost, 1e-9)))) if budget else EVALUATIONS
 
 
+def micro_batch_tokens(config: TrainConfig, device: torch.device) -> int:
+    """Tokens of one forward pass at most, where memory allows."""
+    return config.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
+
+
 @dataclass
 class Run:
     """A training run. `elapsed()` is seconds since its start; set `stop` to end it after the current step.
@@ -93,6 +100,7 @@ class Run:
     objective: Objective = OBJECTIVES["causal"]
     counters: Counters = field(default_factory=Counters)
     stop: bool = False
+    team: Team = ALONE
 
     def __post_init__(self) -> None:
         self.model.training_dtype = self.placement.dtype
@@ -118,7 +126,7 @@ class Run:
     @property
     def micro_batch_tokens(self) -> int:
         """Tokens of one forward pass at most: what fitted once memory had run out, else what is configured."""
-        return self.counters.micro_batch_tokens or self.config.micro_batch_tokens or MOST_MICRO_BATCH_TOKENS
+        return self.counters.micro_batch_tokens or micro_batch_tokens(self.config, self.placement.device)
 
     @property
     def recompute(self) -> bool:
@@ -130,8 +138,20 @@ class Run:
 
         Where memory runs out a step is made again in smaller parts, after a Note. Raises UserError when not even a row
         fits, and Diverged when loss or gradient become NaN or infinite or the loss explodes; weights are then as before
-        that step. Nothing is to be saved from weights that are not finite: that is Diverged as well.
+        that step. Nothing is to be saved from weights that are not finite: that is Diverged as well. Processes that `follow`
+        make the same steps.
         """
+        yield from self._led_events()
+        self.team.tell(None)
+
+    def follow(self) -> None:
+        """Makes the leader's steps, until it says that the run is over. Raises what `events` raises in a step."""
+        self.model.set_recompute(self.recompute)
+        while (share := self.team.hear()) is not None:
+            for _ in self._step(share):
+                pass  # the leader tells what there is to note
+
+    def _led_events(self) -> Iterator[Step | Validation | Due | Note]:
         counters = self.counters
         self.model.set_recompute(self.recompute)
         self._before = counters.seconds
@@ -141,6 +161,7 @@ class Run:
         if counters.step and share < 1.0:  # resumed: the step before the stop may have left something due
             yield from self._between(share)
         while share < 1.0 and not self.stop and not self._patience_is_over():
+            self.team.tell(share)
             step = yield from self._step(share)
             share = self._share()
             counters.seconds = step.elapsed = self.elapsed()
@@ -228,6 +249,7 @@ class Run:
         # the very first step, at share 0, would have rate 0
         factor = schedules.factor(config.schedule, max(share, config.warmup / 100), config.warmup)
         rate, position = factor * config.learning_rate, counters.rows
+        self.team.seed(config.seed, counters.step)
         loss, tokens = yield from self._gradients_that_fit()
         norm = self.optimizer.clip(config.gradient_clip)
         self._require_sound(loss, norm, rate, position)
@@ -245,11 +267,14 @@ class Run:
         """`_gradients`; where memory runs out, again in smaller parts, from the same place in data and random numbers."""
         position, states = self.counters.rows, device.random_states(self.placement.device)
         while True:
+            made = None
             try:
-                return self._gradients()
+                made = self._gradients()
             except (RuntimeError, MemoryError) as error:
                 if not device.ran_out_of_memory(error):
                     raise
+            if not self.team.any(made is None):
+                return self._summed(*made)
             # only here, where the error no longer holds the frames it came through, is their memory free
             self.optimizer.zero_grad()
             device.free_memory(self.placement.device)
@@ -260,7 +285,7 @@ class Run:
     def _made_smaller(self) -> str:
         """Changes what the next try has in memory at once, and says how; UserError when nothing is left to change."""
         counters, config = self.counters, self.config
-        batches = self.rows.step(counters.rows, config.batch_tokens, self.micro_batch_tokens)
+        batches = self._batches()
         largest = max(batch.size for batch in batches)
         if max(batch.rows for batch in batches) > 1:
             tried = min(self.micro_batch_tokens, largest)
@@ -334,16 +359,25 @@ class Run:
         step = self.counters.step
         return Diverged(f"{what} after step {step} ({self.placement})", self._remedy(), step + 1)
 
-    def _gradients(self) -> tuple[float, int]:
-        """Adds up the gradients of one optimizer step; returns its loss in nats per target and its tokens."""
-        config, counters = self.config, self.counters
-        batches = self.rows.step(counters.rows, config.batch_tokens, self.micro_batch_tokens)
+    def _batches(self) -> list[Batch]:
+        """Those of the next step, as many as there are processes or more."""
+        most = min(self.micro_batch_tokens, self.config.batch_tokens // self.team.size)
+        return self.rows.step(self.counters.rows, self.config.batch_tokens, max(1, most))
+
+    def _gradients(self) -> tuple[Tensor, int, int]:
+        """Adds up the gradients of this process's share of an optimizer step; returns the loss of the share in nats, and
+        targets and tokens of the whole step."""
+        config, batches = self.config, self._batches()
         targets = sum(batch.count for batch in batches)
         total = torch.zeros((), device=self.placement.device)
         self.optimizer.zero_grad()
-        for batch in batches:
+        for batch in self.team.share(batches):
             loss = objectives.loss(self.objective, self.model, batch, config.label_smoothing)
             (loss / targets).backward()
             total += loss.detach()
-        counters.rows += sum(batch.rows for batch in batches)
-        return float(total) / targets, sum(batch.tokens for batch in batches)
+        self.counters.rows += sum(batch.rows for batch in batches)
+        return total, targets, sum(batch.tokens for batch in batches)
+
+    def _summed(self, loss: Tensor, targets: int, tokens: int) -> tuple[float, int]:
+        """The step's loss in nats per target and its tokens, once all processes have added up their gradients."""
+        return float(self.team.add_gradients(self.model.parameters(), loss)) / targets, tokens

@@ -33,7 +33,7 @@ def fit(run: Run, note: Callable[[str], None]) -> None:
 
     def fits(tokens: int, recompute: bool) -> bool:
         return not there or training_memory(run.model.config, train, tokens, dtype_name(run.placement.dtype), recompute,
-                                            fused=not kernels.problem()).total <= there
+                                            kernels.serve(run.placement.device), run.placement.device.type).total <= there
 
     sizes = [first]
     while sizes[-1] // 2 >= max(FEWEST_MICRO_BATCH_TOKENS, train.context):

@@ -24,7 +24,7 @@ class Predictions(NamedTuple):
 def causal(model: Transformer, batch: Batch) -> Predictions:
     """Every next token of packed rows."""
     ids, targets, _ = _tensors(model, batch)
-    firsts = None if batch.firsts is None else torch.from_numpy(batch.firsts).to(ids.device)
+    firsts = None if batch.firsts is None else _on(ids.device, batch.firsts)
     return Predictions(model.hidden(ids, firsts=firsts).flatten(0, 1), model.head, targets.flatten())
 
 
@@ -45,7 +45,7 @@ def masked(model: Transformer, batch: Batch) -> Predictions:
 def seq2seq(model: Transformer, batch: Batch) -> Predictions:
     """Every token of the target and its end, given the source and the target before it (teacher forcing)."""
     ids, targets, real = _tensors(model, batch)
-    decoder_ids = torch.from_numpy(batch.decoder_ids).to(ids.device)
+    decoder_ids = _on(ids.device, batch.decoder_ids)
     hidden = model.hidden(decoder_ids, memory=model.encode(ids, real))  # what follows a token cannot change it: no mask
     chosen = targets != IGNORED
     return Predictions(hidden[chosen], model.head, targets[chosen])
@@ -65,7 +65,7 @@ def span(model: Transformer, batch: Batch) -> Predictions:
     hidden = model.hidden(ids, real, token_type_ids=_types(model, batch))
     logits = model.head(hidden).float().movedim(-1, 0)  # (2, B, T)
     if batch.candidates is not None:
-        logits = logits.masked_fill(~torch.from_numpy(batch.candidates).to(ids.device), float("-inf"))
+        logits = logits.masked_fill(~_on(ids.device, batch.candidates), float("-inf"))
     return Predictions(logits.flatten(0, 1), nn.Identity(), targets.T.flatten())
 
 
@@ -73,13 +73,18 @@ def _types(model: Transformer, batch: Batch) -> Tensor | None:
     """Token types, where there are any and the model tells them apart."""
     if batch.types is None or model.config.type_vocab_size < 2:
         return None
-    return torch.from_numpy(batch.types).to(model.embedding.weight.device)
+    return _on(model.embedding.weight.device, batch.types)
 
 
 def _tensors(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     device = model.embedding.weight.device
-    ids, targets = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (batch.ids, batch.targets))
-    return ids, targets, None if batch.real is None else torch.from_numpy(batch.real).to(device)
+    return _on(device, batch.ids), _on(device, batch.targets), None if batch.real is None else _on(device, batch.real)
+
+
+def _on(device: torch.device, array: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    # from pinned memory a GPU fetches it while it works; else the copy waits until it has no more work
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from lmcli.analysis import planning
 from lmcli.analysis.planning import Plan, Planner, Speed
@@ -113,7 +114,7 @@ def test_a_large_model_is_measured_by_few_of_its_layers(preset, sets, budget, fo
     recipe = resolve(preset, sets)
     config = dataclasses.replace(recipe.model, vocab_size=recipe.tokenizer.vocab_size,
                                  max_position_embeddings=recipe.train.context).complete()
-    probes = planning._probes(dataclasses.replace(recipe, model=config), budget)
+    probes = planning._probes(dataclasses.replace(recipe, model=config), budget, torch.device("cpu"))
     assert [(probe.model.num_hidden_layers, probe.train.batch_tokens) for probe in probes] == found
     assert all(probe.model.hidden_size == config.hidden_size for probe in probes)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from lmcli.config import ModelConfig, TrainConfig
-from lmcli.model import fused, kernels
+from lmcli.model import fused, head_loss, kernels
 from lmcli.model.attention import attention
 from lmcli.model.layers import rotate
 from lmcli.model.likelihood import target_losses
@@ -44,7 +44,7 @@ def compiled():
 def plain_layers():
     """Inside, layers and attention compute as without kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "active", lambda x: False)
+        patch.setattr(kernels, "usable", lambda x: False)
         yield
 
 
@@ -128,7 +128,7 @@ def wanted_words(rows: int, words: int) -> Tensor:
 
 def loss(smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
     def summed(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return fused.cross_entropy(hidden, weight, bias, wanted_words(len(hidden), len(weight)), smoothing)
+        return head_loss.cross_entropy(hidden, weight, bias, wanted_words(len(hidden), len(weight)), smoothing)
     return summed
 
 
@@ -322,57 +322,6 @@ def test_nan_in_the_gradient_from_above_reaches_every_activation(case):
         assert gradient.isnan().all()
 
 
-def head_case(words: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    # quarters below 32: logits that bfloat16 holds as they are, in whatever order they are summed
-    hidden, weight, bias = (torch.randint(-most, most + 1, size, generator=generator) / parts for most, parts, size in (
-        (1, 1, (50, 24)), (4, 4, (words, 24)), (4, 4, (words,))))
-    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), wanted_words(50, words)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("words", [1, 7, 16, 33, 5000])
-@pytest.mark.parametrize("biased", [False, True])
-@torch.no_grad()
-def test_losses_that_are_only_read_are_those_of_torch(words, dtype, biased):
-    hidden, weight, bias, targets = head_case(words, dtype)
-    logits = F.linear(hidden, weight, bias if biased else None)
-    wanted = F.cross_entropy(logits.double(), targets, reduction="none")
-    found = fused.target_losses(hidden, weight, bias if biased else None, targets)
-    assert found.dtype == kernels.ACCUMULATED[dtype]
-    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
-    with pytest.raises(AssertionError):
-        fused.target_losses(hidden, weight, None, torch.full((50,), words))
-    assert fused.target_losses(hidden[:0], weight, None, targets[:0]).shape == (0,)
-
-
-@pytest.mark.parametrize(("rows", "words"), [(7, 5), (50, 1), (1, 33), (64, 64)])
-@torch.no_grad()
-def test_the_blocks_of_words_change_nothing(rows, words, monkeypatch):
-    hidden, weight, bias, targets = head_case(33, torch.float64)
-    wanted = fused.target_losses(hidden, weight, bias, targets)
-    monkeypatch.setattr(fused, "ROWS_AT_ONCE", rows)
-    monkeypatch.setattr(fused, "WORDS_AT_ONCE", words)
-    np.testing.assert_allclose(fused.target_losses(hidden, weight, bias, targets), wanted, rtol=1e-13)
-
-
-@pytest.mark.parametrize("words", [4, 2048])
-@torch.no_grad()
-def test_words_that_cannot_be_and_logits_that_are_no_numbers(words, monkeypatch):
-    monkeypatch.setattr(fused, "WORDS_AT_ONCE", words)
-    hidden, weight, bias, targets = head_case(33, torch.float32)
-    bias[:9], bias[31] = float("-inf"), float("-inf")  # two blocks of nothing else, and the end of a third
-    found = fused.target_losses(hidden, weight, bias, targets)
-    wanted = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
-    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
-    assert 0 < found.isinf().sum() < 50
-    for nothing in (float("nan"), float("inf")):
-        bias[20] = nothing
-        assert fused.target_losses(hidden, weight, bias, targets).isnan().all()
-    bias[:] = float("-inf")
-    assert fused.target_losses(hidden, weight, bias, targets).isnan().all()
-
-
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float64, 1e-14)])
 @pytest.mark.parametrize(("keys", "read", "seen", "width"), [
     (4, 1, 1, 16), (4, 24, 24, 64), (2, 130, 130, 8), (1, 599, 600, 16), (2, 7, 100, 80), (4, 65, 65, 1), (1, 6, 64, 128)])
@@ -406,28 +355,6 @@ def test_attention_with_large_scores_is_that_of_torch(difference):
     assert difference(fused.causal_attention(100 * query, 100 * key, value, 0.25), wanted) < 1e-5
     query[0, 1, 30] = float("nan")
     assert fused.causal_attention(query, key, value, 0.25).isnan().any(-1).nonzero().tolist() == [[0, 1, 30]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_large_logits_give_the_losses_of_torch(dtype, smoothing):
-    """Logits up to ±1e4, among them some that are close: differences of 1 must not drown in 10,000."""
-    hidden = torch.tensor([[1e4], [-1e4], [1e4], [3.0]], dtype=dtype, requires_grad=True)
-    weight = torch.tensor([[1.0], [0.9999], [-1.0], [0.5], [-0.9999]], requires_grad=True)
-    targets = torch.tensor([1, 4, 2, 0])
-    logits = (hidden @ weight.to(dtype).T).float()
-    for row in range(4):
-        found = fused.cross_entropy(hidden[row:row + 1], weight, None, targets[row:row + 1], smoothing)
-        wanted = F.cross_entropy(logits[row:row + 1], targets[row:row + 1], label_smoothing=smoothing)
-        assert found.item() == pytest.approx(wanted.item(), rel=1e-6, abs=1e-6)
-    for gradient in torch.autograd.grad(fused.cross_entropy(hidden, weight, None, targets, smoothing), [hidden, weight]):
-        assert gradient.isfinite().all()
-
-
-def test_a_target_outside_the_vocabulary_is_never_written_to():
-    for wrong in (-1, 5, IGNORED):
-        with pytest.raises(AssertionError):
-            fused.cross_entropy(torch.ones(2, 3), torch.ones(5, 3), None, torch.tensor([0, wrong]))
 
 
 # Threads

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmcli.model import likelihood
+from lmcli.model import head_loss, likelihood
 from lmcli.model.likelihood import target_logprobs
 
 
@@ -35,8 +35,8 @@ def test_the_size_of_chunks_changes_nothing(rows, monkeypatch, difference):
     hidden, head, targets = case()
     whole = target_logprobs(hidden, head, targets)
     largest = []
-    monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", rows * 37)
-    monkeypatch.setattr(likelihood, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(head_loss, "LOGITS_AT_ONCE", {"cpu": rows * 37})
+    monkeypatch.setattr(head_loss, "FEWEST_ROWS", 1)
     head.register_forward_hook(lambda module, given, logits: largest.append(len(logits)))
     found = target_logprobs(hidden, head, targets)
     assert max(largest) <= rows
@@ -45,8 +45,8 @@ def test_the_size_of_chunks_changes_nothing(rows, monkeypatch, difference):
 
 def test_the_gradient_is_that_of_cross_entropy(monkeypatch, difference):
     hidden, head, targets = case()
-    monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", 4 * 37)
-    monkeypatch.setattr(likelihood, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(head_loss, "LOGITS_AT_ONCE", {"cpu": 4 * 37})
+    monkeypatch.setattr(head_loss, "FEWEST_ROWS", 1)
     hidden.requires_grad_()
     ours = torch.autograd.grad(-target_logprobs(hidden, head, targets).mean(), [hidden, head.weight])
     theirs = torch.autograd.grad(F.cross_entropy(head(hidden), targets), [hidden, head.weight])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmcli.config import ModelConfig, TrainConfig
-from lmcli.model import cost, fused, kernels, likelihood, memory
+from lmcli.model import cost, fused, head_loss, kernels, likelihood, memory
 from lmcli.model.adapters import Lora, put_on
 from lmcli.model.transformer import Transformer
 from lmcli.recipes import preset_names, resolve
@@ -64,7 +64,7 @@ def test_activations_are_what_autograd_keeps(options, context, dropout, dtype):
 @pytest.mark.parametrize("options", [{}, {"query_key_norm": False, "num_key_value_heads": 2},
                                      {"norm": "layer", "gated_mlp": False, "hidden_act": "gelu", "positions": "learned"}])
 def test_without_kernels_they_are_close(options, monkeypatch):
-    monkeypatch.setattr(fused, "active", lambda x: False)
+    monkeypatch.setattr(kernels, "usable", lambda x: False)
     known, train = config(**options), TrainConfig(context=256)
     found = memory.kept_for_backward(known, train, 4096, "float32", fused=False)
     assert found == pytest.approx(kept(known, 16, 256, torch.float32), rel=0.3)
@@ -97,8 +97,8 @@ def test_kept_weights_by_hand():
 
 def test_the_numbers_are_those_of_the_functions_they_describe():
     assert memory.QUERIES_AT_ONCE == fused.QUERIES_AT_ONCE and memory.KEPT_WEIGHTS == fused.KEPT_WEIGHTS
-    assert memory.LOGIT_ROWS_AT_ONCE == fused.ROWS_AT_ONCE
-    assert (memory.LOGITS_AT_ONCE, memory.FEWEST_ROWS) == (likelihood.LOGITS_AT_ONCE, likelihood.FEWEST_ROWS)
+    assert memory.LOGIT_ROWS_AT_ONCE == head_loss.ROWS_AT_ONCE
+    assert (memory.LOGITS_AT_ONCE, memory.FEWEST_ROWS) == (head_loss.LOGITS_AT_ONCE, head_loss.FEWEST_ROWS)
 
 
 def test_smaller_micro_batches_and_recomputation_need_less():

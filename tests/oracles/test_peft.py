@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 TRAINED = [case for case in CASES if str(case) in (
     "qwen3-lm-grouped", "llama-lm-biases", "gpt2-lm-plain", "gpt_neox-lm-part", "bert-lm-plain", "bert-sequence-plain",
     "modernbert-lm-window", "distilbert-lm-plain", "t5-lm-1.0", "t5-lm-1.1", "marian-lm-swish", "bart-lm-plain")]
+ROUNDING = 2e-5  # of float32: 1.05e-5 was seen with T5, whose scores are not scaled, on one kind of processor
 each_case = pytest.mark.parametrize("case", TRAINED, ids=str)
 
 
@@ -52,12 +53,12 @@ def test_peft_reads_ours(case, settings, tmp_path):
     model = adapt(found.ours, **settings)
     saved(found, tmp_path / "adapter", model, tmp_path / "base")
     adapted = peft.PeftModel.from_pretrained(found.theirs, tmp_path / "adapter").eval()
-    assert before < 1e-5
-    assert apart(case, model, found.theirs) < 1e-5
+    assert before < ROUNDING
+    assert apart(case, model, found.theirs) < ROUNDING
     with adapted.disable_adapter():
         assert apart(case, model, found.theirs) > 1e-3  # the adapter matters
     again = folder.load(tmp_path / "adapter").model
-    assert apart(case, again, adapted.merge_and_unload()) < 1e-5
+    assert apart(case, again, adapted.merge_and_unload()) < ROUNDING
 
 
 @pytest.mark.parametrize("case", [case for case in TRAINED if case.family in ("qwen3", "t5", "gpt2")], ids=str)
@@ -66,7 +67,7 @@ def test_transformers_loads_an_adapters_folder_by_itself(case, tmp_path):
     model = adapt(found.ours)
     saved(found, tmp_path / "adapter", model, tmp_path / "base")
     kind = transformers.AutoModelForCausalLM if case.shape == "decoder" else transformers.AutoModelForSeq2SeqLM
-    assert apart(case, model, kind.from_pretrained(tmp_path / "adapter").eval()) < 1e-5
+    assert apart(case, model, kind.from_pretrained(tmp_path / "adapter").eval()) < ROUNDING
 
 
 @each_case
@@ -111,15 +112,15 @@ def test_a_new_head_goes_both_ways(family, tmp_path):
     folder.save(tmp_path / "adapter", model, checkpoint.tokenizer, checkpoint.generate, str(base))
     empty = kind.from_pretrained(base, num_labels=3)
     adapted = peft.PeftModel.from_pretrained(empty, tmp_path / "adapter").eval()
-    assert apart(case, model, adapted) < 1e-5
+    assert apart(case, model, adapted) < ROUNDING
     again = folder.load(tmp_path / "adapter").model
-    assert again.config.labels == ("LABEL_0", "LABEL_1", "LABEL_2") and apart(case, again, adapted) < 1e-5
+    assert again.config.labels == ("LABEL_0", "LABEL_1", "LABEL_2") and apart(case, again, adapted) < ROUNDING
     (tmp_path / "adapter" / "recipe.yaml").write_text("model: {labels: [a, b, c]}")  # as a run has it
     assert folder.load(tmp_path / "adapter").model.config.labels == ("a", "b", "c")
     adapted.save_pretrained(tmp_path / "theirs")
     _name_base(tmp_path / "theirs", base)
     read = folder.load(tmp_path / "theirs").model
-    assert read.config.labels == ("LABEL_0", "LABEL_1", "LABEL_2") and apart(case, read, adapted) < 1e-5
+    assert read.config.labels == ("LABEL_0", "LABEL_1", "LABEL_2") and apart(case, read, adapted) < ROUNDING
 
 
 @pytest.mark.parametrize(("options", "said"), [

@@ -1,0 +1,119 @@
+"""One command as several processes on this machine: started, watched, and started again where one dies."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+RESTARTS = 3
+SECONDS_TO_END = 10  # that the others have once one has ended
+SECONDS_TO_NOTICE = 3  # that the leader has to end by itself, and say why, when another has failed
+FOLDER_FILE = "LM_RUN_FOLDER_FILE"  # names the file in which the leader says where its run lies, for those started again
+
+
+def is_member() -> bool:
+    """Whether this process was started as one of several, by torchrun or by `together`."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def restarts() -> int:
+    """How often the processes have been started again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def known_folder() -> str:
+    """Where the run lies that a restart goes on with, if the processes before it got so far; else empty."""
+    file = os.environ.get(FOLDER_FILE)
+    return Path(file).read_text(encoding="utf-8") if file and os.path.isfile(file) else ""
+
+
+def remember_folder(folder: Path) -> None:
+    """Leaves word of where the run lies."""
+    if file := os.environ.get(FOLDER_FILE):
+        Path(file).write_text(str(folder.resolve()), encoding="utf-8")
+
+
+def together(count: int, arguments: list[str], note: Callable[[str], None]) -> int:
+    """Runs `lm ARGUMENTS` as `count` processes; returns the exit code of the first, which leads.
+
+    When one is killed or crashes all are started again, up to RESTARTS times. Ctrl-C and SIGTERM are the leader's to
+    answer.
+    """
+    with tempfile.TemporaryDirectory(prefix="lm-") as room:
+        for attempt in range(RESTARTS + 1):
+            members = _started(count, arguments, attempt, Path(room) / "folder")
+            with _signals_to(members[0]):
+                lost = _watched(members)
+            if lost is None:
+                return members[0].returncode
+            code = members[lost].returncode
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed (exit code {code})"
+            again = f"starting all again from the last state ({attempt + 1} of {RESTARTS})"
+            note(f"process {lost} of {count} {how}: {again if attempt < RESTARTS else 'giving up'}")
+    return 1
+
+
+def _started(count: int, arguments: list[str], attempt: int, folder_file: Path) -> list[subprocess.Popen]:
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+    shared = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": threads, "TORCHELASTIC_RESTART_COUNT": str(attempt),
+              FOLDER_FILE: str(folder_file)}
+    return [subprocess.Popen([sys.executable, "-m", "lmcli", *arguments], stdin=None if rank == 0 else subprocess.DEVNULL,
+                             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def _signals_to(leader: subprocess.Popen) -> Iterator[None]:
+    """A terminal sends Ctrl-C to all of its processes; SIGTERM comes to this one alone and is handed on."""
+    def hand_on(number: int, frame: object) -> None:
+        leader.send_signal(number)
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, hand_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+def _watched(members: list[subprocess.Popen]) -> int | None:
+    """Waits for all to end; returns None, or which of them died or failed and so ended the others."""
+    lost = _first_trouble(members)
+    for member in members:
+        if not _ended(member, SECONDS_TO_END if lost is None else 0):
+            member.kill()
+            member.wait()
+    return lost
+
+
+def _first_trouble(members: list[subprocess.Popen]) -> int | None:
+    """The first process to be killed, or to fail while the leader goes on; None once the leader has ended."""
+    while True:
+        codes = [member.poll() for member in members]
+        for rank, code in enumerate(codes):
+            if code is not None and code < 0:
+                return rank
+        if codes[0] is not None:
+            return None
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is not None and not _ended(members[0], SECONDS_TO_NOTICE):
+            return failed
+        time.sleep(0.05)
+
+
+def _ended(member: subprocess.Popen, seconds: float) -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        member.wait(seconds)
+    return member.returncode is not None

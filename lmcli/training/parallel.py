@@ -1,0 +1,136 @@
+"""Several processes around one training loop: each makes the gradients of its share of a step's rows, and all add them up.
+
+The first of them leads: it runs the loop, measures, saves and speaks. The others follow: told that there is a step they make
+it, with the same numbers to the end, so that all have the same weights. Processes find each other by the variables that
+torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); `lm train --nproc` sets them itself.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lmcli.errors import Lost
+
+BUCKET_BYTES = 64 << 20  # of gradients that are sent at a time
+PATIENCE = timedelta(days=1)  # an evaluation of the leader may take long; one who is gone is noticed at once
+Part = TypeVar("Part")
+
+
+class Team:
+    """The processes of a run. `rank` is this one's place, 0 leads; a team of one talks to nobody."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+        self._led = False  # whether the others wait for the leader's next word
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that runs the loop."""
+        return not self.rank
+
+    def share(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """Those of the parts that this process works on."""
+        return parts[self.rank::self.size]
+
+    def tell(self, word: Any) -> None:
+        """Hands any object to all that follow; None sends them home."""
+        if self.size > 1:
+            with _noticing():
+                dist.broadcast_object_list([word], src=0)
+
+    def hear(self) -> Any:
+        """What the leader tells next."""
+        heard = [None]
+        with _noticing():
+            dist.broadcast_object_list(heard, src=0)
+        return heard[0]
+
+    def seed(self, seed: int, step: int) -> None:
+        """Gives every process random numbers of its own for a step, whatever was drawn before."""
+        if self.size > 1:
+            torch.manual_seed((seed * 1_000_003 + step) * self.size + self.rank)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        return flag if self.size == 1 else bool(self._largest(torch.tensor([float(flag)])))
+
+    def add_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
+        """Every gradient becomes the sum of all processes' own; returns that of their losses. One that no process has stays
+        None."""
+        if self.size == 1:
+            return loss
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        there = self._largest(torch.tensor([float(parameter.grad is not None) for parameter in parameters]))
+        for parameter, known in zip(parameters, there.tolist()):
+            if known and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        loss = loss.clone()
+        for bucket in _buckets([loss, *(p.grad for p in parameters if p.grad is not None)]):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            with _noticing():
+                dist.all_reduce(flat)
+            for tensor, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
+                tensor.copy_(summed.view_as(tensor))
+        return loss
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Every process gets the leader's weights."""
+        if self.size > 1:
+            for weight in model.state_dict().values():
+                with _noticing():
+                    dist.broadcast(weight, src=0)
+
+    def _largest(self, numbers: Tensor) -> Tensor:
+        with _noticing():
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        return numbers
+
+
+ALONE = Team()
+
+
+def join() -> Team:
+    """The team that this process belongs to, by its environment; ALONE where there is none."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return ALONE
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    with _noticing():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    return Team(dist.get_rank(), dist.get_world_size())
+
+
+def local_size() -> int:
+    """How many processes of the team are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+@contextmanager
+def _noticing() -> Iterator[None]:
+    """Lost when another process has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Lost("another process of this run has ended before its time", where="training",
+                   hint="lm train --resume goes on from the last state") from error
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors in order, of one precision and device and so many bytes together."""
+    bucket, size = [], 0
+    for tensor in tensors:
+        alike = not bucket or (bucket[0].dtype, bucket[0].device) == (tensor.dtype, tensor.device)
+        if not alike or size > BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel() * tensor.element_size()
+    if bucket:
+        yield bucket

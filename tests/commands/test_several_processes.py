@@ -1,0 +1,95 @@
+"""lm train --nproc: the same run made by several processes, also when one of them is killed or all are stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = ("--preset", "tiny", "--dtype", "float32", "--set", "model.hidden_size=32", "--set", "model.num_hidden_layers=1",
+         "--set", "tokenizer.vocab_size=300", "--set", "train.context=32", "--set", "train.batch_tokens=256", "--set",
+         "train.dropout=0", "--set", "train.optimizer=adamw", "--set", "train.save_every=5", "--set", "train.eval_every=10")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("team") / "text.txt"
+    path.write_text("".join(f"The baker of village {i} sold {i % 7} loaves.\n" for i in range(200)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(lm, text, tmp_path_factory) -> list[float]:
+    """The losses of 40 steps by one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert lm("train", text, "-o", folder, *SMALL, "--steps", 40).returncode == 0
+    return losses(folder)
+
+
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))  # no gap, none twice
+    return [row["loss"] for row in steps]
+
+
+@pytest.fixture
+def started(environment):
+    """started(*arguments): `lm` in a session of its own, so that a signal to its group is a terminal's Ctrl-C."""
+    processes = []
+
+    def start(*arguments) -> subprocess.Popen:
+        processes.append(subprocess.Popen([sys.executable, "-m", "lmcli", *map(str, arguments)], env=environment, text=True,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True))
+        return processes[-1]
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for_a_state(folder: Path, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 90
+    while not any(folder.glob("state/step-*")):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+
+
+def members(process: subprocess.Popen) -> list[int]:
+    """The process ids of the team, the leader's first."""
+    return [int(found) for found in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are found in /proc")
+@pytest.mark.parametrize("which", [0, 1], ids=["the leader", "another"])
+def test_where_one_is_killed_the_run_goes_on_from_the_last_state(started, text, tmp_path, alone, which):
+    process = started("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 40, "--nproc", 2)
+    wait_for_a_state(tmp_path / "run", process)
+    os.kill(members(process)[which], signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert f"process {which} of 2 was ended by SIGKILL: starting all again from the last state (1 of 3)" in err
+    assert "going on after step" in err and out == f"{tmp_path / 'run'}\n"
+    assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
+
+
+def test_ctrl_c_saves_and_one_process_goes_on(started, lm, text, tmp_path, alone):
+    process = started("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 40, "--nproc", 2)
+    wait_for_a_state(tmp_path / "run", process)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and not out and f"lm train --resume {tmp_path / 'run'}" in err
+    assert "Traceback" not in err and 0 < len(losses(tmp_path / "run")) < 40
+    assert lm("train", "--resume", tmp_path / "run").returncode == 0
+    assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
+
+
+def test_what_the_user_can_mend_is_said_once_and_not_tried_again(lm, tmp_path):
+    done = lm("train", tmp_path / "nothing.txt", "-o", tmp_path / "run", "--nproc", 2)
+    assert done.returncode == lm("train", tmp_path / "nothing.txt", "-o", tmp_path / "run").returncode
+    assert done.stderr.decode().count("nothing.txt") == 1 and "Traceback" not in done.stderr.decode()
+    assert not (tmp_path / "run").exists()
