@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lmcli.errors import UsageError
+
 RESTARTS = 3
 SECONDS_TO_END = 10  # that the others have once one has ended
 SECONDS_TO_NOTICE = 3  # that the leader has to end by itself, and say why, when another has failed
@@ -22,19 +24,23 @@ def is_member() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def restarts() -> int:
-    """How often the processes have been started again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def again(output: str | None, resume: str | None, overwrite: bool) -> tuple[str | None, str | None, bool]:
+    """(-o, --resume, --overwrite) of processes that may have been started again: they go on with the run there is.
 
-
-def known_folder() -> str:
-    """Where the run lies that a restart goes on with, if the processes before it got so far; else empty."""
-    file = os.environ.get(FOLDER_FILE)
-    return Path(file).read_text(encoding="utf-8") if file and os.path.isfile(file) else ""
+    Raises UsageError where torchrun would start a command again that could not find its run then.
+    """
+    known = os.environ.get(FOLDER_FILE)
+    folder = Path(known).read_text(encoding="utf-8") if known and os.path.isfile(known) else output
+    if not folder and not resume and not known:
+        raise UsageError("torchrun starts a command again where a process dies: give -o, so that the run is found then")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if not restarted or resume or not folder or not (Path(folder) / "recipe.yaml").is_file():
+        return output, resume, overwrite
+    return (folder, folder, False) if any(Path(folder).glob("state/step-*")) else (folder, None, True)
 
 
 def remember_folder(folder: Path) -> None:
-    """Leaves word of where the run lies."""
+    """Leaves word of where the run lies, for those started again."""
     if file := os.environ.get(FOLDER_FILE):
         Path(file).write_text(str(folder.resolve()), encoding="utf-8")
 

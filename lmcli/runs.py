@@ -30,7 +30,7 @@ from lmcli.storage import copy_file, sha256_of, write_text
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
 from lmcli.text.examples import unigram_entropy
-from lmcli.training import changes, data, loop, memory_room, run_folder, state
+from lmcli.training import changes, data, loop, memory_room, mixing, run_folder, state
 from lmcli.training.divergence import Diverged
 from lmcli.training.evaluation import Figures, evaluate
 from lmcli.training.objectives import OBJECTIVES
@@ -61,6 +61,7 @@ class Request:
     on_long: str = "truncate"
     targets: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     remember: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 def start(request: Request, began: float, note: Callable[[str], None]) -> "TrainingRun":
@@ -98,12 +99,12 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> "Train
     place_of_run = run_folder.claim(request.output, name or "run", request.overwrite)
     try:
         source = data.find(request.data, request.val, request.layout, request.include, note, request.on_long,
-                           request.targets)
+                           request.targets, request.weights)
         config = origin.model.config if origin else recipe.model
         objective = data.settle(source, recipe.train.objective, config.shape, note, config.multi_label)
         parts, chosen = data.split(source, recipe.train.validation_bytes, note), []
         if request.refine and not origin and objective.name == "causal":
-            text = auto.describe((piece.text for piece in source.layout.pieces(parts.training)), data.size(parts.training))
+            text = auto.describe((piece.text for piece in source.layout.pieces(parts.training)), parts.training.bytes)
             recipe, chosen = auto.refined(request.refine, text, placement, tokenizer.size if tokenizer else 0)
             context = recipe.train.context
             for reason in chosen:
@@ -218,7 +219,7 @@ def _tell(run: "TrainingRun", note: Callable[[str], None]) -> None:
     if run.place.held.missing:
         note(run.place.held.missing)
     note(run.description())
-    for text in run.memories():
+    for text in (*run.shares(), *run.memories()):
         note(text)
     if run.placement.device.type == "cpu" and kernels.problem():
         note(f"without the compiled kernels training takes half as long again: {kernels.problem()}")
@@ -290,7 +291,7 @@ class TrainingRun:
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of training text that the loss of a token stands for; 0 where the loss is not one of plain tokens."""
         plain = self.objective.name == "causal"
-        return self.prepared.corpus.bytes / self.prepared.corpus.tokens if plain else 0.0
+        return self.prepared.corpus.bytes_per_token if plain else 0.0
 
     def description(self) -> str:
         """One line: the model, the data, where it runs."""
@@ -437,6 +438,8 @@ class TrainingRun:
         counters = self.loop.counters
         self.result |= {"steps": counters.step, "tokens": counters.tokens, "seconds": round(counters.seconds, 1),
                         "epochs": round(counters.rows / self.loop.rows.rows_per_epoch, 3), "stopped": self.stopped}
+        if self.source.shares:
+            self.result["drawn"] = mixing.drawn(self.source.shares, self.loop.rows.ring, counters.rows)
         if self.remembered and not self.stopped:
             best = checkpoints.load(self.folder, self.placement.device)
             for one in self.remembered:
@@ -475,6 +478,14 @@ class TrainingRun:
         again = f"; lm perplexity -m {self.folder} --validation measures the same" if self.objective.name == "causal" else ""
         return (f"validation {self.headline or 'as before'}, at step {result['best_step']:,} of {result['steps']:,} "
                 f"({result['seconds']:.0f} s){again}")
+
+    def shares(self, done: bool = False) -> list[str]:
+        """A line for each of several sources drawn by weight: its part of the rows, and how many epochs of it the run is to
+        read or, when it is `done`, has read."""
+        if not self.source.shares:
+            return []
+        rows = self.loop.counters.rows if done else mixing.rows_planned(self.recipe.train, self.loop.rows.rows_per_epoch)
+        return list(mixing.told(self.source.shares, self.loop.rows.ring, self.prepared.corpus, rows))
 
     def memories(self) -> list[str]:
         """A line for each text of which is measured whether it is forgotten."""

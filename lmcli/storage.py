@@ -218,3 +218,57 @@ def cached(kind: str, key: str, write: Callable[[Path], None]) -> Path:
         with atomic_folder(folder) as part:
             write(part)
     return folder
+
+
+def cached_in_steps(kind: str, key: str, write: Callable[[Path], None], waiting: Callable[[], None] = lambda: None) -> Path:
+    """Like `cached`, for what takes long: what a `write` that was killed or interrupted has left in its folder is there
+    again at the next call. Processes that want the same one let one of them write; `waiting` is called before a wait.
+
+    What `write` cannot go on from it must know by itself; when it fails with an error, nothing is left.
+    """
+    folder = cache_folder() / kind / key
+    part = folder.with_name(f".{key}.part")
+    with user_errors(folder, "write the token cache"):
+        while not (folder / "facts.json").is_file():
+            part.mkdir(parents=True, exist_ok=True)
+            with _locked(part, waiting) as mine:
+                if mine and (folder / "facts.json").is_file():  # another process ended while this one came for the lock
+                    shutil.rmtree(part, ignore_errors=True)
+                elif mine:
+                    _finish(part, folder, write)
+    return folder
+
+
+def _finish(part: Path, folder: Path, write: Callable[[Path], None]) -> None:
+    try:
+        write(part)
+        for file in part.iterdir():
+            _flush(file)
+        shutil.rmtree(folder, ignore_errors=True)  # half of one, as a full disk may have left it
+        os.rename(part, folder)
+        (folder / LOCK).unlink()  # after it: while the lock is there, nobody takes the folder for one to write in
+    except Exception:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+LOCK = "lock"
+
+
+@contextmanager
+def _locked(folder: Path, waiting: Callable[[], None]) -> Iterator[bool]:
+    """Holds the lock in a folder, which ends with the process however that ends. False: the folder went away meanwhile."""
+    import fcntl
+
+    try:
+        file = (folder / LOCK).open("a")
+    except FileNotFoundError:
+        yield False
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield os.fstat(file.fileno()).st_nlink > 0

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     **{name: set(GROUND[:i]) for i, name in enumerate(GROUND)},
     "text": {*GROUND}, "model": {*GROUND},
     "checkpoints": BELOW_2, "training": BELOW_2, "inference": BELOW_2,
-    "analysis": BELOW_3, "api": BELOW_3, "first_model": BELOW_3, "launch": set(),
+    "analysis": BELOW_3, "api": BELOW_3, "first_model": BELOW_3, "launch": {"errors"},
     "runs": {*BELOW_3, "analysis", "first_model", "launch"}, "resume_check": {*BELOW_3, "analysis", "runs"},
     "display": {"errors", "config"},
     "commands": {*BELOW_3, "analysis", "api", "launch", "runs", "resume_check", "display"},

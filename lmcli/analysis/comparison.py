@@ -12,7 +12,8 @@ from lmcli.analysis.intervals import percentiles, resampled
 from lmcli.inference.perplexity import Measured, Perplexity, each_measured
 from lmcli.inference.scoring import NATS_PER_BIT, Scorer
 from lmcli.text.corpus import encode_documents
-from lmcli.text.documents import Document, Layout
+from lmcli.text.documents import Layout
+from lmcli.text.ranges import Document
 
 BINS = 4096  # documents beyond so many share bins, in turn, so that memory stays flat
 RESAMPLES = 2000

@@ -129,7 +129,7 @@ def read(arguments: tuple[str, ...], val: tuple[str, ...], layout: Layout, inclu
     if not "".join(sample).strip():
         raise UserError("no text in it", where=shown(source.files[0]), hint="give a file with text, or pipe some in")
     seconds = time.monotonic() - started
-    return Text(layout, data.size(parts.training), len(parts.training), data.size(parts.measured), sample,
+    return Text(layout, parts.training.bytes, len(parts.training), parts.measured.bytes, sample,
                 compressed(sample), seconds)
 
 
@@ -240,14 +240,16 @@ class Planner:
 def learnt(text: Text, recipe: Recipe) -> Vocabulary:
     """A tokenizer as the recipe asks for, learnt from the sample, with what it makes of the text.
 
-    Seconds are scaled by the text's size: learning counts words, of which a longer text has relatively fewer.
+    Seconds are scaled by the text's size: learning counts words, of which a longer text has relatively fewer, and reads
+    some of a very long one.
     """
     started = time.monotonic()
     tokenizer = tokenizers.learn(text.sample, recipe.tokenizer, recipe.model.shape)
     learning, started = time.monotonic() - started, time.monotonic()
     encoded = corpus.encode_text("".join(text.sample), tokenizer)
     larger = text.bytes / encoded.bytes
-    seconds = learning * larger ** 0.9 + (time.monotonic() - started) * larger
+    read = min(larger, max(1.0, tokenizers.LEARNT_FROM_BYTES / encoded.bytes))
+    seconds = learning * read ** 0.9 + (time.monotonic() - started) * larger
     return Vocabulary(tokenizer, encoded.ids, encoded.bytes / max(1, len(encoded.ids)), seconds)
 
 

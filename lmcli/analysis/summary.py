@@ -19,7 +19,8 @@ from lmcli.errors import UserError
 from lmcli.storage import read_json, user_errors
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
-from lmcli.text.records import CHUNK_BYTES, Reader, expand, file_format, json_row, open_bytes
+from lmcli.text.opening import open_bytes
+from lmcli.text.records import CHUNK_BYTES, Reader, expand, file_format, json_row
 from lmcli.text.tokenizer import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

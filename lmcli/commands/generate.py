@@ -158,7 +158,8 @@ class _Prompts:
             yield self._checked(waiting)
 
     def _standard_input(self, whole, zero):
-        from lmcli.text.records import Record, open_bytes
+        from lmcli.text.opening import open_bytes
+        from lmcli.text.records import Record
 
         if not whole and not zero:
             yield from self.reader.batches(["-"])

@@ -1,5 +1,6 @@
 """Options that several commands share, declared once."""
 
+import math
 import sys
 from collections.abc import Callable
 
@@ -19,6 +20,23 @@ class Duration(click.ParamType):
             return value if isinstance(value, float) else duration(value)
         except ValueError as error:
             self.fail(f"{error}; say 90, 90s, 10m or 1h30m", param, ctx)
+
+
+class Weights(click.ParamType):
+    """Numbers above 0 with commas between: 3,1."""
+
+    name = "weights"
+
+    def convert(self, value, param, ctx) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            found = ()
+        if not found or not all(0 < weight < math.inf for weight in found):
+            self.fail(f"{value!r}: numbers above 0 with commas between, as in 3,1")
+        return found
 
 
 def _together(*decorators: Callable) -> Callable:

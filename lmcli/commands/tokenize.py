@@ -138,9 +138,8 @@ def _learn(files, output, vocab_size, pattern, reading, quiet):
     config = TokenizerConfig(vocab_size or 4096, pattern or "gpt2")
     layout = Layout("file", *reading)
     documents, _ = layout.survey([pin_stdin() if file == "-" else file for file in files])
-    learnt = tokenizers.learn((piece.text for piece in layout.pieces(documents)), config)
-    if learnt.size < config.vocab_size and not quiet:
-        click.echo(f"lm: the text has room for a vocabulary of {learnt.size:,}, not {config.vocab_size:,}", err=True)
+    learnt = tokenizers.learn_from(documents, layout, config,
+                                   lambda text: None if quiet else click.echo(f"lm: {text}", err=True))
     with user_errors(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
     learnt.save(folder, None)

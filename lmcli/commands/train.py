@@ -1,6 +1,5 @@
 """lm train: from text files to a model folder."""
 
-import os
 import sys
 
 import click
@@ -13,6 +12,7 @@ from lmcli.errors import Interrupted, UsageError
 Examples:
   lm train notes.txt                              a model of notes.txt in runs/notes
   lm train book.txt -o runs/book --preset small --time 10m
+  lm train a.txt b.jsonl --weights 3,1            three rows of a.txt to one of b.jsonl
   lm train chat.jsonl --field message --set model.hidden_size=192
   lm train pairs.jsonl --preset seq2seq-small     rows with source and target
   lm train reviews.tsv --preset encoder-small     columns text and label
@@ -36,6 +36,8 @@ Examples:
               help="With --from: bits per byte of this text before and after, to see what is forgotten.")
 @click.option("--tokenizer", "tokenizer_folder", metavar="DIR", help="Use this tokenizer instead of learning one.")
 @options.budgets
+@click.option("--weights", type=options.Weights(), default=(), metavar="W,W...",
+              help="One for each DATA: draw the rows from them in this proportion, whatever their sizes.")
 @click.option("--val", multiple=True, metavar="FILE", help="Validate on this, instead of on a held-out tenth.")
 @click.option("--target", "targets", multiple=True, metavar="FILE",
               help="Line by line what DATA is to be turned into: two files that belong together.")
@@ -57,9 +59,9 @@ Examples:
 @options.hardware
 @options.quiet
 @options.verbose
-def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_folder, time_, steps, tokens, epochs, val,
-          targets, val_targets, on_long, documents, seed, resume, allow_changes, check_resume, overwrite, nproc, format_,
-          fields, include, on_error, device, dtype, threads, quiet, verbose):
+def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_folder, time_, steps, tokens, epochs,
+          weights, val, targets, val_targets, on_long, documents, seed, resume, allow_changes, check_resume, overwrite,
+          nproc, format_, fields, include, on_error, device, dtype, threads, quiet, verbose):
     """Trains a model on text files (or a directory, or standard input) and prints the folder it lies in.
 
     A decoder learns from text; an encoder from text (masked words), from rows with text and label, or from rows with
@@ -76,6 +78,8 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
         _refuse_beside_resume(sets, allow_changes)
     elif allow_changes:
         raise UsageError("--allow-changes goes with --resume")
+    elif weights and targets:
+        raise UsageError("--weights mixes texts, --target pairs the lines of two", hint="leave one of them out")
     elif not data and sys.stdin.isatty():
         raise UsageError("nothing to train on: give DATA, or pipe text in", hint="lm train --help")
     from lmcli import display, launch, recipes, runs
@@ -89,7 +93,7 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
     if not team.leads:
         return _follow(team, device, threads)
     if launch.is_member():
-        output, resume, overwrite = _again(output, resume, overwrite)
+        output, resume, overwrite = launch.again(output, resume, overwrite)
     if resume:
         run = runs.resume(resume, device, threads or 0, BEGAN, note, sets, allow_changes)
     else:
@@ -101,7 +105,7 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
         request = runs.Request(
             resolve({}), data, output, val, include, Layout(documents, format_, fields, on_error), origin, tokenizer_folder,
             overwrite, device, threads or 0, resolve if preset == "auto" else None, on_long, (targets, val_targets),
-            remember)
+            remember, weights)
         if check_resume:
             from lmcli import resume_check
 
@@ -114,7 +118,7 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
             {"step": view.step, "validation": view.validation, "sample": view.sample, "note": view.note}[kind](event)
     if run.stopped:
         raise Interrupted(f"stopped after step {run.step:,}, and saved; go on with: lm train --resume {run.folder}")
-    for text in (run.summary(), *run.memories()):
+    for text in (run.summary(), *run.shares(done=True), *run.memories()):
         note(text)
     click.echo(run.folder)
 
@@ -132,20 +136,6 @@ def _follow(team, device, threads):
         runs.follow(team, device, threads or 0)
     except Lost:
         click.get_current_context().exit(EXIT_FAILED)
-
-
-def _again(output, resume, overwrite):
-    """(output, resume, overwrite) of processes that may have been started again: then the run goes on."""
-    from pathlib import Path
-
-    from lmcli import launch
-
-    if not output and not resume and not launch.known_folder() and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise UsageError("torchrun starts a command again where a process dies: give -o, so that the run is found then")
-    place = launch.known_folder() or output
-    if not launch.restarts() or resume or not place or not (Path(place) / "recipe.yaml").is_file():
-        return output, resume, overwrite
-    return (place, place, False) if any(Path(place).glob("state/step-*")) else (place, None, True)
 
 
 def _refuse_beside_resume(sets, allow_changes):

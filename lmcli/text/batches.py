@@ -4,12 +4,16 @@ Three kinds of rows: packed ones cut from a corpus taken as a ring, the same wit
 (source and target, or text and label) put together by length.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 IGNORED = -100  # a target that nothing is to predict, as in transformers
+MOST_SHUFFLED = 1 << 22  # spans whose order is a list, 8 bytes each; of more it is calculated one by one
+MIXED_AT_ONCE = 64  # rows, or more with a weight below a 32nd of all, among which every source has its share
 EXAMPLES_SORTED = 1 << 15  # so many examples are put together by length at a time
 
 
@@ -61,7 +65,7 @@ class Ring:
     def __init__(self, ids: np.ndarray, stride: int, span: int, seed: int):
         self.ids, self.stride, self.span, self.seed = ids, stride, span, seed
         self.per_epoch = max(1, len(ids) // stride)
-        self._epoch, self._order, self._offset = -1, np.zeros(0, dtype=np.int64), 0
+        self._epoch, self._offset, self._place = -1, 0, int
 
     def start(self, number: int) -> int:
         """Where span number `number` begins in the corpus."""
@@ -69,8 +73,8 @@ class Ring:
         if epoch != self._epoch:
             generator = np.random.default_rng((self.seed, epoch))
             self._offset = int(generator.integers(len(self.ids)))
-            self._epoch, self._order = epoch, generator.permutation(self.per_epoch)
-        return (self._offset + int(self._order[index]) * self.stride) % len(self.ids)
+            self._epoch, self._place = epoch, _order(self.per_epoch, generator)
+        return (self._offset + int(self._place(index)) * self.stride) % len(self.ids)
 
     def take(self, number: int, count: int) -> np.ndarray:
         """Spans number `number` to `number + count`, (count, span) int64."""
@@ -84,6 +88,103 @@ class Ring:
         return rows
 
 
+def _order(count: int, generator: np.random.Generator) -> Callable[[int], int]:
+    """Index → place in a random order of `count`."""
+    if count <= MOST_SHUFFLED:
+        return generator.permutation(count).__getitem__
+    keys = generator.integers(1 << 32, size=4).tolist()
+    return lambda index: scattered(index, count, keys)
+
+
+def scattered(index: int, count: int, keys: list[int]) -> int:
+    """Where `index` comes to in an order of 0 … `count` − 1 that follows from the keys and is nowhere kept: a Feistel
+    network (Luby and Rackoff 1988) over the next even number of bits, gone through again until it is below `count`."""
+    half = max(1, (count - 1).bit_length() + 1 >> 1)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for key in keys:
+            mixed = (right ^ key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+            mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ (mixed ^ mixed >> 32) & mask
+        index = left << half | right
+        if index < count:
+            return index
+
+
+@dataclass
+class Weighted:
+    """The ids of several corpora, whose rows are drawn in the proportion of `weights`."""
+
+    parts: Sequence[np.ndarray]
+    weights: Sequence[float]
+
+
+class Rings:
+    """Spans of several rings in the proportion of weights: of each `block` in a row every ring has its share, to within
+    two, and of the first so many blocks to within one; in a random order.
+
+    Which ring span number `n` of a run is of, and which of its spans it is, follows from (seed, n) alone. An epoch is as
+    many spans as the rings have together, though a ring of a large weight is gone through more than once by then.
+    """
+
+    def __init__(self, rings: list[Ring], weights: Sequence[float], seed: int):
+        self.rings, self.seed, self.span = rings, seed, rings[0].span
+        self.per_epoch = sum(ring.per_epoch for ring in rings)
+        self._borders = np.cumsum(weights) / sum(weights)
+        # at least two of each, lest rounding takes one below none
+        self.block = max(MIXED_AT_ONCE, math.ceil(2 * sum(weights) / min(weights)))
+        self._loaded, self._before, self._of, self._rank = -1, [0], np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(ring, number of the span in it) of span number `number`."""
+        at = self._load(number)
+        ring = int(self._of[at])
+        return ring, self._before[ring] + int(self._rank[at])
+
+    def drawn(self, number: int) -> list[int]:
+        """How many of the first `number` spans each ring has."""
+        at = self._load(number)
+        return [before + int((self._of[:at] == ring).sum()) for ring, before in enumerate(self._before)]
+
+    def start(self, number: int) -> int:
+        """Where span number `number` begins, in all corpora one after the other."""
+        ring, index = self.place(number)
+        return sum(len(one.ids) for one in self.rings[:ring]) + self.rings[ring].start(index)
+
+    def take(self, number: int, count: int) -> np.ndarray:
+        """Spans number `number` to `number + count`, (count, span) int64."""
+        rows = np.empty((count, self.span), dtype=np.int64)
+        for i in range(count):
+            ring, index = self.place(number + i)
+            rows[i] = self.rings[ring].take(index, 1)
+        return rows
+
+    def _load(self, number: int) -> int:
+        """Draws the block that a span is in, and returns its place there."""
+        block, at = divmod(number, self.block)
+        if block != self._loaded:
+            self._before, after = self._counts(block * self.block), self._counts((block + 1) * self.block)
+            of = np.repeat(np.arange(len(self.rings)), np.subtract(after, self._before))
+            self._of, self._loaded = np.random.default_rng((self.seed, 2, block)).permutation(of), block
+            self._rank = np.zeros(self.block, dtype=np.int64)
+            for ring in range(len(self.rings)):
+                self._rank[self._of == ring] = np.arange((self._of == ring).sum())
+        return at
+
+    def _counts(self, number: int) -> list[int]:
+        """Spans of each ring before the block that begins with `number`: shares rounded so that they add up to it."""
+        ends = [0, *(int(number * border + 0.5) for border in self._borders[:-1].tolist()), number]
+        return [end - start for start, end in pairwise(ends)]
+
+
+def ring_of(ids: np.ndarray | Weighted, stride: int, span: int, seed: int) -> Ring | Rings:
+    """The Ring of a corpus, or the Rings of several."""
+    if isinstance(ids, Weighted):
+        return Rings([Ring(part, stride, span, seed + i) for i, part in enumerate(ids.parts)], ids.weights, seed)
+    return Ring(ids, stride, span, seed)
+
+
 class PackedRows:
     """Rows of `context` + 1 ids for training a decoder: the beginning token (if there is one), then tokens in a row.
 
@@ -91,10 +192,11 @@ class PackedRows:
     a token sees those of its own document only.
     """
 
-    def __init__(self, ids: np.ndarray, context: int, beginning: int | None, seed: int, closing: int | None = None):
+    def __init__(self, ids: np.ndarray | Weighted, context: int, beginning: int | None, seed: int,
+                 closing: int | None = None):
         self.context, self.beginning, self.closing = context, beginning, closing
         # without a beginning token a row's first id is context only, so it takes one more from the corpus
-        self.ring = Ring(ids, context, context if beginning is not None else context + 1, seed)
+        self.ring = ring_of(ids, context, context if beginning is not None else context + 1, seed)
         self.rows_per_epoch = self.ring.per_epoch
 
     def batch(self, position: int, rows: int) -> np.ndarray:
@@ -155,10 +257,11 @@ class Masking:
 class MaskedRows:
     """Rows of `context` ids for training an encoder: tokens in a row between what the template puts around a text."""
 
-    def __init__(self, ids: np.ndarray, context: int, around: tuple[list[int], list[int]], masking: Masking, seed: int):
+    def __init__(self, ids: np.ndarray | Weighted, context: int, around: tuple[list[int], list[int]], masking: Masking,
+                 seed: int):
         self.context, self.around, self.masking, self.seed = context, around, masking, seed
         room = context - len(around[0]) - len(around[1])
-        self.ring = Ring(ids, room, room, seed)
+        self.ring = ring_of(ids, room, room, seed)
         self.rows_per_epoch = self.ring.per_epoch
 
     def step(self, position: int, batch_tokens: int, most: int) -> list[Batch]:

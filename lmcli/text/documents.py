@@ -1,7 +1,7 @@
 """Documents: byte ranges of files, found in one pass; the held-out part; and their text again, piece by piece.
 
-A range names a text without holding it, so a corpus larger than memory is a list of numbers, and the validation part
-can be written down (`recipe.yaml`) and measured again later.
+A range names a text without holding it, so a corpus larger than memory is a list of numbers (text/ranges.py), and the
+validation part can be written down (`recipe.yaml`) and measured again later.
 """
 
 import codecs
@@ -11,29 +11,25 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 from lmcli.errors import UserError
 from lmcli.storage import cache_folder, user_errors
 from lmcli.text.answers import Posed, posed
 from lmcli.text.fields import pair_of, row_labels, row_text
-from lmcli.text.records import CHUNK_BYTES, SEPARATED, bad_record, cells, file_format, json_row, open_bytes, shown
+from lmcli.text.opening import open_bytes
+from lmcli.text.ranges import Document, Documents
+from lmcli.text.records import CHUNK_BYTES, SEPARATED, bad_record, cells, file_format, json_row, shown
 
 SEPARATOR = b"<|endoftext|>"
-PIECE_CHARS = 1 << 15
-# Between these two characters every pattern we train with (GPT-2's, Qwen2's) ends a word, so text cut here gives the
-# same tokens as text in one go: after a single newline, before a single space between letters, and, for languages that
-# write no spaces, before punctuation after a letter (of those that every version of Unicode has).
-SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])"
+PIECE_CHARS = 1 << 12  # the library takes a tenth longer a character for texts of 32,000
+# Between these two characters every pattern we know to (GPT-2's, Qwen2's, Llama 3's) ends a word, so text cut here gives
+# the same tokens as text in one go: after a single newline, before a single space between letters, and, for languages that
+# write no spaces, before punctuation after a letter (of those that every version of Unicode has). Never before what may be
+# a special token that takes the white space in front of it: [MASK], <mask>.
+SAFE_CUT = re.compile(r"(?<=\S\n)(?=[^\s\[<])|(?<=[^\W\d_])(?= [^\W\d_])"
                       r"|(?<=[A-Za-zぁ-ゖァ-ヺ一-龥가-힣])(?=[,.;:!?，．。、；：！？])")
-
-
-class Document(NamedTuple):
-    """Bytes `start` to `end` of `file` (of its content, for a .gz). For JSON Lines the range is the row."""
-
-    file: str
-    start: int
-    end: int
 
 
 class Piece(NamedTuple):
@@ -106,27 +102,29 @@ class Layout:
         """The question that a row poses. ValueError when it poses none."""
         return posed(row, *self.fields, self.answers)
 
-    def survey(self, files: list[str]) -> tuple[list[Document], dict[str, str]]:
+    def survey(self, files: list[str]) -> tuple[Documents, dict[str, str]]:
         """(documents, SHA-256 of each file): every byte is read once and checked to be UTF-8. Blank documents are left out.
 
         Raises UserError naming file and line for invalid UTF-8, bad rows and a missing field, and for empty data.
         """
-        documents, hashes = [], {}
-        for file in files:
-            digest = hashlib.sha256()
-            with user_errors(file, "read"):
-                documents += self._survey_file(file, digest)
-            hashes[file] = digest.hexdigest()
+        hashes: dict[str, str] = {}
+        documents = Documents.of(self._surveyed(files, hashes))
         if not documents:
             raise UserError("no text in it", where=", ".join(shown(file) for file in files[:3]),
                             hint="give a file with text, or pipe some in")
         return documents, hashes
 
     def find(self, files: Iterable[str]) -> Iterator[Document]:
-        """The documents of `survey`, as they are found: a list of millions need not be in memory."""
+        """The documents of `survey`, as they are found."""
+        return self._surveyed(files, {})
+
+    def _surveyed(self, files: Iterable[str], hashes: dict[str, str]) -> Iterator[Document]:
+        """The documents as they are found; `hashes` gets the SHA-256 of each file that has been read."""
         for file in files:
+            digest = hashlib.sha256()
             with user_errors(file, "read"):
-                yield from self._survey_file(file, hashlib.sha256())
+                yield from self._survey_file(file, digest)
+            hashes[file] = digest.hexdigest()
 
     def _survey_file(self, file: str, digest) -> Iterator[Document]:
         if self.rows(file):
@@ -194,12 +192,18 @@ class Layout:
             yield Document(file, begin, position + len(held))
 
     def pieces(self, documents: Iterable[Document]) -> Iterator[Piece]:
-        """The text of the documents in their order, in pieces of some 32,000 characters."""
+        """The text of the documents in their order, in pieces of some 4,000 characters."""
         for document, chunks in self._contents(documents):
             if self.rows(document.file):
                 row = self._row(document.file, b"".join(chunks))
                 chunks = [self.text_of(row).encode("utf-8")]
             yield from _cut(chunks, document)
+
+    def sampled(self, documents: Documents, most: int) -> tuple[Iterator[str], int]:
+        """(text of the documents, every how manieth piece of it): all of it, or pieces from all over it that take some
+        `most` bytes, since whatever counts words holds each different one in memory."""
+        every = max(1, -(-documents.bytes // most))
+        return (piece.text for piece in islice(self.pieces(documents), 0, None, every)), every
 
     def raw_rows(self, documents: Iterable[Document]) -> Iterator[tuple[Document, dict]]:
         """Documents that are rows, each with its row, in their order."""
@@ -302,14 +306,14 @@ def line_number(file: str, at: int) -> int:
     return lines
 
 
-def split(documents: list[Document], layout: Layout) -> tuple[list[Document], list[Document]]:
+def split(documents: Documents, layout: Layout) -> tuple[Documents, Documents]:
     """(training, validation): every tenth document when there are 20 or more, else the last 10 % of each, cut at a line end.
 
     A row cannot be cut: of fewer than 20 rows the last is held out. Raises UserError when nothing would
     be left on one side.
     """
     if len(documents) >= 20:
-        return [d for i, d in enumerate(documents) if i % 10 != 9], documents[9::10]
+        return Documents.of(document for i, document in enumerate(documents) if i % 10 != 9), documents[9::10]
     training, validation = [], []
     whole = [document for document in documents if layout.rows(document.file)]
     for document in documents:
@@ -322,19 +326,33 @@ def split(documents: list[Document], layout: Layout) -> tuple[list[Document], li
     if not training or not validation:
         raise UserError("too little text to hold a tenth of it out", where=shown(documents[0].file),
                         hint="give more text, or --val FILE")
-    return training, validation
+    return Documents.of(training), Documents.of(validation)
 
 
-def limit(documents: list[Document], layout: Layout, most: int) -> list[Document]:
-    """The documents cut down to about `most` bytes, spread over all of them: each one's first part, or every k-th one."""
-    total = sum(document.end - document.start for document in documents)
+def limit(documents: Documents, layout: Layout, most: int) -> Documents:
+    """The documents cut down to about `most` bytes, spread over all of them: each one's first part, or every k-th one.
+
+    Of documents that differ much in size every k-th may still be too much: then texts give their first part as well.
+    """
+    total = documents.bytes
     if total <= most:
         return documents
     if len(documents) >= 20 or any(layout.rows(document.file) for document in documents):
-        return documents[::-(-total // most)]
-    shares = ((document, document.start + (document.end - document.start) * most // total) for document in documents)
-    cuts = [document._replace(end=_line_end(document, at)) for document, at in shares]
-    return [document for document in cuts if document.end > document.start]
+        documents = documents[::-(-total // most)]
+        total = documents.bytes
+        if total <= 2 * most:
+            return documents
+    return Documents.of(_first_parts(documents, layout, most, total))
+
+
+def _first_parts(documents: Documents, layout: Layout, most: int, total: int) -> Iterator[Document]:
+    for document in documents:
+        if layout.rows(document.file):
+            yield document
+            continue
+        end = _line_end(document, document.start + (document.end - document.start) * most // total)
+        if end > document.start:
+            yield document._replace(end=end)
 
 
 def _line_end(document: Document, at: int) -> int:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np
 from lmcli.errors import UserError
 from lmcli.storage import cached
 from lmcli.text.batches import IGNORED, Batch, padded, real_tokens
-from lmcli.text.documents import Document, Layout, line_number
+from lmcli.text.documents import Layout, line_number
 from lmcli.text.fields import pair_of, row_field
+from lmcli.text.ranges import Document
 from lmcli.text.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 2048
@@ -80,13 +82,13 @@ class Examples:
                         None if self.labels is None else self.labels[chosen], self.sizes[chosen])
 
 
-def label_names(documents: list[Document], layout: Layout) -> tuple[str, ...]:
+def label_names(documents: Sequence[Document], layout: Layout) -> tuple[str, ...]:
     """The labels that rows have, sorted (whole numbers by value)."""
     found = {label for _, row in layout.raw_rows(documents) for label in layout.labels_of(row)}
     return tuple(sorted(found, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name)))
 
 
-def fingerprint(documents: list[Document], hashes: dict[str, str], settings: tuple) -> str:
+def fingerprint(documents: Sequence[Document], hashes: dict[str, str], settings: tuple) -> str:
     """A key for what is made of these documents, which lie in files with these hashes, with such settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for document in documents:
@@ -94,7 +96,7 @@ def fingerprint(documents: list[Document], hashes: dict[str, str], settings: tup
     return digest.hexdigest()[:32]
 
 
-def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer,
+def build(documents: Sequence[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer,
           labels: tuple[str, ...] = (), joined: bool = False) -> Examples:
     """The examples of these rows, one for each in their order, from the cache when they are there; with `labels` each is a
     text, or with two fields a pair of texts, and its label's number. Sides that are `joined` are encoded as one text: a
@@ -112,31 +114,66 @@ def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tok
     return Examples(sides[0], None if alone else sides[1], numbers, np.load(folder / "sizes.npy"))
 
 
-def _write(folder: Path, documents: list[Document], layout: Layout, tokenizer: Tokenizer, labels: tuple[str, ...],
+class _Growing:
+    """A .npy file that is written row by row; its array is whole when the block ends."""
+
+    def __init__(self, file: Path, dtype: type, width: tuple[int, ...] = ()):
+        self.dtype, self.width, self.rows = np.dtype(dtype), width, 0
+        self.out = file.open("wb")
+        self._head()
+
+    def _head(self) -> None:
+        """The header, of one length whatever the number of rows: NumPy leaves room for 21 digits of it."""
+        self.out.seek(0)
+        np.lib.format.write_array_header_1_0(self.out, {
+            "descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.rows, *self.width)})
+
+    def extend(self, rows: Sequence) -> None:
+        found = np.asarray(rows, dtype=self.dtype)
+        self.out.write(found.tobytes())
+        self.rows += len(found)
+
+    def __enter__(self) -> "_Growing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.out:
+            self._head()
+
+
+def _write(folder: Path, documents: Sequence[Document], layout: Layout, tokenizer: Tokenizer, labels: tuple[str, ...],
            joined: bool) -> None:
-    dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
-    ids: dict[str, list[np.ndarray]] = {"source": [], "target": []}
-    numbers, sizes = [], []
-    rows = layout.raw_rows(documents)
-    while batch := list(islice(rows, ROWS_AT_ONCE)):
-        if labels:
-            texts = [_texts(row, layout) for _, row in batch]
-            numbers += [_numbers(document, layout.labels_of(row), labels, layout.several) for document, row in batch]
-            encoded, sized = map(tokenizer.encode_batch, map(list, zip(*texts))), map("".join, texts)
-        else:
-            sides = [layout.sides_of(row) for _, row in batch]
-            encoded = _joined(sides, pair_of(layout.fields).between, tokenizer) if joined else (
-                tokenizer.encode_batch([source for source, _ in sides]),
-                tokenizer.target.encode_batch([target for _, target in sides]))
-            sized = [target for _, target in sides]
-        sizes += [len(text.encode("utf-8")) for text in sized]
-        for side, found in zip(ids, encoded):
-            ids[side] += [np.asarray(text, dtype=dtype) for text in found]
-    for side, texts in ids.items():
-        Texts.save(folder, side, texts, dtype)
-    np.save(folder / "labels.npy", np.asarray(numbers, dtype=np.float32 if layout.several else np.int64))
-    np.save(folder / "sizes.npy", np.asarray(sizes, dtype=np.int64))
-    (folder / "facts.json").write_text(json.dumps({"examples": len(sizes)}))
+    dtype, rows = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32, layout.raw_rows(documents)
+    with ExitStack() as stack:
+        def growing(name: str, kind: type, *width: int) -> _Growing:
+            return stack.enter_context(_Growing(folder / f"{name}.npy", kind, width))
+
+        sides = [(growing(f"{side}.ids", dtype), growing(f"{side}.lengths", np.int64)) for side in ("source", "target")]
+        numbers = growing("labels", np.float32, len(labels)) if layout.several else growing("labels", np.int64)
+        sizes = growing("sizes", np.int64)
+        while batch := list(islice(rows, ROWS_AT_ONCE)):
+            if labels:
+                numbers.extend([_numbers(document, layout.labels_of(row), labels, layout.several)
+                                for document, row in batch])
+            encoded, sized = _encoded([row for _, row in batch], layout, tokenizer, bool(labels), joined)
+            sizes.extend([len(text.encode("utf-8")) for text in sized])
+            for (ids, lengths), found in zip(sides, encoded):
+                ids.extend(np.concatenate([np.asarray(text, dtype=dtype) for text in found]))
+                lengths.extend([len(text) for text in found])
+        (folder / "facts.json").write_text(json.dumps({"examples": sizes.rows}))
+
+
+def _encoded(rows: list[dict], layout: Layout, tokenizer: Tokenizer, labelled: bool,
+             joined: bool) -> tuple[Iterable[list[list[int]]], list[str]]:
+    """(ids of both sides of some rows, the texts whose bytes count)."""
+    if labelled:
+        texts = [_texts(row, layout) for row in rows]
+        return map(tokenizer.encode_batch, map(list, zip(*texts))), list(map("".join, texts))
+    sides = [layout.sides_of(row) for row in rows]
+    targets = [target for _, target in sides]
+    if joined:
+        return _joined(sides, pair_of(layout.fields).between, tokenizer), targets
+    return (tokenizer.encode_batch([source for source, _ in sides]), tokenizer.target.encode_batch(targets)), targets
 
 
 def _texts(row: dict, layout: Layout) -> tuple[str, str]:

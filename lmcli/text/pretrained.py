@@ -21,6 +21,7 @@ from lmcli.text.sentencepiece import MarianSide, Proto
 
 QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 END_OF_TEXT = "<|endoftext|>"
 MARIAN = "MarianTokenizer"
 PLAIN = "PreTrainedTokenizerFast"  # the class that takes tokenizer.json as it is

@@ -19,8 +19,9 @@ from lmcli.errors import UsageError
 from lmcli.storage import cached
 from lmcli.text.answers import Posed
 from lmcli.text.batches import Batch, padded, real_tokens
-from lmcli.text.documents import Document, Layout
+from lmcli.text.documents import Layout
 from lmcli.text.examples import Texts, fingerprint
+from lmcli.text.ranges import Document
 from lmcli.text.tokenizer import Tokenizer, byte_offsets
 from lmcli.text.windows import overlapping
 
@@ -49,12 +50,12 @@ class Questions:
         return len(self.contexts.ids) + len(self.questions.ids)
 
 
-def posed_by(documents: list[Document], layout: Layout) -> list[Posed]:
+def posed_by(documents: Sequence[Document], layout: Layout) -> list[Posed]:
     """What rows pose, in their order."""
     return [layout.posed(row) for _, row in layout.raw_rows(documents)]
 
 
-def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer) -> Questions:
+def build(documents: Sequence[Document], hashes: dict[str, str], layout: Layout, tokenizer: Tokenizer) -> Questions:
     """The questions of these rows, from the cache when they are there. Of several answers the first is learnt.
 
     `hashes` is the SHA-256 of each file's content. Raises UserError when the cache folder cannot be written.
@@ -66,7 +67,7 @@ def build(documents: list[Document], hashes: dict[str, str], layout: Layout, tok
                      np.load(folder / "answers.npy"), facts["bytes"])
 
 
-def _write(folder: Path, documents: list[Document], layout: Layout, tokenizer: Tokenizer) -> None:
+def _write(folder: Path, documents: Sequence[Document], layout: Layout, tokenizer: Tokenizer) -> None:
     dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
     contexts, places, questions, answers, size = [], [], [], [], 0
     rows = (layout.posed(row) for _, row in layout.raw_rows(documents))

@@ -1,7 +1,6 @@
 """Records: one line (or one JSON Lines or TSV row) in, one result out, in order; and the writer of those results."""
 
 import csv
-import gzip
 import json
 import os
 import sys
@@ -13,9 +12,10 @@ from typing import BinaryIO, NamedTuple
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import user_errors
 from lmcli.text.fields import row_text
+from lmcli.text.opening import PACKED, open_bytes
 
 CHUNK_BYTES = 1 << 18
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".tsv": "tsv", ".csv": "csv"}
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".tsv": "tsv", ".csv": "csv", ".parquet": "jsonl"}
 
 
 @dataclass(slots=True)
@@ -102,8 +102,12 @@ def cells(line: str, layout: str) -> list[str]:
 
 
 def file_format(name: str, asked: str) -> str:
-    """text, jsonl, tsv or csv: as asked, or with "auto" what the file's suffix says (before a .gz)."""
-    return asked if asked != "auto" else FORMATS.get(Path(name.removesuffix(".gz")).suffix, "text")
+    """text, jsonl, tsv or csv: as asked, or with "auto" what the file's suffix says (before a .gz or .zst). Rows of .parquet
+    come as JSON Lines."""
+    path = Path(name)
+    if asked != "auto":
+        return asked
+    return FORMATS.get((path.with_suffix("") if path.suffix in PACKED else path).suffix, "text")
 
 
 def bad_record(error: ValueError, name: str, number: int) -> UserError:
@@ -129,28 +133,6 @@ def json_row(text: str) -> dict:
 def shown(name: str) -> str:
     """The name of an input as a message shows it."""
     return "standard input" if name == "-" else name
-
-
-def open_bytes(name: str) -> BinaryIO:
-    """An unbuffered binary stream of a file, of a .gz file's content, or of standard input ("-").
-
-    Its `read(n)` returns what is there instead of waiting for n bytes.
-    """
-    if name == "-":
-        return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
-    if name.endswith(".gz"):
-        return _Gzip(name)
-    return open(name, "rb", buffering=0)
-
-
-class _Gzip(gzip.GzipFile):
-    """A .gz whose damage is an OSError that names the file."""
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            return super().read(size)
-        except (EOFError, gzip.zlib.error) as error:
-            raise OSError(5, f"damaged gzip data ({error})", self.name) from error
 
 
 class _Line(NamedTuple):

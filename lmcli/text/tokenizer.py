@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,14 +18,16 @@ from lmcli.config import TokenizerConfig
 from lmcli.errors import UserError
 from lmcli.storage import atomic_path, user_errors, write_text
 from lmcli.text import pretrained
-from lmcli.text.documents import PIECE_CHARS, SAFE_CUT
-from lmcli.text.pretrained import END_OF_TEXT, PLAIN, QWEN2_PATTERN
+from lmcli.text.documents import PIECE_CHARS, SAFE_CUT, Layout
+from lmcli.text.pretrained import END_OF_TEXT, LLAMA3_PATTERN, PLAIN, QWEN2_PATTERN
+from lmcli.text.ranges import Documents
 from lmcli.text.sentencepiece import MarianSide
 
 CLEANED = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
            (" 've", "'ve"), (" 're", "'re"))  # what clean_up_tokenization_spaces stands for
+LEARNT_FROM_BYTES = 1 << 26  # of text: what counting its words takes in memory must not grow with the text
 LONG_TEXT = 4 * PIECE_CHARS  # characters from which a text is encoded in parts
-PARTS_AT_ONCE = 64
+PARTS_AT_ONCE = 256
 SPACE = "\u2581"  # how SentencePiece's vocabularies write one
 OPEN = "\ufffd"  # how a decoder shows bytes that are no whole character
 
@@ -84,12 +86,17 @@ class Tokenizer:
     def _in_parts(self, texts: list[str], encode: Callable[[list[str]], list]) -> Iterator[list]:
         """What `encode` makes of the parts of each text, some at a time: what the library tells of a token takes a hundred
         times the memory of its id."""
-        for text in texts:
-            starts = [0]
-            while self.cuts_at_words and (cut := SAFE_CUT.search(text, starts[-1] + PIECE_CHARS)):
-                starts.append(cut.start())
-            parts = [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)])]
-            yield [found for i in range(0, len(parts), PARTS_AT_ONCE) for found in encode(parts[i:i + PARTS_AT_ONCE])]
+        cut = [self._cut(text) for text in texts]
+        whole = [part for parts in cut for part in parts]
+        encoded = (found for i in range(0, len(whole), PARTS_AT_ONCE) for found in encode(whole[i:i + PARTS_AT_ONCE]))
+        for parts in cut:
+            yield list(islice(encoded, len(parts)))
+
+    def _cut(self, text: str) -> list[str]:
+        starts = [0]
+        while self.cuts_at_words and (cut := SAFE_CUT.search(text, starts[-1] + PIECE_CHARS)):
+            starts.append(cut.start())
+        return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)])]
 
     def decode(self, ids: list[int], special: bool = True) -> str:
         """Text of ids; `special=False` leaves special tokens out. Spaces are tidied where the settings ask for it."""
@@ -189,11 +196,16 @@ class Tokenizer:
 
     @cached_property
     def cuts_at_words(self) -> bool:
-        """Whether text cut at documents.SAFE_CUT gives the same ids as text in one go (GPT-2's and Qwen2's patterns)."""
-        if self._definition["normalizer"] is not None or self._definition["truncation"]:
+        """Whether text cut at documents.SAFE_CUT gives the same ids as text in one go: with the patterns of GPT-2,
+        Qwen2 and Llama 3.
+
+        NFC composes nothing across such a cut, and leaves a letter there a letter, or one with a mark before a space.
+        """
+        if (self._definition["normalizer"] or {"type": "NFC"})["type"] != "NFC" or self._definition["truncation"]:
             return False
-        if any(token["lstrip"] or token["rstrip"] or token["single_word"] or any(map(str.isspace, token["content"]))
-               or SAFE_CUT.search(token["content"]) for token in self._definition["added_tokens"]):
+        if any((token["lstrip"] and token["content"][:1] not in ("[", "<")) or token["rstrip"] or token["single_word"]
+               or any(map(str.isspace, token["content"])) or SAFE_CUT.search(token["content"])
+               for token in self._definition["added_tokens"]):
             return False  # such a token may reach, or look, across a cut
         splitter = self._definition["pre_tokenizer"] or {}
         parts = splitter.get("pretokenizers", [splitter])
@@ -202,7 +214,7 @@ class Tokenizer:
             return False
         if kinds == ["ByteLevel"]:
             return parts[0].get("use_regex", True)
-        return kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") == QWEN2_PATTERN
+        return kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") in (QWEN2_PATTERN, LLAMA3_PATTERN)
 
     @cached_property
     def _byte_lengths(self) -> list[int] | None:
@@ -281,6 +293,21 @@ def _ends_from_characters(text: str, spans: list[tuple[int, int]], size: int) ->
     if ends:
         ends[-1] = size
     return ends
+
+
+def learn_from(documents: Documents, layout: Layout, config: TokenizerConfig, note: Callable[[str], None],
+               kind: str = "decoder") -> Tokenizer:
+    """`learn` from documents, of a long text from a sample; `note` gets how large it is, and what the text has no room for.
+    """
+    texts, every = layout.sampled(documents, LEARNT_FROM_BYTES)
+    if every > 1:
+        size = documents.bytes
+        note(f"the vocabulary is learnt from some {size / every / 1e6:,.0f} of {size / 1e6:,.0f} MB: of every {every:,} "
+             f"stretches of {PIECE_CHARS:,} characters one, all over the text")
+    learnt = learn(texts, config, kind)
+    if learnt.size < config.vocab_size:
+        note(f"the text has room for a vocabulary of {learnt.size:,}, not {config.vocab_size:,}")
+    return learnt
 
 
 def learn(texts: Iterable[str], config: TokenizerConfig, kind: str = "decoder") -> Tokenizer:

@@ -1,7 +1,8 @@
 """From files to what a run trains and validates on: documents, held-out part, tokenizer, token ids."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,16 @@ from lmcli.text import aligned, checks, corpus, documents, examples, questions
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.answers import Posed
 from lmcli.text.batches import ExampleRows, MaskedRows, Masking, PackedRows
-from lmcli.text.corpus import Corpus, EncodedDocument
-from lmcli.text.documents import Document, Layout
+from lmcli.text.corpus import Corpus, EncodedDocument, Mixture
+from lmcli.text.documents import Layout
 from lmcli.text.examples import Examples, Template
 from lmcli.text.fields import LABELLED, PAIRS, TEXT_FIELDS, known_pair, pair_of
 from lmcli.text.questions import Framing, Questions, Windows
+from lmcli.text.ranges import Document, Documents
 from lmcli.text.records import expand, shown
 from lmcli.text.tokenizer import Tokenizer
+from lmcli.training import mixing
+from lmcli.training.mixing import Share
 from lmcli.training.objectives import OBJECTIVES, Objective
 
 FEWEST_TOKENS = 32
@@ -29,20 +33,23 @@ ANSWERED = ("context", "question", "answers")
 @dataclass
 class Source:
     """Where a run's text comes from, as `recipe.yaml` stores it: absolute files, and how they hold documents. `on_long`,
-    truncate, skip or error, is what becomes of examples that are longer than the context."""
+    truncate, skip or error, is what becomes of examples that are longer than the context. With `shares` there are several
+    sources, each with its own of the `files`, drawn by weight."""
 
     files: list[str]
     validation_files: list[str]
     layout: Layout
     hashes: dict[str, str] = field(default_factory=dict)
     on_long: str = "truncate"
+    shares: list[Share] = field(default_factory=list)
 
     def facts(self) -> dict:
         """Plain values for `recipe.yaml`."""
         return {"files": self.files, "validation_files": self.validation_files, "documents": self.layout.documents,
                 "format": self.layout.format, "fields": list(self.layout.fields), "label": self.layout.label,
                 "several": self.layout.several, "paired": self.layout.paired, "answers": self.layout.answers,
-                "on_error": self.layout.on_error, "on_long": self.on_long, "sha256": self.hashes}
+                "on_error": self.layout.on_error, "on_long": self.on_long, "sha256": self.hashes,
+                **({"shares": [asdict(share) for share in self.shares]} if self.shares else {})}
 
 
 def source_from_facts(facts: dict) -> Source:
@@ -50,7 +57,7 @@ def source_from_facts(facts: dict) -> Source:
     layout = Layout(facts["documents"], facts["format"], tuple(facts["fields"]), facts["on_error"], facts.get("label", ""),
                     facts.get("several", False), facts.get("paired", False), facts.get("answers", ""))
     return Source(list(facts["files"]), list(facts["validation_files"]), layout, dict(facts["sha256"]),
-                  facts.get("on_long", "truncate"))
+                  facts.get("on_long", "truncate"), [Share(**share) for share in facts.get("shares", [])])
 
 
 @dataclass
@@ -60,8 +67,8 @@ class TrainingData:
     part poses."""
 
     tokenizer: Tokenizer
-    corpus: Corpus | Examples | Questions
-    measured: list[Document]
+    corpus: Corpus | Mixture | Examples | Questions
+    measured: Documents
     validation: list[EncodedDocument] | Examples | Questions
     context: int
     labels: tuple[str, ...] = ()
@@ -72,19 +79,20 @@ class TrainingData:
 
 def find(arguments: tuple[str, ...], val: tuple[str, ...], layout: Layout, include: str | None,
          note: Callable[[str], None], on_long: str = "truncate",
-         targets: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())) -> Source:
+         targets: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()), weights: tuple[float, ...] = ()) -> Source:
     """The Source of DATA… and --val arguments; standard input is pinned in the cache. `note` gets what was left out.
 
     `targets` are files whose lines are the targets of the lines of DATA…, and those of --val: both are pinned as rows.
+    With `weights`, one for each of DATA…, rows are drawn from these in that proportion.
     """
-    files, skipped = expand(arguments, include)
+    files, skipped, shares = mixing.expanded(arguments, weights, include) if weights else (*expand(arguments, include), [])
     if skipped:
         note(f"{skipped} files that are not UTF-8 text left out")
     held_out = expand(val)[0] if val else []
     if any(targets):
         files, held_out = (aligned.pin(*both, layout) for both in zip((files, held_out), targets))
     pinned = [documents.pin_stdin() if file == "-" else str(Path(file).absolute()) for file in files]
-    return Source(pinned, [str(Path(file).absolute()) for file in held_out], layout, on_long=on_long)
+    return Source(pinned, [str(Path(file).absolute()) for file in held_out], layout, on_long=on_long, shares=shares)
 
 
 def settle(source: Source, asked: str, shape: str, note: Callable[[str], None], several: bool = False) -> Objective:
@@ -105,6 +113,9 @@ def settle(source: Source, asked: str, shape: str, note: Callable[[str], None], 
     if objective.shape != shape:
         raise UsageError(f"objective {asked} needs the shape {objective.shape}, not {shape}", where="train",
                          hint="choose a preset of that shape: encoder-small, seq2seq-small, or small for a decoder")
+    if source.shares and asked not in ("causal", "masked"):
+        raise UsageError(f"--weights mixes text, and objective {asked} learns from single rows", where="train",
+                         hint="leave --weights out, or for a decoder --set train.objective=causal")
     if asked in ("seq2seq", "completion"):
         if pair is None:
             raise UserError(f"objective {asked} learns from rows with two texts" + (f"; fields: {', '.join(row)}" if row
@@ -131,11 +142,13 @@ def settle(source: Source, asked: str, shape: str, note: Callable[[str], None], 
 
 @dataclass
 class Parts:
-    """The documents to train on, those held out, and of these the ones that are measured."""
+    """The documents to train on, those held out, and of these the ones that are measured; where sources are mixed, those
+    to train on of each."""
 
-    training: list[Document]
-    held_out: list[Document]
-    measured: list[Document]
+    training: Documents
+    held_out: Documents
+    measured: Documents
+    mixed: list[Documents] = field(default_factory=list)
 
 
 def split(source: Source, validation_bytes: int, note: Callable[[str], None]) -> Parts:
@@ -143,19 +156,24 @@ def split(source: Source, validation_bytes: int, note: Callable[[str], None]) ->
 
     Raises UserError for empty text, and when `source` was read before and its content has changed.
     """
-    layout = source.layout
-    found, hashes = layout.survey(source.files)
+    layout, hashes, training, held_out = source.layout, {}, [], []
+    for files in mixing.parted(source.files, source.shares) if source.shares else [source.files]:
+        found, read = layout.survey(files)
+        hashes |= read
+        kept, left = (found, []) if source.validation_files else documents.split(found, layout)
+        training.append(kept)
+        held_out.append(left)
     if source.validation_files:
-        held_out, more = layout.survey(source.validation_files)
-        training, hashes = found, {**hashes, **more}
-    else:
-        training, held_out = documents.split(found, layout)
+        found, read = layout.survey(source.validation_files)
+        hashes |= read
+        held_out = [found]
     _check_unchanged(source, hashes)
     if layout.skipped:
         note(f"{layout.skipped} bad records left out")
     if layout.empty:
         note(f"{layout.empty:,} rows with an empty {'side' if layout.paired else 'text'} left out")
-    parts = Parts(training, held_out, documents.limit(held_out, layout, validation_bytes))
+    whole, left = (Documents.of(chain.from_iterable(part)) if len(part) > 1 else part[0] for part in (training, held_out))
+    parts = Parts(whole, left, documents.limit(left, layout, validation_bytes), training if source.shares else [])
     _note_sizes(note, parts, layout)
     return parts
 
@@ -169,20 +187,20 @@ def prepare(source: Source, parts: Parts, config: TokenizerConfig, context: int,
     """
     layout, hashes, training, measured = source.layout, source.hashes, parts.training, parts.measured
     if tokenizer is None:
-        texts = (piece.text for piece in layout.pieces(training))
-        tokenizer = tokenizers.learn(texts, config, objective.shape)
-        if tokenizer.size < config.vocab_size:
-            note(f"the text has room for a vocabulary of {tokenizer.size:,}, not {config.vocab_size:,}")
+        tokenizer = tokenizers.learn_from(training, layout, config, note, objective.shape)
     if objective.name == "span":
         asked = [questions.build(part, hashes, layout, tokenizer) for part in (training, measured)]
         return TrainingData(tokenizer, asked[0], measured, asked[1], context, posed=questions.posed_by(measured, layout))
     if objective.name in BY_EXAMPLES:
         return _examples(source, parts, tokenizer, context, objective, labels, note)
     closing = tokenizer.special("eos_token" if objective.name == "causal" else "sep_token")
-    ids = corpus.build(training, hashes, layout, tokenizer, closing)
-    if ids.tokens < FEWEST_TOKENS:
-        raise UserError(f"only {ids.tokens} tokens to train on", where=shown(source.files[0]),
-                        hint=f"at least {FEWEST_TOKENS} are needed: give more text")
+    built = [corpus.build(part, hashes, layout, tokenizer, closing, note) for part in parts.mixed or [training]]
+    for i, part in enumerate(built):
+        if part.tokens < FEWEST_TOKENS:
+            name = source.shares[i].name if source.shares else shown(source.files[0])
+            raise UserError(f"only {part.tokens} tokens to train on", where=name,
+                            hint=f"at least {FEWEST_TOKENS} are needed: give more text")
+    ids = corpus.Mixture(built, [share.weight for share in source.shares]) if source.shares else built[0]
     if ids.tokens < context:
         note(f"context shrinks from {context} to {ids.tokens} tokens, all there are to train on")
         context = ids.tokens
@@ -292,13 +310,8 @@ def _check_unchanged(source: Source, hashes: dict[str, str]) -> None:
     source.hashes = hashes
 
 
-def size(documents_: list[Document]) -> int:
-    """Bytes of their files that documents take."""
-    return sum(document.end - document.start for document in documents_)
-
-
 def _note_sizes(note: Callable[[str], None], parts: Parts, layout: Layout) -> None:
-    sizes = [size(part) for part in (parts.training, parts.held_out, parts.measured)]
+    sizes = [part.bytes for part in (parts.training, parts.held_out, parts.measured)]
     text = f"{len(parts.training):,} {_called(layout)}, {sizes[0]:,} bytes to train on; {sizes[1]:,} bytes held out"
     if sizes[2] < sizes[1]:
         text += f", {sizes[2]:,} of them measured (train.validation_bytes)"
@@ -314,7 +327,7 @@ def _called(layout: Layout) -> str:
     return f"questions ({' + '.join((*layout.fields, layout.answers))})" if layout.answers else "documents"
 
 
-def ranges(documents_: list[Document]) -> list[dict]:
+def ranges(documents_: Documents) -> list[dict]:
     """Documents as `recipe.yaml` stores them: for each file its byte ranges, "0-120 240-360"."""
     found: dict[str, list[str]] = {}
     for document in documents_:
@@ -322,12 +335,13 @@ def ranges(documents_: list[Document]) -> list[dict]:
     return [{"file": file, "ranges": " ".join(parts)} for file, parts in found.items()]
 
 
-def from_ranges(stored: list[dict]) -> list[Document]:
+def from_ranges(stored: list[dict]) -> Documents:
     """The documents that `ranges` stored."""
-    return [Document(part["file"], *map(int, span.split("-"))) for part in stored for span in part["ranges"].split()]
+    return Documents.of(Document(part["file"], *map(int, span.split("-")))
+                        for part in stored for span in part["ranges"].split())
 
 
-def validation_documents(facts: dict, stored: list[dict]) -> tuple[list[Document], Layout]:
+def validation_documents(facts: dict, stored: list[dict]) -> tuple[Documents, Layout]:
     """The held-out documents of a run, as its `recipe.yaml` tells, with their layout. UserError when a file has changed."""
     source = source_from_facts(facts)
     files = [part["file"] for part in stored]

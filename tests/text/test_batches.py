@@ -5,10 +5,22 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lmcli.text.batches import IGNORED, Batch, ExampleRows, MaskedRows, Masking, PackedRows, padded, real_tokens
+from lmcli.text import batches
+from lmcli.text.batches import (
+    IGNORED,
+    Batch,
+    ExampleRows,
+    MaskedRows,
+    Masking,
+    PackedRows,
+    Weighted,
+    padded,
+    real_tokens,
+    scattered,
+)
 
 BEGINNING = 60_000
 cases = st.tuples(st.integers(1, 200), st.integers(1, 40), st.integers(0, 3), st.sampled_from([None, BEGINNING]))
@@ -72,6 +84,32 @@ def test_rows_come_in_random_order():
     firsts = PackedRows(np.arange(1000), 10, None, seed=0).batch(0, 100)[:, 0]
     neighbours = sum((later - earlier) % 1000 in (10, 990) for earlier, later in pairwise(firsts))
     assert neighbours < 10  # of 99; two are expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 63, 64, 65, 1000, 4097])
+def test_an_order_that_is_calculated_has_each_place_once(count):
+    orders = [[scattered(i, count, keys) for i in range(count)] for keys in ([1, 2, 3, 4], [4, 3, 2, 1])]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    if count > 5:
+        assert orders[0] != orders[1]
+
+
+def test_an_order_that_is_calculated_looks_random():
+    """Neighbours are far apart, and halves of the order have halves of the places: as of a drawn one, within 5 σ."""
+    order = np.array([scattered(i, 10_000, [11, 12, 13, 14]) for i in range(10_000)])
+    assert (np.abs(np.diff(order)) == 1).sum() < 12  # two are expected
+    table = np.histogram2d(np.arange(10_000), order, bins=10)[0]
+    assert table.min() > 50 and table.max() < 150
+    assert abs(np.corrcoef(np.arange(10_000), order)[0, 1]) < 0.05
+
+
+def test_rows_of_a_corpus_too_long_to_shuffle_in_memory(monkeypatch):
+    monkeypatch.setattr(batches, "MOST_SHUFFLED", 10)
+    rows = PackedRows(np.arange(1005), 10, None, seed=1)
+    first, second = (rows.batch(start, 100)[:, 1:].flatten() for start in (0, 100))
+    assert len(set(first.tolist())) == len(set(second.tolist())) == 1000 and not np.array_equal(first, second)
+    other = PackedRows(np.arange(1005), 10, None, seed=1)
+    assert np.array_equal(other.batch(150, 3), rows.batch(150, 3))
 
 
 def test_the_array_is_left_as_it_is():
@@ -186,3 +224,62 @@ def test_documents_of_a_row_are_kept_apart(beginning):
             last = max((j for j, before in enumerate(ends) if before == 9), default=0)
             assert firsts[i] == last, (read, i, token)
     assert PackedRows(ids, 8, beginning, 0).step(0, 16, 16)[0].firsts is None
+
+
+class TestSeveralSources:
+    """Rows drawn from several corpora by weight; tokens tell which one they are of."""
+
+    parts = (np.arange(1000), np.arange(1000, 1300), np.arange(2000, 2050))
+
+    def rows(self, weights=(6, 3, 1), seed=0):
+        return PackedRows(Weighted(self.parts, weights), 10, None, seed)
+
+    def sources(self, rows, start, count):
+        return np.digitize(rows.batch(start, count)[:, 0], [1000, 2000])
+
+    @given(weights=st.lists(st.floats(1e-2, 1e2), min_size=3, max_size=3), seed=st.integers(0, 3))
+    @settings(max_examples=30)
+    @example(weights=[397.0, 0.5, 495.5], seed=0)
+    def test_each_has_its_share_to_within_a_row(self, weights, seed):
+        ring, shares = self.rows(weights, seed).ring, np.array(weights) / sum(weights)
+        for number in (0, ring.block, 3 * ring.block, 10_000_000 * ring.block):
+            counts = ring.drawn(number)
+            assert sum(counts) == number and (np.abs(counts - number * shares) <= 1).all()
+
+    def test_what_is_drawn_is_counted(self):
+        rows, found = self.rows(), self.sources(self.rows(), 0, 1500)
+        for number in (1, 700, 1500):
+            assert rows.ring.drawn(number) == np.bincount(found[:number], minlength=3).tolist()
+
+    def test_they_are_well_mixed(self):
+        """No two stretches of a hundred rows are alike, and none of a hundred is without one of three in ten."""
+        found = self.sources(self.rows(), 0, 1000).reshape(10, 100)
+        assert ((found == 1).sum(1) > 10).all() and len({tuple(row) for row in found.tolist()}) == 10
+
+    def test_a_number_determines_the_row(self):
+        straight = self.rows().batch(0, 2100)
+        for start in (2050, 3, 1020):
+            assert np.array_equal(self.rows().batch(start, 10), straight[start:start + 10])
+        assert not np.array_equal(self.rows(seed=1).batch(0, 100), straight[:100])
+
+    def test_of_each_an_epoch_takes_every_token_once(self):
+        rows, found = self.rows(), {}
+        for number in range(2000):
+            ring, _ = rows.ring.place(number)
+            found.setdefault(ring, []).append(rows.batch(number, 1)[0, 1:])
+        for ring, part in enumerate(self.parts):
+            epoch = np.concatenate(found[ring][:len(part) // 10])
+            assert len(np.unique(epoch)) == len(epoch) == len(part) and np.isin(epoch, part).all()
+
+    def test_masked_rows_mix_alike(self):
+        rows = MaskedRows(Weighted(self.parts, (1, 1, 2)), 10, ([], []), Masking(5000, 5000, (), 0.15), 0)
+        (batch,) = rows.step(0, 10_240, 10_240)
+        firsts = np.where(batch.targets != IGNORED, batch.targets, batch.ids)
+        counts = np.bincount(np.digitize(np.median(firsts, axis=1), [1000, 2000]), minlength=3)
+        assert rows.rows_per_epoch == 135 and counts.tolist() == [256, 256, 512]
+
+    def test_places_are_those_in_all_of_them_in_a_row(self):
+        rows = self.rows()
+        kind, places = rows.places(0, 50)
+        joined = np.concatenate(self.parts)
+        assert kind == "token" and [int(joined[place]) for place in places] == rows.batch(0, 50)[:, 0].tolist()

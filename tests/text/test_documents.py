@@ -13,6 +13,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 from lmcli.config import TokenizerConfig
 from lmcli.errors import UserError
@@ -20,12 +21,22 @@ from lmcli.text import documents as documents_module
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.corpus import encode_documents
 from lmcli.text.documents import SAFE_CUT, Document, Layout, limit, split
+from lmcli.text.pretrained import LLAMA3_PATTERN, QWEN2_PATTERN
 
 MARK = "<|endoftext|>"
 # few merges beside the bytes, so that every difference in the split into words shows in the ids
 LEARNT = {pattern: tokenizers.learn(
     ["hello  world\n\nit's here, they'LL say 2024!\n\tHello   again\n\n\n" * 4, "你好 世界。\n故事 故事\n" * 4],
     TokenizerConfig(vocab_size=330, pattern=pattern)) for pattern in ("gpt2", "qwen2")}
+LEARNT["encoder"] = tokenizers.learn(["hello [ world ] <s>\n"] * 4, TokenizerConfig(vocab_size=330), "encoder")
+for name, pattern in (("nfc", QWEN2_PATTERN), ("llama3", LLAMA3_PATTERN)):  # as Qwen's and Llama 3's own tokenizers are
+    core = type(LEARNT["qwen2"].core).from_str(LEARNT["qwen2"].core.to_str())
+    core.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    if name == "nfc":
+        core.normalizer = normalizers.NFC()
+    LEARNT[name] = tokenizers.Tokenizer(core)
 patterns = pytest.mark.parametrize("pattern", LEARNT)
 
 
@@ -71,7 +82,8 @@ def spaces():
 def near_letters():
     """Characters on which two regular-expression engines could differ: marks, odd numbers, modifiers, new scripts."""
     return ["\u0301", "\u0903", "\u20dd", "\u093f", "\u0e31", "²", "½", "Ⅷ", "〇", "①", "٣", "𝟘", "ʰ", "ª", "ⓐ", "ǅ", "ſ",
-            "ẞ", "İ", "_", "‿", "\u200d", "ﬁ", "一", "々", "ー", "ﾞ", "🎉", "🏽", "\U00016d40",
+            "ẞ", "İ", "_", "\u212b", "\u0958", "\u1100", "\u1161",
+            "\u11a8", "\u0344", "\u037e", "\u0327", "‿", "\u200d", "ﬁ", "一", "々", "ー", "ﾞ", "🎉", "🏽", "\U00016d40",
             "\U00010d50", "\U0001e5d0", "\ua7cb",
             "\u1c89", "\U000323b0", "\ue000", "\U000e0061", "\u0378"]
 
@@ -79,7 +91,7 @@ def near_letters():
 adversarial = st.lists(st.sampled_from(
     [*spaces(), *near_letters(), "\n", "\n", " ", " ", "  ", "\r\n", "\n\n", "a", "b", "Z", "é", "好", "あ", "한", "1",
      "2024", ".", "!", "，", "。", ":", "?", "...", "'s", "'LL", "'", " '", "'re", "’s", ",\n", "!\n",
-     "<|", MARK, "x y", "\ny"]), max_size=30).map("".join)
+     "<|", MARK, "[MASK]", " [MASK]", "\n[MASK]", "[", "x y", "\ny"]), max_size=30).map("".join)
 
 
 class TestPieces:
@@ -92,9 +104,10 @@ class TestPieces:
     @example(text="it's a b\r\nc d", least=1)
     @example(text="don't\n's", least=1)
     @example(text="a\x1c b\x1f\nc", least=1)
+    @example(text="one\n[MASK] two\n [MASK]\nthree, [MASK]", least=1)
     def test_encoded_in_pieces_is_encoded_whole(self, pattern, text, least):
         pieces, tokenizer = cut(text, least), LEARNT[pattern]
-        assert "".join(pieces) == text
+        assert "".join(pieces) == text and tokenizer.cuts_at_words
         assert [index for ids in tokenizer.encode_batch(pieces) for index in ids] == tokenizer.encode(text)
 
     @patterns

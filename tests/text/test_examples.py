@@ -40,6 +40,28 @@ def pairs(path, tokenizer):
     return examples.build(found, hashes, layout, tokenizer)
 
 
+@pytest.mark.parametrize("kind", ["pairs", "labels", "several"])
+def test_written_in_parts_they_are_as_in_one_go(tmp_path, tokenizer, monkeypatch, kind):
+    """100 rows in parts of 7: the files grow, and their headers are right in the end."""
+    rows = [{"source": "a b" * (i % 4), "target": f"x {i}", "text": f"c {i}",
+             "label": ["x", "y"][:i % 2 + 1] if kind == "several" else "xy"[i % 2]} for i in range(100)]
+    made, options = [], {"fields": ("source", "target")} if kind == "pairs" else {
+        "fields": ("text",), "label": "label", "several": kind == "several"}
+    for at_once in (7, 1000):
+        monkeypatch.setattr(examples, "ROWS_AT_ONCE", at_once)
+        monkeypatch.setenv("LM_CACHE", str(tmp_path / f"cache{at_once}"))
+        found, hashes, layout = read(tmp_path / "r.jsonl", rows, tokenizer, **options)
+        made.append(examples.build(found, hashes, layout, tokenizer, () if kind == "pairs" else ("x", "y")))
+    first, second = made
+    for side in ("sources", "targets") if kind == "pairs" else ("sources",):
+        one, other = getattr(first, side), getattr(second, side)
+        assert len(one) == 100 and all(np.array_equal(one[i], other[i]) for i in range(100))
+    assert first.bytes == second.bytes and np.array_equal(first.sizes, second.sizes)
+    if kind != "pairs":
+        assert first.labels.shape == ((100, 2) if kind == "several" else (100,))
+        assert np.array_equal(first.labels, second.labels) and first.labels.any()
+
+
 def test_both_sides_come_back_and_the_cache_gives_the_same(tmp_path, tokenizer):
     first, second = pairs(tmp_path / "p.jsonl", tokenizer), pairs(tmp_path / "p.jsonl", tokenizer)
     for made in (first, second):

@@ -109,6 +109,32 @@ class TestLearning:
         assert LEARNT["gpt2"].hash != LEARNT["qwen2"].hash
 
 
+class TestLearningFromMuchText:
+    def learn(self, folder, monkeypatch, most):
+        from lmcli.text import documents
+
+        monkeypatch.setattr(tokenizers, "LEARNT_FROM_BYTES", most)
+        monkeypatch.setattr(documents, "PIECE_CHARS", 100)
+        (folder / "a.txt").write_text("first words here\n" * 1000 + "later terms there\n" * 1000)
+        layout, notes = documents.Layout(), []
+        found, _ = layout.survey([str(folder / "a.txt")])
+        texts = []
+        monkeypatch.setattr(tokenizers, "learn", lambda parts, config, kind: texts.extend(parts) or LEARNT["gpt2"])
+        tokenizers.learn_from(found, layout, TokenizerConfig(vocab_size=300), notes.append)
+        return texts, notes
+
+    def test_a_sample_from_all_over_it_and_its_size_told(self, tmp_path, monkeypatch):
+        texts, notes = self.learn(tmp_path, monkeypatch, 3500)
+        read = "".join(texts)
+        assert 3000 < len(read) < 4200 and 0.8 < read.count("first") / read.count("later") < 1.25
+        assert notes == ["the vocabulary is learnt from some 0 of 0 MB: of every 10 stretches of 4,096 characters one, all "
+                         "over the text"]
+
+    def test_a_shorter_text_whole(self, tmp_path, monkeypatch):
+        texts, notes = self.learn(tmp_path, monkeypatch, 35_000)
+        assert "".join(texts) == (tmp_path / "a.txt").read_text() and not notes
+
+
 class TestByteEnds:
     @patterns
     @given(text=any_text)
@@ -345,7 +371,7 @@ class TestWordCuts:
         assert gpt2.cuts_at_words and not bert.cuts_at_words and not stories.cuts_at_words
 
     @pytest.mark.parametrize("token, safe", [
-        (AddedToken("<mask>"), True), (AddedToken("<mask>", lstrip=True), False),
+        (AddedToken("<mask>"), True), (AddedToken("<mask>", lstrip=True), True), (AddedToken("mask", lstrip=True), False),
         (AddedToken("MASK", rstrip=True), False), (AddedToken("new york"), False),
         (AddedToken("e.g."), False), (AddedToken(",x", single_word=True), False)])
     def test_an_added_token_that_reaches_across_a_cut_forbids_it(self, token, safe):

@@ -89,15 +89,15 @@ def made(evaluate=lambda: SimpleNamespace(criterion=9.0), rows=None, dtype=torch
 @pytest.fixture
 def losses(monkeypatch):
     """losses(given): training sees these losses, one a step, the true gradients with them; then the true losses."""
-    true = loop.Run._gradients
+    true = loop.Run._summed
 
     def give(given) -> None:
         left = list(given)
 
-        def gradients(run):
-            loss, tokens = true(run)
+        def summed(run, *made):
+            loss, tokens = true(run, *made)
             return (left.pop(0) if left else loss), tokens
-        monkeypatch.setattr(loop.Run, "_gradients", gradients)
+        monkeypatch.setattr(loop.Run, "_summed", summed)
     return give
 
 
