@@ -103,7 +103,7 @@ def _zst_library(name: str) -> tuple[Callable[[], Any], type[Exception]]:
     with suppress(ImportError):
         library = importlib.import_module("compression.zstd")
         return library.ZstdDecompressor, library.ZstdError
-    library = _package("zstandard", "zst", name)
+    library = _package("zstandard", "zstd", name)
     return lambda: library.ZstdDecompressor().decompressobj(), library.ZstdError
 
 

@@ -120,7 +120,7 @@ class TestParquet:
 
 
 @pytest.mark.parametrize(("name", "package", "extra"), [
-    ("a.parquet", "pyarrow", "parquet"), ("a.txt.zst", "zstandard", "zst")])
+    ("a.parquet", "pyarrow", "parquet"), ("a.txt.zst", "zstandard", "zstd")])
 def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch, name, package, extra):
     (tmp_path / name).write_bytes(b"x")
     for module in (package, "compression.zstd"):
