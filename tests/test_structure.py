@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "text": {*GROUND}, "model": {*GROUND},
     "checkpoints": BELOW_2, "training": BELOW_2, "inference": BELOW_2,
     "analysis": BELOW_3, "api": BELOW_3, "first_model": BELOW_3, "launch": {"errors"},
-    "runs": {*BELOW_3, "analysis", "first_model", "launch"}, "resume_check": {*BELOW_3, "analysis", "runs"},
+    "training_run": {*BELOW_3, "analysis"}, "resume_check": {*BELOW_3, "analysis", "runs"},
+    "runs": {*BELOW_3, "analysis", "first_model", "launch", "training_run"},
     "display": {"errors", "config"},
     "commands": {*BELOW_3, "analysis", "api", "launch", "runs", "resume_check", "display"},
     "__init__": {"api"}, "__main__": {"commands"}}
@@ -40,8 +41,8 @@ NEVER = {
     **{name: {"torch", "rich", "click", "numpy", "tokenizers"} for name in (*GROUND, "launch")},
     "text": {"torch", "safetensors", "rich", "click"}, "model": {"rich", "click", "tokenizers", "safetensors"},
     "display": {"torch", "numpy", "tokenizers", "click"},
-    **{name: {"rich", "click"} for name in (*BELOW_3 - BELOW_2, "analysis", "api", "first_model", "runs", "resume_check",
-                                              "__init__")},
+    **{name: {"rich", "click"} for name in (*BELOW_3 - BELOW_2, "analysis", "api", "first_model", "training_run", "runs",
+                                              "resume_check", "__init__")},
     "commands": {"rich"}, "__main__": {"rich", "click", "torch"}}
 HEAVY = ("torch", "numpy", "tokenizers", "transformers", "safetensors", "rich")
 

@@ -20,7 +20,7 @@ CHANGEABLE = ("learning_rate", "matrix_learning_rate", "gradient_clip", "precisi
 FIXED = ("objective", "optimizer", "lora_rank", "lora_targets", "frozen_layers")
 # parts of the package and libraries that a run's numbers come from
 CODE = ("text/*.py", "model/*.py", "model/*.c", "checkpoints/*.py", "training/*.py", "inference/*.py", "first_model.py",
-        "runs.py")
+        "runs.py", "training_run.py")
 LIBRARIES = ("torch", "tokenizers", "numpy")
 VERSIONS = ("lm", "code", *LIBRARIES)
 
