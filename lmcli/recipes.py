@@ -16,6 +16,10 @@ SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Recipe)}
 # facts that a stored recipe carries beside the four sections; read by `lm info` and `--validation`, not by training
 BUDGETS = ("time", "tokens", "steps", "epochs")
 FACTS = ("versions", "data", "validation", "result", "choice")
+MOST_DEPTH = 50
+OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken, yaml.BlockSequenceStartToken,
+           yaml.BlockMappingStartToken)
+CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 def preset_folder() -> Path:
@@ -101,11 +105,17 @@ def to_yaml(recipe: Recipe, **facts: Any) -> str:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping as plain values. Anchors are refused: a few lines of them can fill the memory."""
+    """A YAML mapping as plain values. Anchors are refused, since a few lines of them can fill the memory, and so is what is
+    nested deeper than MOST_DEPTH, at which PyYAML becomes very slow."""
     try:
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise UsageError("uses a YAML alias (*name)", where=str(path), hint="write the value out, or use `extends:`")
+        depth = 0
+        for token in yaml.scan(text):
+            if isinstance(token, yaml.AliasToken):
+                raise UsageError("uses a YAML alias (*name)", where=str(path), hint="write the value out, or use `extends:`")
+            depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+            if depth > MOST_DEPTH:
+                raise UsageError(f"is nested more than {MOST_DEPTH} deep", where=f"{path}, line {token.start_mark.line + 1}")
         document = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read: {error.strerror}", where=str(path)) from error

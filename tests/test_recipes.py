@@ -92,7 +92,7 @@ class TestFiles:
         ("train: !!python/object:os.system {}", "mine.yaml, line 1", "is not YAML"),
         ("a\0b", "mine.yaml", "is not YAML"),
         (b"train: \xff", "mine.yaml", "is not YAML: 'utf-8'"),
-        ("[" * 5000, "mine.yaml", "is not YAML")])
+        ("[" * 100_000, "mine.yaml, line 1", "is nested more than 50 deep")])
     def test_mistakes_name_the_file_and_the_nearest_key(self, tmp_path, text, where, message):
         with pytest.raises(UsageError) as caught:
             resolve(written(tmp_path, text))

@@ -12,7 +12,16 @@ import torch
 
 from lmcli.errors import UserError
 from lmcli.model.device import random_states, set_random_states
-from lmcli.storage import atomic_folder, read_tensors, require_room, sha256_of, size_of, user_errors, write_tensors
+from lmcli.storage import (
+    atomic_folder,
+    read_json,
+    read_tensors,
+    require_room,
+    sha256_of,
+    size_of,
+    user_errors,
+    write_tensors,
+)
 from lmcli.training.optimizers import Optimizers
 
 KEPT = 2
@@ -170,7 +179,7 @@ def newest(folder: Path, note: Callable[[str], None]) -> Saved:
 def _damage(state: Path) -> str:
     """What is wrong with the files of a state; nothing: "". One from before there were checksums is taken as it is."""
     try:
-        if not (state / CHECKSUMS).exists() and "metrics_bytes" not in json.loads((state / "counters.json").read_text()):
+        if not (state / CHECKSUMS).exists() and "metrics_bytes" not in read_json(state / "counters.json"):
             return ""
         lines = (state / CHECKSUMS).read_text(encoding="utf-8").splitlines()
         sums = {name: known for known, _, name in (line.partition("  ") for line in lines)}
@@ -186,7 +195,19 @@ def _damage(state: Path) -> str:
 
 
 def _read(state: Path) -> Saved:
-    found = json.loads((state / "counters.json").read_text())
-    counters, beside = ({one.name: found[one.name] for one in fields(kind) if one.name in found}
-                        for kind in (Counters, Beside))
-    return Saved(state, Counters(**counters), Beside(**beside), found["optimizer_steps"])
+    found = read_json(state / "counters.json")
+    counters, beside = (_filled(kind, found, state) for kind in (Counters, Beside))
+    steps = found.get("optimizer_steps")
+    if not isinstance(steps, dict) or not all(isinstance(step, int | float) for step in steps.values()):
+        raise UserError("holds no steps of the optimizer", where=str(state / "counters.json"))
+    return Saved(state, counters, beside, steps)
+
+
+def _filled(kind: type, found: dict[str, Any], state: Path) -> Any:
+    """A Counters or Beside of what was stored, each value of the type that it should have."""
+    values = {one.name: found[one.name] for one in fields(kind) if one.name in found and one.name != "best_file"}
+    for name, default in asdict(kind()).items():
+        right = {type(None): int | None, float: float | int}.get(type(default), type(default))
+        if name in values and not isinstance(values[name], right):
+            raise UserError(f"{name} cannot be {values[name]!r:.60}", where=str(state / "counters.json"))
+    return kind(**values)
