@@ -1,6 +1,9 @@
 """Whether a model and its training steps have room in memory, told or arranged before the first step."""
 
+import os
 from collections.abc import Callable
+
+import torch
 
 from lmcli.config import ModelConfig
 from lmcli.errors import UsageError
@@ -27,7 +30,7 @@ def require(config: ModelConfig, placement: Placement) -> None:
 def fit(run: Run, note: Callable[[str], None]) -> None:
     """Where a step would need more memory than there is: a smaller micro-batch, then recomputation; the kernel of a
     system ends a process rather than tell it that memory is short, so this is not left to be found out."""
-    train, counters, there = run.config, run.counters, MEMORY_SHARE * available_memory(run.placement.device)
+    train, counters, there = run.config, run.counters, MEMORY_SHARE * _memory_of_one(run.placement.device)
     first = min(run.micro_batch_tokens, train.batch_tokens)
     ways = [False, True] if train.recompute == "auto" and not counters.recompute else [run.recompute]
 
@@ -45,3 +48,9 @@ def fit(run: Run, note: Callable[[str], None]) -> None:
         again = ", and activations calculated again in the backward pass" if recompute else ""
         note(f"{there / MEMORY_SHARE / 1e9:.1f} GB of memory are free: {tokens:,} tokens at once{again}; the batch of an "
              f"optimizer step stays {train.batch_tokens:,}")
+
+
+def _memory_of_one(device: torch.device) -> float:
+    """Bytes that are free for one of the processes that torchrun or --nproc started here; a GPU is one's own."""
+    members = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return available_memory(device) / members
