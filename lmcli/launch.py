@@ -60,8 +60,8 @@ def together(count: int, arguments: list[str], note: Callable[[str], None]) -> i
                 return members[0].returncode
             code = members[lost].returncode
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed (exit code {code})"
-            again = f"starting all again from the last state ({attempt + 1} of {RESTARTS})"
-            note(f"process {lost} of {count} {how}: {again if attempt < RESTARTS else 'giving up'}")
+            onward = f"starting all again from the last state ({attempt + 1} of {RESTARTS})"
+            note(f"process {lost} of {count} {how}: {onward if attempt < RESTARTS else 'giving up'}")
     return 1
 
 

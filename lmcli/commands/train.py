@@ -82,17 +82,19 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
         raise UsageError("--weights mixes texts, --target pairs the lines of two", hint="leave one of them out")
     elif not data and sys.stdin.isatty():
         raise UsageError("nothing to train on: give DATA, or pipe text in", hint="lm train --help")
-    from lmcli import display, launch, recipes, runs
-    from lmcli.text.documents import Layout
-    from lmcli.training import parallel
+    from lmcli import display, launch
 
     note = (lambda text: None) if quiet else display.note
     if nproc > 1 and not launch.is_member():
         click.get_current_context().exit(launch.together(nproc, sys.argv[1:], note))
+    from lmcli import recipes, runs
+    from lmcli.text.documents import Layout
+    from lmcli.training import parallel
+
     team = parallel.join()
     if not team.leads:
         return _follow(team, device, threads)
-    if launch.is_member():
+    if team.size > 1:
         output, resume, overwrite = launch.again(output, resume, overwrite)
     if resume:
         run = runs.resume(resume, device, threads or 0, BEGAN, note, sets, allow_changes)
