@@ -13,21 +13,23 @@ from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import Recipe
 from lmcli.errors import UsageError, UserError
 from lmcli.model import kernels
-from lmcli.model.device import place
+from lmcli.model.device import Placement, place
 from lmcli.model.transformer import Transformer
 from lmcli.recipes import changed, require_budget, require_origin
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
 from lmcli.training import changes, data, memory_room, run_folder, state
 from lmcli.training.objectives import OBJECTIVES
-from lmcli.training.parallel import Team
+from lmcli.training.parallel import ALONE, Team
+from lmcli.training.sharding import ShardedTeam
 from lmcli.training_run import TrainingRun, tokenizer_files
 
 
 @dataclass
 class Request:
     """What a user asked `lm train` for. With `refine` (preset auto) the recipe is chosen by the data: it gives the recipe
-    with such settings below the user's own."""
+    with such settings below the user's own. `shard` says whether processes share out the model; None: where one could not
+    hold it."""
 
     recipe: Recipe
     data: tuple[str, ...]
@@ -45,10 +47,12 @@ class Request:
     targets: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     remember: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
+    shard: bool | None = None
 
 
-def start(request: Request, began: float, note: Callable[[str], None]) -> TrainingRun:
-    """A new run, its folder claimed and loadable, ready for its first step. `note` gets what was chosen and left out.
+def start(request: Request, began: float, note: Callable[[str], None], team: Team = ALONE) -> TrainingRun:
+    """A new run, its folder claimed and loadable, ready for its first step; the others of the team `follow`. `note` gets
+    what was chosen and left out.
 
     Raises UsageError or UserError for what the user can mend; nothing is left behind then.
     """
@@ -101,13 +105,15 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> Traini
         model = first_model.adopted(origin.model, recipe, prepared, objective, note) if origin else \
             first_model.fresh(recipe, prepared, placement, objective)
         recipe = dataclasses.replace(recipe, model=model.config)
-        run = TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
+        team = _dividing(team, request.shard, recipe, placement, note)
+        run = TrainingRun(place_of_run, recipe, prepared, source, model, placement, began, team)
         run.chosen = chosen
         run.base = request.origin if folder and str(folder) != request.origin else str(folder.resolve()) if folder else ""
         memory_room.fit(run.loop, note)
         run.remembered = [{"file": file, "before": remembering.bits_per_byte(run.model, tokenizer, file), "after": None}
                           for file in remember]
         run.create()
+        _lead(run, team, resumed=False)
     except BaseException:
         place_of_run.abandon()
         raise
@@ -116,7 +122,8 @@ def start(request: Request, began: float, note: Callable[[str], None]) -> Traini
 
 
 def resume(path: str, device: str, threads: int, began: float, note: Callable[[str], None],
-           sets: tuple[str, ...] = (), allow_changes: bool = False) -> TrainingRun:
+           sets: tuple[str, ...] = (), allow_changes: bool = False, team: Team = ALONE,
+           shard: bool | None = None) -> TrainingRun:
     """The run of a folder, as its newest sound state left it, with `section.key=value` settings from there on. `note` gets
     what has changed since, which `allow_changes` lets it.
 
@@ -134,7 +141,10 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
             *changes.settings(saved.beside.recipe, recipe), *changes.files(known, source.hashes),
             *changes.files(facts["data"].get("tokenizer_files", {}), tokenizer_files(Path(path))),
             *changes.versions(facts.get("versions") or {})], Path(path), allow_changes, note)
-        run = _rebuilt(place_of_run, recipe, source, parts, device, threads, began, note)
+        placement = place(device, recipe.train.precision, threads, training=True)
+        team = _dividing(team, shard, recipe, placement, note)
+        run = _rebuilt(place_of_run, recipe, source, parts, placement, began, note, team)
+        _lead(run, team, resumed=True)
         run.chosen, run.base = facts.get("choice") or [], adapters.base_name(Path(path))
         run.go_on_from(saved, facts, note)
     except BaseException:
@@ -145,11 +155,10 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
     return run
 
 
-def _rebuilt(place_of_run: run_folder.RunFolder, recipe: Recipe, source: data.Source, parts: data.Parts, device: str,
-             threads: int, began: float, note: Callable[[str], None]) -> TrainingRun:
+def _rebuilt(place_of_run: run_folder.RunFolder, recipe: Recipe, source: data.Source, parts: data.Parts,
+             placement: Placement, began: float, note: Callable[[str], None], team: Team) -> TrainingRun:
     """The run of a folder with weights that are nothing yet."""
     path = place_of_run.path
-    placement = place(device, recipe.train.precision, threads, training=True)
     tokenizer = tokenizers.load(str(path))
     if tokenizer.size > recipe.model.vocab_size:
         raise UserError(f"has {tokenizer.size:,} ids, the model has {recipe.model.vocab_size:,} rows for them",
@@ -159,17 +168,30 @@ def _rebuilt(place_of_run: run_folder.RunFolder, recipe: Recipe, source: data.So
     model = Transformer(recipe.model.complete(), recipe.train.dropout)
     if recipe.train.lora_rank or recipe.train.frozen_layers:
         first_model.choose_trained(model, recipe.train)
-    return TrainingRun(place_of_run, recipe, prepared, source, model.to(placement.device), placement, began)
+    return TrainingRun(place_of_run, recipe, prepared, source, model, placement, began, team)
 
 
-def lead(run: TrainingRun, team: Team) -> None:
-    """Lets the other processes of a team, which `follow`, join a run that is ready for its next step."""
+def _dividing(team: Team, shard: bool | None, recipe: Recipe, placement: Placement, note: Callable[[str], None]) -> Team:
+    """The team as one that shares out the model, where that was asked for or one process could not hold it."""
     if team.size == 1:
-        return
-    launch.remember_folder(run.folder)
-    run.loop.team = team
-    team.tell({"folder": str(run.folder.resolve()), "counters": dataclasses.asdict(run.loop.counters)})
-    team.share_weights(run.model)
+        if shard:
+            raise UsageError("--shard shares out a model among processes, and there is one", hint="give --nproc N as well")
+        return team
+    if shard is None and memory_room.for_one(recipe, placement):
+        return team
+    note(f"weights, gradients and moments are shared out among {team.size} processes")
+    return ShardedTeam(team.rank, team.size)
+
+
+def _lead(run: TrainingRun, team: Team, resumed: bool) -> None:
+    """Lets the other processes of a team, which `follow`, join a run that has its weights, or is about to take them from its
+    newest state."""
+    if team.size > 1:
+        launch.remember_folder(run.folder)
+        team.tell({"folder": str(run.folder.resolve()), "resumed": resumed, "shards": team.shards})
+        if not resumed:
+            team.share_weights(run.model)
+    run.loop.join(team)
 
 
 def follow(team: Team, device: str, threads: int) -> None:
@@ -181,15 +203,20 @@ def follow(team: Team, device: str, threads: int) -> None:
         """The leader has said it."""
 
     heard = team.hear()
+    if heard["shards"]:
+        team = ShardedTeam(team.rank, team.size)
     place_of_run, recipe, facts = run_folder.reopen(Path(heard["folder"]))
     source = data.source_from_facts(facts["data"])
     parts = data.split(source, recipe.train.validation_bytes, silent)
-    run = _rebuilt(place_of_run, recipe, source, parts, device, threads, 0.0, silent)
-    if heard["counters"]["step"]:
+    placement = place(device, recipe.train.precision, threads, training=True)
+    run = _rebuilt(place_of_run, recipe, source, parts, placement, 0.0, silent, team)
+    if not heard["resumed"]:
+        team.share_weights(run.model)
+    run.loop.join(team)
+    if heard["resumed"]:
         state.newest(place_of_run.states, silent).restore(run.model, run.loop.optimizer)
-    run.loop.counters, run.loop.team = state.Counters(**heard["counters"]), team
-    team.share_weights(run.model)
-    run.loop.follow()
+    for _, part in run.loop.follow():
+        state.write_share(Path(part), run.model, run.loop.optimizer)
 
 
 def _tell(run: TrainingRun, note: Callable[[str], None]) -> None:

@@ -29,6 +29,7 @@ from lmcli.training import changes, data, loop, memory_room, mixing, run_folder,
 from lmcli.training.divergence import Diverged
 from lmcli.training.evaluation import Figures, evaluate
 from lmcli.training.objectives import OBJECTIVES
+from lmcli.training.parallel import ALONE, Team
 from lmcli.training.span_evaluation import Asked
 
 SAMPLE_TOKENS = 60
@@ -46,9 +47,10 @@ class TrainingRun:
     """A run under way. Iterate `events()` inside `signals()`; `stopped` tells whether a signal ended it."""
 
     def __init__(self, place_of_run: run_folder.RunFolder, recipe: Recipe, prepared: data.TrainingData,
-                 source: data.Source, model: Transformer, placement: Placement, began: float):
+                 source: data.Source, model: Transformer, placement: Placement, began: float, team: Team = ALONE):
         self.place, self.recipe, self.prepared, self.source = place_of_run, recipe, prepared, source
-        self.model, self.placement = model.train(), placement
+        # a model that is to be shared out may be too large for one device
+        self.model, self.placement = (model if team.shards else model.to(placement.device)).train(), placement
         self.result: dict = {}
         self.chosen: list[str] = []
         self.base = ""  # of adapters: what names the model that they are for
@@ -155,7 +157,10 @@ class TrainingRun:
         if saved.best:
             copy_file(saved.best, file)
         else:
-            checkpoints.save_weights(self.folder, self.model)
+            self._save_weights()
+
+    def _save_weights(self) -> None:
+        checkpoints.save_weights(self.folder, self.loop.team.whole(self.model))
 
     def _weights_file(self) -> Path:
         return self.folder / (adapters.WEIGHTS if self.recipe.train.lora_rank else checkpoints.WEIGHTS)
@@ -198,7 +203,7 @@ class TrainingRun:
                 self._validated(event)
                 yield "validation", event
             elif event.what == "sample":
-                if sample := self._sample():
+                if not self.loop.team.shards and (sample := self._sample()):
                     yield "sample", sample
             else:
                 self._save()
@@ -220,7 +225,7 @@ class TrainingRun:
         self.place.log({"step": event.step, "tokens": counters.tokens, "elapsed": self.loop.elapsed(),
                         **figures.metrics()})
         if event.best:
-            checkpoints.save_weights(self.folder, self.model)
+            self._save_weights()
             self.best_sha256 = sha256_of(self._weights_file())
             self.result = {"best_step": event.step, **figures.facts()}
             self.headline = figures.headline()

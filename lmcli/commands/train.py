@@ -55,13 +55,15 @@ Examples:
               help="Train nothing, but prove in under a minute that runs on this data can be resumed to the same bit here.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that the folder -o holds.")
 @options.nproc
+@click.option("--shard/--no-shard", default=None,
+              help="Let processes share out the model, or each hold all of it.  [default: as one could hold it]")
 @options.reading
 @options.hardware
 @options.quiet
 @options.verbose
 def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_folder, time_, steps, tokens, epochs,
           weights, val, targets, val_targets, on_long, documents, seed, resume, allow_changes, check_resume, overwrite,
-          nproc, format_, fields, include, on_error, device, dtype, threads, quiet, verbose):
+          nproc, shard, format_, fields, include, on_error, device, dtype, threads, quiet, verbose):
     """Trains a model on text files (or a directory, or standard input) and prints the folder it lies in.
 
     A decoder learns from text; an encoder from text (masked words), from rows with text and label, or from rows with
@@ -97,7 +99,7 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
     if team.size > 1:
         output, resume, overwrite = launch.again(output, resume, overwrite)
     if resume:
-        run = runs.resume(resume, device, threads or 0, BEGAN, note, sets, allow_changes)
+        run = runs.resume(resume, device, threads or 0, BEGAN, note, sets, allow_changes, team, shard)
     else:
         def resolve(below):
             return recipes.resolve(preset, sets, {
@@ -107,14 +109,13 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
         request = runs.Request(
             resolve({}), data, output, val, include, Layout(documents, format_, fields, on_error), origin, tokenizer_folder,
             overwrite, device, threads or 0, resolve if preset == "auto" else None, on_long, (targets, val_targets),
-            remember, weights)
+            remember, weights, shard)
         if check_resume:
             from lmcli import resume_check
 
             click.echo(resume_check.check(request, note))
             return
-        run = runs.start(request, BEGAN, note)
-    runs.lead(run, team)
+        run = runs.start(request, BEGAN, note, team)
     with run.signals(), display.TrainingView(quiet, run.bytes_per_token, run.objective.target) as view:
         for kind, event in run.events():
             {"step": view.step, "validation": view.validation, "sample": view.sample, "note": view.note}[kind](event)
@@ -145,7 +146,7 @@ def _refuse_beside_resume(sets, allow_changes):
     context = click.get_current_context()
     from lmcli.training.changes import CHANGEABLE
 
-    allowed = {"resume", "allow_changes", "nproc", "sets", "device", "threads", "quiet", "verbose"}
+    allowed = {"resume", "allow_changes", "nproc", "shard", "sets", "device", "threads", "quiet", "verbose"}
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name)
         if source == click.core.ParameterSource.COMMANDLINE and parameter.name not in allowed:

@@ -3,6 +3,7 @@
 Everything that tells families apart is an option of ModelConfig: nothing here knows a family's name.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -38,11 +39,23 @@ class Block(nn.Module):
         self.mlp = MLP(config, config.encoder_intermediate_size if encoder else config.intermediate_size)
         self.post_norm, self.parallel, self.dropout = config.post_norm, config.parallel_block, dropout
         self.inner_dropout = False  # whether an adapter drops some of what its matrices read, which no kernel knows
+        self.recompute = False
+        self.compiled: Callable[[Tensor, View], Tensor] | None = None  # `_mixed` by torch.compile, used in training only
         plain = config.norm == "rms" and config.gated_mlp and config.hidden_act == "silu" and not (
             config.mlp_bias or config.attention_bias != "none" or config.post_norm or config.parallel_block)
         self.fusable = plain and first_normed and self.cross is None and not encoder and width <= kernels.WIDEST_HEAD
 
     def forward(self, x: Tensor, view: View) -> Tensor:
+        mixed = self.compiled if self.compiled and self.training else self._mixed
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return mixed(x, view)
+        states, real = view.memory or (None, None)
+
+        def run(x: Tensor, mask: Tensor | None, states: Tensor | None) -> Tensor:
+            return mixed(x, replace(view, mask=mask, memory=None if states is None else Memory(states, real)))
+        return recomputed(self, run, x, view.mask, states)
+
+    def _mixed(self, x: Tensor, view: View) -> Tensor:
         if self._fused(x, view):
             return self._forward_fused(x, *view.turn, view.firsts)
         later = x[:, view.since:]
@@ -89,7 +102,7 @@ class Stack(nn.Module):
 
     def __init__(self, config: ModelConfig, encoder: bool, dropout: float):
         super().__init__()
-        self.config, self.causal, self.recompute = config, not encoder, False
+        self.config, self.causal = config, not encoder
         self.dropout = dropout if config.shape != "decoder" else 0.0  # of embeddings; decoders alone were measured without
         count = config.num_encoder_layers if encoder else config.num_hidden_layers
         heads = config.encoder_attention_heads if encoder else config.num_attention_heads
@@ -101,7 +114,6 @@ class Stack(nn.Module):
         self.relative = RelativeBias(config, heads, encoder) if config.positions == "relative" else None
         self.layers = nn.ModuleList(Block(config, i, encoder, dropout) for i in range(count))
         self.norm = None if config.post_norm else make_norm(config)
-        self.compiled: list = []  # the layers as torch.compile made them, used in training only
 
     def forward(self, x: Tensor, real: Tensor | None = None, cache: KeyValueCache | None = None,
                 memory: Memory | None = None, types: Tensor | None = None, packed: Packed | None = None,
@@ -125,9 +137,8 @@ class Stack(nn.Module):
         full, local = self._views(x, positions, real, cache, memory, past)
         full.packed = local.packed = packed
         full.firsts = local.firsts = firsts
-        layers = self.compiled if self.compiled and self.training else self.layers
-        for layer, kind in zip(layers, self.config.kinds_of_layers(len(self.layers))):
-            if since and layer is layers[-1]:  # those before need all positions for its keys and values
+        for layer, kind in zip(self.layers, self.config.kinds_of_layers(len(self.layers))):
+            if since and layer is self.layers[-1]:  # those before need all positions for its keys and values
                 full, local = replace(full, since=since), replace(local, since=since)
             x = self._through(layer, x, local if kind == "sliding_attention" else full)
         return x if self.norm is None else self.norm(x)
@@ -139,12 +150,6 @@ class Stack(nn.Module):
                 with torch.no_grad():  # nothing is trained so far
                     return layer(x, view)
             x = x.detach().requires_grad_()  # where training begins: what is fused has all of its gradients or none
-        if self.recompute and self.training and torch.is_grad_enabled():
-            states, real = view.memory or (None, None)
-
-            def run(x: Tensor, mask: Tensor | None, states: Tensor | None) -> Tensor:
-                return layer(x, replace(view, mask=mask, memory=None if states is None else Memory(states, real)))
-            return recomputed(layer, run, x, view.mask, states)
         return layer(x, view)
 
     def _positions(self, x: Tensor, real: Tensor | None, past: int) -> Tensor:
@@ -315,18 +320,16 @@ class Transformer(nn.Module):
     def compile_blocks(self, **options) -> None:
         """Has torch.compile, with its options, make one kernel of what it can of each block and of the head's loss in
         training. Evaluations, whose rows have many lengths, run as before."""
-        for stack in (self.encoder, self.decoder):
-            if stack is not None:
-                stack.compiled = [torch.compile(layer, **options) for layer in stack.layers]
+        for block in self.blocks():
+            block.compiled = torch.compile(block._mixed, **options)
         if isinstance(self.head, LanguageHead):
             self.head.loss_with_gradient = torch.compile(head_loss.with_gradient, **options)
 
     def set_recompute(self, on: bool) -> None:
         """Whether training keeps only what enters each block, and calculates what lies inside again in the backward pass
         (Chen et al. 2016): memory for a third more work. Values and gradients stay the same."""
-        for stack in (self.encoder, self.decoder):
-            if stack is not None:
-                stack.recompute = on
+        for block in self.blocks():
+            block.recompute = on
 
     def set_fast_attention(self, fast: bool) -> None:
         """Chooses between the fused kernel and the attention one can read."""

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -138,15 +138,36 @@ class Run:
         that step. Nothing is to be saved from weights that are not finite: that is Diverged as well. Processes that `follow`
         make the same steps.
         """
+        self.team.tell(["begin", asdict(self.counters)])
         yield from self._led_events()
         self.team.tell(None)
 
-    def follow(self) -> None:
-        """Makes the leader's steps, until it says that the run is over. Raises what `events` raises in a step."""
-        self.model.set_recompute(self.recompute)
-        while (share := self.team.hear()) is not None:
-            for _ in self._step(share):
-                pass  # the leader tells what there is to note
+    def follow(self) -> Iterator[list]:
+        """Makes the leader's steps, and what else takes all processes, until it says that the run is over; what it asks for
+        that is not the loop's is handed on. Raises what `events` raises in a step."""
+        while (heard := self.team.hear()) is not None:
+            match heard:
+                case ["begin", counters]:
+                    self.counters = Counters(**counters)
+                    self.model.set_recompute(self.recompute)
+                case ["step", share]:
+                    for _ in self._step(share):
+                        pass  # the leader tells what there is to note
+                case ["measure"]:
+                    self._measured()
+                case ["finite"]:
+                    self.team.finite(self.model)
+                case ["whole"]:
+                    self.team.whole(self.model)
+                case _:
+                    yield heard
+
+    def join(self, team: Team) -> None:
+        """Makes this the run of a team: what each process is to hold of the model is brought to its device. To be called
+        before there are moments."""
+        self.team = team
+        team.distribute(self.model, self.placement.device)
+        self.optimizer = optimizers.build(self.model, self.config, team)
 
     def _led_events(self) -> Iterator[Step | Validation | Due | Note]:
         counters = self.counters
@@ -158,7 +179,7 @@ class Run:
         if counters.step and share < 1.0:  # resumed: the step before the stop may have left something due
             yield from self._between(share)
         while share < 1.0 and not self.stop and not self._patience_is_over():
-            self.team.tell(share)
+            self.team.tell(["step", share])
             step = yield from self._step(share)
             share = self._share()
             counters.seconds = step.elapsed = self.elapsed()
@@ -238,16 +259,22 @@ class Run:
 
     def _validate(self, final: bool) -> Validation:
         counters, started = self.counters, time.monotonic()
-        self.model.eval()
-        with self._enough_memory("an evaluation"):
-            figures = self.evaluate()
-        self.model.train()
+        figures = self._measured()
         counters.evaluation_seconds = time.monotonic() - started
-        best = figures.criterion < counters.best and self._finite()
+        best = figures.criterion < counters.best and self.team.finite(self.model)
         counters.stale = 0 if best else counters.stale + 1
         if best:
             counters.best, counters.best_step = figures.criterion, counters.step
         return Validation(counters.step, figures, best, final)
+
+    def _measured(self) -> object:
+        self.team.ask("measure")
+        self.model.eval()
+        with self._enough_memory("an evaluation"):
+            figures = self.evaluate()
+        self.model.train()
+        self.team.settle(self.model)
+        return figures
 
     def _step(self, share: float) -> Generator[Note, None, Step]:
         config, counters, started = self.config, self.counters, time.monotonic()
@@ -278,6 +305,8 @@ class Run:
             except (RuntimeError, MemoryError) as error:
                 if not device.ran_out_of_memory(error):
                     raise
+                if self.team.shards:  # the others are in the middle of a step, and cannot be told
+                    raise self._out_of_memory(f"step {self.counters.step + 1}") from error
             if not self.team.any(made is None):
                 return self._summed(*made)
             # only here, where the error no longer holds the frames it came through, is their memory free
@@ -315,7 +344,11 @@ class Run:
         except (RuntimeError, MemoryError) as error:
             if not device.ran_out_of_memory(error):
                 raise
-            raise UserError(f"out of memory in {what}", where="training", hint=SMALLER) from error
+            raise self._out_of_memory(what) from error
+
+    def _out_of_memory(self, what: str) -> UserError:
+        smaller = f"lower train.micro_batch_tokens or {SMALLER.removeprefix('lower ')}" if self.team.shards else SMALLER
+        return UserError(f"out of memory in {what}", where="training", hint=smaller)
 
     def _require_sound(self, loss: float, norm: float, rate: float, position: int) -> None:
         """Diverged when the next update would go on from a loss or gradient that there is no coming back from."""
@@ -352,12 +385,8 @@ class Run:
     def _remedy(self) -> str:
         return divergence.remedy(self.config, self.placement.dtype == torch.float32)
 
-    def _finite(self) -> bool:
-        """Whether all weights are; a pass over them, so only where they are to be written anyway."""
-        return bool(torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all())
-
     def _require_finite(self) -> None:
-        if not self._finite():
+        if not self.team.finite(self.model):
             raise self._diverged("weights are NaN or infinite")
 
     def _diverged(self, what: str) -> Diverged:
@@ -376,8 +405,9 @@ class Run:
         targets = sum(batch.count for batch in batches)
         total = torch.zeros((), device=self.placement.device)
         self.optimizer.zero_grad()
-        for batch in self.team.share(batches):
+        for batch, counts in self.team.share(batches):
             loss = objectives.loss(self.objective, self.model, batch, config.label_smoothing)
+            loss = loss if counts else 0.0 * loss
             (loss / targets).backward()
             total += loss.detach()
         self.counters.rows += sum(batch.rows for batch in batches)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from lmcli.config import ModelConfig
+from lmcli.config import ModelConfig, Recipe
 from lmcli.errors import UsageError
 from lmcli.model import cost, kernels
 from lmcli.model.device import Placement, available_memory, dtype_name, machine_memory
@@ -25,6 +25,13 @@ def require(config: ModelConfig, placement: Placement) -> None:
         raise UsageError(f"{parameters:,} parameters need {BYTES_PER_PARAMETER * parameters / 1e9:,.0f} GB of memory to "
                          f"train, {there / 1e9:,.0f} GB are there", where="model",
                          hint="lower hidden_size, num_hidden_layers or the vocabulary")
+
+
+def for_one(recipe: Recipe, placement: Placement) -> bool:
+    """Whether weights, gradients and moments have room in what one process has of memory."""
+    there = _memory_of_one(placement.device)
+    needed = training_memory(recipe.model.complete(), recipe.train, 0)
+    return not there or needed.weights + needed.gradients + needed.optimizer <= MEMORY_SHARE * there
 
 
 def fit(run: Run, note: Callable[[str], None]) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lmcli.config import TrainConfig
+from lmcli.training.parallel import ALONE, Team, local
 
 # minimax on [0.01, 1] one after another; the first is steep at 1, where a bfloat16 error grows 20-fold: hence the 1.05
 QUINTICS = ((7.7116, -22.1159, 16.2503), (3.7871, -3.0655, 0.6532), (2.6687, -1.9833, 0.4533))
@@ -15,8 +16,8 @@ QUINTICS = ((7.7116, -22.1159, 16.2503), (3.7871, -3.0655, 0.6532), (2.6687, -1.
 class Optimizers:
     """Rules that step together. Each has `groups` of parameters with a rate of their own, and a `state` by parameter."""
 
-    def __init__(self, rules: "list[AdamW | Muon]"):
-        self.rules = rules
+    def __init__(self, rules: "list[AdamW | Muon]", team: Team = ALONE):
+        self.rules, self.team = rules, team
 
     @property
     def groups(self) -> "list[Group]":
@@ -30,8 +31,8 @@ class Optimizers:
 
     def clip(self, most: float) -> float:
         """Scales all gradients down together where their norm is above `most` (0: never); returns the norm before."""
-        gradients = [p.grad for group in self.groups for p in group.parameters if p.grad is not None]
-        norm = float(torch.stack(torch._foreach_norm(gradients)).norm()) if gradients else 0.0
+        gradients = [local(p.grad) for group in self.groups for p in group.parameters if p.grad is not None]
+        norm = self.team.norm(gradients)
         if most and norm > most:
             torch._foreach_mul_(gradients, most / (norm + 1e-6))
         return norm
@@ -92,12 +93,12 @@ class AdamW:
                     self.state[parameter] |= {"step": torch.zeros((), device=parameter.device),
                                               "exp_avg": torch.zeros_like(parameter),
                                               "exp_avg_sq": torch.zeros_like(parameter)}
-            means, squares, steps = ([self.state[parameter][key] for parameter in parameters]
+            means, squares, steps = ([local(self.state[parameter][key]) for parameter in parameters]
                                      for key in ("exp_avg", "exp_avg_sq", "step"))
             torch._foreach_add_(steps, 1)
-            torch._fused_adamw_(parameters, [p.grad for p in parameters], means, squares, [], steps, lr=group.rate,
-                                beta1=self.betas[0], beta2=self.betas[1], weight_decay=group.weight_decay, eps=self.eps,
-                                amsgrad=False, maximize=False)
+            torch._fused_adamw_([local(p) for p in parameters], [local(p.grad) for p in parameters], means, squares, [],
+                                steps, lr=group.rate, beta1=self.betas[0], beta2=self.betas[1],
+                                weight_decay=group.weight_decay, eps=self.eps, amsgrad=False, maximize=False)
 
 
 class Muon:
@@ -107,8 +108,8 @@ class Muon:
     The update of a matrix of R rows and C columns is scaled by √max(1, R/C). What makes it orthogonal runs in bfloat16.
     """
 
-    def __init__(self, groups: list[Group], momentum: float = 0.95):
-        self.groups, self.momentum = groups, momentum
+    def __init__(self, groups: list[Group], momentum: float = 0.95, team: Team = ALONE):
+        self.groups, self.momentum, self.team = groups, momentum, team
         self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
 
     @torch.no_grad()
@@ -119,25 +120,31 @@ class Muon:
             for matrix in group.with_gradient():
                 alike[tuple(sorted(matrix.shape))].append(matrix)
             for matrices in alike.values():
-                updates = orthogonal(torch.stack([_wide(mean) for mean in self._momentum(matrices)]))
-                torch._foreach_mul_(matrices, 1 - group.rate * group.weight_decay)
-                for matrix, update in zip(matrices, updates):
-                    rows, columns = matrix.shape
-                    matrix.add_(update.T if rows > columns else update, alpha=-group.rate * max(1.0, rows / columns) ** 0.5)
+                updates = self.team.on_whole(matrices, self._momentum(matrices), _made_orthogonal)
+                own = [local(matrix) for matrix in matrices]
+                torch._foreach_mul_(own, 1 - group.rate * group.weight_decay)
+                for (rows, columns), part, update in zip((matrix.shape for matrix in matrices), own, updates):
+                    part.add_(update, alpha=-group.rate * max(1.0, rows / columns) ** 0.5)
 
     def _momentum(self, matrices: list[nn.Parameter]) -> list[Tensor]:
         """In bfloat16, what the running means of the gradients, looked at one step ahead, say (Nesterov)."""
-        gradients = [matrix.grad for matrix in matrices]
+        gradients = [local(matrix.grad) for matrix in matrices]
         for matrix in matrices:
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-        means = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        means = [local(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
         torch._foreach_lerp_(means, gradients, 1 - self.momentum)
         return [ahead.bfloat16() for ahead in torch._foreach_lerp(gradients, means, self.momentum)]
 
 
 def _wide(matrix: Tensor) -> Tensor:
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _made_orthogonal(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonal` of matrices that lie or stand, all of one shape but for that."""
+    made = orthogonal(torch.stack([_wide(matrix) for matrix in matrices]))
+    return [update.T if len(matrix) > matrix.shape[1] else update for matrix, update in zip(matrices, made)]
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -160,7 +167,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x
 
 
-def build(model: nn.Module, config: TrainConfig) -> Optimizers:
+def build(model: nn.Module, config: TrainConfig, team: Team = ALONE) -> Optimizers:
     """AdamW, or with optimizer "muon" AdamW beside Muon, which gets the blocks' matrices at `matrix_learning_rate`; those of
     LoRA, whose factors are nothing to make orthogonal, are AdamW's.
 
@@ -175,4 +182,5 @@ def build(model: nn.Module, config: TrainConfig) -> Optimizers:
     assert len(inner) + len(outer) + len(kept) == len(named)
     decay, rate, by_muon = config.weight_decay, config.learning_rate, config.optimizer == "muon"
     adamw = AdamW([Group(outer if by_muon else inner + outer, rate, decay), Group(kept, rate, 0.0)])
-    return Optimizers([adamw, Muon([Group(inner, config.matrix_learning_rate, decay)])] if by_muon else [adamw])
+    muon = Muon([Group(inner, config.matrix_learning_rate, decay)], team=team)
+    return Optimizers([adamw, muon] if by_muon else [adamw], team)

@@ -1,13 +1,14 @@
 """Several processes around one training loop: each makes the gradients of its share of a step's rows, and all add them up.
 
 The first of them leads: it runs the loop, measures, saves and speaks. The others follow: told that there is a step they make
-it, with the same numbers to the end, so that all have the same weights. Processes find each other by the variables that
-torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); `lm train --nproc` sets them itself.
+it, with the same numbers to the end, so that all have the same weights. (In `sharding` they share out the model as well.)
+Processes find each other by the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT);
+`lm train --nproc` sets them itself.
 """
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,7 +25,10 @@ Part = TypeVar("Part")
 
 
 class Team:
-    """The processes of a run. `rank` is this one's place, 0 leads; a team of one talks to nobody."""
+    """The processes of a run, each with the whole model. `rank` is this one's place, 0 leads; a team of one talks to
+    nobody."""
+
+    shards = False  # whether each process holds a part of the model only: then what a method says it does, all have to do
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
@@ -34,22 +38,25 @@ class Team:
         """Whether this is the process that runs the loop."""
         return not self.rank
 
-    def share(self, parts: Sequence[Part]) -> Sequence[Part]:
-        """Those of the parts that this process works on."""
-        return parts[self.rank::self.size]
+    def share(self, parts: Sequence[Part]) -> list[tuple[Part, bool]]:
+        """Those of the parts that this process works on, and whether each counts."""
+        return [(part, True) for part in parts[self.rank::self.size]]
 
     def tell(self, word: Any) -> None:
         """Hands something that JSON can say to all that follow; None sends them home."""
         if self.size > 1:
             said = torch.frombuffer(bytearray(json.dumps(word).encode()), dtype=torch.uint8)
-            with _noticing():
+            with noticing():
                 dist.broadcast(torch.tensor([len(said)]), src=0)
                 dist.broadcast(said, src=0)
+
+    def ask(self, *word: str) -> None:
+        """Has the processes that follow do what this one is about to, where it takes all."""
 
     def hear(self) -> Any:
         """What the leader tells next."""
         size = torch.zeros(1, dtype=torch.int64)
-        with _noticing():
+        with noticing():
             dist.broadcast(size, src=0)
             heard = torch.empty(int(size), dtype=torch.uint8)
             dist.broadcast(heard, src=0)
@@ -77,23 +84,52 @@ class Team:
         loss = loss.clone()
         for bucket in _buckets([loss, *(p.grad for p in parameters if p.grad is not None)]):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
-            with _noticing():
+            with noticing():
                 dist.all_reduce(flat)
             for tensor, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
                 tensor.copy_(summed.view_as(tensor))
         return loss
 
+    def norm(self, gradients: list[Tensor]) -> float:
+        """The norm of all gradients together, of which this process has these parts."""
+        return float(torch.stack(torch._foreach_norm(gradients)).norm()) if gradients else 0.0
+
+    def on_whole(self, matrices: Sequence[Tensor], parts: list[Tensor],
+                 work: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
+        """This process's part of what `work` makes of whole matrices, of which it has these parts."""
+        return work(parts)
+
+    def distribute(self, model: nn.Module, device: torch.device) -> None:
+        """Brings to `device` what this process is to hold of the model."""
+        model.to(device)
+
+    def settle(self, model: nn.Module) -> None:
+        """To be called after forward passes without a backward pass."""
+
+    def whole(self, model: nn.Module) -> nn.Module | None:
+        """The model with all of its weights, to be saved by the process that leads; None to the others."""
+        return model
+
+    def finite(self, model: nn.Module) -> bool:
+        """Whether all weights are; a pass over them, so only where they are to be written anyway."""
+        return bool(torch.stack([local(weight).isfinite().all() for weight in model.parameters()]).all())
+
     def share_weights(self, model: nn.Module) -> None:
         """Every process gets the leader's weights."""
         if self.size > 1:
             for weight in model.state_dict().values():
-                with _noticing():
+                with noticing():
                     dist.broadcast(weight, src=0)
 
     def _largest(self, numbers: Tensor) -> Tensor:
-        with _noticing():
+        with noticing():
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         return numbers
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, to be changed in place; all of it where it is not shared out."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 ALONE = Team()
@@ -106,13 +142,13 @@ def join() -> Team:
         return ALONE
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    with _noticing():
+    with noticing():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     return Team(dist.get_rank(), dist.get_world_size())
 
 
 @contextmanager
-def _noticing() -> Iterator[None]:
+def noticing() -> Iterator[None]:
     """Lost when another process has gone."""
     try:
         yield

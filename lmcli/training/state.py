@@ -3,12 +3,13 @@ kept."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lmcli.errors import UserError
 from lmcli.model.device import random_states, set_random_states
@@ -22,6 +23,7 @@ from lmcli.storage import (
     user_errors,
     write_tensors,
 )
+from lmcli.training import sharding
 from lmcli.training.optimizers import Optimizers
 
 KEPT = 2
@@ -71,20 +73,24 @@ class Beside:
 
 def save(folder: Path, counters: Counters, model: torch.nn.Module, optimizer: Optimizers,
          beside: Beside | None = None) -> None:
-    """Writes `folder/step-N` and drops all but the newest two. Raises UserError when the disk has no room for all of it or
-    refuses; the older states are then untouched."""
-    beside = beside or Beside()
-    moments, steps = _optimizer_tensors(model, optimizer)
-    tensors = {"weights": {name: parameter.detach() for name, parameter in model.named_parameters()},
-               "optimizer": moments, "random": random_states(next(model.parameters()).device)}
+    """Writes `folder/step-N` and drops all but the newest two; processes that share out the model each write their part,
+    those that follow by `write_share`. Raises UserError when the disk has no room for all of it or refuses; the older states
+    are then untouched."""
+    beside, team = beside or Beside(), optimizer.team
+    steps = {name: float(state["step"]) for name, state in _optimizer_states(model, optimizer) if "step" in state}
+    tensors = {"weights": weights_of(model), "optimizer": moments_of(model, optimizer),
+               "random": random_states(next(model.parameters()).device)}
     facts = {**asdict(counters), **asdict(replace(beside, best_file=None)), "optimizer_steps": steps}
     with user_errors(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
         best_bytes = beside.best_file.stat().st_size if beside.best_file else 0
     require_room(folder, sum(map(size_of, tensors.values())) + best_bytes)
     with atomic_folder(folder / f"step-{counters.step:09d}") as part:
-        for name, found in tensors.items():
+        for name, found in tensors.items() if not team.shards else [("random", tensors["random"])]:
             write_tensors(part / f"{name}.safetensors", {key: value.cpu() for key, value in found.items()})
+        if team.shards:
+            team.ask("write", str(part))
+            write_share(part, model, optimizer)
         if beside.best_file:
             shutil.copyfile(beside.best_file, part / BEST)
         (part / "counters.json").write_text(json.dumps(facts))
@@ -110,15 +116,24 @@ def _states(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def _optimizer_tensors(model: torch.nn.Module, optimizer: Optimizers) -> tuple[dict, dict]:
-    moments, steps = {}, {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state_of(parameter).items():
-            if key == "step":
-                steps[name] = float(value)
-            else:
-                moments[f"{name}.{key}"] = value.detach()
-    return moments, steps
+def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What a state holds of the model: all of its weights, or this process's part of them."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def moments_of(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
+    """What a state holds of the optimizer beside its numbers of steps, named by parameter and kind."""
+    return {f"{name}.{kind}": value.detach() for name, state in _optimizer_states(model, optimizer)
+            for kind, value in state.items() if kind != "step"}
+
+
+def _optimizer_states(model: torch.nn.Module, optimizer: Optimizers) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    return ((name, optimizer.state_of(parameter)) for name, parameter in model.named_parameters())
+
+
+def write_share(part: Path, model: torch.nn.Module, optimizer: Optimizers) -> None:
+    """Writes what this process holds of a model that is shared out; all do so at once."""
+    sharding.write(part, weights_of(model) | moments_of(model, optimizer))
 
 
 @dataclass
@@ -138,22 +153,41 @@ class Saved:
     def restore(self, model: torch.nn.Module, optimizer: Optimizers) -> Counters:
         """Puts the state back into model, optimizer and random generators; returns its counters. Raises UserError for a
         model that it is not the state of."""
-        weights, moments, random = (read_tensors(self.path / f"{part}.safetensors")
-                                    for part in ("weights", "optimizer", "random"))
-        parameters = dict(model.named_parameters())
-        if {name: value.shape for name, value in weights.items()} != {name: p.shape for name, p in parameters.items()}:
-            raise UserError("is the state of another model", where=str(self.path),
-                            hint="recipe.yaml was changed after the save")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
-                found = {key.rpartition(".")[2]: value for key, value in moments.items() if key.rpartition(".")[0] == name}
-                if name in self.optimizer_steps:
-                    found["step"] = torch.tensor(self.optimizer_steps[name])
-                optimizer.state_of(parameter).update({key: value.to(parameter.device) for key, value in found.items()})
+        whole = (self.path / "weights.safetensors").exists() and not optimizer.team.shards
+        (self._put_whole if whole else self._put_shares)(model, optimizer)
+        for name, parameter in model.named_parameters():
+            if name in self.optimizer_steps:
+                optimizer.state_of(parameter)["step"] = torch.tensor(self.optimizer_steps[name])
+        random = read_tensors(self.path / "random.safetensors")
         here = random_states(next(model.parameters()).device)  # a run may go on elsewhere than where it began
         set_random_states({kind: value for kind, value in random.items() if kind in here})
         return self.counters
+
+    def _put_whole(self, model: torch.nn.Module, optimizer: Optimizers) -> None:
+        weights, moments = (read_tensors(self.path / f"{part}.safetensors") for part in ("weights", "optimizer"))
+        self._require_names_and_sizes({name: value.shape for name, value in weights.items()}, model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+                optimizer.state_of(parameter).update(
+                    {key.rpartition(".")[2]: value.to(parameter.device) for key, value in moments.items()
+                     if key.rpartition(".")[0] == name})
+
+    def _put_shares(self, model: torch.nn.Module, optimizer: Optimizers) -> None:
+        """The same where the state was written by several processes, or is read by several that share out the model."""
+        found = sharding.sizes(self.path)
+        parameters = dict(model.named_parameters())
+        self._require_names_and_sizes({name: size for name, size in found.items() if name in parameters}, model)
+        for key, size in found.items():
+            name, _, kind = key.rpartition(".")
+            if name in parameters and key not in parameters and size == parameters[name].shape:
+                optimizer.state_of(parameters[name])[kind] = torch.zeros_like(parameters[name])
+        sharding.read(self.path, weights_of(model) | moments_of(model, optimizer))
+
+    def _require_names_and_sizes(self, found: dict[str, torch.Size], model: torch.nn.Module) -> None:
+        if found != {name: parameter.shape for name, parameter in model.named_parameters()}:
+            raise UserError("is the state of another model", where=str(self.path),
+                            hint="recipe.yaml was changed after the save")
 
 
 def newest(folder: Path, note: Callable[[str], None]) -> Saved:

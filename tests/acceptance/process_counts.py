@@ -1,4 +1,5 @@
-"""The same training run by 1, 2 and 4 processes, gone on with by other numbers of them, and with one killed under torchrun.
+"""The same training run by 1, 2 and 4 processes, gone on with by other numbers of them, and with one killed under torchrun;
+by processes that hold all of the model each (data parallel), and by such that share it out (FSDP2).
 
 python tests/acceptance/process_counts.py TEXT [--steps 50] [--keep FOLDER]
 
@@ -21,6 +22,7 @@ LM = [sys.executable, "-m", "lmcli"]
 SETTINGS = ("--preset", "tiny", "--dtype", "float32", "--set", "tokenizer.vocab_size=512", "--set", "train.dropout=0",
             "--set", "train.save_every=10", "--set", "train.eval_every=25")
 ADAMW = ("--set", "train.optimizer=adamw", "--set", "train.learning_rate=1e-3")
+SHARED = ("--shard",)
 MOST = 1e-5
 
 
@@ -49,11 +51,17 @@ class Cases:
         self.run("1 process", ADAMW)
         for count in (2, 4):
             self.told(f"{count} processes", self.run(f"{count}", ADAMW, count), "1 process")
+            self.told(f"{count} processes, shared out", self.run(f"{count} shared", (*ADAMW, *SHARED), count), "1 process")
+        again = ("--set", "train.recompute=on")
+        self.told("2, shared out, activations again", self.run("2 again", (*ADAMW, *SHARED, *again), 2), "1 process")
         self.run("1 process, Muon", ("--set", f"train.micro_batch_tokens={2048 // 2}"))
         self.told("2 processes, Muon", self.run("2 Muon", (), 2), "1 process, Muon")
-        for before, after in ((2, 1), (1, 4)):
-            self.told(f"{before} processes, stopped, then {after}", self.stopped(before, after), "1 process")
+        for before, after in (((2,), (1,)), ((1,), (4,)), ((2, *SHARED), (1,)), ((1,), (4, *SHARED)), ((4, *SHARED), (2,)),
+                              ((2, *SHARED), (3, *SHARED))):
+            case = " then ".join(f"{count}{', shared out,' if how else ''}" for count, *how in (before, after))
+            self.told(case.removesuffix(","), self.stopped(before, after), "1 process")
         self.told("2 under torchrun, one killed", self.killed(), "1 process")
+        self.told("the same, shared out", self.killed(SHARED), "1 process")
         return self.good
 
     def run(self, name: str, settings: tuple[str, ...], count: int = 1) -> float:
@@ -67,24 +75,25 @@ class Cases:
         """The arguments of lm."""
         return ["train", self.text, "-q", "-o", str(self.room / name), *SETTINGS, *settings, "--steps", str(self.steps)]
 
-    def stopped(self, before: int, after: int) -> float:
-        """A run by `before` processes, told to stop after its first save, that `after` go on with."""
+    def stopped(self, before: tuple, after: tuple) -> float:
+        """A run by `before` processes (how many, and how), told to stop after its first save, that `after` go on with."""
         name, started = f"{before} to {after}", time.monotonic()
-        process = subprocess.Popen([*LM, *self.command(name, ADAMW), "--nproc", str(before)], start_new_session=True)
+        process = subprocess.Popen([*LM, *self.command(name, ADAMW), "--nproc", *map(str, before)], start_new_session=True)
         self.wait_for_a_state(name, process)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(120) == 130
-        subprocess.run([*LM, "train", "-q", "--resume", str(self.room / name), "--nproc", str(after)], check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run([*LM, "train", "-q", "--resume", str(self.room / name), "--nproc", *map(str, after)],
+                       check=True, stdout=subprocess.DEVNULL)
         self.latest = name
         return time.monotonic() - started
 
-    def killed(self) -> float:
+    def killed(self, how: tuple[str, ...] = ()) -> float:
         """A run under torch's elastic launcher, of which the second process is killed after the first save."""
-        name, started = "killed", time.monotonic()
+        name, started = f"killed{''.join(how)}", time.monotonic()
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2",
                     "-m", "lmcli"]
-        process = subprocess.Popen([*launcher, *self.command(name, ADAMW)], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([*launcher, *self.command(name, (*ADAMW, *how))],
+                                   stdout=subprocess.DEVNULL)
         self.wait_for_a_state(name, process)
         os.kill(int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[1]), signal.SIGKILL)
         assert process.wait(300) == 0

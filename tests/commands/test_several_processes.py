@@ -1,4 +1,5 @@
-"""lm train --nproc: the same run made by several processes, also when one of them is killed or all are stopped."""
+"""lm train --nproc: the same run made by several processes, also when one of them is killed or all are stopped; with --shard
+each holds a part of the model."""
 
 import json
 import os
@@ -66,9 +67,9 @@ def members(process: subprocess.Popen) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children are found in /proc")
-@pytest.mark.parametrize("which", [0, 1], ids=["the leader", "another"])
-def test_where_one_is_killed_the_run_goes_on_from_the_last_state(started, text, tmp_path, alone, which):
-    process = started("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 40, "--nproc", 2)
+@pytest.mark.parametrize("which, how", [(0, ()), (1, ()), (1, ("--shard",))], ids=["leader", "another", "one with a part"])
+def test_where_one_is_killed_the_run_goes_on_from_the_last_state(started, text, tmp_path, alone, which, how):
+    process = started("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 40, "--nproc", 2, *how)
     wait_for_a_state(tmp_path / "run", process)
     os.kill(members(process)[which], signal.SIGKILL)
     out, err = process.communicate(timeout=120)
@@ -78,15 +79,25 @@ def test_where_one_is_killed_the_run_goes_on_from_the_last_state(started, text, 
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
 
 
-def test_ctrl_c_saves_and_one_process_goes_on(started, lm, text, tmp_path, alone):
-    process = started("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 40, "--nproc", 2)
+@pytest.mark.parametrize("how, onward", [((), ()), (("--shard",), ()), ((), ("--nproc", 3, "--shard"))],
+                         ids=["whole to one", "parts to one", "whole to parts of three"])
+def test_ctrl_c_saves_and_other_processes_go_on(started, lm, text, tmp_path, alone, how, onward):
+    process = started("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 40, "--nproc", 2, *how)
     wait_for_a_state(tmp_path / "run", process)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and not out and f"lm train --resume {tmp_path / 'run'}" in err
     assert "Traceback" not in err and 0 < len(losses(tmp_path / "run")) < 40
-    assert lm("train", "--resume", tmp_path / "run").returncode == 0
+    parts = list(tmp_path.glob("run/state/step-*[1-9]*/shard-*.safetensors"))
+    assert bool(parts) == bool(how)
+    assert lm("train", "--resume", tmp_path / "run", *onward).returncode == 0
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
+    assert lm("perplexity", "-m", tmp_path / "run", text).returncode == 0
+
+
+def test_one_process_has_nobody_to_share_with(lm, text, tmp_path):
+    done = lm("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 1, "--shard")
+    assert done.returncode == 2 and b"--nproc" in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_what_the_user_can_mend_is_said_once_and_not_tried_again(lm, tmp_path):

@@ -16,6 +16,7 @@ from lmcli.model.transformer import Transformer
 from lmcli.text.batches import Batch, ExampleRows, PackedRows, padded
 from lmcli.training import loop, optimizers, state
 from lmcli.training.divergence import STEPS_ABOVE, Diverged, exploded, highest_sound_loss, remedy, rows_told, steps_above
+from lmcli.training.parallel import Team
 
 TINY = ModelConfig(vocab_size=40, max_position_embeddings=16, hidden_size=16, num_hidden_layers=1,
                    num_attention_heads=2).complete()
@@ -234,8 +235,8 @@ def test_a_run_without_any_figure_is_an_error():
 
 
 def test_weights_are_not_read_through_in_every_step(monkeypatch):
-    looked, true = [], loop.Run._finite
-    monkeypatch.setattr(loop.Run, "_finite", lambda run: looked.append(1) or true(run))
+    looked, true = [], Team.finite
+    monkeypatch.setattr(Team, "finite", lambda team, model: looked.append(1) or true(team, model))
     list(made(steps=40, eval_every=20, save_every=20).events())
     assert len(looked) <= 4
 

@@ -48,7 +48,7 @@ def room(monkeypatch):
             raise error
 
         def loss(objective, model, batch, smoothing):
-            again = any(stack.recompute for stack in (model.encoder, model.decoder) if stack is not None)
+            again = any(block.recompute for block in model.blocks())
             fits = batch.size <= max(tokens, again * recomputed)
             if not fits and not late:
                 full()

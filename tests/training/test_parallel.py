@@ -15,8 +15,9 @@ from lmcli.training.parallel import ALONE, Team
 def test_every_part_is_one_process_work():
     parts = list(range(10))
     shared = [Team(rank, 4).share(parts) for rank in range(4)]
-    assert shared[0] == [0, 4, 8] and sorted(part for own in shared for part in own) == parts
-    assert ALONE.share(parts) == parts
+    assert shared[0] == [(0, True), (4, True), (8, True)]
+    assert sorted(part for own in shared for part, _ in own) == parts
+    assert [part for part, _ in ALONE.share(parts)] == parts
 
 
 def test_a_team_of_one_talks_to_nobody():
