@@ -84,13 +84,15 @@ class Speed(NamedTuple):
 class Plan:
     """What a run of one recipe will come to. Memory in bytes, `process` is the part that is there without a model;
     `bits_per_byte` of the validation part is an estimate, None for what is no decoder; `tokens_per_parameter` counts all
-    tokens read; `text_tokens` are those of the text, once. `advice` is one sentence."""
+    tokens read; `text_tokens` are those of the text, once, `micro_batch_tokens` those of a forward pass. `advice` is one
+    sentence."""
 
     preset: str
     parameters: int
     vocabulary: int
     context: int
     batch_tokens: int
+    micro_batch_tokens: int
     text_bytes: int
     text_tokens: int
     steps: int
@@ -166,14 +168,16 @@ class Planner:
         parameters = cost.parameters(config).total
         before = self.startup + self.text.seconds + vocabulary.seconds + parameters / 1e8
         steps, seconds = _steps(recipe, speed, step_tokens, text_tokens, before, self._interlude(config, vocabulary, speed))
-        needed = self._memory(recipe, min(step_tokens, micro_batch(recipe, self.placement.device)))
+        micro = min(step_tokens, micro_batch(recipe, self.placement.device))
+        needed = self._memory(recipe, micro)
         process = self.process + 2 * text_tokens * (self.placement.device.type == "cpu")
         tokens = steps * step_tokens
         return Plan(
-            name, parameters, config.vocab_size, train.context, step_tokens, self.text.bytes, text_tokens, steps, tokens,
-            tokens / text_tokens, tokens / parameters, tokens * cost.training_flops_per_token(config, train.context),
-            *needed[:3], max(needed.activations, needed.update), process, process + needed.total,
-            machine_memory(self.placement.device), step_tokens / (speed.token * step_tokens + speed.update), seconds,
+            name, parameters, config.vocab_size, train.context, step_tokens, micro, self.text.bytes, text_tokens, steps,
+            tokens, tokens / text_tokens, tokens / parameters,
+            tokens * cost.training_flops_per_token(config, train.context), *needed[:3],
+            max(needed.activations, needed.update), process, process + needed.total, machine_memory(self.placement.device),
+            step_tokens / (speed.token * step_tokens + speed.update), seconds,
             self._bits(recipe, config, tokens, vocabulary))
 
     def _vocabulary(self, recipe: Recipe) -> Vocabulary:
@@ -376,7 +380,7 @@ def _less(plan: Plan, other: str) -> str:
     if without > 0.9 * plan.machine_memory:
         return other or "; take a smaller model"
     share = (plan.machine_memory * 0.9 - without) / plan.activations
-    rows = max(1, int(share * plan.batch_tokens / plan.context))
+    rows = max(1, int(share * plan.micro_batch_tokens / plan.context))
     return f"; --set train.micro_batch_tokens={rows * plan.context} fits"
 
 

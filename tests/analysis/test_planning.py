@@ -60,7 +60,7 @@ def test_a_plan_of_steps(planner):
     plan = planner.plan("tiny", recipe)
     config = dataclasses.replace(recipe.model, vocab_size=plan.vocabulary, max_position_embeddings=16).complete()
     assert plan.parameters == cost.parameters(config).total and 256 < plan.vocabulary <= 300
-    assert (plan.steps, plan.tokens, plan.batch_tokens, plan.context) == (10, 640, 64, 16)
+    assert (plan.steps, plan.tokens, plan.batch_tokens, plan.micro_batch_tokens, plan.context) == (10, 640, 64, 64, 16)
     assert plan.flops == 640 * cost.training_flops_per_token(config, 16)
     assert plan.epochs == 640 / plan.text_tokens and plan.tokens_per_parameter == 640 / plan.parameters
     assert plan.memory == plan.process + plan.weights + plan.gradients + plan.optimizer + plan.activations
@@ -129,10 +129,11 @@ def test_more_text_and_more_reading_help_and_repeating_helps_less():
     assert planning.rounded(2.1234) == 2.1 and planning.rounded(None) is None
 
 
-PLAN = Plan("tiny", parameters=10**6, vocabulary=1024, context=128, batch_tokens=2048, text_bytes=10**6,
-            text_tokens=500_000, steps=1000, tokens=2_048_000, epochs=4.1, tokens_per_parameter=2.05, flops=1e13,
-            weights=4_000_000, gradients=4_000_000, optimizer=5_000_000, activations=60_000_000, process=400_000_000,
-            memory=473_000_000, machine_memory=10**10, tokens_per_second=20_000.0, seconds=100.0, bits_per_byte=2.1)
+PLAN = Plan("tiny", parameters=10**6, vocabulary=1024, context=128, batch_tokens=8192, micro_batch_tokens=2048,
+            text_bytes=10**6, text_tokens=500_000, steps=250, tokens=2_048_000, epochs=4.1, tokens_per_parameter=2.05,
+            flops=1e13, weights=4_000_000, gradients=4_000_000, optimizer=5_000_000, activations=60_000_000,
+            process=400_000_000, memory=473_000_000, machine_memory=10**10, tokens_per_second=20_000.0, seconds=100.0,
+            bits_per_byte=2.1)
 
 
 def told(**changes):
