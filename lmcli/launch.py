@@ -65,8 +65,13 @@ def together(count: int, arguments: list[str], note: Callable[[str], None]) -> i
     return 1
 
 
+def threads_of_one(count: int) -> int:
+    """CPU threads that each of so many processes here gets, unless OMP_NUM_THREADS says so: then 0."""
+    return 0 if os.environ.get("OMP_NUM_THREADS") else max(1, (os.cpu_count() or 1) // count)
+
+
 def _started(count: int, arguments: list[str], attempt: int, folder_file: Path) -> list[subprocess.Popen]:
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+    threads = str(threads_of_one(count) or os.environ["OMP_NUM_THREADS"])
     shared = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": threads, "TORCHELASTIC_RESTART_COUNT": str(attempt),
               FOLDER_FILE: str(folder_file)}

@@ -1,7 +1,8 @@
 """What a training run will come to on this machine, before it is run: size, memory, time, and about how good it gets.
 
 Speed is measured, by real training steps of the recipe on random ids; memory is worked out (`model.memory`) on top of
-what this process is seen to need; bits per byte come from a small fit to real runs (`expected_bits_per_byte`).
+what this process is seen to need; bits per byte come from a small fit to real runs (`expected_bits_per_byte`); what several
+devices would make of it is worked out from one's speed with its share of a step (`devices`).
 """
 
 import dataclasses
@@ -9,13 +10,17 @@ import lzma
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from lmcli.analysis import devices
 from lmcli.analysis.benchmark import NEVER, TrainingWorkload, peak_memory
+from lmcli.analysis.company import Company
+from lmcli.analysis.devices import ALONE, Group, Share
 from lmcli.config import ModelConfig, Recipe
 from lmcli.errors import UserError
 from lmcli.inference.scoring import Scorer
@@ -41,6 +46,8 @@ FEW_TOKENS = 1.0  # a parameter: with fewer a smaller model is the better one (t
 FLOOR, CAPACITY, SLOPE, POWER, SIZE_POWER, REPEATS = 0.615, 0.05, 0.25, 0.5, 0.3, 8.0
 DISK = 5e8  # bytes a second that saves come to
 SECONDS_OF_SAMPLE = 0.05  # for a layer of the model that writes the sample text
+HALF = 0.5  # of what so many devices could do: with less they have too little to do
+PROGRAM = 4e8  # bytes of a process without a model, before that is measured
 
 
 @dataclass
@@ -82,10 +89,14 @@ class Speed(NamedTuple):
 
 @dataclass
 class Plan:
-    """What a run of one recipe will come to. Memory in bytes, `process` is the part that is there without a model;
-    `bits_per_byte` of the validation part is an estimate, None for what is no decoder; `tokens_per_parameter` counts all
-    tokens read; `text_tokens` are those of the text, once, `micro_batch_tokens` those of a forward pass. `advice` is one
-    sentence."""
+    """What a run of one recipe will come to. Memory in bytes, of one device; `process` is the part that is there without a
+    model; `bits_per_byte` of the validation part is an estimate, None for what is no decoder; `tokens_per_parameter`
+    counts all tokens read; `text_tokens` are those of the text, once, `micro_batch_tokens` those of a forward pass.
+    `advice` is one sentence.
+
+    Of several devices `idle_devices` have no row of a step, `sharding` is as in `devices.Spread`, `interconnect` is bytes a
+    second between two (None: there is one), `seconds_communicating` are those of the run in which a device only sends and
+    waits, and `speedup` compares all with one of them, None where that was not measured."""
 
     preset: str
     parameters: int
@@ -110,6 +121,12 @@ class Plan:
     tokens_per_second: float
     seconds: float
     bits_per_byte: float | None
+    devices: int = 1
+    idle_devices: int = 0
+    sharding: str = "none"
+    interconnect: float | None = None
+    seconds_communicating: float = 0.0
+    speedup: float | None = 1.0
     advice: str = ""
 
     @property
@@ -144,41 +161,62 @@ def compressed(sample: list[str]) -> float:
 
 
 class Planner:
-    """Makes a Plan of one recipe after the other for the same text. `startup` is how long the command took to begin."""
+    """Makes a Plan of one recipe after the other for the same text. `startup` is how long the command took to begin;
+    `company` trains beside this process where several are to share the machine."""
 
-    def __init__(self, text: Text, placement: Placement, startup: float = 0.0):
-        self.text, self.placement, self.startup = text, placement, startup
+    def __init__(self, text: Text, placement: Placement, startup: float = 0.0, company: Company | None = None):
+        self.text, self.placement, self.startup, self.company = text, placement, startup, company
         self.process = 0  # bytes; known once a model has been trained
         self._vocabularies: dict[tuple, Vocabulary] = {}
+        self._speeds: dict[str, Speed] = {}
 
-    def plan(self, name: str, recipe: Recipe) -> Plan:
-        """The Plan of a recipe with its own budgets (it must have one), its advice still to be given (`advise`).
+    def plan(self, name: str, recipe: Recipe, group: Group = ALONE) -> Plan:
+        """The Plan of a recipe with its own budgets (it must have one) on a group of devices, its advice still to be given
+        (`advise`).
 
         Raises UsageError for a recipe whose objective needs labels.
         """
         vocabulary = self._vocabulary(recipe)
         text_tokens = round(self.text.bytes / vocabulary.bytes_per_token) + self.text.documents
-        train = dataclasses.replace(recipe.train, context=min(recipe.train.context, max(8, text_tokens)))
-        config = dataclasses.replace(
-            recipe.model, vocab_size=recipe.model.vocab_size or vocabulary.tokenizer.size,
-            max_position_embeddings=recipe.model.max_position_embeddings or train.context).complete()
-        recipe = dataclasses.replace(recipe, model=config, train=train)
-        speed = self._speed(recipe, vocabulary)
+        recipe = _complete(recipe, text_tokens, vocabulary.tokenizer.size)
+        config, train = recipe.model, recipe.train
         step_tokens = max(1, train.batch_tokens // train.context) * train.context
-        parameters = cost.parameters(config).total
-        before = self.startup + self.text.seconds + vocabulary.seconds + parameters / 1e8
-        steps, seconds = _steps(recipe, speed, step_tokens, text_tokens, before, self._interlude(config, vocabulary, speed))
-        micro = min(step_tokens, micro_batch(recipe, self.placement.device))
-        needed = self._memory(recipe, micro)
+        share, speed = self._share(recipe, group.count), self._speed(recipe, vocabulary, group.count)
+        micro = share.rows_at_once * train.context
+        room = machine_memory(self.placement.device) // (group.count if group.here else 1)
         process = self.process + 2 * text_tokens * (self.placement.device.type == "cpu")
-        tokens = steps * step_tokens
+        spread = devices.spread(config, self._memory(recipe, micro), share.passes, group.count, room - process)
+        step = speed.token * share.rows * train.context + speed.update / spread.parts(group) + spread.seconds(group)
+        parameters = cost.parameters(config).total
+        before = self.startup + self._reading(group) + vocabulary.seconds + parameters / 1e8
+        steps, seconds = _steps(recipe, step, step_tokens, text_tokens, before, self._interlude(config, vocabulary, speed))
+        held, tokens = spread.memory, steps * step_tokens
         return Plan(
             name, parameters, config.vocab_size, train.context, step_tokens, micro, self.text.bytes, text_tokens, steps,
             tokens, tokens / text_tokens, tokens / parameters,
-            tokens * cost.training_flops_per_token(config, train.context), *needed[:3],
-            max(needed.activations, needed.update), process, process + needed.total, machine_memory(self.placement.device),
-            step_tokens / (speed.token * step_tokens + speed.update), seconds,
-            self._bits(recipe, config, tokens, vocabulary))
+            tokens * cost.training_flops_per_token(config, train.context), *held[:3], max(held.activations, held.update),
+            process, process + held.total, room, step_tokens / step, seconds,
+            self._bits(recipe, config, tokens, vocabulary), group.count, share.idle, spread.sharding,
+            group.link.bytes_per_second if group.count > 1 else None, steps * spread.seconds(group),
+            self._speedup(recipe, vocabulary, group, step))
+
+    def _share(self, recipe: Recipe, count: int) -> Share:
+        train = recipe.train
+        most = micro_batch(recipe, self.placement.device) // train.context
+        return devices.share(max(1, train.batch_tokens // train.context), most, count)
+
+    def _reading(self, group: Group) -> float:
+        """Seconds of reading the text: the processes that do not lead do so after the one that does."""
+        return self.text.seconds * (1 if group.count == 1 else 2)
+
+    def _speedup(self, recipe: Recipe, vocabulary: Vocabulary, group: Group, step: float) -> float | None:
+        """How many times as fast as one device alone, whose steps are as large, a group is that takes so long for one."""
+        if group.count == 1:
+            return 1.0
+        if group.here:
+            return None
+        one, rows = self._speed(recipe, vocabulary, 1), self._share(recipe, 1).rows
+        return (one.token * rows * recipe.train.context + one.update) / step
 
     def _vocabulary(self, recipe: Recipe) -> Vocabulary:
         key = (recipe.tokenizer, recipe.model.shape)
@@ -203,25 +241,27 @@ class Planner:
         layers = config.num_hidden_layers * (config.shape == "decoder")
         return tokens * speed.evaluated, 16 * cost.parameters(config).total / DISK + SECONDS_OF_SAMPLE * layers
 
-    def _speed(self, recipe: Recipe, vocabulary: Vocabulary) -> Speed:
-        """The Speed of a recipe: measured with all its layers, or, of a large model, with one and with three of them."""
-        probes = _probes(recipe, MOST_FLOPS.get(self.placement.device.type, MOST_FLOPS_ELSEWHERE), self.placement.device)
-        found = [self._measured(probe, vocabulary, SECONDS / len(probes)) for probe in probes]
-        if len(found) == 1:
-            return found[0]
-        few, more = found
-        beyond = (recipe.model.num_hidden_layers - FEW_LAYERS) / (MORE_LAYERS - FEW_LAYERS)
-        return Speed(*(max(a, a + beyond * (b - a)) for a, b in zip(few, more)))
+    def _speed(self, recipe: Recipe, vocabulary: Vocabulary, count: int) -> Speed:
+        """The Speed of one of `count` devices with its share of a recipe's steps: a few rows take longer, each, than many.
+        Measured with all layers, or, of a large model, with one and with three of them."""
+        micro = self._share(recipe, count).rows_at_once * recipe.train.context
+        probes = _probes(recipe, micro, MOST_FLOPS.get(self.placement.device.type, MOST_FLOPS_ELSEWHERE))
+        for probe in probes:
+            if repr(probe) not in self._speeds:
+                self._speeds[repr(probe)] = self._measured(probe, vocabulary, SECONDS / len(probes))
+        found = [self._speeds[repr(probe)] for probe in probes]
+        return found[0] if len(found) == 1 else _extrapolated(*found, recipe.model.num_hidden_layers)
 
     def _measured(self, recipe: Recipe, vocabulary: Vocabulary, seconds: float) -> Speed:
         workload = TrainingWorkload(recipe, self.placement)
         steps, updates = [], []
-        for _ in range(WARM_UP_STEPS):
-            workload.step()
-        until = time.perf_counter() + seconds
-        while not steps or time.perf_counter() < until:
-            steps.append(workload.step())
-            updates.append(_seconds(workload.run.optimizer.step))
+        with self._beside(recipe, workload.tokens):
+            for _ in range(WARM_UP_STEPS):
+                workload.step()
+            until = time.perf_counter() + seconds
+            while not steps or time.perf_counter() < until:
+                steps.append(workload.step())
+                updates.append(_seconds(workload.run.optimizer.step))
         step, update = float(np.median(steps)), float(np.median(updates))
         evaluated = self._evaluated(workload, vocabulary)
         if not self.process:
@@ -229,6 +269,13 @@ class Planner:
             self.process = max(0, peak_memory(self.placement.device) - needed)
         token = max(0.1 * step, step - update) / workload.tokens
         return Speed(token, update, evaluated or token / 2)
+
+    def _beside(self, recipe: Recipe, tokens: int) -> AbstractContextManager[None]:
+        """The company at work, unless there would not be memory for all."""
+        each = self._memory(recipe, tokens).total + (self.process or PROGRAM)
+        if not self.company or each * (1 + self.company.size) > machine_memory(self.placement.device):
+            return nullcontext()
+        return self.company.working(recipe)
 
     def _evaluated(self, workload: TrainingWorkload, vocabulary: Vocabulary) -> float:
         """Seconds a token of validating a decoder on the sample; 0 for another shape."""
@@ -257,6 +304,15 @@ def learnt(text: Text, recipe: Recipe) -> Vocabulary:
     return Vocabulary(tokenizer, encoded.ids, encoded.bytes / max(1, len(encoded.ids)), seconds)
 
 
+def _complete(recipe: Recipe, text_tokens: int, vocabulary: int) -> Recipe:
+    """The recipe with all sizes, its context no longer than the text."""
+    train = dataclasses.replace(recipe.train, context=min(recipe.train.context, max(8, text_tokens)))
+    config = dataclasses.replace(
+        recipe.model, vocab_size=recipe.model.vocab_size or vocabulary,
+        max_position_embeddings=recipe.model.max_position_embeddings or train.context)
+    return dataclasses.replace(recipe, model=config.complete(), train=train)
+
+
 def micro_batch(recipe: Recipe, device: torch.device) -> int:
     """Tokens of one forward pass, as training takes them: whole rows."""
     most = loop.micro_batch_tokens(recipe.train, device)
@@ -269,17 +325,15 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _probes(recipe: Recipe, most_flops: float, device: torch.device) -> list[Recipe]:
-    """What is measured in a recipe's place: itself with one micro-batch a step; if a step of that is too long, the same
-    with few and with more layers, and with fewer rows."""
+def _probes(recipe: Recipe, tokens: int, most_flops: float) -> list[Recipe]:
+    """What is measured in a recipe's place: itself with one micro-batch of `tokens` a step; if a step of that is too long,
+    the same with few and with more layers, and with fewer rows."""
     config, train = recipe.model, recipe.train
-    tokens = min(train.batch_tokens // train.context * train.context or train.context,
-                 micro_batch(recipe, device))
 
     def probe(layers: int, tokens: int) -> Recipe:
         sizes = {} if layers == config.num_hidden_layers else {"num_hidden_layers": layers, "num_encoder_layers": 0}
         return dataclasses.replace(recipe, model=dataclasses.replace(config, **sizes).complete(), train=dataclasses.replace(
-            train, batch_tokens=tokens, time=0.0, tokens=0, epochs=0.0, steps=NEVER))
+            train, batch_tokens=tokens, micro_batch_tokens=tokens, time=0.0, tokens=0, epochs=0.0, steps=NEVER))
 
     each = cost.training_flops_per_token(config, train.context)
     if each * tokens <= most_flops:
@@ -292,11 +346,17 @@ def _probes(recipe: Recipe, most_flops: float, device: torch.device) -> list[Rec
     return [probe(layers, min(tokens, rows * train.context)) for layers in (FEW_LAYERS, MORE_LAYERS)]
 
 
-def _steps(recipe: Recipe, speed: Speed, step_tokens: int, text_tokens: int, before: float,
+def _extrapolated(few: Speed, more: Speed, layers: int) -> Speed:
+    """The Speed with so many layers, by those with FEW_LAYERS and with MORE_LAYERS."""
+    beyond = (layers - FEW_LAYERS) / (MORE_LAYERS - FEW_LAYERS)
+    return Speed(*(max(a, a + beyond * (b - a)) for a, b in zip(few, more)))
+
+
+def _steps(recipe: Recipe, step: float, step_tokens: int, text_tokens: int, before: float,
            interlude: tuple[float, float]) -> tuple[int, float]:
-    """(steps, seconds) until the first budget is reached; `before` are the seconds before the first step, `interlude`
-    those of an evaluation and of what goes with it."""
-    train, step = recipe.train, speed.token * step_tokens + speed.update
+    """(steps, seconds) until the first budget is reached; `step` are the seconds of a step, `before` those before the
+    first, `interlude` those of an evaluation and of what goes with it."""
+    train = recipe.train
     rows = max(1, step_tokens // train.context)
     budgets = [train.steps, math.ceil(train.tokens / step_tokens),
                math.ceil(train.epochs * max(1, text_tokens // train.context) / rows)]
@@ -357,10 +417,16 @@ def advise(plans: list[Plan]) -> tuple[list[Plan], str]:
 def _advice(plan: Plan, best: Plan | None) -> str:
     other = f"; take {best.preset}" if best and best.preset != plan.preset else ""
     if not plan.fits:
-        there = plan.machine_memory / 1e9
-        return f"needs {plan.memory / 1e9:,.1f} GB of memory, {there:,.1f} GB are there{_less(plan, other)}"
+        there, each = plan.machine_memory / 1e9, " on each device" if plan.devices > 1 else ""
+        return f"needs {plan.memory / 1e9:,.1f} GB of memory{each}, {there:,.1f} GB are there{_less(plan, other)}"
     if not plan.steps:
         return f"the time is over before the first step{other or '; give more'}"
+    if plan.idle_devices:
+        return (f"{plan.devices:,} devices share {plan.batch_tokens // plan.context:,} rows a step: {plan.idle_devices:,} "
+                f"of them idle; raise train.batch_tokens{other}")
+    if plan.speedup is not None and plan.speedup < HALF * plan.devices:
+        return (f"{plan.devices:,} devices are only {plan.speedup:.1f} × as fast as one, by so little work for each; raise "
+                f"train.batch_tokens{other}")
     if plan.tokens_per_parameter < FEW_TOKENS and plan.epochs < MANY_EPOCHS:
         return (f"there is {_times_too(FEW_TOKENS / plan.tokens_per_parameter)} too little time for a model of this size"
                 f"{other or '; a smaller one learns faster'}")

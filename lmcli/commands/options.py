@@ -22,6 +22,20 @@ class Duration(click.ParamType):
             self.fail(f"{error}; say 90, 90s, 10m or 1h30m", param, ctx)
 
 
+class Counts(click.ParamType):
+    """Whole numbers from 1 with commas between: 8,64,512."""
+
+    name = "counts"
+
+    def convert(self, value, param, ctx) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        found = tuple(int(part) for part in value.split(",") if part.strip().isdecimal())
+        if len(found) != value.count(",") + 1 or not all(found):
+            self.fail(f"{value!r}: whole numbers from 1 with commas between, as in 8,64,512", param, ctx)
+        return found
+
+
 class Weights(click.ParamType):
     """Numbers above 0 with commas between: 3,1."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmcli.analysis import planning
-from lmcli.analysis.planning import Plan, Planner, Speed
+from lmcli.analysis.planning import Plan, Planner
 from lmcli.config import TokenizerConfig
 from lmcli.errors import UserError
 from lmcli.model import cost
@@ -84,12 +84,9 @@ def test_other_shapes_have_no_bits_per_byte(planner, preset):
     assert plan.bits_per_byte is None and plan.steps == 2 and plan.memory > plan.process
 
 
-SPEED = Speed(token=0.001, update=0.1, evaluated=0.0)
-
-
 def steps(train, sets=(), before=3.0, interlude=(0.5, 0.25), step_tokens=2048, text_tokens=100_000):
     recipe = resolve("tiny", sets, train)
-    return planning._steps(recipe, SPEED, step_tokens, text_tokens, before, interlude)
+    return planning._steps(recipe, 2.048 + 0.1, step_tokens, text_tokens, before, interlude)
 
 
 def test_steps_and_seconds_of_each_budget():
@@ -114,7 +111,9 @@ def test_a_large_model_is_measured_by_few_of_its_layers(preset, sets, budget, fo
     recipe = resolve(preset, sets)
     config = dataclasses.replace(recipe.model, vocab_size=recipe.tokenizer.vocab_size,
                                  max_position_embeddings=recipe.train.context).complete()
-    probes = planning._probes(dataclasses.replace(recipe, model=config), budget, torch.device("cpu"))
+    recipe = dataclasses.replace(recipe, model=config)
+    rows = min(recipe.train.batch_tokens, planning.micro_batch(recipe, torch.device("cpu"))) // recipe.train.context
+    probes = planning._probes(recipe, max(1, rows) * recipe.train.context, budget)
     assert [(probe.model.num_hidden_layers, probe.train.batch_tokens) for probe in probes] == found
     assert all(probe.model.hidden_size == config.hidden_size for probe in probes)
 

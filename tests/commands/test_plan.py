@@ -56,9 +56,38 @@ def test_rows_in_a_pipe_from_standard_input(inside, notes):
     assert "too small" in row["advice"]
 
 
-def test_a_table_on_a_terminal(environment, notes):
+def test_a_row_for_each_number_of_devices(inside, notes):
+    done = inside("plan", notes, *SMALL, "--preset", "tiny", "--steps", "20", "--devices", "1,2", "--devices", "64",
+                  "--interconnect", "10", "--threads", "1", "--dtype", "float32", "--json")
+    assert done.returncode == 0, done.stderr.decode()
+    rows, told = [json.loads(line) for line in done.stdout.splitlines()], done.stderr.decode().splitlines()
+    assert [row["devices"] for row in rows] == [1, 2, 64] and [row["idle_devices"] for row in rows] == [0, 0, 60]
+    assert [row["sharding"] for row in rows] == ["none", "data parallel", "data parallel"]
+    assert [row["interconnect"] for row in rows] == [None, 1e10, 1e10]
+    for row in rows:
+        assert row["memory"] == sum(row[part] for part in ("weights", "gradients", "optimizer", "activations", "process"))
+        assert (row["steps"], row["tokens"]) == (20, 1280) and row["speedup"] > 0
+        assert len(row["assumptions"]) == 2 and all(f"lm: {line}" in told for line in row["assumptions"])
+    assert rows[2]["advice"].startswith("64 devices share 4 rows a step: 60 of them idle")
+    assert "1, 2, 64 devices: each like this one (cpu, 1 threads, float32)" in told[1] and "10 GB/s" in told[1]
+    assert [line.partition(":")[0] for line in (line.removeprefix("lm: ") for line in told[-3:])] == [
+        "on 1 device", "on 2 devices", "on 64 devices"]
+
+
+def test_processes_of_this_machine_are_measured_together(inside, notes):
+    done = inside("plan", notes, *SMALL, "--preset", "tiny", "--steps", "20", "--nproc", "2", "--threads", "1")
+    assert done.returncode == 0, done.stderr.decode()
+    header, line = (line.split("\t") for line in done.stdout.decode().splitlines())
+    row = dict(zip(header, line, strict=True))
+    assert (row["devices"], row["micro_batch_tokens"], row["sharding"]) == ("2", "32", "data parallel")
+    assert row["speedup"] == "NA" and "assumptions" not in row
+    assert "2 processes on this machine (each: cpu, 1 threads, " in done.stderr.decode()
+
+
+def on_terminal(environment, *arguments):
+    """The lines that `lm plan` writes on a terminal of 80 columns."""
     leader, follower = pty.openpty()
-    done = subprocess.Popen([sys.executable, "-m", "lmcli", "plan", notes, "--preset", "tiny", *SMALL, "--steps", "5"],
+    done = subprocess.Popen([sys.executable, "-m", "lmcli", "plan", *arguments],
                             stdout=follower, stderr=subprocess.DEVNULL, env={**environment, "COLUMNS": "80"})
     os.close(follower)
     text = b""
@@ -67,15 +96,32 @@ def test_a_table_on_a_terminal(environment, notes):
             text += chunk
     os.close(leader)
     assert done.wait(60) == 0 and b"\t" not in text
-    header, line, advice = re.sub(r"\x1b\[\d*m", "", text.decode()).splitlines()
+    return re.sub(r"\x1b\[\d*m", "", text.decode()).splitlines()
+
+
+def test_a_table_on_a_terminal(environment, notes):
+    header, line, advice = on_terminal(environment, notes, "--preset", "tiny", *SMALL, "--steps", "5")
     assert re.split(r"  +", header.strip()) == [
         "preset", "params", "tokens", "epochs", "tok/par", "FLOPs", "MB", "tok/s", "time", "bits/byte"]
     assert max(len(header), len(line)) <= 80 and line.split()[0] == "tiny" and "about" in line
     assert advice.startswith("tiny: ") and "gradients 0, optimizer 0, activations" in advice
 
 
+def test_a_table_of_several_devices(environment, notes):
+    header, *lines, one, many = on_terminal(
+        environment, notes, "--preset", "tiny", *SMALL, "--steps", "5", "--devices", "1,512")
+    assert re.split(r"  +", header.strip()) == [
+        "preset", "devices", "idle", "weights", "MB each", "tok/s", "× one", "sends", "time", "bits/byte"]
+    assert [line.split()[:4] for line in lines] == [["tiny", "1", "0", "whole"], ["tiny", "512", "508", "whole"]]
+    assert max(map(len, (header, *lines))) <= 80
+    assert one.startswith("tiny on 1 device: ") and many.startswith("tiny on 512 devices: 512 devices share 4 rows a step")
+
+
 @pytest.mark.parametrize("arguments, code, said", [
     (("missing.txt",), 1, "missing.txt"), (("{empty}",), 1, "no text"), (("{binary}",), 1, "UTF-8"),
+    (("{notes}", "--devices", "8,x"), 2, "as in 8,64,512"), (("{notes}", "--devices", "0"), 2, "whole numbers from 1"),
+    (("{notes}", "--devices", "8", "--nproc", "2"), 2, "leave one of them out"),
+    (("{notes}", "--interconnect", "8"), 2, "say how many"), (("{notes}", "--devices", "2", "--interconnect", "0"), 2, "0"),
     (("{empty}", "--preset", "tinny"), 2, "did you mean 'tiny'?"), (("{empty}", "--time", "soon"), 2, "not a duration"),
     (("{notes}", "--preset", "tiny", "--set", "train.time=0"), 2, "tiny: no budget"),
     (("{notes}", "--set", "train.time=0"), 2, "auto: no budget")])
