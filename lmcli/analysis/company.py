@@ -34,11 +34,13 @@ class Company:
 
     def _start(self) -> None:
         fresh = multiprocessing.get_context("spawn")  # a fork would inherit threads that are not there
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process: the others inherit this
         while len(self._pipes) < self.size:
             pipe, theirs = fresh.Pipe()
             fresh.Process(target=_member, args=(theirs, self.placement, torch.get_num_threads()), daemon=True).start()
             theirs.close()
             self._pipes.append(pipe)
+        signal.signal(signal.SIGINT, before)
 
     def _tell(self, recipe: Recipe | None) -> None:
         try:
@@ -53,7 +55,6 @@ class Company:
 
 def _member(pipe: Connection, placement: Placement, threads: int) -> None:
     """Makes steps of each recipe it is told until it is told None; answers when it has begun, and when it has stopped."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process answers Ctrl-C, and this one ends with it
     place(placement.device.type, threads=threads)
     try:
         while True:
