@@ -61,7 +61,7 @@ def plan(data, presets, sets, time_, steps, tokens, epochs, val, documents, dtyp
     if interconnect and not counts and nproc == 1:
         raise UsageError("--interconnect joins several devices: say how many, with --devices")
     from lmcli import display, launch, recipes
-    from lmcli.analysis import auto, devices, planning
+    from lmcli.analysis import advice, auto, devices, planning
     from lmcli.analysis.company import Company
     from lmcli.model.device import place
     from lmcli.text.documents import Layout
@@ -90,7 +90,7 @@ def plan(data, presets, sets, time_, steps, tokens, epochs, val, documents, dtyp
     for assumption in assumed:
         note(assumption)
     planner = planning.Planner(text, placement, startup, Company(nproc - 1, placement) if groups[0].here else None)
-    told = [planning.advise([planner.plan(name, recipe, group) for name, recipe in chosen.items()]) for group in groups]
+    told = [advice.advise([planner.plan(name, recipe, group) for name, recipe in chosen.items()]) for group in groups]
     rows = [{**dataclasses.asdict(plan), "bits_per_byte": planning.rounded(plan.bits_per_byte)}
             for plans, _ in told for plan in plans]
     columns, several = list(rows[0]), bool(assumed)

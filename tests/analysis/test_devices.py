@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lmcli.analysis import devices, planning
+from lmcli.analysis import advice, devices, planning
 from lmcli.analysis.devices import HERE, NETWORK, Group, Link, Share
 from lmcli.analysis.planning import Planner, Speed
 from lmcli.config import ModelConfig, TrainConfig
@@ -172,8 +172,11 @@ def test_idle_devices_are_told(planner):
     recipe = resolve("tiny", SMALL, {"steps": 10})
     few, many = (planner.plan("tiny", recipe, Group(count)) for count in (4, 64))
     assert (few.idle_devices, many.idle_devices) == (0, 60)
-    said = [planning.advise([plan])[0][0].advice for plan in (few, many)]
-    assert said[0] == "4 devices are only 1.4 × as fast as one, by so little work for each; raise train.batch_tokens"
+    said = [advice.advise([plan])[0][0].advice for plan in (few, many)]
+    assert said[0] == ("4 devices are only 1.2 × as fast as one: each computes too little beside what it sends and updates; "
+                       "raise train.batch_tokens")
+    parted = dataclasses.replace(few, sharding="sharded", micro_batch_tokens=8)  # sends for each micro-batch
+    assert advice.advise([parted])[0][0].advice.endswith("raise train.micro_batch_tokens")
     assert said[1] == "64 devices share 4 rows a step: 60 of them idle; raise train.batch_tokens"
 
 
@@ -189,5 +192,5 @@ def test_a_model_too_large_for_a_device_is_sharded(planner, monkeypatch):
     one, eight = planner.plan("base", recipe), planner.plan("base", recipe, Group(8))
     assert not one.fits and eight.fits and eight.sharding == "sharded"
     assert eight.memory == eight.process + eight.weights + eight.gradients + eight.optimizer + eight.activations
-    plans, _ = planning.advise([dataclasses.replace(one, devices=8)])
+    plans, _ = advice.advise([dataclasses.replace(one, devices=8)])
     assert plans[0].advice.startswith(f"needs {one.memory / 1e9:.1f} GB of memory on each device, 1.5 GB are there")
