@@ -169,7 +169,7 @@ class Planner:
 
     def plan(self, name: str, recipe: Recipe, group: Group = ALONE) -> Plan:
         """The Plan of a recipe with its own budgets (it must have one) on a group of devices, its advice still to be given
-        (`advise`).
+        (`advice.advise`).
 
         Raises UsageError for a recipe whose objective needs labels.
         """
@@ -193,9 +193,9 @@ class Planner:
             tokens, tokens / text_tokens, tokens / parameters,
             tokens * cost.training_flops_per_token(config, train.context), *held[:3], max(held.activations, held.update),
             process, process + held.total, room, step_tokens / step, seconds,
-            self._bits(recipe, config, tokens, vocabulary), group.count, share.idle, spread.sharding,
-            group.link.bytes_per_second if group.count > 1 else None, steps * spread.seconds(group),
-            self._speedup(recipe, vocabulary, group, step))
+            self._bits(recipe, config, tokens, vocabulary), devices=group.count, idle_devices=share.idle,
+            sharding=spread.sharding, interconnect=group.link.bytes_per_second if group.count > 1 else None,
+            seconds_communicating=steps * spread.seconds(group), speedup=self._speedup(recipe, vocabulary, group, step))
 
     def _share(self, recipe: Recipe, count: int) -> Share:
         train = recipe.train

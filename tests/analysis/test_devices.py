@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +186,15 @@ def test_processes_here_share_the_memory_and_are_not_compared(planner):
     recipe = resolve("tiny", SMALL, {"steps": 10})
     one, two = planner.plan("tiny", recipe), planner.plan("tiny", recipe, Group(2, HERE, True))
     assert two.machine_memory == one.machine_memory // 2 and two.speedup is None and two.interconnect == 6e8
+
+
+@pytest.mark.parametrize("others, at_work", [(1, True), (10**6, False)])  # so many would not have memory
+def test_company_is_at_work_while_a_process_is_measured(planner, others, at_work):
+    recipe, told = resolve("tiny", (*SMALL, "model.vocab_size=300"), {"steps": 1}), []
+    recipe = dataclasses.replace(recipe, model=recipe.model.complete())
+    planner.company = SimpleNamespace(size=others, working=lambda recipe: nullcontext(told.append(recipe)))
+    with planner._beside(recipe, 64):
+        assert told == [recipe] * at_work
 
 
 def test_a_model_too_large_for_a_device_is_sharded(planner, monkeypatch):
