@@ -109,7 +109,7 @@ def start(request: Request, began: float, note: Callable[[str], None], team: Tea
         run = TrainingRun(place_of_run, recipe, prepared, source, model, placement, began, team)
         run.chosen = chosen
         run.base = request.origin if folder and str(folder) != request.origin else str(folder.resolve()) if folder else ""
-        memory_room.fit(run.loop, note)
+        memory_room.fit(run.loop, note, team)
         run.remembered = [{"file": file, "before": remembering.bits_per_byte(run.model, tokenizer, file), "after": None}
                           for file in remember]
         run.create()

@@ -147,7 +147,7 @@ class TrainingRun:
         before, now = facts.get("versions") or {}, self._where()
         if moved := [f"{before[key]} → {now[key]}" for key in now if before.get(key, now[key]) != now[key]]:
             note(f"goes on elsewhere, so not the same to the bit: {'; '.join(moved)}")
-        memory_room.fit(self.loop, note)
+        memory_room.fit(self.loop, note, self.loop.team)
         self.write_recipe()
 
     def _put_back_best(self, saved: state.Saved) -> None:

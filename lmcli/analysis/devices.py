@@ -6,7 +6,6 @@ a time gathered (ZeRO-3, Rajbhandari et al. 2020; FSDP, Zhao et al. 2023): 3·(N
 is measured here.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -15,11 +14,9 @@ import torch
 
 from lmcli.config import ModelConfig
 from lmcli.errors import UsageError
-from lmcli.model import cost
-from lmcli.model.memory import MASTER, Memory
+from lmcli.model.memory import MASTER, Memory, held_by_one, shared_out
 from lmcli.training.parallel import BUCKET_BYTES
 
-ROOM = 0.9  # of a device's memory that weights, gradients and moments may take, so that some micro-batch fits beside them
 SMALL_MESSAGES = 6  # of a step: which is next, who has gradients, whether memory sufficed; a sum goes there and back
 
 
@@ -104,44 +101,27 @@ def share(rows: int, most: int, count: int) -> Share:
 
 
 def spread(config: ModelConfig, needed: Memory, passes: int, count: int, room: float) -> Spread:
-    """The Spread over `count` devices of what one needs to train alone. `room` is the bytes that each has for it; what
-    does not fit whole is sharded. Where only a smaller micro-batch would help, it stays whole."""
+    """The Spread over `count` devices of what one needs to train alone, as `lm train` chooses it. `room` is the bytes that
+    each has; where only a smaller micro-batch would help, all stays whole on each."""
     if count == 1:
         return Spread("none", needed)
-    whole, parted = data_parallel(config, needed, count), sharded(config, needed, passes, count)
-    if whole.memory.total <= room or (parted.memory.total > room and sum(needed[:3]) <= ROOM * room):
-        return whole
-    return parted
+    return (data_parallel if held_by_one(needed, room) else sharded)(config, needed, count, passes)
 
 
-def data_parallel(config: ModelConfig, needed: Memory, count: int) -> Spread:
+def data_parallel(config: ModelConfig, needed: Memory, count: int, passes: int = 1) -> Spread:
     """The Spread with all weights on each device; a bucket of gradients is copied to be sent, when activations are gone."""
     bucket = min(needed.gradients, BUCKET_BYTES + MASTER * config.vocab_size * config.hidden_size)
     memory, buckets = needed._replace(update=max(needed.update, bucket)), math.ceil(needed.gradients / BUCKET_BYTES)
     return Spread("data parallel", memory, 2 * (count - 1) / count * needed.gradients, SMALL_MESSAGES + 2 * buckets)
 
 
-def sharded(config: ModelConfig, needed: Memory, passes: int, count: int) -> Spread:
-    """The Spread with an equal part of everything on each device, and whole only what is outside of the blocks and the
-    largest block, weights and gradients alike. Weights are gathered for each of `passes` forward and backward passes."""
-    def part(size: int) -> int:
-        return -(-size // count)
-
-    whole = MASTER * sum(_whole(config))
+def sharded(config: ModelConfig, needed: Memory, count: int, passes: int) -> Spread:
+    """The Spread with an equal part of everything on each device. Weights are gathered for each of `passes` forward and
+    backward passes."""
     gathers = 1 + config.num_hidden_layers + config.num_encoder_layers * (config.shape == "encoder-decoder")
-    memory = Memory(part(needed.weights) + whole, part(needed.gradients) + min(whole, needed.gradients),
-                    part(needed.optimizer), needed.activations, part(needed.update))
-    return Spread("sharded", memory, passes * (count - 1) / count * (2 * needed.weights + needed.gradients),
+    return Spread("sharded", shared_out(config, needed, count),
+                  passes * (count - 1) / count * (2 * needed.weights + needed.gradients),
                   SMALL_MESSAGES + 3 * passes * gathers)
-
-
-def _whole(config: ModelConfig) -> tuple[int, int]:
-    """Parameters (outside of the blocks, of the largest block)."""
-    def less(**layers: int) -> int:
-        return cost.parameters(dataclasses.replace(config, **layers)).total
-
-    blocks = (less() - less(**{name: getattr(config, name) - 1}) for name in ("num_hidden_layers", "num_encoder_layers"))
-    return less(num_hidden_layers=0, num_encoder_layers=0), max(blocks)
 
 
 def assumptions(planned: list[Group], one: str) -> list[str]:

@@ -5,6 +5,7 @@ decoder on the CPU) or with plain PyTorch keeps for the backward pass, tensor by
 holds it against what autograd really saves.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 from lmcli.config import ModelConfig, TrainConfig
@@ -18,6 +19,7 @@ KEPT_WEIGHTS = 512
 LOGIT_ROWS_AT_ONCE = 1024
 LOGITS_AT_ONCE = {"cpu": 1 << 23, "mps": 1 << 23, "cuda": 1 << 28}
 FEWEST_ROWS = 128
+HELD = 0.8  # of a device's memory that weights, gradients and moments may take, so that some micro-batch fits beside them
 ORTHOGONAL = 8  # bytes that Muon works with for each number of the largest group of equal matrices, see `optimizers.Muon`
 
 
@@ -60,6 +62,26 @@ def training_memory(config: ModelConfig, train: TrainConfig, micro_batch_tokens:
                   kept_for_backward(config, train, micro_batch_tokens, dtype, recompute, fused)
                   + _worked_with(config, train, micro_batch_tokens, SIZES[dtype], recompute, fused, device),
                   ORTHOGONAL * max(groups.values(), default=0))
+
+
+def held_by_one(needed: Memory, room: float) -> bool:
+    """Whether one device with `room` bytes can hold weights, gradients and moments; else they are to be shared out."""
+    return needed.weights + needed.gradients + needed.optimizer <= HELD * room
+
+
+def shared_out(config: ModelConfig, needed: Memory, count: int) -> Memory:
+    """The Memory of each of `count` devices that share out what one would need alone: an equal part of everything, and whole
+    only what is outside of the blocks and the largest block, weights and gradients alike."""
+    def less(**layers: int) -> int:
+        return cost.parameters(dataclasses.replace(config, **layers)).total
+
+    def part(size: int) -> int:
+        return -(-size // count)
+
+    largest = max(less() - less(**{name: getattr(config, name) - 1}) for name in ("num_hidden_layers", "num_encoder_layers"))
+    whole = MASTER * (less(num_hidden_layers=0, num_encoder_layers=0) + largest)
+    return Memory(part(needed.weights) + whole, part(needed.gradients) + min(whole, needed.gradients),
+                  part(needed.optimizer), needed.activations, part(needed.update))
 
 
 def serves(config: ModelConfig) -> bool:

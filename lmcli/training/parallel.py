@@ -135,10 +135,14 @@ def local(tensor: Tensor) -> Tensor:
 ALONE = Team()
 
 
+def expected() -> int:
+    """How many processes this one is one of, by its environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join() -> Team:
     """The team that this process belongs to, by its environment; ALONE where there is none."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if expected() == 1:
         return ALONE
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
