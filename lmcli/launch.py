@@ -1,4 +1,4 @@
-"""One command as several processes on this machine: started, watched, and started again where one dies."""
+"""One command as several processes on this machine: started, watched, and where it trains started again if one dies."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lmcli.errors import UsageError
+from lmcli.errors import EXIT_FAILED, Lost, UsageError
 
 RESTARTS = 3
 SECONDS_TO_END = 10  # that the others have once one has ended
@@ -22,6 +22,54 @@ FOLDER_FILE = "LM_RUN_FOLDER_FILE"  # names the file in which the leader says wh
 def is_member() -> bool:
     """Whether this process was started as one of several, by torchrun or by `together`."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def leads() -> bool:
+    """Whether this process is the first of them, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_watched() -> bool:
+    """Whether it was `together`, which tells how a process has ended."""
+    return FOLDER_FILE in os.environ
+
+
+def leave_signals_to_the_leader() -> None:
+    """Has a process that does not lead go on until the leader sends it home, or has gone.
+
+    SIGTERM comes to all where it is sent to a group of processes, as `timeout` does, but from torchrun it is meant.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if is_watched() else signal.SIG_DFL)
+
+
+def take_signals_once() -> None:
+    """Has SIGTERM interrupt a leader once: sent to a group it comes twice, the second time from `together`."""
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+@contextmanager
+def telling_once() -> Iterator[None]:
+    """Leaves it to the leader to say that a process is lost, and before it to `together`, which knows how it was ended."""
+    try:
+        yield
+    except Lost:
+        if not leads():
+            os._exit(EXIT_FAILED)
+        if is_watched():
+            time.sleep(SECONDS_TO_NOTICE / 2)
+        raise
+
+
+def refuse_to_write_again(output: str | None) -> None:
+    """Raises UsageError where torchrun has started a command again that had begun to write on standard output."""
+    if output in (None, "-") and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        raise UsageError("a process has ended before its time, and what was written until then cannot be taken back",
+                         hint="start the command again")
 
 
 def again(output: str | None, resume: str | None, overwrite: bool) -> tuple[str | None, str | None, bool]:
@@ -45,23 +93,23 @@ def remember_folder(folder: Path) -> None:
         Path(file).write_text(str(folder.resolve()), encoding="utf-8")
 
 
-def together(count: int, arguments: list[str], note: Callable[[str], None]) -> int:
+def together(count: int, arguments: list[str], note: Callable[[str], None], advice: str = "") -> int:
     """Runs `lm ARGUMENTS` as `count` processes; returns the exit code of the first, which leads.
 
-    When one is killed or crashes all are started again, up to RESTARTS times. Ctrl-C and SIGTERM are the leader's to
-    answer.
+    When one is killed or crashes all are started again, up to RESTARTS times; with `advice` never, it is told instead, and
+    the others have nothing to keep and end with the leader. Ctrl-C and SIGTERM are the leader's to answer.
     """
     with tempfile.TemporaryDirectory(prefix="lm-") as room:
-        for attempt in range(RESTARTS + 1):
+        for attempt in range(1 if advice else RESTARTS + 1):
             members = _started(count, arguments, attempt, Path(room) / "folder")
             with _signals_to(members[0]):
-                lost = _watched(members)
+                lost = _watched(members, 0 if advice else SECONDS_TO_END)
             if lost is None:
                 return members[0].returncode
             code = members[lost].returncode
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed (exit code {code})"
             onward = f"starting all again from the last state ({attempt + 1} of {RESTARTS})"
-            note(f"process {lost} of {count} {how}: {onward if attempt < RESTARTS else 'giving up'}")
+            note(f"process {lost} of {count} {how}: {advice or (onward if attempt < RESTARTS else 'giving up')}")
     return 1
 
 
@@ -99,11 +147,12 @@ def _signals_to(leader: subprocess.Popen) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before[1])
 
 
-def _watched(members: list[subprocess.Popen]) -> int | None:
-    """Waits for all to end; returns None, or which of them died or failed and so ended the others."""
+def _watched(members: list[subprocess.Popen], seconds: float) -> int | None:
+    """Waits for the leader to end, and so many seconds for the others; returns None, or which of them died or failed and
+    so ended the others."""
     lost = _first_trouble(members)
     for member in members:
-        if not _ended(member, SECONDS_TO_END if lost is None else 0):
+        if not _ended(member, seconds if lost is None else 0):
             member.kill()
             member.wait()
     return lost

@@ -1,5 +1,6 @@
 """Options that several commands share, declared once."""
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -77,7 +78,8 @@ verbose = click.option("-v", "--verbose", is_flag=True, help="Say what was chose
 beginning = click.option("--bos/--no-bos", "bos", default=None,
                          help="Begin each context with the beginning token, or do not; default: as the tokenizer says.")
 device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
-threads = click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads.  [default: all cores]")
+threads = click.option("--threads", type=click.IntRange(min=1), default=None,
+                       help="CPU threads of a process.  [default: all cores]")
 hardware = _together(
     device,
     click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
@@ -107,6 +109,37 @@ reading = _together(
 writing = _together(
     click.option("-o", "--output", metavar="FILE", help="Write here instead of standard output, whole or not at all."),
     click.option("--continue", "resume", is_flag=True, help="Go on with the FILE.part of an interrupted run."))
+
+
+def several(command: Callable) -> Callable:
+    """Gives a command --nproc and the `crew` of processes that work on it, of which only the leader has something to say.
+
+    As it stands next to the command, it sees all options: those with --continue can go on where a process was lost.
+    """
+    @nproc
+    @functools.wraps(command)
+    def working_together(nproc, **given):
+        from lmcli import launch
+        from lmcli.inference import crew
+
+        context = click.get_current_context()
+        if nproc > 1 and not launch.is_member():
+            from lmcli.display import note
+
+            advice = "start the command again" + ("; after -o FILE, --continue goes on" if "resume" in given else "")
+            context.exit(launch.together(nproc, sys.argv[1:], note, advice))
+        if not launch.is_member():
+            return command(crew=crew.ALONE, **given)
+        if launch.leads():
+            launch.take_signals_once()
+        else:
+            launch.leave_signals_to_the_leader()
+            given |= {"quiet": True, "verbose": False}
+        with launch.telling_once(), crew.join() as own:
+            launch.refuse_to_write_again(given.get("output"))
+            return command(crew=own, **given)
+
+    return working_together
 
 
 def need_model(name: str | None) -> str:
