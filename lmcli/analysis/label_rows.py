@@ -7,9 +7,10 @@ from typing import Any
 
 from lmcli.errors import UsageError
 from lmcli.inference.classification import Classified, Classifier, Verdict
+from lmcli.inference.crew import Errand
 from lmcli.inference.spans import Answer, Answerer, Candidate
 from lmcli.text import asked
-from lmcli.text.records import Reader, Record, escaped
+from lmcli.text.records import Reader, Record, escaped, heard, said
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,13 @@ class Answers:
             facts["candidates"] = [{"answer": one.text, "score": one.score, "start": one.start, "end": one.end}
                                    for one in found.candidates]
         return _line(record, facts, {})
+
+
+def errand(rows: Labels | Answers) -> Errand:
+    """The labelling of (records, …): of each record what is written, and whether it was cut."""
+    return Errand(lambda part: [(rows.written(record, found), found.truncated)
+                                for record, found in zip(part[0], rows.results(part[0]))],
+                  lambda part: said(part[0]), lambda words: (heard(words), 0))
 
 
 def _numbered(names: list[str], top: int | None) -> list[str]:

@@ -5,11 +5,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-from lmcli.inference.scoring import NATS_PER_BIT, Question, Score, Unit, choose
+from lmcli.inference.crew import Errand
+from lmcli.inference.scoring import NATS_PER_BIT, Question, Score, Scorer, Unit, choose
 from lmcli.text.asked import joined
-from lmcli.text.records import Record, escaped
+from lmcli.text.records import Record, escaped, heard, said
 
 
 def cell(value: float | int | None) -> str:
@@ -139,14 +141,17 @@ class Pairs:
         """One line."""
         texts = record.parts or ("", "")
         scores = scores or [Score(None, 0, 0)] * 2
-        known = None not in (scores[0].logprob, scores[1].logprob)
-        likelier = scores[0].logprob > scores[1].logprob if known else None
-        self.first, self.counted = self.first + bool(likelier), self.counted + known
+        likelier = _first_likelier(scores)
         if self.style.as_json:
             return self.style.json(record, {"first_likelier": likelier, "scores": [
                 {"text": text, **figures(score)} for text, score in zip(texts, scores)]})
         return "\t".join((*(cell(value) for score in scores for value in figures(score).values()),
                           cell(None if likelier is None else int(likelier)), *map(escaped, texts))) + "\n"
+
+    def take(self, record: Record, scores: Sequence[Score]) -> None:
+        """Counts one more pair."""
+        likelier = _first_likelier(scores)
+        self.first, self.counted = self.first + bool(likelier), self.counted + (likelier is not None)
 
     def summary(self) -> str:
         """The rate of first texts that are likelier, with its 95 % interval."""
@@ -155,6 +160,12 @@ class Pairs:
         low, high = wilson(self.first, self.counted)
         return (f"the first is likelier in {self.first:,} of {self.counted:,} pairs: {self.first / self.counted:.1%} "
                 f"(95 % interval {low:.1%} to {high:.1%})")
+
+
+def _first_likelier(scores: Sequence[Score]) -> bool | None:
+    """Whether the first of two has the higher sum; None where there is no figure for both."""
+    sums = [score.logprob for score in scores]
+    return None if None in sums or not sums else sums[0] > sums[1]
 
 
 def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
@@ -206,11 +217,14 @@ class Worst:
 
     def written(self, record: Record, scores: Sequence[Score]) -> str:
         """Nothing yet."""
+        return ""
+
+    def take(self, record: Record, scores: Sequence[Score]) -> None:
+        """Keeps the record while it is one of the worst."""
         self._seen += 1
         if scores[0].bits_per_byte is not None:
             one = (scores[0].bits_per_byte, -self._seen, record, scores[0])  # of equal ones the earlier
             (heapq.heappush if len(self._kept) < self.count else heapq.heappushpop)(self._kept, one)
-        return ""
 
     def rows(self) -> Iterator[str]:
         """The lines, when all records have been seen."""
@@ -231,6 +245,18 @@ def chosen(style: Style, per: str, pairs: bool = False, choices_field: str | Non
     if color:
         return Painted(style)
     return Records(style) if per == "record" else Units(style, per, alternatives or 0)
+
+
+def errand(scorer: Scorer, rows: "Records | Units | Pairs | Choices | Worst | Painted", alternatives: int) -> Errand:
+    """The scoring of (records, …): of each record what is written, and logprob, tokens and bytes of its texts."""
+    def work(part: tuple[list[Record], int]) -> list[tuple[str, list[tuple]]]:
+        questions = [rows.questions(record) for record in part[0]]
+        scores = iter(scorer.score([question for own in questions for question in own], rows.per, alternatives))
+        found = [list(islice(scores, len(own))) for own in questions]
+        return [(rows.written(record, own), [(score.logprob, score.tokens, score.bytes) for score in own])
+                for record, own in zip(part[0], found)]
+
+    return Errand(work, lambda part: said(part[0]), lambda words: (heard(words), 0))
 
 
 # bits of surprisal from which a token has this background (of xterm's 256 colours)

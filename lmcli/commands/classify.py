@@ -40,8 +40,9 @@ Examples:
 @options.batch_tokens
 @options.quiet
 @options.verbose
+@options.several
 def classify(files, model, per, logits, top, threshold, longest, on_long, header, as_json, format_, fields, include,
-             on_error, output, resume, device, dtype, threads, batch_tokens, quiet, verbose):
+             on_error, output, resume, device, dtype, threads, batch_tokens, quiet, verbose, crew):
     """Labels records (lines) with a classifier: label, probability and text, tab-separated, in the order read.
 
     A multi-label model gives all labels that hold, joined by commas, and their probabilities likewise; NA when none
@@ -58,7 +59,7 @@ def classify(files, model, per, logits, top, threshold, longest, on_long, header
 
     if logits and top:
         raise UsageError("--logits and --top are two ways to write a result: leave one out")
-    names = options.input_files(files, include, quiet)
+    names = options.input_files(files, include, quiet) if crew.leads else ()
     loaded = options.load_model(model, device, dtype, threads, verbose)
     wanted, batch = label_rows.Wanted(per, logits, top, as_json, fields), batch_tokens or 0
     if loaded.model.config.head == "span":
@@ -68,6 +69,9 @@ def classify(files, model, per, logits, top, threshold, longest, on_long, header
         raise UsageError("only a question-answering model gives answers", where="--max-answer-tokens")
     else:
         rows = label_rows.Labels(loaded.classifier(threshold, batch), wanted)
+    errand = label_rows.errand(rows)
+    if not crew.leads:
+        return crew.follow(errand)
     reader = rows.reader(format_, on_error)
     header = not as_json and (header if header is not None else rows.header)
     if resume and rows.per_token and not as_json:
@@ -78,20 +82,16 @@ def classify(files, model, per, logits, top, threshold, longest, on_long, header
         done = out.lines_kept - int(header and out.lines_kept > 0)
         if header and not out.lines_kept:
             out.write("\t".join(rows.columns) + "\n")
-        for batch in reader.batches(names):
-            for part in (batch[i:i + 512] for i in range(0, len(batch), 512)):
-                written, done = min(done, len(part)), max(0, done - len(part))
-                if written == len(part):
-                    continue
-                # a part begun is worked on whole again: other neighbours in a batch would change the last digits
-                for record, found in islice(zip(part, rows.results(part)), written, None):
-                    if found.truncated and on_long == "error":
-                        raise UserError(f"longer than the model's context of {loaded.context} tokens",
-                                        where=f"{records.shown(record.file)}, line {record.line}",
-                                        hint="--on-long truncate reads the beginning of such records")
-                    long += found.truncated
-                    out.write(rows.written(record, found))
-                out.flush()
+        parts = (batch[i:i + 512] for batch in reader.batches(names) for i in range(0, len(batch), 512))
+        for (part, written), found in crew.in_order(records.unwritten(parts, done), errand):
+            for record, (text, truncated) in islice(zip(part, found), written, None):
+                if truncated and on_long == "error":
+                    raise UserError(f"longer than the model's context of {loaded.context} tokens",
+                                    where=f"{records.shown(record.file)}, line {record.line}",
+                                    hint="--on-long truncate reads the beginning of such records")
+                long += truncated
+                out.write(text)
+            out.flush()
     if long and not quiet:
         which = "1 record is" if long == 1 else f"{long} records are"
         click.echo(f"lm: {which} longer than the context of {loaded.context} tokens; only the beginning was read", err=True)

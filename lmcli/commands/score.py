@@ -1,7 +1,6 @@
 """lm score: how likely a model finds each line, word or token."""
 
 import sys
-from itertools import islice
 
 import click
 
@@ -49,8 +48,9 @@ Examples:
 @options.batch_tokens
 @options.quiet
 @options.verbose
+@options.several
 def score(files, model, pll, eos, bos, context, stride, header, format_, fields, include, on_error, output, resume, device,
-          dtype, threads, batch_tokens, quiet, verbose, **form):
+          dtype, threads, batch_tokens, quiet, verbose, crew, **form):
     """Scores records (lines): natural-log probability, scored tokens, bytes, bits per byte.
 
     A decoder gives the log-probability of a text, an encoder–decoder that of the target of a row or of a line
@@ -60,15 +60,19 @@ def score(files, model, pll, eos, bos, context, stride, header, format_, fields,
     """
     from lmcli.analysis import score_rows, signature
     from lmcli.inference.ordering import growing
+    from lmcli.inference.scoring import Score
     from lmcli.model.device import dtype_name
     from lmcli.text import records
 
     per = _check(form, fields, resume)
-    names = options.input_files(files, include, quiet)
+    names = options.input_files(files, include, quiet) if crew.leads else ()
     loaded = options.load_model(model, device, dtype, threads, verbose)
     scorer = loaded.scorer(bos, eos, context, stride, batch_tokens or 0, pll == "within-word")
     style = score_rows.Style(form["as_json"], form["base"], scorer.method, form["between"])
     rows = score_rows.chosen(style, per, **{name: form[name] for name in FORMS})
+    errand = score_rows.errand(scorer, rows, form["alternatives"] or 0)
+    if not crew.leads:
+        return crew.follow(errand)
     reader = records.Reader(format_, fields, on_error, _asked(form, fields, scorer.method))
     if form["color"] and sys.stdout.isatty() and not quiet:
         click.echo(f"lm: {score_rows.legend()}", err=True)
@@ -79,16 +83,19 @@ def score(files, model, pll, eos, bos, context, stride, header, format_, fields,
             out.write("\t".join(rows.columns) + "\n")
         signable = verbose and not resume and reader.take is None and scorer.method == "causal"
         tally = signature.Tally(scorer) if signable else None
+        counting = form["worst"] or form["pairs"]
+        parts = (part for batch in reader.batches(names) for part in growing(batch))
         try:
-            for batch in reader.batches(names):
-                for part in growing(batch):
-                    written, done = min(done, len(part)), max(0, done - len(part))
-                    if written == len(part) and not form["pairs"]:
-                        continue
-                    # a part begun is scored whole again: other neighbours in a batch would change the last digits
-                    for text in islice(_scored(scorer, rows, part, form["alternatives"], tally), written, None):
+            for (part, written), found in crew.in_order(records.unwritten(parts, done, form["pairs"]), errand):
+                for place, (record, (text, figures)) in enumerate(zip(part, found)):
+                    scores = [Score(*one) for one in figures] if tally or counting else ()
+                    if tally:
+                        tally.add(record.text, scores[0])
+                    if counting:
+                        rows.take(record, scores)
+                    if place >= written:
                         out.write(text)
-                    out.flush()
+                out.flush()
         finally:  # an interrupted run tells what it has found
             for text in rows.rows() if form["worst"] else ():
                 out.write(text)
@@ -98,17 +105,6 @@ def score(files, model, pll, eos, bos, context, stride, header, format_, fields,
         click.echo(f"lm: {tally.signed(loaded.folder, dtype_name(loaded.placement.dtype))}", err=True)
     if reader.skipped and not quiet:
         click.echo(f"lm: {reader.skipped} bad records left out", err=True)
-
-
-def _scored(scorer, rows, part, alternatives, tally):
-    """What is written for each record of a part."""
-    questions = [rows.questions(record) for record in part]
-    scores = iter(scorer.score([question for own in questions for question in own], rows.per, alternatives or 0))
-    for record, own in zip(part, questions):
-        found = list(islice(scores, len(own)))
-        if tally:
-            tally.add(record.text, found[0])
-        yield rows.written(record, found)
 
 
 # options that choose what a row is; any two of them exclude each other

@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
+from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -30,6 +32,31 @@ class Record:
     newline: bool = True
     bad: bool = False
     parts: tuple[str, ...] = ()
+
+
+_values = attrgetter(*(one.name for one in dataclass_fields(Record)))
+
+
+def said(records: list[Record]) -> list[tuple]:
+    """Records as JSON can say them, for another process; `heard` makes them again."""
+    return list(map(_values, records))
+
+
+def heard(words: list[list]) -> list[Record]:
+    """Records that another process has said."""
+    return [Record(*word) for word in words]
+
+
+def unwritten(parts: Iterable[list[Record]], done: int, every: bool = False) -> Iterator[tuple[list[Record], int]]:
+    """(part, how many of its records have been written), where the first `done` records have; parts written whole are left
+    out unless `every` one is wanted.
+
+    A part begun is to be worked on whole again: other neighbours in a batch would change the last digits.
+    """
+    for part in parts:
+        written, done = min(done, len(part)), max(0, done - len(part))
+        if every or written < len(part):
+            yield part, written
 
 
 @dataclass
