@@ -2,13 +2,15 @@
 
 import hashlib
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
 
 from lmcli.analysis.intervals import percentiles, resampled
+from lmcli.inference.crew import ALONE, Crew
 from lmcli.inference.perplexity import Measured, Perplexity, each_measured
 from lmcli.inference.scoring import NATS_PER_BIT, Scorer
 from lmcli.text.corpus import encode_documents
@@ -120,15 +122,16 @@ class Group:
 
 
 def measure(scorers: list[Scorer], name: str, documents: Callable[[], Iterable[Document]], layout: Layout, by: str = "",
-            lines: int = 0) -> list[Group]:
+            lines: int = 0, crew: Crew = ALONE, keys: Sequence[int] = ()) -> list[Group]:
     """The Groups of some documents, one called `name` unless `by` names a field of their rows to group by, in the order
     of their first document. `documents` gives the same ones at each call, `lines` is how many to keep of each pair.
 
-    All models go through the documents side by side, so memory does not grow with them.
+    All models go through the documents side by side, so memory does not grow with them. A crew that works on them knows
+    the errands of the scorers by `keys`.
     """
     groups: dict[str, Group] = {}
-    streams = [each_measured(scorer, encode_documents(documents(), layout, scorer.tokenizer, lines > 0))
-               for scorer in scorers]
+    streams = [each_measured(scorer, encode_documents(documents(), layout, scorer.tokenizer, lines > 0), crew, key)
+               for scorer, key in zip_longest(scorers, keys, fillvalue=0)]
     for group, *found in zip(_names(name, documents, layout, by), *streams):
         if group not in groups:
             groups[group] = Group(group, [Perplexity(context=scorer.context, stride=scorer.stride) for scorer in scorers],

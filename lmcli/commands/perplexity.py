@@ -37,7 +37,8 @@ Examples:
 @options.batch_tokens
 @options.quiet
 @options.verbose
-def perplexity(models, verify, as_json, quiet, **given):
+@options.several
+def perplexity(models, verify, as_json, quiet, crew, **given):
     """Perplexity and bits per byte, a row for each file and model.
 
     Every token is scored once, with at least context - stride tokens of its document before it. Bits per byte compares
@@ -58,11 +59,14 @@ def perplexity(models, verify, as_json, quiet, **given):
         wanted = Signature.parse(verify)
         given |= {"documents": wanted.documents, "context": wanted.context, "stride": wanted.stride, "dtype": wanted.dtype,
                   "bos": bool(wanted.bos), "eos": bool(wanted.eos)}
-        return _verified(wanted, list(_rows(models, given, True)))
+    if not crew.leads:
+        return crew.follow(*_loaded(models, given)[2])
+    if verify:
+        return _verified(wanted, list(_rows(models, given, True, crew)))
     told, columns = [], perplexity_rows.columns("group" if given["by"] else "file", len(models) > 1)
 
     def rows():
-        for row in _rows(models, given, quiet):
+        for row in _rows(models, given, quiet, crew):
             told.append(row)
             yield row
 
@@ -73,11 +77,9 @@ def perplexity(models, verify, as_json, quiet, **given):
         note(text)
 
 
-def _rows(models, given, quiet):
-    """A row for each file or group, and model."""
-    names = [] if given["validation"] else options.input_files(given["files"], given["include"], quiet)
-    from lmcli.analysis import comparison, perplexity_rows, signature
-    from lmcli.model.device import dtype_name
+def _loaded(models, given):
+    """The models, their scorers, and the errands of these."""
+    from lmcli.inference.perplexity import errand
 
     loaded = [options.load_model(name, given["device"], given["dtype"], given["threads"], given["verbose"])
               for name in models]
@@ -85,10 +87,20 @@ def _rows(models, given, quiet):
         model.require("perplexity")
     scorers = [model.scorer(given["bos"], given["eos"], given["context"], given["stride"], given["batch_tokens"] or 0)
                for model in loaded]
+    return loaded, scorers, list(map(errand, scorers))
+
+
+def _rows(models, given, quiet, crew):
+    """A row for each file or group, and model."""
+    names = [] if given["validation"] else options.input_files(given["files"], given["include"], quiet)
+    from lmcli.analysis import comparison, perplexity_rows, signature
+    from lmcli.model.device import dtype_name
+
+    loaded, scorers, _ = _loaded(models, given)
     hashes = [signature.of_model(model.folder) for model in loaded]
     for label, documents, layout, chosen in _sources(models, names, given, quiet):
         groups = comparison.measure([scorers[k] for k in chosen], label, documents, layout, given["by"] or "",
-                                    given["differing"] if len(chosen) > 1 else 0)
+                                    given["differing"] if len(chosen) > 1 else 0, crew, chosen)
         for group in groups:
             for place, k in enumerate(chosen):
                 figures = group.figures[place]

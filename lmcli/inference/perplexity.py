@@ -3,14 +3,18 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
 
+from lmcli.inference.crew import ALONE, Crew, Errand, packed, unpacked
 from lmcli.inference.scoring import NATS_PER_BIT, Scorer
+from lmcli.inference.token_scores import Request, Wanted
 from lmcli.text.corpus import EncodedDocument
 
-TOKENS_AT_ONCE = 100_000
+TOKENS_AT_ONCE = 100_000  # at most: parts of like size come out even between processes
+BATCHES_AT_ONCE = 8
 # what is summed over documents, in the order of the vectors here
 COUNTED = ("nats", "tokens", "bytes", "characters", "words")
 # figure → (what it is nats per, whether it is a perplexity rather than bits)
@@ -123,23 +127,56 @@ def measured(scorer: Scorer, documents: Iterable[EncodedDocument]) -> Perplexity
     return total
 
 
-def each_measured(scorer: Scorer, documents: Iterable[EncodedDocument]) -> Iterator[Measured]:
-    """The documents in their order, worked on some 100,000 tokens at a time."""
-    waiting, tokens = [], 0
+class Part(NamedTuple):
+    """Tokens to read, with the document that ends with them, None where more of it follows."""
+
+    request: Request
+    document: EncodedDocument | None
+
+
+def errand(scorer: Scorer) -> Errand:
+    """The reading of Parts: of each the packed log-probabilities of its tokens, less what is given."""
+    def work(parts: list[Part]) -> list[str]:
+        found = scorer.reader.read([part.request for part in parts], Wanted())
+        return [packed(one.logprobs[part.request.given:]) for part, one in zip(parts, found)]
+
+    return Errand(work, lambda parts: [(packed(np.asarray(request.ids, dtype=np.int32)), request.spelt, request.given)
+                                       for request, _ in parts],
+                  lambda words: [Part(Request(unpacked(ids, np.int32).tolist(), spelt, given), None)
+                                 for ids, spelt, given in words])
+
+
+def each_measured(scorer: Scorer, documents: Iterable[EncodedDocument], crew: Crew = ALONE,
+                  key: int = 0) -> Iterator[Measured]:
+    """The documents in their order, worked on some thousand tokens at a time, by all of a crew: `key` is the place of this
+    scorer's errand."""
+    read: list[np.ndarray] = []  # of a document that goes on
+    for parts, found in crew.in_order(_parts(scorer, documents), errand(scorer), key):
+        for (_, document), logprobs in zip(parts, found):
+            read.append(unpacked(logprobs, np.float32))
+            if document is not None:
+                yield _measured(scorer, document, np.concatenate(read))
+                read = []
+
+
+def _parts(scorer: Scorer, documents: Iterable[EncodedDocument]) -> Iterator[list[Part]]:
+    waiting: list[Part] = []
+    tokens, most = 0, min(TOKENS_AT_ONCE, BATCHES_AT_ONCE * scorer.batch)
     for document in documents:
-        waiting.append(document)
-        tokens += len(document.ids)
-        if tokens > TOKENS_AT_ONCE:
-            yield from _measured(scorer, waiting)
-            waiting, tokens = [], 0
-    yield from _measured(scorer, waiting)
+        for request, following in pairwise(chain(scorer.slices(document.ids, most), (None,))):
+            waiting.append(Part(request, None if following else document))
+            tokens += len(request.ids)
+            if tokens >= most:
+                yield waiting
+                waiting, tokens = [], 0
+    if waiting:
+        yield waiting
 
 
-def _measured(scorer: Scorer, documents: list[EncodedDocument]) -> Iterator[Measured]:
-    for document, logprobs in zip(documents, scorer.token_logprobs([document.ids.tolist() for document in documents])):
-        scored = ~np.isnan(logprobs)
-        unseen = document.ids[~scored[:len(document.ids)]].tolist()
-        hidden = scorer.tokenizer.decode(unseen) if unseen else ""
-        sums = (-float(logprobs[scored].sum(dtype=np.float64)), scored.sum(),
-                document.bytes - scorer.tokenizer.count_bytes(unseen), document.characters - len(hidden), document.words)
-        yield Measured(document, np.array(sums, dtype=np.float64), logprobs)
+def _measured(scorer: Scorer, document: EncodedDocument, logprobs: np.ndarray) -> Measured:
+    scored = ~np.isnan(logprobs)
+    unseen = document.ids[~scored[:len(document.ids)]].tolist()
+    hidden = scorer.tokenizer.decode(unseen) if unseen else ""
+    sums = (-float(logprobs[scored].sum(dtype=np.float64)), scored.sum(),
+            document.bytes - scorer.tokenizer.count_bytes(unseen), document.characters - len(hidden), document.words)
+    return Measured(document, np.array(sums, dtype=np.float64), logprobs)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -154,6 +154,13 @@ class Scorer:
         out itself is not added a second time, and not scored. With `end`, it closes each sequence.
         """
         return [found.logprobs for found in self.reader.read([self._request(ids) for ids in sequences], Wanted())]
+
+    def slices(self, ids: np.ndarray, most: int) -> Iterator[Request]:
+        """What there is to read of a text, in requests of about `most` tokens: see Causal.slices. Only with a decoder."""
+        spelt = self._request(ids[:len(self.beginning)].tolist()).spelt
+        whole = ids if self.end is None else np.append(ids, self.end)  # a long text as a list would take much memory
+        for part in self.reader.slices(Request(whole, spelt), most):
+            yield part._replace(ids=part.ids.tolist())
 
     def _request(self, ids: Sequence[int], **more) -> Request:
         closing = [] if self.end is None else [self.end]

@@ -148,6 +148,22 @@ class Causal:
         """Tokens of a text that a window may predict; windows() counts one leading token, a template may have more."""
         return self.context - max(0, len(self.beginning) - 1)
 
+    def slices(self, request: Request, most: int) -> Iterator[Request]:
+        """A request of up to `most` tokens itself, a longer one as several of about so many: each is windows in a row of
+        the whole, what the first of them sees of the text before is given. One after the other, less what is given, their
+        tokens are those of the whole.
+        """
+        if len(request.ids) <= most:
+            yield request
+            return
+        start = end = given = 0
+        for window in self._windows(request, Wanted()):
+            if end and window.end - start > most:
+                yield _slice(request, start, end, given)
+                start, given = window.start, window.first - window.start
+            end = window.end
+        yield _slice(request, start, end, given)
+
     def _windows(self, request: Request, wanted: Wanted) -> Iterator[Window]:
         """Those over one text; where members are wanted the last one reads the last token too."""
         size, given = len(request.ids) - request.spelt, max(0, request.given - request.spelt)
@@ -229,6 +245,12 @@ class Causal:
 
         # keys and values of what they share are there once for each: a row costs memory for all of its tokens
         in_order([len(self.beginning) + job.window.end for job in group], 4 * self.batch, work)
+
+
+def _slice(request: Request, start: int, end: int, given: int) -> Request:
+    """Tokens `start` to `end` from behind a beginning that the text spells itself, which the first slice has."""
+    spelt = request.spelt
+    return Request(request.ids[spelt + start if start else 0:spelt + end], 0 if start else spelt, given)
 
 
 class Masking(NamedTuple):

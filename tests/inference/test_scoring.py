@@ -10,6 +10,7 @@ import torch
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.inference.perplexity import Perplexity, measured
 from lmcli.inference.scoring import Scorer
+from lmcli.inference.token_scores import Wanted
 from lmcli.text.corpus import encode_text
 
 TEXTS = ["", "a", " ", "\t\t", "The old dog slept.", "  two  spaces  ", "日本語の本", "é 🙂 naïve café", "a\rb", "x" * 150,
@@ -54,6 +55,22 @@ def test_left_to_themselves_windows_are_the_context_and_half_of_it(scorer):
     ids = ids_of(90)
     assert np.array_equal(lm.token_logprobs([ids])[0], scorer(context=32, stride=16).token_logprobs([ids])[0])
     assert not np.allclose(lm.token_logprobs([ids])[0], scorer(context=32, stride=32).token_logprobs([ids])[0])
+
+
+@pytest.mark.parametrize(("context", "stride"), [(32, 16), (32, 32), (32, 5), (8, 1), (2, 2)])
+@pytest.mark.parametrize("beginning", [[], [0], [0, 7]], ids=str)
+@pytest.mark.parametrize("end", [None, 0])
+def test_a_long_text_in_slices_has_the_windows_of_the_whole(beginning, context, stride, end, scorer):
+    if len(beginning) > 1 and context < 8:
+        pytest.skip("a template as long as the context leaves no room for text")
+    lm = scorer(beginning, context=context, stride=stride, end=end)
+    for ids in ([], ids_of(9), ids_of(75), [0, *ids_of(75)], [0, 7, *ids_of(33)]):  # some spell the beginning
+        whole, = lm.token_logprobs([ids])
+        for most in (1, 20, 40, 1000):
+            slices = list(lm.slices(np.array(ids, dtype=np.int32), most))
+            assert all(len(one.ids) <= max(most, context + 1) + len(beginning) for one in slices)
+            found = [one.logprobs[part.given:] for part, one in zip(slices, lm.reader.read(slices, Wanted()))]
+            np.testing.assert_allclose(np.concatenate(found), whole, atol=1e-5, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("batch", [1, 40, 200, 100_000])
