@@ -1,6 +1,5 @@
 """`lmcli.load(DIR)`: a model folder as an object that encodes, scores, generates; what commands and notebooks call."""
 
-import random
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,10 +14,10 @@ from lmcli.errors import UsageError, UserError
 from lmcli.inference.classification import Classified, Classifier
 from lmcli.inference.decoding import Decoder, Generated, Piece
 from lmcli.inference.filling import Filler
-from lmcli.inference.ordering import batch_tokens, in_order
 from lmcli.inference.perplexity import Perplexity, measured
 from lmcli.inference.scoring import Question, Score, Scorer
 from lmcli.inference.spans import Answer, Answerer
+from lmcli.inference.writing import decode_all, new_seed, streams
 from lmcli.model.device import Placement, place
 from lmcli.text.corpus import encode_text
 
@@ -284,40 +283,3 @@ class Model:
 def _check_share(threshold: float) -> None:
     if not 0 <= threshold <= 1:
         raise UsageError(f"{threshold} is outside 0 to 1", where="--threshold")
-
-
-def new_seed() -> int:
-    """A seed that nobody chose: 31 bits, so that it can be typed."""
-    return random.SystemRandom().getrandbits(31)
-
-
-def streams(decoder: Decoder | Filler) -> bool:
-    """Whether text comes token by token."""
-    return isinstance(decoder, Decoder) and decoder.config.num_beams == 1
-
-
-def decode_all(decoder: Decoder | Filler, prompts: list[list[int]], num_samples: int = 1,
-               seed: int | None = None, batch: int = 0) -> list[list[Generated]]:
-    """`num_samples` results for each prompt (ids), in order; worked on in groups of like length.
-
-    Sample k of prompt i is drawn from seed + i · num_samples + k, which its `seed` names.
-    """
-    first = new_seed() if seed is None else seed
-    seeds = [[first + i * num_samples + k for k in range(num_samples)] for i in range(len(prompts))]
-    most = min(4 * batch_tokens(decoder.model.embedding.weight.device, batch),
-               64 * decoder.model.config.max_position_embeddings)
-    if isinstance(decoder, Filler):
-        return in_order([len(prompt) * num_samples for prompt in prompts], most, lambda group: decoder.fill(
-            [prompts[i] for i in group], num_samples, [seeds[i] for i in group]))
-    width = decoder.config.num_beams
-    if width > 1:
-        if num_samples > width:
-            raise UsageError(f"--num-samples {num_samples} is more than --num-beams {width}",
-                             hint=f"the best of {num_samples} beams need --num-beams {num_samples}; "
-                                  "--temperature 1 draws instead")
-        return in_order([decoder.cost(prompt) * width for prompt in prompts], most, lambda group: decoder.beams(
-            [prompts[i] for i in group], num_samples))
-    rows = [(prompt, own) for prompt, many in zip(prompts, seeds) for own in many]
-    found = in_order([decoder.cost(prompt) for prompt, _ in rows], most, lambda group: decoder.generate(
-        [rows[i][0] for i in group], [rows[i][1] for i in group]))
-    return [found[i * num_samples:(i + 1) * num_samples] for i in range(len(prompts))]

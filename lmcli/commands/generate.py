@@ -53,8 +53,9 @@ Examples:
 @options.batch_tokens
 @options.quiet
 @options.verbose
+@options.several
 def generate(prompts, model, stop, num_samples, seed, echo, whole, raw, zero, on_error, bos, as_json, device, dtype,
-             threads, batch_tokens, quiet, verbose, **sampling):
+             threads, batch_tokens, quiet, verbose, crew, **sampling):
     """Continues prompts; with an encoder-decoder (T5, BART, Marian) writes what it makes of them, with an encoder (BERT)
     fills their masks. Each PROMPT argument is one, written raw and as it comes; without arguments each line of standard
     input is one, and each gives one line (backslash, newline, CR and tab escaped).
@@ -62,38 +63,48 @@ def generate(prompts, model, stop, num_samples, seed, echo, whole, raw, zero, on
     Only what is new is written. Defaults come from the folder's generation_config.json, a beam search included; a
     --temperature above 0 draws instead. Without any, a decoder draws and the others take the likeliest.
     """
-    if not prompts and sys.stdin.isatty():
+    if crew.leads and not prompts and sys.stdin.isatty():
         raise click.UsageError("no prompt: give one, or pipe prompts in", click.get_current_context())
     if "" in stop:
         raise UsageError("an empty text would stop at once", where="--stop")
     if any("\udc80" <= character <= "\udcff" for text in (*prompts, *stop) for character in text):
         raise UsageError("invalid UTF-8 in an argument")  # Python's stand-ins for bytes that are no text
-    from lmcli import api
+    from lmcli.inference import writing
+    from lmcli.inference.decoding import Generated
     from lmcli.text.records import Output
 
     loaded = options.load_model(model, device, dtype, threads, verbose, generating=True)
     decoder = loaded.decoder(stop, bos, **sampling)
-    first = api.new_seed() if seed is None else seed
+    if not crew.leads:
+        return crew.follow(writing.errand(decoder))
+    first = writing.new_seed() if seed is None else seed
     if verbose:
         click.echo(f"lm: seed {first}", err=True)
     piped = not prompts or "-" in prompts
     style = _Style(as_json, echo, raw or bool(prompts and not piped) or whole, "\0" if zero else "\n")
-    streamed = prompts and not piped and not as_json and api.streams(decoder)
+    streamed = prompts and not piped and not as_json and writing.streams(decoder)
     source = _Prompts(loaded, bos, on_error, quiet)
+    batches = source.batches(prompts, whole, zero)
     with Output() as out:
-        for batch in source.batches(prompts, whole, zero):
-            known = [ids for _, ids in batch if ids]
-            if streamed:
-                for number, (text, ids) in enumerate(prompt for prompt in batch for _ in range(num_samples)):
-                    _stream(out, decoder, ids, first + number, text if echo else "")
-                continue
-            found = iter(api.decode_all(decoder, known, num_samples, first, batch_tokens or 0))
-            first += len(batch) * num_samples
+        if streamed:
+            every = (prompt for batch in batches for prompt in batch for _ in range(num_samples))
+            for number, (text, ids) in enumerate(every):
+                _stream(out, decoder, ids, first + number, text if echo else "")
+        for batch, results in writing.decode_parts(decoder, _seeded(batches, first, num_samples), num_samples,
+                                                   batch_tokens or 0, crew):
+            found = iter(results)
             for text, ids in batch:
-                for result in next(found) if ids else [api.Generated("", None, [], [], None)] * num_samples:
+                for result in next(found) if ids else [Generated("", None, [], [], None)] * num_samples:
                     out.write(style.written(text, result))
             out.flush()
     source.tell_what_is_missing()
+
+
+def _seeded(batches, first, num_samples):
+    """(batch, ids of its prompts that have some, the seed of the first) of each batch."""
+    for batch in batches:
+        yield batch, [ids for _, ids in batch if ids], first
+        first += len(batch) * num_samples
 
 
 def _stream(out, decoder, ids, seed, begin):
