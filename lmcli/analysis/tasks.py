@@ -3,8 +3,9 @@
 import difflib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lmcli.analysis import text_metrics
@@ -12,6 +13,7 @@ from lmcli.analysis.benchmark import peak_memory
 from lmcli.checkpoints import folder, hub
 from lmcli.config import ModelConfig
 from lmcli.errors import UsageError, UserError
+from lmcli.inference.crew import ALONE, Crew, Errand
 from lmcli.inference.scoring import Question
 from lmcli.text.asked import PAIR_FIELDS
 from lmcli.text.documents import pin_stdin
@@ -198,45 +200,55 @@ class Runner:
     seconds: float = field(default=0.0, init=False)
     records: int = field(default=0, init=False)
 
-    def predictions(self, data: Data) -> Iterator[tuple[Labelled, Prediction]]:
-        """Each record with what the model says of it."""
-        span = self.model.model.config.head == "span"
-        work = {"labels": self._labels, "texts": self._texts, "answers": self._answers if span else self._texts,
-                "pairs": self._pairs}[self.task.form.kind]
-        for part in data.parts(128 if work == self._texts else 512):  # texts take long: tell how far it is
-            began = time.perf_counter()
-            found = work(part)
+    def predictions(self, data: Data, crew: Crew = ALONE, place: int = 0) -> Iterator[tuple[Labelled, Prediction]]:
+        """Each record with what the model says of it; those of a crew know the model by its place (see `errand`)."""
+        size = 128 if self._work == self._texts else 512  # texts take long: tell how far it is
+        found, began = crew.in_order(data.parts(size), Errand(self.work, partial(self._said, place))), time.perf_counter()
+        for part, (predictions, cut) in found:
             self.seconds += time.perf_counter() - began
             self.records += len(part)
-            yield from zip(part, found, strict=True)
+            self.cut += cut
+            yield from zip(part, map(tuple, predictions), strict=True)
+            began = time.perf_counter()
 
-    def _labels(self, part: Sequence[Labelled]) -> list[Prediction]:
+    def work(self, part: Sequence[Labelled]) -> tuple[list[Prediction], int]:
+        """What the model says of some records, and how many of them it could not read whole."""
+        return self._work(part)
+
+    def _said(self, place: int, part: Sequence[Labelled]) -> tuple[int, str, list[tuple]]:
+        return place, self.task.name, [(record.inputs, record.row) for record in part]
+
+    @property
+    def _work(self) -> Callable[[Sequence[Labelled]], tuple[list[Prediction], int]]:
+        span = self.model.model.config.head == "span"
+        return {"labels": self._labels, "texts": self._texts, "answers": self._answers if span else self._texts,
+                "pairs": self._pairs}[self.task.form.kind]
+
+    def _labels(self, part: Sequence[Labelled]) -> tuple[list[Prediction], int]:
         texts = [record.inputs if len(record.inputs) == 2 else record.inputs[0] for record in part]
         found = self.model.classify(texts, batch=self.batch)
-        self.cut += sum(one.truncated for one in found)
-        return [tuple(one.labels) for one in found]
+        return [tuple(one.labels) for one in found], sum(one.truncated for one in found)
 
-    def _texts(self, part: Sequence[Labelled]) -> list[Prediction]:
-        config = self.model.model.config
+    def _texts(self, part: Sequence[Labelled]) -> tuple[list[Prediction], int]:
+        config, cut = self.model.model.config, 0
         sources = [_prompt(record, config.shape == "decoder") for record in part]
         readable = [i for i, record in enumerate(part) if any(map(str.strip, record.inputs))]  # a blank one gives nothing
         options = {"temperature": 0.0} | self.options if config.shape == "decoder" else self.options
         if config.positions != "relative":
-            self.cut += sum(len(self.model.prompt(sources[i])) > self.model.context for i in readable)
+            cut = sum(len(self.model.prompt(sources[i])) > self.model.context for i in readable)
         found = self.model.generate([sources[i] for i in readable], batch=self.batch, **options) if readable else []
         texts = dict(zip(readable, (one.text.strip() for one in found)))
-        return [(texts[i],) if texts.get(i) else () for i in range(len(part))]
+        return [(texts[i],) if texts.get(i) else () for i in range(len(part))], cut
 
-    def _answers(self, part: Sequence[Labelled]) -> list[Prediction]:
+    def _answers(self, part: Sequence[Labelled]) -> tuple[list[Prediction], int]:
         questions, contexts = map(list, zip(*(record.inputs for record in part)))
         found = self.model.answer(questions, contexts, batch=self.batch)
-        self.cut += sum(one.truncated for one in found)
-        return [(one.text,) if one.text else () for one in found]
+        return [(one.text,) if one.text else () for one in found], sum(one.truncated for one in found)
 
-    def _pairs(self, part: Sequence[Labelled]) -> list[Prediction]:
+    def _pairs(self, part: Sequence[Labelled]) -> tuple[list[Prediction], int]:
         scores = iter(self.model.scorer(batch=self.batch).score([Question(text) for one in part for text in one.inputs]))
         both = ((first.logprob, second.logprob) for first, second in zip(scores, scores))
-        return [() if None in pair else (str(pair[0] > pair[1]).lower(),) for pair in both]
+        return [() if None in pair else (str(pair[0] > pair[1]).lower(),) for pair in both], 0
 
     def facts(self, followed: bool) -> dict[str, Any]:
         """What the model costs: parameters, bytes of its weights on disk, the most memory that the process held since it
@@ -246,6 +258,20 @@ class Runner:
                 "disk_bytes": sum(file.stat().st_size for file in model.folder.glob("*.safetensors")),
                 "memory_bytes": peak_memory(model.placement.device) if followed else None,
                 "records_per_second": self.records / self.seconds if self.seconds else None}
+
+
+def errand(models: Sequence[str], runner: Callable[[str, Task], Runner]) -> Errand:
+    """The predictions of whichever of the models the leader of a crew is at; `runner` loads one."""
+    held: dict[int, Runner] = {}
+
+    def work(said: tuple[int, str, list[tuple]]) -> tuple[list[Prediction], int]:
+        place, task, records = said
+        if place not in held:
+            held.clear()  # first: memory may not do for both
+            held[place] = runner(models[place], TASKS[task])
+        return held[place].work([Labelled(tuple(inputs), (), None, row, "", 0) for inputs, row in records])
+
+    return Errand(work)
 
 
 def _prompt(record: Labelled, continued: bool) -> str:

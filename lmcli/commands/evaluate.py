@@ -50,7 +50,9 @@ Examples:
 @options.batch_tokens
 @options.quiet
 @options.verbose
-def evaluate(files, models, predictions, references, task, pairs, metrics, by, as_json, resamples, seed, quiet, **given):
+@options.several
+def evaluate(files, models, predictions, references, task, pairs, metrics, by, as_json, resamples, seed, quiet, crew,
+             **given):
     """Figures of a task from labelled records, each with a 95 % interval; of several systems how far they lie apart.
 
     Rows have text and label (classify), source and target (translate, summarize), question, context and answers (qa), or
@@ -65,6 +67,10 @@ def evaluate(files, models, predictions, references, task, pairs, metrics, by, a
         raise UsageError(f"--pairs and --task {task} exclude each other")
     if not files and "-" in predictions and not references:
         raise UsageError("standard input has the predictions: give a FILE or --references", where="--predictions")
+    if not crew.leads:
+        from lmcli.analysis.tasks import errand
+
+        return crew.follow(errand(models, lambda name, task: _runner(name, task, seed, given)))
     names = options.input_files(files, given["include"], quiet) if files or not references else []
     from lmcli import api
     from lmcli.analysis import system_rows, systems, tasks, text_metrics
@@ -87,9 +93,9 @@ def evaluate(files, models, predictions, references, task, pairs, metrics, by, a
                                                       2 if found.unanswerable else 1))
     counts()  # a library that is not there is told before the work
     measured = []
-    for name in models:
+    for place, name in enumerate(models):
         measured.append(system := systems.System(name, counts()))
-        _run(system, chosen, data, found.records, quiet, seed, given)
+        _run(system, chosen, data, found.records, quiet, seed, given, crew, place)
     for file in predictions or (() if models else (None,)):
         measured.append(system := systems.System(file or data.name_of((names or [references])[0]), counts()))
         for _ in system.take(labelled.predicted(data, file)):
@@ -102,25 +108,30 @@ def evaluate(files, models, predictions, references, task, pairs, metrics, by, a
         note(text)
 
 
-def _run(system, task, data, records, quiet, seed, given):
-    """Has a model make its predictions; says every ten seconds how far it is."""
+def _runner(name, task, seed, given):
     from lmcli.analysis.tasks import Runner
+
+    loaded = options.load_model(name, given["device"], given["dtype"], given["threads"], given["verbose"])
+    writing = {"max_new_tokens": given["max_new_tokens"], "num_beams": given["num_beams"], "stop": given["stop"],
+               "seed": seed}
+    return Runner(task, loaded, writing, given["batch_tokens"] or 0)
+
+
+def _run(system, task, data, records, quiet, seed, given, crew, place):
+    """Has a model make its predictions; says every ten seconds how far it is."""
     from lmcli.display import SECONDS_BETWEEN_LINES, note
     from lmcli.model.device import follow_memory
 
-    followed = follow_memory()
-    loaded = options.load_model(system.name, given["device"], given["dtype"], given["threads"], given["verbose"])
-    writing = {"max_new_tokens": given["max_new_tokens"], "num_beams": given["num_beams"], "stop": given["stop"],
-               "seed": seed}
-    runner, told = Runner(task, loaded, writing, given["batch_tokens"] or 0), time.monotonic()
-    for done in system.take(runner.predictions(data)):
+    followed, told = follow_memory(), time.monotonic()
+    runner = _runner(system.name, task, seed, given)
+    for done in system.take(runner.predictions(data, crew, place)):
         if time.monotonic() - told >= SECONDS_BETWEEN_LINES and not quiet:
             told = time.monotonic()
             note(f"{system.name}: {done:,} of {records:,} records, {runner.records / runner.seconds:.3g} a second")
     system.facts = runner.facts(followed)
     if runner.cut and not quiet:
-        note(f"{system.name}: {runner.cut:,} of {records:,} records are longer than the context of {loaded.context} tokens "
-             "and were not read whole")
+        note(f"{system.name}: {runner.cut:,} of {records:,} records are longer than the context of {runner.model.context} "
+             "tokens and were not read whole")
 
 
 def _print(rows, task, as_json, several, grouped, resamples, seed):
