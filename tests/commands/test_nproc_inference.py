@@ -1,0 +1,178 @@
+"""score, perplexity, generate, evaluate, classify by several processes: the bytes of one, and how all of them end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LINES = [f"The baker of village {i} sold {i % 7} loaves." + " She went home." * (i % 5) for i in range(100)]
+LINES[7], LINES[50], LINES[80] = "", "The baker had a dream. " * 60, "a"
+
+
+@pytest.fixture(scope="module")
+def model(small_model, small_tokenizer, tmp_path_factory) -> Path:
+    """A small decoder with random weights."""
+    return saved(small_model(), small_tokenizer, tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="module")
+def classifier(small_model, small_tokenizer, tmp_path_factory) -> Path:
+    """A small BERT with two labels."""
+    from lmcli.checkpoints.families import FAMILIES
+
+    family = FAMILIES["bert"]
+    chosen = {key: value for choices in family.choices.values() for key, value in choices[0][1].items()}
+    options = {**family.expected("sequence"), **chosen, "model_type": "bert", "shape": "encoder", "head": "sequence",
+               "num_key_value_heads": 4, "labels": ("good", "bad")}
+    return saved(small_model(**options), small_tokenizer, tmp_path_factory.mktemp("classifier"))
+
+
+def saved(model, tokenizer, path: Path) -> Path:
+    from lmcli.checkpoints import folder
+    from lmcli.config import GenerateConfig
+
+    folder.save(path, model, tokenizer, GenerateConfig(max_new_tokens=8))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """Lines of mixed lengths, one empty, one of many contexts; rows with labels; some of these and a line that is none."""
+    folder = tmp_path_factory.mktemp("texts")
+    rows = [json.dumps({"text": line, "label": ("good", "bad")[i % 3 == 0]}) for i, line in enumerate(LINES * 6)]
+    texts = {"text.txt": LINES, "rows.jsonl": rows, "bad.jsonl": [*rows[:90], "{no row", *rows[90:120]]}
+    for name, lines in texts.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
+    return {name: folder / name for name in texts}
+
+
+def same(lm, *arguments, counts=(2,), **options) -> subprocess.CompletedProcess:
+    """What one process does, after seeing that several do the same."""
+    alone = lm(*arguments, **options)
+    for count in counts:
+        done = lm(*arguments, "--nproc", count, **options)
+        assert (done.stdout, done.stderr, done.returncode) == (alone.stdout, alone.stderr, alone.returncode)
+    return alone
+
+
+class TestTheOutputIsThatOfOneProcess:
+    def test_scores_of_records(self, lm, model, files):
+        done = same(lm, "score", "-m", model, "--on-error", "blank", files["bad.jsonl"], "--json", counts=(3,))
+        assert done.returncode == 0 and done.stdout.count(b"\n") == 121
+
+    def test_what_is_told_of_all_records_at_the_end_and_of_those_left_out(self, lm, model, files):
+        done = same(lm, "score", "-m", model, "--on-error", "skip", "--worst", 5, files["bad.jsonl"])
+        assert done.stdout.count(b"\n") == 6 and b"1 bad record" in done.stderr
+
+    def test_tokens_of_lines_from_a_pipe(self, lm, model, files):
+        done = same(lm, "score", "-m", model, "--per", "token", stdin=files["text.txt"].read_bytes())
+        assert done.returncode == 0 and done.stdout.count(b"\n") > 1000
+
+    def test_perplexity_and_the_difference_of_two_models(self, lm, model, files):
+        done = same(lm, "perplexity", "-m", model, "-m", model, "--batch-tokens", 32, "--documents", "line", "--json",
+                    files["text.txt"])  # a batch so small reads the long line in slices
+        assert done.returncode == 0 and json.loads(done.stdout.splitlines()[1])["difference"] == 0
+
+    def test_texts_that_are_drawn(self, lm, model, files):
+        done = same(lm, "generate", "-m", model, "--seed", 3, "--num-samples", 2, "--batch-tokens", 64, "--json",
+                    stdin=files["text.txt"].read_bytes(), counts=(3,))
+        seeds = [json.loads(line)["seed"] for line in done.stdout.splitlines()]
+        assert len(seeds) == 200 and seeds[:2] == [3, 4]
+
+    def test_figures_of_predictions(self, lm, classifier, files):
+        command = ("evaluate", "-m", classifier, "-m", classifier, "--resamples", 50, "-q", files["rows.jsonl"])
+        alone, several = ([line for line in lm(*command, *more).stdout.decode().splitlines()
+                           if "memory_bytes" not in line and "records_per_second" not in line]
+                          for more in ((), ("--nproc", 2)))
+        assert alone == several and any("accuracy" in line for line in alone)
+
+    def test_labels_of_records_after_those_that_were_kept(self, lm, classifier, files, tmp_path):
+        whole = lm("classify", "-m", classifier, files["rows.jsonl"]).stdout
+        part = tmp_path / "labels.part"
+        part.write_bytes(b"".join(whole.splitlines(keepends=True)[:520]) + b"half a li")
+        done = lm("classify", "-m", classifier, files["rows.jsonl"], "-o", tmp_path / "labels", "--continue", "--nproc", 2)
+        assert done.returncode == 0, done.stderr.decode()
+        assert (tmp_path / "labels").read_bytes() == whole
+
+    def test_under_torchrun(self, model, files, environment, lm):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lmcli"]
+        done = subprocess.run([*torchrun, "score", "-m", model], input=files["text.txt"].read_bytes(), capture_output=True,
+                              env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr.decode()
+        assert done.stdout == lm("score", "-m", model, files["text.txt"]).stdout
+
+
+@pytest.mark.parametrize("arguments, code", [(("rows.jsonl", "--context", 99), 2), (("bad.jsonl",), 1)],
+                         ids=["what all find", "what one reads"])
+def test_a_mistake_is_told_once(lm, inside, model, files, arguments, code):
+    name, *options = arguments
+    alone, several = (run("score", "-m", model, files[name], *options, *more)
+                      for run, more in ((inside, ()), (lm, ("--nproc", 2))))
+    assert (several.stdout, several.stderr, several.returncode) == (alone.stdout, alone.stderr, code)
+    assert several.stderr.count(b"lm: error") == 1
+
+
+@pytest.fixture
+def busy(environment, model):
+    """busy(*arguments): two processes that score an endless text, after the first line; in a session of their own."""
+    processes = []
+
+    def start(*arguments) -> subprocess.Popen:
+        text = subprocess.Popen(["yes", "The baker went home. " * 5], stdout=subprocess.PIPE)
+        command = [sys.executable, "-m", "lmcli", "score", "-m", str(model), "--nproc", "2", *map(str, arguments)]
+        process = subprocess.Popen(command, env=environment, stdin=text.stdout, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, start_new_session=True)
+        text.stdout.close()
+        processes.extend([text, process])
+        assert process.stdout.readline()
+        return process
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def members(process: subprocess.Popen) -> list[int]:
+    """The process ids of the crew, the leader's first."""
+    return [int(found) for found in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def end(process: subprocess.Popen, there: list[int]) -> str:
+    """What it says on standard error, once it and all of its processes have ended."""
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    process.wait(timeout=30)
+    assert "Traceback" not in errors
+    assert not [one for one in there if Path(f"/proc/{one}").exists()]
+    return errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are found in /proc")
+class TestHowTheyEnd:
+    @pytest.mark.parametrize("which", [0, 1], ids=["the leader", "another"])
+    def test_where_one_is_killed_all_end_and_it_is_told_how(self, busy, which):
+        process = busy()
+        there = members(process)
+        os.kill(there[which], signal.SIGKILL)
+        read = process.stdout.read()
+        errors = end(process, there)
+        assert errors == (f"lm: process {which} of 2 was ended by SIGKILL: start the command again; after -o FILE, "
+                          "--continue goes on\n")
+        assert process.returncode == 1 and read.endswith(b"\n")
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+    def test_a_signal_to_all_ends_them_at_once(self, busy, number):
+        process = busy()
+        there = members(process)
+        os.killpg(process.pid, number)
+        process.stdout.read()
+        assert end(process, there).strip() == "lm: interrupted" and process.returncode == 130
+
+    def test_a_closed_pipe_ends_them_quietly(self, busy):
+        process = busy()
+        assert end(process, members(process)) == "" and process.returncode == 141
