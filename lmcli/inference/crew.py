@@ -21,7 +21,7 @@ import numpy as np
 
 from lmcli.errors import EXIT_FAILED, Lost, UserError
 
-READ_AHEAD = 2  # parts a process that are read before those before them have been written
+READ_AHEAD = 4  # parts a process that are read before those before them are written: a large one may take as long as several
 PATIENCE = timedelta(days=365)  # a pipe may be quiet for long; one who is gone is noticed at once
 
 
