@@ -79,13 +79,20 @@ def keep_freed_memory() -> None:
     blocks over 32 MB, as a large vocabulary's gradient is, perhaps 9 % of fine-tuning MiniLM (within
     noise). Elsewhere it does nothing.
     """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
+    _set_malloc(mmap_max=0, trim_threshold=(1 << 31) - 1)  # a threshold over 32 MB would be refused
+
+
+def give_back_freed_memory() -> None:
+    """The opposite, for when memory is what is short: a block of a megabyte goes back to the system once it is freed."""
+    _set_malloc(mmap_max=1 << 16, trim_threshold=1 << 20, mmap_threshold=1 << 20)
+
+
+def _set_malloc(**options: int) -> None:
+    places = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # M_TRIM_THRESHOLD … of malloc.h
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h; a threshold over 32 MB is refused
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
+        for name, value in options.items():
+            libc.mallopt(places[name], value)
 
 
 def follow_memory() -> bool:

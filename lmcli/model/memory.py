@@ -103,6 +103,8 @@ def kept_for_backward(config: ModelConfig, train: TrainConfig, tokens: int, dtyp
     kept = sum(layers * (config.hidden_size if recompute else block) for layers, block, _ in _blocks(config, train, fused))
     copies = 0 if dtype == "float32" and not fused else size * sum(
         count * rows * columns for count, rows, columns in inner_matrices(config))  # of the weights, in that precision
+    if recompute:  # those of one block at a time
+        copies //= sum(layers for layers, _, _ in _blocks(config, train, fused))
     return int(size * tokens * (kept + config.hidden_size)) + copies + _head(config, train, tokens, size)
 
 

@@ -9,6 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmcli.errors import UserError
+from lmcli.model.device import give_back_freed_memory
 from lmcli.storage import user_errors
-from lmcli.training.parallel import Part, Team, noticing
+from lmcli.training.parallel import Part, Team, local, noticing
 
+FILE_BYTES = 64 << 20
 FORWARD = ("hidden", "encode")  # the model's ways in; its head works on what they give, with the weights still whole
 
 
@@ -57,6 +60,8 @@ class ShardedTeam(Team):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+        if device.type == "cpu":
+            give_back_freed_memory()
         # nothing here changes in place what a block returns
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         nowhere = {id(parameter): nn.Parameter(parameter.to("meta"), parameter.requires_grad)
@@ -143,11 +148,16 @@ def _rows(count: int, rank: int, size: int) -> int:
 
 
 def write(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes this process's part of the tensors; all processes do it at once. Raises UserError when the disk refuses."""
+    """Writes this process's part of the tensors, in several files, each of which is in memory once more meanwhile; all
+    processes do it at once. Raises UserError when the disk refuses."""
     import torch.distributed.checkpoint as checkpoint
 
+    before = accumulate((local(tensor).nbytes for tensor in tensors.values()), initial=0)
+    files = {name: 1 + size // FILE_BYTES for name, size in zip(tensors, before)}
+    numbers = {old: new for new, old in enumerate(dict.fromkeys(files.values()), 1)}  # none left out
     with _refusals(folder):
-        checkpoint.save(tensors, storage_writer=checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        checkpoint.save(tensors, storage_writer=checkpoint.HuggingFaceStorageWriter(
+            str(folder), {name: numbers[file] for name, file in files.items()}, save_distributed=True))
 
 
 def sizes(folder: Path) -> dict[str, torch.Size]:
