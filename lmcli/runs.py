@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from lmcli.analysis import auto, remembering
 from lmcli.checkpoints import adapters, hub
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import Recipe
-from lmcli.errors import UsageError, UserError
+from lmcli.errors import Lost, UsageError, UserError
 from lmcli.model import kernels
 from lmcli.model.device import Placement, place
 from lmcli.model.transformer import Transformer
@@ -19,6 +20,7 @@ from lmcli.recipes import changed, require_budget, require_origin
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
 from lmcli.training import changes, data, memory_room, run_folder, state
+from lmcli.training.divergence import Diverged
 from lmcli.training.objectives import OBJECTIVES
 from lmcli.training.parallel import ALONE, Team
 from lmcli.training.sharding import ShardedTeam
@@ -197,7 +199,7 @@ def _lead(run: TrainingRun, team: Team, resumed: bool) -> None:
 def follow(team: Team, device: str, threads: int) -> None:
     """Joins the run that the leader tells of and makes its steps to the end; all see the same files.
 
-    Raises Lost when the leader has gone, and what `loop.Run.follow` raises.
+    Raises Lost when the leader has gone, or ends for a reason that this process has found as well.
     """
     def silent(text: str) -> None:
         """The leader has said it."""
@@ -215,8 +217,14 @@ def follow(team: Team, device: str, threads: int) -> None:
     run.loop.join(team)
     if heard["resumed"]:
         state.newest(place_of_run.states, silent).restore(run.model, run.loop.optimizer)
-    for _, part in run.loop.follow():
-        state.write_share(Path(part), run.model, run.loop.optimizer)
+    try:
+        for _, part in run.loop.follow():
+            with suppress(UserError):  # of a disk that refuses: the leader hears of it, and tells it
+                state.write_share(Path(part), run.model, run.loop.optimizer)
+    except UserError as error:
+        if team.shards and not isinstance(error, Diverged):  # memory that ran out here alone
+            raise
+        raise Lost(error.what, hint="the leader has met the same, and tells it") from error
 
 
 def _tell(run: TrainingRun, note: Callable[[str], None]) -> None:

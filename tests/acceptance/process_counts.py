@@ -77,7 +77,7 @@ class Cases:
 
     def stopped(self, before: tuple, after: tuple) -> float:
         """A run by `before` processes (how many, and how), told to stop after its first save, that `after` go on with."""
-        name, started = f"{before} to {after}", time.monotonic()
+        name, started = " to ".join("".join(map(str, one)) for one in (before, after)), time.monotonic()
         process = subprocess.Popen([*LM, *self.command(name, ADAMW), "--nproc", *map(str, before)], start_new_session=True)
         self.wait_for_a_state(name, process)
         os.killpg(process.pid, signal.SIGINT)

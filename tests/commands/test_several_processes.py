@@ -95,6 +95,14 @@ def test_ctrl_c_saves_and_other_processes_go_on(started, lm, text, tmp_path, alo
     assert lm("perplexity", "-m", tmp_path / "run", text).returncode == 0
 
 
+@pytest.mark.parametrize("how", [(), ("--shard",)], ids=["whole", "parts"])
+def test_a_loss_that_explodes_is_told_once(lm, text, tmp_path, how):
+    done = lm("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 30, "--set", "train.learning_rate=1e4", "--set",
+              "train.gradient_clip=0", "--set", "train.warmup=0", "--nproc", 2, *how)
+    assert done.returncode == 1 and done.stderr.decode().count("has exploded") == 1
+    assert "Traceback" not in done.stderr.decode()
+
+
 def test_one_process_has_nobody_to_share_with(lm, text, tmp_path):
     done = lm("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 1, "--shard")
     assert done.returncode == 2 and b"--nproc" in done.stderr and not (tmp_path / "run").exists()
