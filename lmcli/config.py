@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 from lmcli.errors import UsageError
 
 Number = int | float
-LORA_TARGETS = ("all", "query", "key", "value", "output", "gate", "up", "down")
+LORA_TARGETS = ("all", "query", "key", "value", "output", "gate", "up", "down", "embedding", "head")
 
 
 def knob(default: Any, meaning: str, low: Number | None = None, high: Number | None = None,
@@ -190,7 +190,7 @@ class TrainConfig:
     lora_rank: int = knob(0, "rank of the matrices that LoRA trains beside frozen ones; 0 trains all weights", 0, 1 << 16)
     lora_alpha: float = knob(0.0, "what they add is multiplied by lora_alpha / lora_rank; 0 takes twice the rank", 0.0, 1e9)
     lora_dropout: float = knob(0.0, "share of what they read set to zero", 0.0, 0.95)
-    lora_targets: tuple[str, ...] = knob(("all",), "parts of a block that get them", choices=LORA_TARGETS)
+    lora_targets: tuple[str, ...] = knob(("all",), "what gets them; all: every matrix of the blocks", choices=LORA_TARGETS)
     frozen_layers: int = knob(0, "blocks from the bottom (of two stacks: the encoder's) that are not trained, nor is the "
                               "embedding then", 0, 1024)
     compile: str = knob("auto", "torch.compile for the blocks; auto: on a GPU, in runs that repay the minute it takes",

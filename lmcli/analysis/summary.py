@@ -141,7 +141,8 @@ def _model_folder(path: Path, kind: str) -> Summary:
         files = _weight_files(base)
         header = {name: found for file in files for name, found in _header(file).items()}
         if adapter:  # a head of its own
-            header |= {name: ("F32", tuple(tensor.shape)) for name, tensor in adapter.tensors.items() if "lora_" not in name}
+            header |= {name: ("F32", tuple(tensor.shape)) for name, tensor in adapter.tensors.items()
+                       if "lora_" not in name and ".base_layer." not in name}
         facts["weights"] = {"files": [file.name for file in files],
                             "bytes": sum(file.stat().st_size for file in files), **_stored(header)}
     if family:
@@ -167,7 +168,7 @@ def _adapter(adapter) -> dict[str, Any]:
     named = adapter.options.get("target_modules")
     return {"base": str(adapter.base), "rank": adapter.options.get("r"), "alpha": adapter.options.get("lora_alpha"),
             "targets": sorted(named) if isinstance(named, list) else named,
-            "parameters": sum(tensor.numel() for tensor in adapter.tensors.values())}
+            "parameters": sum(tensor.numel() for name, tensor in adapter.tensors.items() if ".base_layer." not in name)}
 
 
 def _shape(config: ModelConfig) -> dict[str, Any]:

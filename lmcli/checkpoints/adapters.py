@@ -15,14 +15,16 @@ from lmcli.checkpoints import hub
 from lmcli.checkpoints.config_json import family_of
 from lmcli.checkpoints.families import FAMILIES, Family
 from lmcli.checkpoints.weights import joined, spelled, stored_tensors
+from lmcli.config import ModelConfig
 from lmcli.errors import UserError
-from lmcli.model.adapters import LoraLinear, put_on_linears
+from lmcli.model.adapters import LoraEmbedding, LoraLinear, adapters_of
 from lmcli.model.fused import LowRank, added
 from lmcli.model.transformer import Transformer
 from lmcli.storage import read_json, read_tensors, write_tensors, write_text
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LEAD = "base_model.model."  # of all names in the file
+FACTORS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}  # A and B of a Linear, of an embedding
 TASKS = {("decoder", "lm"): "CAUSAL_LM", ("encoder-decoder", "lm"): "SEQ_2_SEQ_LM", ("encoder", "sequence"): "SEQ_CLS",
          ("encoder", "token"): "TOKEN_CLS", ("encoder", "span"): "QUESTION_ANS", ("encoder", "none"): "FEATURE_EXTRACTION"}
 HEADS = {task: head for (_, head), task in TASKS.items()}
@@ -117,37 +119,73 @@ def _refuse_others(options: dict[str, Any], where: str) -> None:
             raise UserError(f"{key}: {value!r} is not a number", where=where)
 
 
-def merged(adapter: Adapter, family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def merged(adapter: Adapter, family: Family, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A base model's tensors, by their names in its files, with what the adapter adds to them or puts in their place.
 
     Raises UserError naming the tensor that the base has not or has in another shape.
     """
-    done, where = dict(tensors), str(adapter.folder / WEIGHTS)
+    tensors, where = _underneath(adapter, family, config, tensors), str(adapter.folder / WEIGHTS)
+    done = dict(tensors)
     for name, tensor in adapter.tensors.items():
-        module, part, _ = name.rpartition(".lora_A.weight")
+        module, part = _parted(name)
         if not part and ("lora_" in name or "base_layer" in name):
-            if not name.endswith(".lora_B.weight"):
-                raise UserError(f"has a tensor of a kind that is not supported: {name}", where=where)
-        elif not part:
+            raise UserError(f"has a tensor of a kind that is not supported: {name}", where=where)
+        if not part:
             done[spelled(name, family.prefix, tensors) or name] = tensor
-        else:
+        elif part in FACTORS:
             weight = spelled(f"{module}.weight", family.prefix, tensors)
-            other = adapter.tensors.get(f"{module}.lora_B.weight")
+            other = adapter.tensors.get(f"{module}.{FACTORS[part]}")
             if weight is None or other is None:
-                lacks = f"no {module}.lora_B.weight" if other is None else f"{module}, which its base {adapter.base} has not"
+                lacks = f"no {module}.{FACTORS[part]}" if other is None else \
+                    f"{module}, which its base {adapter.base} has not"
                 raise UserError(f"has {lacks}", where=where, hint="it may have been made for another base")
             done[weight] = _added(adapter, module, tensors[weight], tensor, other, _stands(family, module))
     return done
 
 
+def _parted(name: str) -> tuple[str, str]:
+    """(module, what of its adapter) that a tensor of the file is; two empty words for one that belongs to no adapter."""
+    found = re.fullmatch(r"(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|base_layer\.(?:weight|bias))", name)
+    return (found[1], found[2]) if found else ("", "")
+
+
+def _underneath(adapter: Adapter, family: Family, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that the adapter adds to: those of its base, or what peft stored of it again (of an embedding and a head
+    it does); of a matrix that is both, where an adapter is on one of the two, a tensor for each.
+
+    Raises UserError for an adapter of what two stacks share.
+    """
+    tied = config.head == "lm" and config.tie_word_embeddings
+    outer = [family.module_of(ours) for ours in ("embedding", "head.output")] if tied else []
+    parts = {name: _parted(name) for name in adapter.tensors}
+    apart = any({module, f"{family.prefix}{module}"} & {*outer} for module, _ in parts.values())
+    if config.shape == "encoder-decoder" and (apart or any(part == "lora_embedding_A" for _, part in parts.values())):
+        raise UserError("has an adapter of an embedding that two stacks share, which is not supported",
+                        where=str(adapter.folder / WEIGHTS))
+    found = dict(tensors)
+    for name, (module, part) in parts.items():
+        if part.startswith("base_layer."):
+            plain = f"{module}.{part.removeprefix('base_layer.')}"
+            found[spelled(plain, family.prefix, tensors) or plain] = adapter.tensors[name]
+    if apart:
+        names = [(module, spelled(f"{module}.weight", family.prefix, found)) for module in outer]
+        one = next((name for _, name in names if name), None)
+        found |= {f"{module}.weight": found[one] for module, name in names if one and not name}
+    return found
+
+
 def _added(adapter: Adapter, module: str, weight: Tensor, a: Tensor, b: Tensor, stands: bool) -> Tensor:
+    """The matrix, which may stand transposed, with B A; of an embedding (words, hidden) with (B A)ᵀ."""
     whole = weight.float().T if stands else weight.float()
-    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or (len(b), a.shape[1]) != tuple(whole.shape):
+    embedding = f"{module}.lora_embedding_A" in adapter.tensors
+    shape = tuple(reversed(whole.shape)) if embedding else tuple(whole.shape)
+    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or (len(b), a.shape[1]) != shape:
         raise UserError(f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} of {module} do not fit the matrix "
                         f"{tuple(whole.shape)} of its base {adapter.base}", where=str(adapter.folder / WEIGHTS),
                         hint="it was made for another base")
     # copies: products of what lies in a mapped file, at odd addresses, may differ in their last bit from those of a run
-    whole = added(whole, LowRank(a.float().clone(), b.float().clone(), adapter.scale(module, len(a))))
+    a, b, scale = a.float().clone(), b.float().clone(), adapter.scale(module, len(a))
+    whole = added(whole, LowRank(b.T, a.T, scale) if embedding else LowRank(a, b, scale))
     return whole.T if stands else whole
 
 
@@ -193,14 +231,15 @@ def together(model: Transformer) -> list[tuple[str, ...]]:
 
 def save(folder: Path, model: Transformer, base: str) -> None:
     """Writes both files for the adapters of a model, as PEFT would for the same model of transformers with `base`."""
-    family, adapters = family_of(model.config), put_on_linears(model)
+    family, adapters = family_of(model.config), adapters_of(model)
     first = next(iter(adapters.values()))
     rank, own = len(first.lora_a), set(_adapted(family, model, adapters))
     alpha = first.scale * rank
     document = {
         "peft_type": "LORA", "task_type": TASKS.get((model.config.shape, model.config.head)),
         "base_model_name_or_path": base, "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": first.dropout, "target_modules": _names(own, _modules(family, model)),
+        "lora_dropout": max(part.dropout for part in adapters.values()),
+        "target_modules": _names(own, _modules(family, model)),
         "modules_to_save": _brought(family, model), "bias": "none",
         "fan_in_fan_out": any(_stands(family, name) for name in own), "use_rslora": False, "use_dora": False,
         "init_lora_weights": True, "inference_mode": True, "rank_pattern": {}, "alpha_pattern": {},
@@ -213,9 +252,12 @@ def save_weights(folder: Path, model: Transformer) -> None:
     """Replaces the adapter's tensors atomically: A and B of each matrix that a file has, and a head that is trained."""
     family, heads = family_of(model.config), model.config.num_attention_heads
     tensors: dict[str, Tensor] = {}
-    for module, (parts, layout) in _adapted(family, model, put_on_linears(model)).items():
-        found = [part for part in parts if isinstance(part, LoraLinear)]
+    for module, (parts, layout) in _adapted(family, model, adapters_of(model)).items():
+        found = [part for part in parts if isinstance(part, (LoraLinear, LoraEmbedding))]
         a = found[0].lora_a
+        if isinstance(found[0], LoraEmbedding):
+            tensors |= {f"{module}.lora_embedding_A": a, f"{module}.lora_embedding_B": found[0].lora_b}
+            continue
         bs = [part.lora_b if isinstance(part, LoraLinear) else a.new_zeros(part.out_features, len(a)) for part in parts]
         tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": joined(bs, layout, heads)}
     for theirs, ours, layout in _trained(family, model):
@@ -225,8 +267,8 @@ def save_weights(folder: Path, model: Transformer) -> None:
 
 
 def _adapted(family: Family, model: Transformer,
-             adapters: dict[str, LoraLinear]) -> dict[str, tuple[list[torch.nn.Linear], str]]:
-    """Their name of each module with an adapter → the Linears of ours that it holds, and how their rows are joined."""
+             adapters: dict[str, LoraLinear | LoraEmbedding]) -> dict[str, tuple[list[torch.nn.Module], str]]:
+    """Their name of each module with an adapter → the modules of ours that it holds, and how their rows are joined."""
     found = {}
     for theirs, ours, layout in stored_tensors(family, model):
         names = [name.removesuffix(".weight") for name in ours]

@@ -14,7 +14,7 @@ from lmcli.checkpoints.families import Family
 from lmcli.checkpoints.weights import as_stored, new_names, put, tensors_of
 from lmcli.config import GenerateConfig, ModelConfig, check
 from lmcli.errors import UserError
-from lmcli.model.adapters import put_on_linears
+from lmcli.model.adapters import adapters_of
 from lmcli.model.device import dtype_name
 from lmcli.model.transformer import Transformer
 from lmcli.storage import read_json, read_tensors, user_errors, write_tensors, write_text
@@ -63,7 +63,9 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
                         where=str(folder / "tokenizer.json"), hint="tokenizer and model do not belong together")
     weights = base / (INDEX if not (base / WEIGHTS).is_file() and (base / INDEX).is_file() else WEIGHTS)
     tensors = new_names(_tensors(weights, family.heads[config.head]))
-    model, unused = _model(family, config, adapters.merged(adapter, family, tensors) if adapter else tensors, str(weights))
+    if adapter:
+        tensors = adapters.merged(adapter, family, config, tensors)
+    model, unused = _model(family, config, tensors, str(weights))
     generation = _optional_json(own_or_base(folder, base, "generation_config.json"))
     return Checkpoint(model.to(device=device, dtype=dtype).eval(), tokenizer,
                       _generate_config(generation, document, config.shape, folder), tokenizer.prefix,
@@ -191,7 +193,7 @@ def save(folder: Path, model: Transformer, tokenizer: Tokenizer, generate: Gener
     complete. A model with adapters is written as its adapter, to be put on the model that `base` names."""
     tokenizer.save(folder, model.config.max_position_embeddings)
     _save_generation(folder, model.config, generate)
-    if put_on_linears(model):
+    if adapters_of(model):
         adapters.save(folder, model, base)  # beside a config.json, transformers would not look for the base elsewhere
     else:
         write_text(folder / "config.json", json.dumps(write_config(model.config, dtype_name(dtype)), indent=2) + "\n")
@@ -217,7 +219,7 @@ def _save_generation(folder: Path, config: ModelConfig, generate: GenerateConfig
 
 def save_weights(folder: Path, model: Transformer, dtype: torch.dtype = torch.float32) -> None:
     """Replaces the weights of a model folder atomically; of a model with adapters only theirs, always in float32."""
-    if put_on_linears(model):
+    if adapters_of(model):
         adapters.save_weights(folder, model)
     else:
         write_tensors(folder / WEIGHTS, tensors_of(model, family_of(model.config), dtype))

@@ -47,13 +47,20 @@ def _by_kernels(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tens
 class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float, rows: int,
-                beside: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]) -> Tensor:
+                beside: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]],
+                narrow: Tensor | None, wide: Tensor | None) -> Tensor:
         matrix, added = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)  # (V, C), (V,)
         total = torch.zeros((), dtype=ACCUMULATED[hidden.dtype], device=hidden.device)
         dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         dbias = None if bias is None else torch.zeros_like(bias)
-        for part, wanted, dpart in zip(hidden.split(rows), targets.split(rows), dhidden.split(rows)):
+        dnarrow, dwide = (None, None) if narrow is None else (torch.empty_like(narrow), torch.zeros_like(wide))
+        factor = None if narrow is None else wide.to(hidden.dtype)  # (V, R)
+        for first in range(0, len(hidden), rows):
+            piece = slice(first, first + rows)
+            part, wanted, dpart = hidden[piece], targets[piece], dhidden[piece]
             logits = part @ matrix.T if bias is None else torch.addmm(added, part, matrix.T)
+            if narrow is not None:
+                logits.addmm_(narrow[piece], factor.T)
             losses, dlogits = beside(logits, wanted, smoothing)
             total += losses.sum()
             torch.mm(dlogits, matrix, out=dpart)
@@ -61,26 +68,35 @@ class _CrossEntropy(Function):
                 dweight += dlogits.T @ part
             if bias is not None:
                 dbias += dlogits.sum(0, dtype=dbias.dtype)
-        ctx.save_for_backward(dhidden, dweight, dbias)
+            if narrow is not None:
+                torch.mm(dlogits, factor, out=dnarrow[piece])
+                dwide += dlogits.T @ narrow[piece]
+        ctx.save_for_backward(dhidden, dweight, dbias, dnarrow, dwide)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight, dbias = ctx.saved_tensors
-        dweight, dbias = (None if part is None else part * gradient for part in (dweight, dbias))
-        return dhidden * gradient, dweight, dbias, *[None] * 4
+        dhidden, dweight, dbias, dnarrow, dwide = (
+            None if part is None else part * gradient for part in ctx.saved_tensors)
+        return dhidden, dweight, dbias, *[None] * 4, dnarrow, dwide
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float = 0.0,
-                  beside: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = with_gradient) -> Tensor:
+                  beside: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = with_gradient,
+                  more: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The summed −log p of targets (N,) under the logits hidden (N, C) · weightᵀ (V, C) + bias (V,), nats; smoothing as in
-    `likelihood.target_losses`. Where there are no kernels for it, `beside` does the work of `with_gradient`."""
+    `likelihood.target_losses`. Where there are no kernels for it, `beside` does the work of `with_gradient`.
+
+    `more` are the factors (N, R) and (V, R) of what an adapter adds to the logits, the first · the secondᵀ; they get their
+    gradients without one of a whole matrix."""
+    more = more or (None, None)
     if not kernels.usable(hidden):
         rows = rows_at_once(hidden.device, len(weight))
-        return _CrossEntropy.apply(hidden, weight, bias, targets, smoothing, rows, beside)
+        return _CrossEntropy.apply(hidden, weight, bias, targets, smoothing, rows, beside, *more)
     _require_words(targets, len(weight))
-    return _CrossEntropy.apply(hidden.contiguous(), weight, bias, targets.contiguous(), smoothing, ROWS_AT_ONCE, _by_kernels)
+    return _CrossEntropy.apply(hidden.contiguous(), weight, bias, targets.contiguous(), smoothing, ROWS_AT_ONCE, _by_kernels,
+                               *more)
 
 
 def _require_words(targets: Tensor, words: int) -> None:

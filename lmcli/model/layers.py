@@ -29,6 +29,16 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
+    @property
+    def matrix(self) -> Tensor:
+        """W (outputs, C) with what an adapter adds to it."""
+        return self.weight
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Where there is an adapter, the factors (…, rank) and (outputs, rank) of what training adds to x Wᵀ, the first ·
+        the secondᵀ."""
+        return None
+
 
 def together(x: Tensor, *parts: Linear) -> tuple[Tensor, ...]:
     """What each of some matrices makes of x (…, C): in training by one product, whose gradients are larger and fewer."""

@@ -39,7 +39,7 @@ def target_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Ten
     if targets.is_floating_point():
         return F.binary_cross_entropy_with_logits(head(hidden).float(), targets, reduction="none").sum(-1)
     if hasattr(head, "prepared") and fused.active(hidden) and not torch.is_grad_enabled() and not smoothing:
-        return head_loss.target_losses(head.prepared(hidden), head.output.weight, head.output.bias, targets)
+        return head_loss.target_losses(head.prepared(hidden), head.output.matrix, head.output.bias, targets)
     parts = [F.cross_entropy(head(rows).float(), wanted, reduction="none", label_smoothing=smoothing)
              for rows, wanted in pieces(head, hidden, targets)]
     return torch.cat(parts) if parts else hidden.new_zeros(0)
@@ -76,6 +76,7 @@ def _read(logprobs: Tensor, targets: Tensor, members: Tensor | None, count: int)
 def summed_loss(hidden: Tensor, head: torch.nn.Module, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """The sum of `target_losses`; of a language head the gradient is made beside it."""
     if hasattr(head, "prepared"):
-        return head_loss.cross_entropy(head.prepared(hidden), head.output.weight, head.output.bias, targets, smoothing,
-                                       head.loss_with_gradient)
+        prepared, output = head.prepared(hidden), head.output
+        return head_loss.cross_entropy(prepared, output.weight, output.bias, targets, smoothing, head.loss_with_gradient,
+                                       output.beside(prepared))
     return target_losses(hidden, head, targets, smoothing).sum()

@@ -46,12 +46,14 @@ def training_memory(config: ModelConfig, train: TrainConfig, micro_batch_tokens:
 
     `recompute` keeps only the input of each block and makes the rest of it again in the backward pass. `fused` says
     whether the compiled kernels are there; they serve decoders with rotary positions, without biases. With LoRA only its
-    matrices, taken to be at all of the blocks', have gradients and moments.
+    matrices, taken to be at all of the blocks', and at embedding and head where these are named, have gradients and moments.
     """
     total, inner = cost.parameters(config).total, inner_matrices(config)
     trained, by_muon = total, 0
     if train.lora_rank:
-        trained = sum(count * train.lora_rank * (rows + columns) for count, rows, columns in inner)
+        tables = sum(target in train.lora_targets for target in ("embedding", "head"))
+        adapted = [*inner, (tables, config.vocab_size, config.hidden_size)]
+        trained = sum(count * train.lora_rank * (rows + columns) for count, rows, columns in adapted)
     elif train.optimizer == "muon":
         by_muon = sum(count * rows * columns for count, rows, columns in inner)
     groups: dict[tuple[int, int], int] = {}

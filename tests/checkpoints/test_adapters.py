@@ -7,15 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmcli.analysis import signature
+from lmcli.analysis import signature, summary
 from lmcli.checkpoints import adapters, exporting, folder
 from lmcli.config import GenerateConfig, TrainConfig
 from lmcli.errors import UsageError, UserError
 from lmcli.first_model import choose_trained
-from lmcli.model.adapters import put_on_linears
+from lmcli.model.adapters import LoraEmbedding, adapters_of
 
 GPT2 = {"norm": "layer", "gated_mlp": False, "mlp_bias": True, "attention_bias": "all", "positions": "learned",
         "query_key_norm": False, "hidden_act": "gelu_new", "num_key_value_heads": 4}
+
+UNTIED = {"tie_word_embeddings": False}
+EVERYWHERE = ("all", "embedding", "head")
 
 
 @pytest.fixture
@@ -28,8 +31,9 @@ def made(small_model, small_tokenizer, tmp_path):
         model = folder.load(tmp_path / "base").model
         choose_trained(model, TrainConfig(**{"lora_rank": 3, **train}))
         with torch.no_grad():
-            for adapter in put_on_linears(model).values():
-                adapter.lora_b.normal_(generator=torch.Generator().manual_seed(len(adapter.lora_b)))
+            for adapter in adapters_of(model).values():
+                zero = adapter.lora_a if isinstance(adapter, LoraEmbedding) else adapter.lora_b
+                zero.normal_(generator=torch.Generator().manual_seed(len(zero)))
         folder.save(tmp_path / "adapter", model.eval(), small_tokenizer, GenerateConfig(temperature=0.3),
                     str(tmp_path / "base"))
         return model, tmp_path / "adapter"
@@ -49,11 +53,13 @@ def logits(model) -> torch.Tensor:
     return model(torch.arange(20)[None])
 
 
+@pytest.mark.parametrize("targets", [("all",), EVERYWHERE, ("embedding",)], ids=str)
 @pytest.mark.parametrize("shape", [{}, GPT2], ids=["qwen3", "gpt2"])
-def test_what_is_written_loads_as_the_same_model(made, shape):
-    model, at = made(shape)
+def test_what_is_written_loads_as_the_same_model(made, shape, targets):
+    """To the bit: what a run measures is what others measure of its folder."""
+    model, at = made({**shape, **(UNTIED if "embedding" in targets else {})}, lora_targets=targets)
     loaded = folder.load(at)
-    assert torch.equal(logits(loaded.model), logits(model)) and not put_on_linears(loaded.model)
+    assert torch.equal(logits(loaded.model), logits(model)) and not adapters_of(loaded.model)
     assert loaded.generate.temperature == 0.3
     assert sorted(path.name for path in at.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "generation_config.json", "tokenizer.json",
@@ -66,12 +72,36 @@ def test_what_is_written_loads_as_the_same_model(made, shape):
     ({}, {"lora_targets": ("query", "down"), "frozen_layers": 1},
      ["model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"]),
     (GPT2, {}, ["c_attn", "c_fc", "c_proj"]), (GPT2, {"lora_targets": ("down",)}, ["mlp.c_proj"]),
-    (GPT2, {"lora_targets": ("query", "value")}, ["c_attn"])], ids=str)
+    (GPT2, {"lora_targets": ("query", "value")}, ["c_attn"]),
+    (UNTIED, {"lora_targets": ("embedding", "head", "query")}, ["embed_tokens", "lm_head", "q_proj"]),
+    ({**GPT2, **UNTIED}, {"lora_targets": ("all", "embedding", "head")}, ["c_attn", "c_fc", "c_proj", "lm_head", "wte"]),
+    (UNTIED, {"lora_targets": ("embedding", "head", "query"), "frozen_layers": 1},
+     ["lm_head", "model.layers.1.self_attn.q_proj"])], ids=str)
 def test_targets_have_the_familys_names(made, shape, train, named):
     model, at = made(shape, **train)
     assert options(at)["target_modules"] == named
-    assert options(at)["fan_in_fan_out"] == (shape == GPT2) and options(at)["task_type"] == "CAUSAL_LM"
+    assert options(at)["fan_in_fan_out"] == ("norm" in shape) and options(at)["task_type"] == "CAUSAL_LM"
     assert torch.equal(logits(folder.load(at).model), logits(model))
+
+
+def test_embedding_and_head_have_the_names_of_peft(made):
+    _, at = made(UNTIED, lora_targets=("embedding", "head"), lora_dropout=0.1)
+    assert {name: tuple(tensor.shape) for name, tensor in load_file(at / adapters.WEIGHTS).items()} == {
+        "base_model.model.model.embed_tokens.lora_embedding_A": (3, 401),
+        "base_model.model.model.embed_tokens.lora_embedding_B": (32, 3),
+        "base_model.model.lm_head.lora_A.weight": (3, 32), "base_model.model.lm_head.lora_B.weight": (401, 3)}
+    assert options(at)["lora_dropout"] == 0.1
+
+
+def test_what_peft_stores_below_an_adapter_stands_for_the_base(made):
+    """Beside adapters of embedding and head it stores the matrices that they add to."""
+    model, at = made(UNTIED, lora_targets=("embedding",))
+    there, matrix = load_file(at / adapters.WEIGHTS), model.embedding.weight.detach() + 1
+    save_file({**there, "base_model.model.model.embed_tokens.base_layer.weight": matrix}, at / adapters.WEIGHTS)
+    with torch.no_grad():
+        model.embedding.weight += 1
+    assert torch.equal(logits(folder.load(at).model), logits(model))
+    assert summary.describe(at).facts["adapter"]["parameters"] == 3 * (401 + 32)
 
 
 def test_alpha_is_twice_the_rank_unless_told(made):
@@ -154,7 +184,10 @@ def test_damage_is_named(made, damage, said):
 
 
 @pytest.mark.parametrize("tensors, said", [
-    ({"x.lora_embedding_A": (2, 2)}, "a kind that is not supported: x.lora_embedding_A"),
+    ({"x.lora_magnitude_vector": (2, 2)}, "a kind that is not supported: x.lora_magnitude_vector"),
+    ({"model.embed_tokens.lora_embedding_A": (2, 2)}, "has no model.embed_tokens.lora_embedding_B"),
+    ({"model.embed_tokens.lora_embedding_A": (2, 2), "model.embed_tokens.lora_embedding_B": (2, 2)},
+     "of model.embed_tokens do not fit the matrix"),
     ({"base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": None}, "has no model.layers.0.mlp.up_proj.lora_B.weight"),
     ({"base_model.model.strange.weight": (2,)}, "has a tensor that qwen3 does not know: strange.weight")], ids=str)
 def test_tensors_that_do_not_belong_are_named(made, tensors, said):

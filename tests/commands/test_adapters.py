@@ -106,10 +106,10 @@ def test_what_is_forgotten_is_told_and_stored(tune, inside, trained, story, tmp_
 
 
 @pytest.mark.parametrize("arguments, code, told", [
-    (("--set", "train.lora_targets=querry"), 2, "'querry' is not one of all, query, key, value, output, gate, up, down; did "
-                                                "you mean 'query'?"),
+    (("--set", "train.lora_targets=querry"), 2, "'querry' is not one of all, query, key, value, output, gate, up, down, "
+                                                "embedding, head; did you mean 'query'?"),
     (("--lora", 4, "--freeze", 3), 2, "frozen_layers 3 is more than the 2 blocks there are"),
-    (("--lora", 4, "--freeze", 2), 2, "frozen_layers leaves no block that LoRA could train"),
+    (("--lora", 4, "--freeze", 2), 2, "frozen_layers leaves nothing that LoRA could train"),
     (("--remember", "nowhere.txt"), 1, "nowhere.txt: no such file")], ids=str)
 def test_what_cannot_be_trained_is_told(tune, tmp_path, arguments, code, told):
     done = tune(*arguments)

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from lmcli.errors import UsageError
-from lmcli.model import fused, kernels
-from lmcli.model.adapters import Lora, LoraLinear, freeze_below, put_on, put_on_linears, take_off
+from lmcli.model import fused, kernels, likelihood
+from lmcli.model.adapters import Lora, LoraEmbedding, LoraLinear, adapters_of, freeze_below, put_on, take_off
 from lmcli.model.layers import Linear
 from lmcli.model.transformer import Transformer
 
@@ -16,6 +16,8 @@ GPT2 = {"norm": "layer", "gated_mlp": False, "mlp_bias": True, "attention_bias":
         "query_key_norm": False, "hidden_act": "gelu_new"}
 SHAPES = {"decoder": {}, "gpt2": GPT2, "encoder": {"shape": "encoder", "post_norm": True, **GPT2},
           "two stacks": {"shape": "encoder-decoder", "positions": "relative", "query_key_norm": False}}
+OUTER = {"tie_word_embeddings": False}  # of a model whose embedding and head may have adapters
+EVERYWHERE = Lora(3, 5.0, targets=("all", "embedding", "head"))
 each_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
@@ -34,9 +36,19 @@ def adapted(model: Transformer, lora: Lora = Lora(3, 5.0), **options) -> Transfo
     put_on(model, lora, **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for adapter in put_on_linears(model).values():
-            adapter.lora_b.copy_(torch.randn(adapter.lora_b.shape, generator=generator))
+        for adapter in adapters_of(model).values():
+            zero = adapter.lora_a if isinstance(adapter, LoraEmbedding) else adapter.lora_b
+            zero.copy_(torch.randn(zero.shape, generator=generator))
     return model
+
+
+def written_out(model: Transformer, plain: Transformer) -> Transformer:
+    """The plain one with the sums in place of its matrices."""
+    with torch.no_grad():
+        for name, adapter in adapters_of(model).items():
+            product = adapter.scale * adapter.lora_b @ adapter.lora_a
+            plain.get_submodule(name).weight += product.T if isinstance(adapter, LoraEmbedding) else product
+    return plain
 
 
 @each_shape
@@ -52,15 +64,13 @@ def test_fresh_adapters_add_nothing_and_leave_no_trace(small_model, shape):
 
 @each_shape
 def test_they_add_the_product_written_out(small_model, shape):
-    model, plain = adapted(small_model(**SHAPES[shape])), small_model(**SHAPES[shape])
-    for name, adapter in put_on_linears(model).items():
-        with torch.no_grad():
-            plain.get_submodule(name).weight += 5.0 / 3 * adapter.lora_b @ adapter.lora_a
+    model = adapted(small_model(**SHAPES[shape]))
+    plain = written_out(model, small_model(**SHAPES[shape]))
     wanted, found = read(plain), read(model)
     for others in (found, logits(model.train()).detach()):
         assert (others - wanted).norm() < 1e-5 * wanted.norm()
     take_off(model, merge=True)
-    assert torch.equal(read(model), found) and not put_on_linears(model)
+    assert torch.equal(read(model), found) and not adapters_of(model)
 
 
 @each_shape
@@ -71,7 +81,82 @@ def test_nothing_else_is_trained(small_model, shape):
         assert (parameter.grad is not None) == name.endswith((".lora_a", ".lora_b")), name
     per_block = {"decoder": 7, "gpt2": 6, "encoder": 6, "two stacks": 7}[shape]
     count = 2 * per_block + (2 * 11 if shape == "two stacks" else 0)
-    assert len(put_on_linears(model)) == count and "head" not in " ".join(put_on_linears(model))
+    assert len(adapters_of(model)) == count and "head" not in " ".join(adapters_of(model))
+
+
+@pytest.mark.parametrize("shape", ["decoder", "gpt2", "encoder"])
+def test_embedding_and_head_as_well(small_model, shape):
+    """Nothing at first, the sum written out after, no trace when taken off; the loss of training and that of reading."""
+    options = {**SHAPES[shape], **OUTER}
+    model, plain = small_model(**options), small_model(**options)
+    names, before = [name for name, _ in model.named_parameters()], read(model)
+    adapted(model, EVERYWHERE)
+    assert {"embedding", "head.output"} < adapters_of(model).keys()
+    wanted, found = read(written_out(model, plain)), read(model)
+    for others in (found, logits(model.train()).detach()):
+        assert (others - wanted).norm() < 1e-5 * wanted.norm()
+    losses = F.cross_entropy(wanted.flatten(0, 1), IDS.flatten(), reduction="none")
+    hidden = model.hidden(IDS).flatten(0, 1)
+    torch.testing.assert_close(likelihood.summed_loss(hidden, model.head, IDS.flatten()), losses.sum())
+    with torch.no_grad():
+        torch.testing.assert_close(likelihood.target_losses(model.eval().hidden(IDS).flatten(0, 1), model.head,
+                                                            IDS.flatten()), losses)
+    take_off(model, merge=True)
+    assert torch.equal(read(model), found) and [name for name, _ in model.named_parameters()] == names
+    put_on(model, EVERYWHERE)
+    assert torch.equal(read(model), found)
+    take_off(model)
+    assert torch.equal(read(model), found) and not torch.equal(found, before)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_heads_loss_has_the_gradients_of_plain_autograd(small_model, monkeypatch, dropout, biased, compiled):
+    """In float64, with the product written out; no gradient of the whole matrix is made."""
+    if compiled and kernels.problem():
+        pytest.skip("no compiled kernels here")
+    if not compiled:
+        monkeypatch.setattr(kernels, "usable", lambda x: False)
+    model = adapted(small_model(head_bias=biased, **OUTER).double().train(), Lora(3, 5.0, dropout, ("head",)))
+    output, hidden = model.head.output, torch.randn(40, 32, dtype=torch.float64, requires_grad=True)
+    parts = [hidden, output.lora_a, output.lora_b]
+    torch.manual_seed(4)
+    loss = likelihood.summed_loss(hidden, model.head, IDS.flatten(), 0.1)
+    found = torch.autograd.grad(2 * loss, parts)
+    torch.manual_seed(4)
+    dropped = F.dropout(hidden, dropout) if dropout else hidden
+    made = F.linear(hidden, output.weight, output.bias) + 5 / 3 * dropped @ output.lora_a.T @ output.lora_b.T
+    wanted = F.cross_entropy(made, IDS.flatten(), label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(loss, wanted)
+    for one, other in zip(found, torch.autograd.grad(2 * wanted, parts)):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("targets", [("embedding", "head"), ("embedding",), ("head",), EVERYWHERE.targets], ids=str)
+def test_the_gradients_are_those_of_the_sum(small_model, targets):
+    """Of the whole model in float64, its blocks trained or not, against the same matrices written out."""
+    model = adapted(small_model(**OUTER).double().train(), Lora(3, 5.0, targets=targets))
+    plain = written_out(model, small_model(**OUTER).double().train())
+    for one in (model, plain):
+        one.training_dtype = torch.float64
+        likelihood.summed_loss(one.hidden(IDS).flatten(0, 1), one.head, IDS.flatten()).backward()
+    assert adapters_of(model)
+    for name, adapter in adapters_of(model).items():
+        whole = plain.get_submodule(name).weight.grad * 5 / 3
+        whole = whole.T if isinstance(adapter, LoraEmbedding) else whole
+        torch.testing.assert_close(adapter.lora_a.grad, adapter.lora_b.T @ whole, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(adapter.lora_b.grad, whole @ adapter.lora_a.T, rtol=1e-9, atol=1e-9)
+        assert adapter.weight.grad is None
+
+
+def test_an_embedding_by_hand():
+    base = torch.nn.Embedding.from_pretrained(torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]]))
+    adapter = LoraEmbedding(base, torch.nn.Parameter(torch.tensor([[10.0], [1.0]])), 0.5)
+    assert not adapter.lora_a.any()
+    adapter.lora_a.data = torch.tensor([[0.0, 2.0, 4.0]])  # the row of id 1 gets half of 2 · (10, 1)
+    ids = torch.tensor([1, 0, 1])
+    assert adapter.train()(ids).tolist() == adapter.eval()(ids).tolist() == [[10.0, 2.0], [1.0, 0.0], [10.0, 2.0]]
 
 
 def test_a_linear_by_hand():
@@ -161,10 +246,29 @@ def test_a_seed_decides_how_they_begin(small_model):
 
 @pytest.mark.parametrize("lora, said", [
     (Lora(2, 1.0, targets=("query", "gate")), "no block of this model has a matrix 'gate'"),
-    (Lora(2, 1.0, targets=()), "names no part of a block")], ids=str)
+    (Lora(2, 1.0, targets=()), "lora_targets names nothing")], ids=str)
 def test_targets_that_are_not_there_are_refused(small_model, lora, said):
     with pytest.raises(UsageError, match=said):
         put_on(small_model(**GPT2), lora)
+
+
+@pytest.mark.parametrize("options, target, said", [
+    ({"tie_word_embeddings": True}, "head", "'head' cannot have an adapter: embedding and head of this model are one"),
+    ({"tie_word_embeddings": True}, "embedding", "'embedding' cannot have an adapter: embedding and head of this model are"),
+    ({**SHAPES["encoder"], "head": "sequence", "labels": ("a", "b")}, "head", "this model has no head over the vocabulary"),
+    ({**SHAPES["two stacks"], **OUTER}, "embedding", "'embedding' cannot have an adapter: two stacks share it")], ids=str)
+def test_embeddings_and_heads_that_can_have_none_are_refused(small_model, options, target, said):
+    with pytest.raises(UsageError, match=said):
+        put_on(small_model(**options), Lora(2, 1.0, targets=("all", target)))
+
+
+def test_a_frozen_embedding_gets_none(small_model):
+    model = small_model(**OUTER)
+    freeze_below(model, 2)
+    with pytest.raises(UsageError, match="leaves nothing that LoRA could train"):
+        put_on(model, Lora(2, 1.0, targets=("embedding",)))
+    put_on(model, EVERYWHERE)
+    assert list(adapters_of(model)) == ["head.output"]
 
 
 def test_blocks_that_are_not_there_are_refused(small_model):
@@ -172,5 +276,5 @@ def test_blocks_that_are_not_there_are_refused(small_model):
         freeze_below(small_model(), 3)
     model = small_model()
     freeze_below(model, 2)
-    with pytest.raises(UsageError, match="leaves no block that LoRA could train"):
+    with pytest.raises(UsageError, match="leaves nothing that LoRA could train"):
         put_on(model, Lora(2, 1.0))

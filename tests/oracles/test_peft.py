@@ -10,7 +10,7 @@ from lmcli.checkpoints import adapters, folder
 from lmcli.config import TrainConfig
 from lmcli.errors import UserError
 from lmcli.first_model import choose_trained
-from lmcli.model.adapters import put_on_linears
+from lmcli.model.adapters import adapters_of
 from lmcli.model.transformer import Transformer
 
 peft = pytest.importorskip("peft", reason="pip install peft: the oracle of adapters")
@@ -28,7 +28,7 @@ def adapt(model: Transformer, **settings) -> Transformer:
     choose_trained(model, TrainConfig(lora_rank=3, lora_alpha=5.0, **settings))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for adapter in put_on_linears(model).values():
+        for adapter in adapters_of(model).values():
             adapter.lora_b.copy_(0.3 * torch.randn(adapter.lora_b.shape, generator=generator))
     return model.eval()
 
