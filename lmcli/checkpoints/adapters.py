@@ -14,7 +14,7 @@ from lmcli import recipes
 from lmcli.checkpoints import hub
 from lmcli.checkpoints.config_json import family_of
 from lmcli.checkpoints.families import FAMILIES, Family
-from lmcli.checkpoints.weights import joined, spelled, stored_tensors
+from lmcli.checkpoints.weights import as_stored, joined, spelled, stored_tensors
 from lmcli.config import ModelConfig
 from lmcli.errors import UserError
 from lmcli.model.adapters import LoraEmbedding, LoraLinear, adapters_of
@@ -133,7 +133,7 @@ def merged(adapter: Adapter, family: Family, config: ModelConfig, tensors: dict[
         if not part:
             done[spelled(name, family.prefix, tensors) or name] = tensor
         elif part in FACTORS:
-            weight = spelled(f"{module}.weight", family.prefix, tensors)
+            weight = spelled(f"{_in_files(family, module)}.weight", family.prefix, tensors)
             other = adapter.tensors.get(f"{module}.{FACTORS[part]}")
             if weight is None or other is None:
                 lacks = f"no {module}.{FACTORS[part]}" if other is None else \
@@ -149,15 +149,23 @@ def _parted(name: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else ("", "")
 
 
+def _in_files(family: Family, module: str) -> str:
+    """What files call a module that transformers calls so."""
+    return next((theirs for theirs, name in family.modules.items() if name == module), module)
+
+
 def _underneath(adapter: Adapter, family: Family, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that the adapter adds to: those of its base, or what peft stored of it again (of an embedding and a head
     it does); of a matrix that is both, where an adapter is on one of the two, a tensor for each.
 
     Raises UserError for an adapter of what two stacks share.
     """
-    tied = config.head == "lm" and config.tie_word_embeddings
+    tied = config.head == "lm" and as_stored(config, family, tensors).tie_word_embeddings
     outer = [family.module_of(ours) for ours in ("embedding", "head.output")] if tied else []
-    parts = {name: _parted(name) for name in adapter.tensors}
+    parts = {}
+    for name in adapter.tensors:
+        module, part = _parted(name)
+        parts[name] = _in_files(family, module), part
     apart = any({module, f"{family.prefix}{module}"} & {*outer} for module, _ in parts.values())
     if config.shape == "encoder-decoder" and (apart or any(part == "lora_embedding_A" for _, part in parts.values())):
         raise UserError("has an adapter of an embedding that two stacks share, which is not supported",
@@ -273,7 +281,8 @@ def _adapted(family: Family, model: Transformer,
     for theirs, ours, layout in stored_tensors(family, model):
         names = [name.removesuffix(".weight") for name in ours]
         if theirs.endswith(".weight") and any(name in adapters for name in names):
-            found[theirs.removesuffix(".weight")] = ([model.get_submodule(name) for name in names],
+            module = theirs.removesuffix(".weight")
+            found[family.modules.get(module, module)] = ([model.get_submodule(name) for name in names],
                                                      "heads" if layout == "heads" else "rows")
     return found
 
@@ -292,7 +301,8 @@ def _brought(family: Family, model: Transformer) -> list[str] | None:
 
 
 def _modules(family: Family, model: Transformer) -> set[str]:
-    return {stored.theirs.rpartition(".")[0] for stored in stored_tensors(family, model)}
+    names = {stored.theirs.rpartition(".")[0] for stored in stored_tensors(family, model)}
+    return {family.modules.get(name, name) for name in names}
 
 
 def _names(targets: set[str], modules: set[str]) -> list[str]:

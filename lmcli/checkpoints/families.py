@@ -47,6 +47,7 @@ class Family:
 
     Of the tensors: `copies` are modules that repeat the embedding in some files; `twice` names tensors that are stored
     beside the one that holds the same; `optional` ones are zero when left out; `aside` belongs to heads we do not have.
+    `modules` maps a module's name in files to the one it has in transformers, and so in adapters, where the two differ.
     """
 
     model_type: str
@@ -66,6 +67,7 @@ class Family:
     twice: dict[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     aside: tuple[str, ...] = ()
+    modules: dict[str, str] = field(default_factory=dict)
     prefix: str = ""
     window: str = ""
     padding_first: bool = False  # learned positions begin behind the padding id, and their number counts those rows
@@ -158,7 +160,7 @@ GPT_NEOX = Family(
               "rotary_pct": 0.25},
     choices={"use_parallel_residual": ((True, {"parallel_block": True}), (False, {"parallel_block": False})),
              "attention_bias": ((True, {"attention_bias": "all"}), (False, {"attention_bias": "none"}))},
-    prefix="gpt_neox.", ignored=r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
+    prefix="gpt_neox.", ignored=r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$", modules={"embed_out": "lm_head"})
 
 # BERT and those that follow it ---------------------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from lmcli.checkpoints import folder as checkpoints
+from lmcli.config import GenerateConfig
 from lmcli.training import loop
 
 SET = ("--preset", "tiny", "--set", "train.context=32", "--set", "train.batch_tokens=128",
@@ -82,6 +84,54 @@ def test_stopped_and_resumed_is_never_stopped(tune, inside, tmp_path, monkeypatc
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+@pytest.fixture
+def untied(inside, small_model, small_tokenizer, text, tmp_path):
+    """untied(*arguments, name="run"): the process that trains a model further whose embedding and head are two matrices."""
+    (tmp_path / "base").mkdir()
+    base = small_model(tie_word_embeddings=False)
+    checkpoints.save(tmp_path / "base", base, small_tokenizer, GenerateConfig())
+
+    def call(*arguments, name: str = "run"):
+        return inside("train", text, "--from", tmp_path / "base", "-o", tmp_path / name, *SET, *STEPS, *arguments)
+    return call
+
+
+def test_embedding_and_head_are_adapted_where_named(inside, untied, text, tmp_path):
+    done = untied("--lora", 2, "--set", "train.lora_targets=[all,embedding,head]")
+    assert done.returncode == 0, done.stderr.decode()
+    inner = 2 * 2 * sum((32 + 32, 32 + 16, 32 + 16, 32 + 32, 3 * (32 + 96)))  # of rank 2, in two blocks
+    run, tensors = tmp_path / "run", load_file(tmp_path / "run" / "adapter_model.safetensors")
+    trained = sum(tensor.numel() for tensor in tensors.values())
+    assert trained - 2 * 2 * (401 + 32) == inner and f"{trained:,} of them (" in done.stderr.decode()
+    assert {"embed_tokens", "lm_head"} < {*json.loads((run / "adapter_config.json").read_text())["target_modules"]}
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    again = json.loads(inside("perplexity", "-m", run, "--validation", "--json").stdout)["bits_per_byte"]
+    assert again == recipe["result"]["val_bits_per_byte"]
+    assert bits(inside, run, text) < bits(inside, tmp_path / "base", text)
+    assert inside("export", run, "--merge", "-o", tmp_path / "whole").returncode == 0
+    assert bits(inside, tmp_path / "whole", text) == pytest.approx(bits(inside, run, text), rel=1e-9)
+
+
+@pytest.mark.parametrize("more", [(), ("--freeze", 1, "--set", "train.lora_dropout=0.2")], ids=str)
+def test_embedding_and_head_are_resumed_to_the_bit(inside, untied, tmp_path, monkeypatch, more):
+    arguments = ("--lora", 2, "--set", "train.lora_targets=all,embedding,head", *more)
+    assert untied(*arguments, name="whole").returncode == 0
+    step = loop.Run._step
+
+    def stop_after_five(self, share):
+        made = yield from step(self, share)
+        self.stop = made.step == 5
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_step", stop_after_five)
+        assert untied(*arguments).returncode == 130
+    assert inside("train", "--resume", tmp_path / "run", "--threads", 1).returncode == 0
+    one, other = ((tmp_path / name / "adapter_model.safetensors") for name in ("run", "whole"))
+    assert one.read_bytes() == other.read_bytes()
+    assert any("embed_tokens" in name for name in load_file(one)) == (not more)  # which --freeze leaves alone
+
+
 def test_frozen_layers_stay_as_they_were(tune, trained, tmp_path):
     assert tune("--freeze", 1).returncode == 0
     before, after = (load_file(folder / "model.safetensors") for folder in (trained[0], tmp_path / "run"))
@@ -108,6 +158,8 @@ def test_what_is_forgotten_is_told_and_stored(tune, inside, trained, story, tmp_
 @pytest.mark.parametrize("arguments, code, told", [
     (("--set", "train.lora_targets=querry"), 2, "'querry' is not one of all, query, key, value, output, gate, up, down, "
                                                 "embedding, head; did you mean 'query'?"),
+    (("--lora", 4, "--set", "train.lora_targets=all,head"), 2,
+     "'head' cannot have an adapter: embedding and head of this model are one matrix"),
     (("--lora", 4, "--freeze", 3), 2, "frozen_layers 3 is more than the 2 blocks there are"),
     (("--lora", 4, "--freeze", 2), 2, "frozen_layers leaves nothing that LoRA could train"),
     (("--remember", "nowhere.txt"), 1, "nowhere.txt: no such file")], ids=str)

@@ -111,10 +111,11 @@ def test_smaller_micro_batches_and_recomputation_need_less():
     assert total.total == total.weights + total.gradients + total.optimizer + max(total.activations, total.update)
 
 
-def test_with_lora_only_its_matrices_have_gradients_and_moments():
-    known, train = config(), TrainConfig(lora_rank=3)
+@pytest.mark.parametrize("targets", [("all",), ("all", "embedding", "head")], ids=str)
+def test_with_lora_only_its_matrices_have_gradients_and_moments(targets):
+    known, train = config(tie_word_embeddings=False), TrainConfig(lora_rank=3, lora_targets=targets)
     model = Transformer(known)
-    put_on(model, Lora(3, 6.0))
+    put_on(model, Lora(3, 6.0, targets=targets))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     found = memory.training_memory(known, train, 1024)
     assert (found.weights, found.gradients, found.optimizer, found.update) == (

@@ -1,5 +1,8 @@
 """Schedules, optimizers and states: the arithmetic of a training step and of resuming it."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,8 +46,8 @@ def packed(rows: torch.Tensor) -> Batch:
     return Batch(rows[:, :-1].numpy(), rows[:, 1:].numpy())
 
 
-def model() -> Transformer:
-    made = Transformer(TINY)
+def model(**options) -> Transformer:
+    made = Transformer(replace(TINY, **options))
     made.initialize(0)
     return made
 
@@ -70,11 +73,21 @@ def test_what_is_not_trained_is_in_no_group_and_loras_matrices_are_adamws():
     assert built.state_of(made.embedding.weight) == {}
 
 
-def test_a_state_with_adapters_comes_back(tmp_path):
-    made = [model() for _ in range(2)]
+def test_adapters_of_embedding_and_head_are_adamws_and_do_not_decay():
+    made = model(tie_word_embeddings=False)
+    choose_trained(made, TrainConfig(lora_rank=3, lora_targets=("embedding", "head")))
+    (group,) = (group for group in optimizers.build(made, TrainConfig()).groups if group.parameters)
+    adapters = (made.embedding, made.head.output)
+    assert group.weight_decay == 0.0 and {id(p) for p in group.parameters} == {
+        id(p) for adapter in adapters for p in (adapter.lora_a, adapter.lora_b)}
+
+
+@pytest.mark.parametrize("targets", [("all",), ("all", "embedding", "head")], ids=str)
+def test_a_state_with_adapters_comes_back(targets, tmp_path):
+    made = [model(tie_word_embeddings=False) for _ in range(2)]
     optimizer = []
     for one in made:
-        choose_trained(one, TrainConfig(lora_rank=3))
+        choose_trained(one, TrainConfig(lora_rank=3, lora_targets=targets))
         optimizer.append(optimizers.build(one, TrainConfig()))
     batch = packed(torch.arange(34).view(2, 17) % 40)
     for _ in range(2):
