@@ -270,7 +270,7 @@ class Run:
     def _measured(self) -> object:
         self.team.ask("measure")
         self.model.eval()
-        with self._enough_memory("an evaluation"):
+        with self._enough_memory("an evaluation"), self.team.working():
             figures = self.evaluate()
         self.model.train()
         self.team.settle(self.model)
@@ -301,7 +301,8 @@ class Run:
         while True:
             made = None
             try:
-                made = self._gradients()
+                with self.team.working():
+                    made = self._gradients()
             except (RuntimeError, MemoryError) as error:
                 if not device.ran_out_of_memory(error):
                     raise

@@ -9,13 +9,14 @@ Processes find each other by the variables that torchrun sets (RANK, WORLD_SIZE,
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from lmcli.errors import Lost
 
@@ -103,6 +104,10 @@ class Team:
         """Brings to `device` what this process is to hold of the model."""
         model.to(device)
 
+    def working(self) -> AbstractContextManager[None]:
+        """To be around forward and backward passes, in which processes may need each other: Lost when one has gone."""
+        return nullcontext()
+
     def settle(self, model: nn.Module) -> None:
         """To be called after forward passes without a backward pass."""
 
@@ -147,7 +152,11 @@ def join() -> Team:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     with noticing():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        store, rank, size = next(rendezvous("env://"))
+        # torchrun keeps what processes of an earlier start have left there, their addresses too
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE,
+                                store=store, rank=rank, world_size=size)
     return Team(dist.get_rank(), dist.get_world_size())
 
 

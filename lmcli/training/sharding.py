@@ -79,6 +79,17 @@ class ShardedTeam(Team):
             module.unshard()  # the room for whole weights must not be made by an evaluation: no gradient could go there
             module.reshard()
 
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """As a Team: blocks' weights are gathered from all."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
+                raise
+            with noticing():
+                raise
+
     def settle(self, model: nn.Module) -> None:
         """Lets go of whole weights that a forward pass without a backward pass has left."""
         for module in _sharded(model):
