@@ -188,11 +188,12 @@ def _dividing(team: Team, shard: bool | None, recipe: Recipe, placement: Placeme
 def _lead(run: TrainingRun, team: Team, resumed: bool) -> None:
     """Lets the other processes of a team, which `follow`, join a run that has its weights, or is about to take them from its
     newest state."""
-    if team.size > 1:
-        launch.remember_folder(run.folder)
-        team.tell({"folder": str(run.folder.resolve()), "resumed": resumed, "shards": team.shards})
-        if not resumed:
-            team.share_weights(run.model)
+    if team.size == 1:
+        return
+    launch.remember_folder(run.folder)
+    team.tell({"folder": str(run.folder.resolve()), "resumed": resumed, "shards": team.shards})
+    if not resumed:
+        team.share_weights(run.model)
     run.loop.join(team)
 
 
