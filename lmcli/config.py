@@ -181,6 +181,8 @@ class TrainConfig:
     optimizer: str = knob("muon", "update rule of the blocks' matrices; all else has AdamW", choices=("muon", "adamw"))
     learning_rate: float = knob(1e-2, "AdamW's, at the top of the schedule", 0.0, 1e9)
     matrix_learning_rate: float = knob(2e-2, "Muon's, at the top of the schedule", 0.0, 1e9)
+    layer_decay: float = knob(1.0, "a block's rates are this times those of what it hands on to; the head's are full",
+                              0.01, 1.0)
     warmup: float = knob(0.02, "share of the budget in which the rate rises from 0", 0.0, 1.0)
     schedule: str = knob("linear", "fall of the rate after warm-up", choices=("linear", "cosine", "constant"))
     weight_decay: float = knob(0.1, "decoupled decay of matrices", 0.0, 10.0)

@@ -2,11 +2,13 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lmcli.config import TrainConfig
+from lmcli.model.transformer import Transformer
 from lmcli.training.parallel import ALONE, Team, local
 
 # minimax on [0.01, 1] one after another; the first is steep at 1, where a bfloat16 error grows 20-fold: hence the 1.05
@@ -167,11 +169,12 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x
 
 
-def build(model: nn.Module, config: TrainConfig, team: Team = ALONE) -> Optimizers:
+def build(model: Transformer, config: TrainConfig, team: Team = ALONE) -> Optimizers:
     """AdamW, or with optimizer "muon" AdamW beside Muon, which gets the blocks' matrices at `matrix_learning_rate`; those of
     LoRA, whose factors are nothing to make orthogonal, are AdamW's.
 
     Matrices decay; norms, biases, tables of embeddings, and LoRA's, which stand for a change and start at none, do not.
+    Rates fall with depth by `layer_decay` (Clark et al. 2020, "ELECTRA").
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -181,6 +184,30 @@ def build(model: nn.Module, config: TrainConfig, team: Team = ALONE) -> Optimize
     kept = [p for name, p in named if p.ndim < 2 or name in tables]
     assert len(inner) + len(outer) + len(kept) == len(named)
     decay, rate, by_muon = config.weight_decay, config.learning_rate, config.optimizer == "muon"
-    adamw = AdamW([Group(outer if by_muon else inner + outer, rate, decay), Group(kept, rate, 0.0)])
-    muon = Muon([Group(inner, config.matrix_learning_rate, decay)], team=team)
+    grouped = partial(_groups, depths(model) if config.layer_decay < 1 else {}, config.layer_decay)
+    adamw = AdamW([*grouped(outer if by_muon else inner + outer, rate, decay), *grouped(kept, rate, 0.0)])
+    muon = Muon(grouped(inner, config.matrix_learning_rate, decay), team=team)
     return Optimizers([adamw, muon] if by_muon else [adamw], team)
+
+
+def _groups(depth: dict[nn.Parameter, int], decay: float, parameters: list[nn.Parameter], top: float,
+            weight_decay: float) -> list[Group]:
+    """Parameters in a group for each depth, with `top` times `decay` to its power."""
+    levels: dict[int, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        levels[depth.get(parameter, 0)].append(parameter)
+    return [Group(level, top * decay ** deep, weight_decay) for deep, level in sorted(levels.items())]
+
+
+def depths(model: Transformer) -> dict[nn.Parameter, int]:
+    """Through how many blocks a gradient has come when it reaches a parameter, the parameter's own among them: 0 in the head
+    and the last norm, one more than there are blocks in what the lowest one reads."""
+    blocks = model.blocks()
+    found = dict.fromkeys(model.parameters(), len(blocks) + 1)
+    for above, block in enumerate(reversed(blocks)):
+        found |= dict.fromkeys(block.parameters(), above + 1)
+    for stack in (model.encoder, model.decoder):
+        if stack is not None and stack.norm is not None:
+            above = next(len(blocks) - 1 - i for i, block in enumerate(blocks) if block is stack.layers[-1])
+            found |= dict.fromkeys(stack.norm.parameters(), above)
+    return found | {p: 0 for p in model.head.parameters() if p is not model.embedding.weight}

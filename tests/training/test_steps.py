@@ -62,6 +62,28 @@ def test_every_parameter_is_in_exactly_one_group():
         assert decayed == {id(p) for name, p in made.named_parameters() if p.ndim == 2 and name != "embedding.weight"}
 
 
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
+@pytest.mark.parametrize("options", [
+    {}, {"tie_word_embeddings": False}, {"shape": "encoder", "head": "sequence", "labels": ("a", "b")},
+    {"shape": "encoder-decoder", "num_encoder_layers": 3}], ids=str)
+def test_rates_fall_with_depth(rule, options):
+    made = model(**options)
+    blocks = [f"{stack}.layers.{i}." for stack in ("encoder", "decoder") if getattr(made, stack) is not None
+              for i in range(len(getattr(made, stack).layers))]
+    built = optimizers.build(made, TrainConfig(optimizer=rule, learning_rate=1.0, matrix_learning_rate=2.0, layer_decay=0.5))
+    rates = {id(p): group.top for group in built.groups for p in group.parameters}
+    for name, parameter in made.named_parameters():
+        full = 2.0 if rule == "muon" and parameter.ndim == 2 and ".layers." in name else 1.0
+        if name.startswith("head.") or name == f"{blocks[-1].partition('.')[0]}.norm.weight":
+            depth = 0
+        elif name == "encoder.norm.weight":  # of two stacks
+            depth = len(made.decoder.layers)
+        else:
+            depth = next((len(blocks) - i for i, block in enumerate(blocks) if name.startswith(block)), len(blocks) + 1)
+        assert rates.pop(id(parameter)) == full * 0.5 ** depth, name
+    assert not rates
+
+
 def test_what_is_not_trained_is_in_no_group_and_loras_matrices_are_adamws():
     made = model()
     choose_trained(made, TrainConfig(lora_rank=3, frozen_layers=1))
