@@ -25,6 +25,7 @@ from lmcli.storage import read_json, read_tensors, write_tensors, write_text
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LEAD = "base_model.model."  # of all names in the file
 FACTORS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}  # A and B of a Linear, of an embedding
+PARTNERS = FACTORS | {b: a for a, b in FACTORS.items()}
 TASKS = {("decoder", "lm"): "CAUSAL_LM", ("encoder-decoder", "lm"): "SEQ_2_SEQ_LM", ("encoder", "sequence"): "SEQ_CLS",
          ("encoder", "token"): "TOKEN_CLS", ("encoder", "span"): "QUESTION_ANS", ("encoder", "none"): "FEATURE_EXTRACTION"}
 HEADS = {task: head for (_, head), task in TASKS.items()}
@@ -132,14 +133,15 @@ def merged(adapter: Adapter, family: Family, config: ModelConfig, tensors: dict[
             raise UserError(f"has a tensor of a kind that is not supported: {name}", where=where)
         if not part:
             done[spelled(name, family.prefix, tensors) or name] = tensor
-        elif part in FACTORS:
+        elif part in PARTNERS:
             weight = spelled(f"{_in_files(family, module)}.weight", family.prefix, tensors)
-            other = adapter.tensors.get(f"{module}.{FACTORS[part]}")
+            other = adapter.tensors.get(f"{module}.{PARTNERS[part]}")
             if weight is None or other is None:
-                lacks = f"no {module}.{FACTORS[part]}" if other is None else \
+                lacks = f"no {module}.{PARTNERS[part]}" if other is None else \
                     f"{module}, which its base {adapter.base} has not"
                 raise UserError(f"has {lacks}", where=where, hint="it may have been made for another base")
-            done[weight] = _added(adapter, module, tensors[weight], tensor, other, _stands(family, module))
+            if part in FACTORS:
+                done[weight] = _added(adapter, module, tensors[weight], tensor, other, _stands(family, module))
     return done
 
 

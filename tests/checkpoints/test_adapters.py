@@ -188,6 +188,7 @@ def test_damage_is_named(made, damage, said):
     ({"model.embed_tokens.lora_embedding_A": (2, 2)}, "has no model.embed_tokens.lora_embedding_B"),
     ({"model.embed_tokens.lora_embedding_A": (2, 2), "model.embed_tokens.lora_embedding_B": (2, 2)},
      "of model.embed_tokens do not fit the matrix"),
+    ({"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": None}, "has no model.layers.0.mlp.up_proj.lora_A.weight"),
     ({"base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": None}, "has no model.layers.0.mlp.up_proj.lora_B.weight"),
     ({"base_model.model.strange.weight": (2,)}, "has a tensor that qwen3 does not know: strange.weight")], ids=str)
 def test_tensors_that_do_not_belong_are_named(made, tensors, said):
