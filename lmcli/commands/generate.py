@@ -6,9 +6,7 @@ import sys
 import click
 
 from lmcli.commands import options
-from lmcli.errors import ClosedPipe, UsageError, UserError
-
-PROMPTS_AT_ONCE = 256
+from lmcli.errors import ClosedPipe, UsageError
 
 
 @click.command(epilog="""\b
@@ -69,8 +67,10 @@ def generate(prompts, model, stop, num_samples, seed, echo, whole, raw, zero, on
         raise UsageError("an empty text would stop at once", where="--stop")
     if any("\udc80" <= character <= "\udcff" for text in (*prompts, *stop) for character in text):
         raise UsageError("invalid UTF-8 in an argument")  # Python's stand-ins for bytes that are no text
+    from lmcli import display
     from lmcli.inference import writing
     from lmcli.inference.decoding import Generated
+    from lmcli.inference.prompts import Prompts
     from lmcli.text.records import Output
 
     loaded = options.load_model(model, device, dtype, threads, verbose, generating=True)
@@ -83,7 +83,7 @@ def generate(prompts, model, stop, num_samples, seed, echo, whole, raw, zero, on
     piped = not prompts or "-" in prompts
     style = _Style(as_json, echo, raw or bool(prompts and not piped) or whole, "\0" if zero else "\n")
     streamed = prompts and not piped and not as_json and writing.streams(decoder)
-    source = _Prompts(loaded, bos, on_error, quiet)
+    source = Prompts(loaded, bos, on_error, (lambda _: None) if quiet else display.note)
     batches = source.batches(prompts, whole, zero)
     with Output() as out:
         if streamed:
@@ -138,82 +138,3 @@ class _Style:
 
         text = (prompt if self.echo else "") + result.text
         return (text if self.raw else escaped(text)) + self.end
-
-
-class _Prompts:
-    """Prompts as lists of (text, ids), from the arguments, where "-" stands for what standard input holds.
-
-    From standard input an empty line that nothing can be made of has no ids (None), nor has a bad one with
-    `--on-error blank`.
-    """
-
-    def __init__(self, loaded, bos, on_error, quiet):
-        from lmcli.text.records import Reader
-
-        self.loaded, self.bos, self.on_error, self.quiet = loaded, bos, on_error, quiet
-        self.reader, self.empty = Reader("text", on_error=on_error), 0
-
-    def batches(self, arguments, whole, zero):
-        """Lists of prompts as they arrive; those of arguments in one list."""
-        waiting = []
-        for argument in arguments or ("-",):
-            if argument != "-":
-                waiting.append((argument, self.loaded.prompt(argument, self.bos)))
-                continue
-            for records in self._standard_input(whole, zero):
-                waiting += [pair for record in records for pair in self._of_record(record, whole)]
-                while waiting and (argument, whole, zero) == ("-", False, False):
-                    yield self._checked(waiting[:PROMPTS_AT_ONCE])
-                    waiting = waiting[PROMPTS_AT_ONCE:]
-        if waiting:
-            yield self._checked(waiting)
-
-    def _standard_input(self, whole, zero):
-        from lmcli.text.opening import open_bytes
-        from lmcli.text.records import Record
-
-        if not whole and not zero:
-            yield from self.reader.batches(["-"])
-            return
-        with open_bytes("-") as handle:
-            data = b"".join(iter(lambda: handle.read(1 << 16), b""))
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"invalid UTF-8 (byte {error.start + 1})", where="standard input") from error
-        texts = [text] if whole else text.removesuffix("\0").split("\0") if text else []
-        yield [Record(text, "-", number) for number, text in enumerate(texts, 1)]
-
-    def _of_record(self, record, whole):
-        """The prompt of a record as a list of one, or of none when it is left out."""
-        if record.bad:
-            return [(record.text, None)]
-        try:
-            return [(record.text, self.loaded.prompt(record.text, self.bos))]
-        except UserError as error:
-            if not record.text:
-                self.empty += 1
-            elif self.on_error == "stop":
-                where = "standard input" if whole else f"standard input, line {record.line}"
-                raise UserError(error.what, where, error.hint) from error
-            elif self.on_error == "skip":
-                self.reader.skipped += 1
-                return []
-            return [(record.text, None)]
-
-    def _checked(self, batch):
-        context, shape = self.loaded.context, self.loaded.model.config
-        long = sum(len(ids or ()) > context for _, ids in batch)
-        if long and not self.quiet and not (shape.shape == "encoder-decoder" and shape.positions == "relative"):
-            which = "1 prompt is" if long == 1 else f"{long} prompts are"
-            read = "end" if shape.shape == "decoder" else "beginning"
-            click.echo(f"lm: {which} longer than the context of {context} tokens; only the {read} is read", err=True)
-        return batch
-
-    def tell_what_is_missing(self):
-        """Says how many lines have an empty result or were left out."""
-        if self.empty and not self.quiet:
-            click.echo(f"lm: {self.empty} empty {'lines' if self.empty > 1 else 'line'}, of which this model can make "
-                       "nothing: the results are empty", err=True)
-        if self.reader.skipped and not self.quiet:
-            click.echo(f"lm: {self.reader.skipped} bad {'lines' if self.reader.skipped > 1 else 'line'} left out", err=True)
