@@ -192,6 +192,8 @@ class TrainConfig:
     lora_rank: int = knob(0, "rank of the matrices that LoRA trains beside frozen ones; 0 trains all weights", 0, 1 << 16)
     lora_alpha: float = knob(0.0, "what they add is multiplied by lora_alpha / lora_rank; 0 takes twice the rank", 0.0, 1e9)
     lora_dropout: float = knob(0.0, "share of what they read set to zero", 0.0, 0.95)
+    lora_init: str = knob("random", "what they read at first: directions drawn as PEFT does, or those of the first step's "
+                          "gradient", choices=("random", "gradient"))
     lora_targets: tuple[str, ...] = knob(("all",), "what gets them; all: every matrix of the blocks", choices=LORA_TARGETS)
     frozen_layers: int = knob(0, "blocks from the bottom (of two stacks: the encoder's) that are not trained, nor is the "
                               "embedding then", 0, 1024)

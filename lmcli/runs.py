@@ -19,7 +19,7 @@ from lmcli.model.transformer import Transformer
 from lmcli.recipes import changed, require_budget, require_origin
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
-from lmcli.training import changes, data, memory_room, run_folder, state
+from lmcli.training import adapter_start, changes, data, memory_room, run_folder, state
 from lmcli.training.divergence import Diverged
 from lmcli.training.objectives import OBJECTIVES
 from lmcli.training.parallel import ALONE, Team
@@ -112,6 +112,12 @@ def start(request: Request, began: float, note: Callable[[str], None], team: Tea
         run.chosen = chosen
         run.base = request.origin if folder and str(folder) != request.origin else str(folder.resolve()) if folder else ""
         memory_room.fit(run.loop, note, team)
+        if recipe.train.lora_rank and recipe.train.lora_init == "gradient":
+            if team.shards:
+                raise UsageError("lora_init: the first gradient is one process's, which --shard leaves without the model",
+                                 where="train", hint="lora_init: random")
+            for told in adapter_start.align(run.loop):
+                note(told.text)
         run.remembered = [{"file": file, "before": remembering.bits_per_byte(run.model, tokenizer, file), "after": None}
                           for file in remember]
         run.create()

@@ -125,7 +125,7 @@ class TestImports:
         order = {"kernels": set(), "fused": {"kernels"}, "head_loss": {"kernels"}, "layers": {"fused"},
                  "attention": {"fused", "layers"}, "recompute": {"device"}, "adapters": {"fused", "layers", "transformer"},
                  "transformer": {"kernels", "fused", "head_loss", "layers", "attention", "recompute"},
-                 "likelihood": {"fused", "head_loss"}, "device": set(), "cost": set(), "memory": {"cost"}}
+                 "likelihood": {"fused", "head_loss"}, "device": set(), "group": set(), "cost": set(), "memory": {"cost"}}
         for name, allowed in order.items():
             found = {module.removeprefix("lmcli.model.") for module, _ in imports(PACKAGE / "model" / f"{name}.py")
                      if module.startswith("lmcli.model.")}

@@ -1,19 +1,17 @@
 """Several processes around one stream of work: the first reads, hands out and writes, and all of them work.
 
 A part of the input goes to whichever process is free, and what was found of it comes back in the order of the parts: the
-output is that of one process. Processes find each other by the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR, MASTER_PORT); `--nproc` sets them itself. They tell each other JSON; nothing is ever unpickled.
+output is that of one process.
 """
 
 import base64
-import json
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -207,15 +205,11 @@ ALONE = Crew()
 
 
 def join() -> Crew:
-    """The crew that this process belongs to, by its environment; one that has a GPU takes its own."""
-    import torch
-    import torch.distributed as dist
+    """The crew that this process belongs to, by its environment."""
+    from lmcli.model import group
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    with _noticing():
-        dist.init_process_group("gloo", timeout=PATIENCE)
-    return Crew(dist.get_rank(), dist.get_world_size())
+    with group.noticing():
+        return Crew(*group.join(PATIENCE))
 
 
 def packed(numbers: np.ndarray) -> str:
@@ -233,31 +227,18 @@ def _told(error: UserError) -> dict[str, Any]:
 
 
 def _send(word: Any, to: int) -> None:
-    import torch
     import torch.distributed as dist
 
-    said = torch.frombuffer(bytearray(json.dumps(word).encode()), dtype=torch.uint8)
-    with _noticing():
-        dist.send(torch.tensor([len(said)]), to)
-        dist.send(said, to)
+    from lmcli.model import group
+
+    with group.noticing():
+        group.say(word, partial(dist.send, dst=to))
 
 
 def _receive(source: int) -> Any:
-    import torch
     import torch.distributed as dist
 
-    size = torch.zeros(1, dtype=torch.int64)
-    with _noticing():
-        dist.recv(size, source)
-        heard = torch.empty(int(size), dtype=torch.uint8)
-        dist.recv(heard, source)
-    return json.loads(heard.numpy().tobytes())
+    from lmcli.model import group
 
-
-@contextmanager
-def _noticing() -> Iterator[None]:
-    """Lost when another process has gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise Lost("another process has ended before its time", hint="start the command again") from error
+    with group.noticing():
+        return group.hear(partial(dist.recv, src=source))

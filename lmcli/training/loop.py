@@ -162,6 +162,11 @@ class Run:
                 case _:
                     yield heard
 
+    def rehearse(self) -> Iterator[Note]:
+        """Leaves the gradients of the first step, which is not made, in the parameters."""
+        yield from self._gradients_that_fit()
+        self.counters.rows = 0
+
     def join(self, team: Team) -> None:
         """Makes this the run of a team: what each process is to hold of the model is brought to its device. To be called
         before there are moments."""

@@ -7,11 +7,11 @@ import torch
 
 from lmcli.config import ModelConfig, Recipe
 from lmcli.errors import UsageError
-from lmcli.model import cost, kernels
+from lmcli.model import cost, group, kernels
 from lmcli.model.device import Placement, available_memory, dtype_name, machine_memory
 from lmcli.model.memory import held_by_one, shared_out, training_memory
 from lmcli.training.loop import Run
-from lmcli.training.parallel import Team, expected
+from lmcli.training.parallel import Team
 
 BYTES_PER_PARAMETER = 12  # weight, gradient and at least one moment, in float32
 FEWEST_MICRO_BATCH_TOKENS = 2048  # smaller products are slower than calculating activations again
@@ -22,7 +22,7 @@ def require(config: ModelConfig, placement: Placement) -> None:
     """Raises UsageError when weights, gradients and moments alone need more than the machine has, or all GPUs of a run: it
     would be killed."""
     parameters = cost.parameters(config).total
-    there = machine_memory(placement.device) * (expected() if placement.device.type == "cuda" else 1)
+    there = machine_memory(placement.device) * (group.expected() if placement.device.type == "cuda" else 1)
     if BYTES_PER_PARAMETER * parameters > there:
         raise UsageError(f"{parameters:,} parameters need {BYTES_PER_PARAMETER * parameters / 1e9:,.0f} GB of memory to "
                          f"train, {there / 1e9:,.0f} GB are there", where="model",

@@ -2,27 +2,24 @@
 
 The first of them leads: it runs the loop, measures, saves and speaks. The others follow: told that there is a step they make
 it, with the same numbers to the end, so that all have the same weights. (In `sharding` they share out the model as well.)
-Processes find each other by the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT);
-`lm train --nproc` sets them itself.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 
-from lmcli.errors import Lost
+from lmcli.model import group
 
 BUCKET_BYTES = 64 << 20  # of gradients that are sent at a time
 PATIENCE = timedelta(days=1)  # an evaluation of the leader may take long; one who is gone is noticed at once
 Part = TypeVar("Part")
+noticing = partial(group.noticing, "training", "lm train --resume goes on from the last state")
 
 
 class Team:
@@ -46,22 +43,16 @@ class Team:
     def tell(self, word: Any) -> None:
         """Hands something that JSON can say to all that follow; None sends them home."""
         if self.size > 1:
-            said = torch.frombuffer(bytearray(json.dumps(word).encode()), dtype=torch.uint8)
             with noticing():
-                dist.broadcast(torch.tensor([len(said)]), src=0)
-                dist.broadcast(said, src=0)
+                group.say(word, partial(dist.broadcast, src=0))
 
     def ask(self, *word: str) -> None:
         """Has the processes that follow do what this one is about to, where it takes all."""
 
     def hear(self) -> Any:
         """What the leader tells next."""
-        size = torch.zeros(1, dtype=torch.int64)
         with noticing():
-            dist.broadcast(size, src=0)
-            heard = torch.empty(int(size), dtype=torch.uint8)
-            dist.broadcast(heard, src=0)
-        return json.loads(bytes(heard.tolist()))
+            return group.hear(partial(dist.broadcast, src=0))
 
     def seed(self, seed: int, step: int) -> None:
         """Gives every process random numbers of its own for a step, whatever was drawn before."""
@@ -140,34 +131,12 @@ def local(tensor: Tensor) -> Tensor:
 ALONE = Team()
 
 
-def expected() -> int:
-    """How many processes this one is one of, by its environment."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def join() -> Team:
     """The team that this process belongs to, by its environment; ALONE where there is none."""
-    if expected() == 1:
+    if group.expected() == 1:
         return ALONE
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     with noticing():
-        store, rank, size = next(rendezvous("env://"))
-        # torchrun keeps what processes of an earlier start have left there, their addresses too
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE,
-                                store=store, rank=rank, world_size=size)
-    return Team(dist.get_rank(), dist.get_world_size())
-
-
-@contextmanager
-def noticing() -> Iterator[None]:
-    """Lost when another process has gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise Lost("another process of this run has ended before its time", where="training",
-                   hint="lm train --resume goes on from the last state") from error
+        return Team(*group.join(PATIENCE, "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"))
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
