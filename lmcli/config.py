@@ -185,6 +185,8 @@ class TrainConfig:
                               0.01, 1.0)
     warmup: float = knob(0.02, "share of the budget in which the rate rises from 0", 0.0, 1.0)
     schedule: str = knob("linear", "fall of the rate after warm-up", choices=("linear", "cosine", "constant"))
+    averaging: float = knob(0.0, "share of the budget, its last, over whose steps weights are averaged: their mean is what "
+                            "is measured and kept", 0.0, 1.0)
     weight_decay: float = knob(0.1, "decoupled decay of matrices", 0.0, 10.0)
     gradient_clip: float = knob(1.0, "largest gradient norm; 0 leaves gradients alone", 0.0)
     dropout: float = knob(0.0, "share of sublayer outputs, beside an encoder of embeddings too, set to zero", 0.0, 0.95)

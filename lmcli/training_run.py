@@ -168,7 +168,8 @@ class TrainingRun:
     def _save(self) -> None:
         """Writes a resumable state. Raises UserError that tells how to go on when the disk refuses."""
         counters, recipe = self.loop.counters, changes.plain(self.recipe)
-        best = self._weights_file() if 0 < counters.best_step < counters.step else None
+        own = counters.best_step == counters.step and not counters.averaged  # the best weights are the state's
+        best = self._weights_file() if counters.best_step and not own else None
         beside = state.Beside(self.result, self.headline, self.place.flush_metrics(), recipe, self.best_sha256, best)
         try:
             state.save(self.place.states, counters, self.model, self.loop.optimizer, beside)

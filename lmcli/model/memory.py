@@ -60,7 +60,8 @@ def training_memory(config: ModelConfig, train: TrainConfig, micro_batch_tokens:
     for count, rows, columns in inner if by_muon else ():
         groups[rows, columns] = groups.get((rows, columns), 0) + count * rows * columns
     weights = MASTER * (total + (trained if train.lora_rank else 0))
-    return Memory(weights, MASTER * trained, MASTER * (2 * (trained - by_muon) + by_muon),
+    beside = 2 * (trained - by_muon) + by_muon + (trained if train.averaging else 0)
+    return Memory(weights, MASTER * trained, MASTER * beside,
                   kept_for_backward(config, train, micro_batch_tokens, dtype, recompute, fused)
                   + _worked_with(config, train, micro_batch_tokens, SIZES[dtype], recompute, fused, device),
                   ORTHOGONAL * max(groups.values(), default=0))

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
@@ -157,6 +157,8 @@ class Run:
                     self._measured()
                 case ["finite"]:
                     self.team.finite(self.model)
+                case ["swap"]:
+                    self.optimizer.swap_averages()
                 case ["whole"]:
                     self.team.whole(self.model)
                 case _:
@@ -202,14 +204,14 @@ class Run:
         ended = share >= 1.0 and not self.stop
         if ended and (counters.looked < 1.0 or counters.best == math.inf):
             counters.looked = share
-            yield self._validate(final=True)
+            yield from self._with_averages(self._validated(final=True))
         counters.seconds = self.elapsed()
         self._require_finite()
         if ended and counters.best == math.inf:
             raise self._diverged("no evaluation gave a number")
         yield Due("save", counters.step)
         if counters.best == math.inf:  # no run is left with the weights it began with; the state knows nothing of this one,
-            yield self._validate(final=False)  # so that the run goes on as one that was never stopped
+            yield from self._with_averages(self._validated(final=False))  # so that the run goes on as if never stopped
 
     def _between(self, share: float) -> Iterator[Validation | Due]:
         """What is due after a step that brought the run to `share`: at most once there, however often the run is stopped."""
@@ -218,10 +220,10 @@ class Run:
         if share <= last:
             return
         if self._due(config.eval_every, last, share, evaluations(config.time, self._evaluation_cost())):
-            yield self._validate(final=False)
+            yield from self._with_averages(self._validated(final=False))
         if self._due(config.sample_every, last, share) and self._worth_a_sample():
             started = time.monotonic()
-            yield Due("sample", counters.step)
+            yield from self._with_averages([Due("sample", counters.step)])
             self._sampled_at, self._sample_seconds = time.monotonic(), time.monotonic() - started
         if self._due(config.save_every, last, share) and not self._above():  # else the good ones would be pushed out
             counters.seconds = self.elapsed()
@@ -262,7 +264,19 @@ class Run:
             return True
         return time.monotonic() - (self._sampled_at or self.began) >= 50 * self._sample_seconds
 
-    def _validate(self, final: bool) -> Validation:
+    def _with_averages(self, events: Iterable[Validation | Due]) -> Iterator[Validation | Due]:
+        """Events while which the model has the mean of its weights, where there is one (Izmailov et al. 2018)."""
+        if self.counters.averaged:
+            self._swap()
+        yield from events
+        if self.counters.averaged:
+            self._swap()
+
+    def _swap(self) -> None:
+        self.team.ask("swap")
+        self.optimizer.swap_averages()
+
+    def _validated(self, final: bool) -> Iterator[Validation]:
         counters, started = self.counters, time.monotonic()
         figures = self._measured()
         counters.evaluation_seconds = time.monotonic() - started
@@ -270,7 +284,7 @@ class Run:
         counters.stale = 0 if best else counters.stale + 1
         if best:
             counters.best, counters.best_step = figures.criterion, counters.step
-        return Validation(counters.step, figures, best, final)
+        yield Validation(counters.step, figures, best, final)
 
     def _measured(self) -> object:
         self.team.ask("measure")
@@ -293,6 +307,9 @@ class Run:
         self.optimizer.set_factor(factor)
         with self._enough_memory(f"the update of step {counters.step + 1}"):
             self.optimizer.step()
+            counters.averaged = counters.averaged + 1 if share >= 1 - config.averaging else 0
+            if counters.averaged:
+                self.optimizer.average(counters.averaged)
         counters.step += 1
         counters.tokens += tokens
         seconds = time.monotonic() - started

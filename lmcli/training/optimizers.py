@@ -1,6 +1,7 @@
 """Which parameter is updated how: every one that is trained in exactly one group of exactly one optimizer."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -43,6 +44,27 @@ class Optimizers:
         """One update of every parameter."""
         for rule in self.rules:
             rule.step()
+
+    def average(self, count: int) -> None:
+        """Makes what is kept beside each weight the mean of its values after `count` steps, of which this was the last."""
+        for state, parameter in self._states():
+            if count == 1:
+                state["average"] = parameter.detach().clone()
+            else:
+                local(state["average"]).lerp_(local(parameter.detach()), 1 / count)
+
+    def swap_averages(self) -> None:
+        """Puts the means in place of the weights, and the weights where the means were."""
+        for state, parameter in self._states():
+            if "average" in state:
+                weight, mean = local(parameter.detach()), local(state["average"])
+                held = mean.clone()
+                mean.copy_(weight)
+                weight.copy_(held)
+
+    def _states(self) -> Iterator[tuple[dict[str, Tensor], nn.Parameter]]:
+        return ((rule.state[parameter], parameter) for rule in self.rules for group in rule.groups
+                for parameter in group.parameters)
 
     def zero_grad(self) -> None:
         """Drops all gradients."""
@@ -91,7 +113,7 @@ class AdamW:
             if not (parameters := group.with_gradient()):
                 continue
             for parameter in parameters:
-                if not self.state[parameter]:
+                if "step" not in self.state[parameter]:
                     self.state[parameter] |= {"step": torch.zeros((), device=parameter.device),
                                               "exp_avg": torch.zeros_like(parameter),
                                               "exp_avg_sq": torch.zeros_like(parameter)}

@@ -62,7 +62,8 @@ def test_a_run_with_lora_is_an_adapter_that_every_command_takes(inside, tune, tr
 
 
 @pytest.mark.parametrize("arguments", [
-    ("--lora", 4), ("--lora", 2, "--freeze", 1, "--set", "train.lora_targets=query,up"), ("--freeze", 1),
+    ("--lora", 4), ("--lora", 2, "--freeze", 1, "--set", "train.lora_targets=query,up"),
+    ("--freeze", 1, "--set", "train.averaging=0.75"),
     ("--lora", 3, "--set", "train.lora_dropout=0.2", "--set", "train.dropout=0.1")], ids=str)
 def test_stopped_and_resumed_is_never_stopped(tune, inside, tmp_path, monkeypatch, arguments):
     step = loop.Run._step

@@ -13,7 +13,8 @@ import pytest
 
 SMALL = ("--preset", "tiny", "--dtype", "float32", "--set", "model.hidden_size=32", "--set", "model.num_hidden_layers=1",
          "--set", "tokenizer.vocab_size=300", "--set", "train.context=32", "--set", "train.batch_tokens=256", "--set",
-         "train.dropout=0", "--set", "train.optimizer=adamw", "--set", "train.save_every=5", "--set", "train.eval_every=10")
+         "train.dropout=0", "--set", "train.optimizer=adamw", "--set", "train.save_every=5", "--set", "train.eval_every=10",
+         "--set", "train.averaging=0.6")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(lm, text, tmp_path_factory) -> list[float]:
-    """The losses of 40 steps by one process."""
+    """The losses of 40 steps by one process, and those of averaged weights on the validation part."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     assert lm("train", text, "-o", folder, *SMALL, "--steps", 40).returncode == 0
     return losses(folder)
@@ -35,7 +36,7 @@ def losses(folder: Path) -> list[float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))  # no gap, none twice
-    return [row["loss"] for row in steps]
+    return [row["loss"] for row in steps] + [row["val_loss"] for row in rows if "val_loss" in row]
 
 
 @pytest.fixture

@@ -82,6 +82,35 @@ def test_best_is_the_lowest_so_far(run):
     assert (made.counters.best, made.counters.best_step) == (1.9, 5)
 
 
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
+def test_what_is_measured_and_kept_is_the_mean_of_the_last_weights(run, rule):
+    made = run(steps=8, eval_every=2, sample_every=8, save_every=8, averaging=0.5, optimizer=rule)
+    after, shown = [], {}
+    for event in made.events():
+        weights = {name: weight.detach().clone() for name, weight in made.model.named_parameters()}
+        if isinstance(event, loop.Step):
+            after.append(weights)
+        else:
+            shown.setdefault(event.step, []).append((type(event), weights))
+    for step, events in shown.items():  # weights count from the step that began at half of the budget
+        chosen = after[4:step] if step > 4 else after[step - 1:step]
+        for kind, weights in events:
+            last = chosen[-1:] if kind is loop.Due else chosen  # a state has the weights that are trained
+            for name, weight in weights.items():
+                torch.testing.assert_close(weight, torch.stack([one[name] for one in last]).mean(0))
+    assert sorted(shown) == [2, 4, 6, 8] and len(shown[8]) == 2
+
+
+def test_a_longer_budget_begins_the_mean_anew(run):
+    made = run(steps=8, averaging=0.5)
+    for event in made.events():
+        made.stop = isinstance(event, loop.Step) and event.step == 6
+    assert made.counters.averaged == 2
+    made.config, made.stop = TrainConfig(context=8, batch_tokens=32, steps=20, averaging=0.5), False
+    counts = [made.counters.averaged for event in made.events() if isinstance(event, loop.Step)]
+    assert counts == [*[0] * 4, *range(1, 11)]
+
+
 def test_patience_ends_a_run_that_gets_no_better_and_keeps_the_best(run):
     made = run(bits=(3.0, 2.0, 2.5, 2.0), steps=50, eval_every=1, patience=2)
     events = list(made.events())
