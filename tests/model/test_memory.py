@@ -76,12 +76,14 @@ def test_optimizer_states_are_those_of_the_optimizers(name, optimizer):
     recipe = resolve(name)
     known = dataclasses.replace(recipe.model, vocab_size=recipe.tokenizer.vocab_size, hidden_size=48, num_attention_heads=4,
                                 max_position_embeddings=recipe.train.context).complete()
-    train = dataclasses.replace(recipe.train, optimizer=optimizer)
+    train = dataclasses.replace(recipe.train, optimizer=optimizer, averaging=0.5 if optimizer == "muon" else 0.0)
     model = Transformer(known)
     made = optimizers.build(model, train)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     made.step()
+    if train.averaging:
+        made.average(1)
     states = sum(value.numel() * value.element_size() for weight in model.parameters()
                  for value in made.state_of(weight).values() if value.ndim)
     found = memory.training_memory(known, train, 1024)
