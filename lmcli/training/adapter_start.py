@@ -21,7 +21,7 @@ def align(run: Run) -> Iterator[Note]:
     passes in turn, the result of each made orthonormal, are a subspace iteration (Halko et al. 2011, §4.5). An adapter
     stays as it was drawn where its rank is above what the matrix can have, and where nothing reaches the matrix yet.
     """
-    pairs = [pair for pair in _pairs(run.model) if pair.rank <= min(pair.width, pair.height)]
+    pairs = [pair for pair in _pairs(run.model) if pair.rank <= min(pair.read.shape[1], len(pair.written))]
     sizes = {pair.reads: pair.read.norm() for pair in pairs}
     for _ in range(ROUNDS):
         yield from run.rehearse()
@@ -62,21 +62,13 @@ class _Pair:
 
     @property
     def rank(self) -> int:
-        return self.read.shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.read.shape[1]
-
-    @property
-    def height(self) -> int:
-        return self.written.shape[0]
+        return len(self.read)
 
     def put(self, read: Tensor, written: Tensor) -> None:
         """Gives both factors other values."""
         with torch.no_grad():
             self.read.copy_(read)
-            for part, values in zip(self.writes, written.split([self._upright(part).shape[0] for part in self.writes])):
+            for part, values in zip(self.writes, written.split([len(self._upright(part)) for part in self.writes])):
                 self._upright(part.detach()).copy_(values)
 
     def _upright(self, stored: Tensor) -> Tensor:

@@ -230,6 +230,6 @@ def depths(model: Transformer) -> dict[nn.Parameter, int]:
         found |= dict.fromkeys(block.parameters(), above + 1)
     for stack in (model.encoder, model.decoder):
         if stack is not None and stack.norm is not None:
-            above = next(len(blocks) - 1 - i for i, block in enumerate(blocks) if block is stack.layers[-1])
-            found |= dict.fromkeys(stack.norm.parameters(), above)
+            own = found[next(stack.layers[-1].parameters())]
+            found |= dict.fromkeys(stack.norm.parameters(), own - 1)
     return found | {p: 0 for p in model.head.parameters() if p is not model.embedding.weight}
