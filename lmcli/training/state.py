@@ -158,7 +158,8 @@ class Saved:
         (self._put_whole if whole else self._put_shares)(model, optimizer)
         for name, parameter in model.named_parameters():
             if name in self.optimizer_steps:
-                optimizer.state_of(parameter)["step"] = torch.tensor(self.optimizer_steps[name])
+                steps = torch.tensor(self.optimizer_steps[name], device=parameter.device)
+                optimizer.state_of(parameter)["step"] = steps
         random = read_tensors(self.path / "random.safetensors")
         here = random_states(next(model.parameters()).device)  # a run may go on elsewhere than where it began
         set_random_states({kind: value for kind, value in random.items() if kind in here})

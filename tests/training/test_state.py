@@ -144,3 +144,15 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_older_states_and_nothing_
     done = subprocess.run([sys.executable, "-c", FULL, states, "6000"], capture_output=True, text=True, timeout=60)
     assert "cannot write" in done.stdout and done.stderr == "" and done.returncode == 0
     assert sorted(os.listdir(states)) == before and state.newest(states, pytest.fail).counters.step == 2
+
+
+def test_all_of_a_state_goes_where_the_weights_are(states):
+    """On a device with no memory of its own, which stands for one that this machine has not."""
+    with torch.device("meta"):
+        elsewhere = Transformer(TINY)
+    optimizer = optimizers.build(elsewhere, TrainConfig(optimizer="adamw"))
+    state.newest(states, pytest.fail).restore(elsewhere, optimizer)
+    held = [(name, kind, value.device.type) for name, parameter in elsewhere.named_parameters()
+            for kind, value in optimizer.state_of(parameter).items()]
+    assert {kind for _, kind, _ in held} >= {"step", "exp_avg", "exp_avg_sq"}
+    assert [part for part in held if part[-1] != "meta"] == []
