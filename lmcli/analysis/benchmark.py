@@ -24,6 +24,7 @@ from lmcli.model.transformer import Transformer
 from lmcli.text.batches import Batch, ExampleRows, MaskedRows, Masking, PackedRows
 from lmcli.training import loop
 from lmcli.training.objectives import OBJECTIVES
+from lmcli.training.stepper import micro_batch_tokens
 
 # What speeds are told for where no preset is named, smallest first: the peak of memory is that of the process so far.
 # The MLP of S is set so that its products come, within 0.5 %, to those of an ungated one of 4 × 128.
@@ -78,7 +79,7 @@ class TrainingWorkload:
         self.train = dataclasses.replace(recipe.train, time=0.0, tokens=0, epochs=0.0, steps=NEVER, eval_every=NEVER,
                                          save_every=NEVER, sample_every=NEVER)
         rows = _rows(config, recipe, objective.name)
-        batches = rows.step(0, self.train.batch_tokens, loop.micro_batch_tokens(self.train, placement.device))
+        batches = rows.step(0, self.train.batch_tokens, micro_batch_tokens(self.train, placement.device))
         passes = [_passes(config, batch) for batch in batches]
         self.config, self.placement = config, placement
         self.tokens = sum(batch.tokens for batch in batches)

@@ -32,6 +32,7 @@ from lmcli.text.documents import Layout
 from lmcli.text.records import shown
 from lmcli.text.tokenizer import Tokenizer
 from lmcli.training import data, loop
+from lmcli.training.stepper import micro_batch_tokens
 
 SAMPLE_BYTES = 1_000_000
 SECONDS = 2.0  # of measured steps for a preset
@@ -312,7 +313,7 @@ def _complete(recipe: Recipe, text_tokens: int, vocabulary: int) -> Recipe:
 
 def micro_batch(recipe: Recipe, device: torch.device) -> int:
     """Tokens of one forward pass, as training takes them: whole rows."""
-    most = loop.micro_batch_tokens(recipe.train, device)
+    most = micro_batch_tokens(recipe.train, device)
     return max(1, most // recipe.train.context) * recipe.train.context
 
 

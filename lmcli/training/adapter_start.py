@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lmcli.model.adapters import LoraEmbedding, adapters_of
-from lmcli.training.loop import Note, Run
+from lmcli.training.stepper import Note, Stepper
 
 ROUNDS = 2  # of two passes each
 
 
-def align(run: Run) -> Iterator[Note]:
+def align(run: Stepper) -> Iterator[Note]:
     """Has what adapters read span the leading right singular vectors of the gradient that each frozen matrix would have in
     the first step, in place of directions that were drawn (LoRA-GA, Wang et al. 2024; here the other factor stays 0, as PEFT
     has it, and so the model as it is). Yields what has to be noted.

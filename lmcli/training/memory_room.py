@@ -10,8 +10,8 @@ from lmcli.errors import UsageError
 from lmcli.model import cost, group, kernels
 from lmcli.model.device import Placement, available_memory, dtype_name, machine_memory
 from lmcli.model.memory import held_by_one, shared_out, training_memory
-from lmcli.training.loop import Run
 from lmcli.training.parallel import Team
+from lmcli.training.stepper import Stepper
 
 BYTES_PER_PARAMETER = 12  # weight, gradient and at least one moment, in float32
 FEWEST_MICRO_BATCH_TOKENS = 2048  # smaller products are slower than calculating activations again
@@ -35,7 +35,7 @@ def for_one(recipe: Recipe, placement: Placement) -> bool:
     return not there or held_by_one(training_memory(recipe.model.complete(), recipe.train, 0), there)
 
 
-def fit(run: Run, note: Callable[[str], None], team: Team) -> None:
+def fit(run: Stepper, note: Callable[[str], None], team: Team) -> None:
     """Where a step would need more memory than there is: a smaller micro-batch, then recomputation; the kernel of a
     system ends a process rather than tell it that memory is short, so this is not left to be found out."""
     train, counters, there = run.config, run.counters, MEMORY_SHARE * _memory_of_one(run.placement.device)

@@ -12,7 +12,7 @@ from lmcli.errors import UserError
 from lmcli.model.device import Placement
 from lmcli.model.transformer import Transformer
 from lmcli.text.batches import PackedRows
-from lmcli.training import loop
+from lmcli.training import loop, stepper
 
 TINY = ModelConfig(vocab_size=40, max_position_embeddings=16, hidden_size=16, num_hidden_layers=1,
                    num_attention_heads=2).complete()
@@ -32,7 +32,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    monkeypatch.setattr(loop, "time", made)
+    for module in (loop, stepper):
+        monkeypatch.setattr(module, "time", made)
     return made
 
 
