@@ -15,7 +15,7 @@ from lmcli.errors import UsageError, UserError
 SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Recipe)}
 # facts that a stored recipe carries beside the four sections; read by `lm info` and `--validation`, not by training
 BUDGETS = ("time", "tokens", "steps", "epochs")
-FACTS = ("versions", "data", "validation", "result", "choice")
+FACTS = ("versions", "data", "validation", "result", "choice", "base")
 MOST_DEPTH = 50
 OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken, yaml.BlockSequenceStartToken,
            yaml.BlockMappingStartToken)

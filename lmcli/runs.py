@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lmcli import first_model, launch
 from lmcli.analysis import auto, remembering
-from lmcli.checkpoints import adapters, hub
+from lmcli.checkpoints import adapter_base, hub
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import Recipe
 from lmcli.errors import Lost, UsageError, UserError
@@ -69,10 +69,11 @@ def start(request: Request, began: float, note: Callable[[str], None], team: Tea
                              hint="--from names that model")
     placement = place(request.device, recipe.train.precision, request.threads, training=True)
     folder = Path(hub.find(request.origin)) if request.origin else None
+    read_from = adapter_base.fingerprint(folder) if folder and recipe.train.lora_rank else ""  # before it can be replaced
     origin = checkpoints.load(folder) if folder else None
     if origin and recipe.train.lora_rank and request.output and folder.resolve() == Path(request.output).resolve():
         raise UsageError("is the base that the adapter needs", where=request.output, hint="choose another folder with -o")
-    if origin and recipe.train.lora_rank and adapters.is_adapter(folder):
+    if origin and recipe.train.lora_rank and adapter_base.is_adapter(folder):
         raise UsageError("is an adapter itself, and an adapter needs a whole model under it", where=request.origin,
                          hint=f"lm export {request.origin} --merge -o DIR makes one of it")
     tokenizer = origin.tokenizer if origin else \
@@ -110,7 +111,9 @@ def start(request: Request, began: float, note: Callable[[str], None], team: Tea
         team = _dividing(team, request.shard, recipe, placement, note)
         run = TrainingRun(place_of_run, recipe, prepared, source, model, placement, began, team)
         run.chosen = chosen
-        run.base = request.origin if folder and str(folder) != request.origin else str(folder.resolve()) if folder else ""
+        if recipe.train.lora_rank:
+            called = request.origin if str(folder) != request.origin else str(folder.resolve())
+            run.base = {"model": called, "weights": read_from}
         memory_room.fit(run.loop, note, team)
         if recipe.train.lora_rank and recipe.train.lora_init == "gradient":
             if team.shards:
@@ -153,7 +156,10 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
         team = _dividing(team, shard, recipe, placement, note)
         run = _rebuilt(place_of_run, recipe, source, parts, placement, began, note, team)
         _lead(run, team, resumed=True)
-        run.chosen, run.base = facts.get("choice") or [], adapters.base_name(Path(path))
+        run.chosen = facts.get("choice") or []
+        if recipe.train.lora_rank:
+            adapter_base.find(Path(path))
+            run.base = {**adapter_base.facts(Path(path)), "model": adapter_base.name(Path(path))}
         run.go_on_from(saved, facts, note)
     except BaseException:
         place_of_run.release()

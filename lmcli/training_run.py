@@ -11,7 +11,7 @@ import torch
 from lmcli.analysis import remembering
 from lmcli.analysis.card import model_card
 from lmcli.analysis.loss_curve import draw
-from lmcli.checkpoints import adapters
+from lmcli.checkpoints import adapter_base
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints.config_json import family_of
 from lmcli.config import Recipe
@@ -53,7 +53,7 @@ class TrainingRun:
         self.model, self.placement = (model if team.shards else model.to(placement.device)).train(), placement
         self.result: dict = {}
         self.chosen: list[str] = []
-        self.base = ""  # of adapters: what names the model that they are for
+        self.base: dict[str, str] = {}  # of adapters: `model`, which names what they are for, and `weights`, its fingerprint
         self.remembered: list[dict] = []
         self.headline = ""
         self.best_sha256 = ""  # of the weights of the best model so far, as the folder has them
@@ -126,7 +126,8 @@ class TrainingRun:
         """Writes the model folder with the weights as they are, empty metrics, the state before the first step, and, last,
         the recipe: a folder that has one can be resumed."""
         self.place.begin()
-        checkpoints.save(self.folder, self.model, self.prepared.tokenizer, self.recipe.generate, self.base)
+        checkpoints.save(self.folder, self.model, self.prepared.tokenizer, self.recipe.generate,
+                         self.base.get("model", ""))
         self.place.open_metrics(0)
         self._save()
         self.write_recipe()
@@ -163,7 +164,7 @@ class TrainingRun:
         checkpoints.save_weights(self.folder, self.loop.team.whole(self.model))
 
     def _weights_file(self) -> Path:
-        return self.folder / (adapters.WEIGHTS if self.recipe.train.lora_rank else checkpoints.WEIGHTS)
+        return self.folder / (adapter_base.WEIGHTS if self.recipe.train.lora_rank else checkpoints.WEIGHTS)
 
     def _save(self) -> None:
         """Writes a resumable state. Raises UserError that tells how to go on when the disk refuses."""
@@ -272,7 +273,7 @@ class TrainingRun:
         write_text(self.folder / "README.md", model_card(
             self.folder.resolve().name, self.model.config, self.recipe.train,
             sum(p.numel() for p in self.model.parameters()), family_of(self.model.config).heads[self.model.config.head],
-            self.source.files, self.result, self._beginning(), self.base if self.recipe.train.lora_rank else ""))
+            self.source.files, self.result, self._beginning(), self.base.get("model", "")))
 
     def _beginning(self) -> str:
         tokenizer = self.prepared.tokenizer
@@ -288,7 +289,7 @@ class TrainingRun:
                                         "tokenizer_files": tokenizer_files(self.folder)},
             validation=data.ranges(self.prepared.measured),
             result=self.result | ({"remembered": self.remembered} if self.remembered else {}),
-            **({"choice": self.chosen} if self.chosen else {}))
+            **({"choice": self.chosen} if self.chosen else {}), **({"base": self.base} if self.base else {}))
 
     def _where(self) -> dict[str, str]:
         """What else than versions decides about the last bits: device, threads, precision, and, on a CPU, the kernels."""

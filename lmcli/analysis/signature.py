@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lmcli import __version__
-from lmcli.checkpoints import adapters
+from lmcli.checkpoints import adapter_base
 from lmcli.errors import UsageError
 from lmcli.inference.perplexity import Perplexity
 from lmcli.inference.scoring import Score, Scorer
@@ -70,8 +70,8 @@ class Signature:
 def of_model(folder: Path) -> str:
     """The hash of a model folder: config.json and its files of weights; of an adapter's, its own and its base's."""
     digest, config = hashlib.sha256(), folder / "config.json"
-    if adapters.is_adapter(folder):
-        base, config = adapters.base_of(folder), folder / adapters.CONFIG
+    if adapter_base.is_adapter(folder):
+        base, config = adapter_base.find(folder), folder / adapter_base.CONFIG
         digest.update(b"" if base == folder else of_model(base).encode())
     for file in sorted((config, *folder.glob("*.safetensors"))):
         digest.update(file.name.encode())

@@ -115,13 +115,13 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _model_folder(path: Path, kind: str) -> Summary:
-    from lmcli.checkpoints import adapters
+    from lmcli.checkpoints import adapter_base, adapters
     from lmcli.checkpoints.config_json import read_config
     from lmcli.checkpoints.folder import TOKENIZERS, own_or_base
 
     summary = Summary({"kind": kind, "path": str(path)})
     facts, family, tokenizer, header, adapter, base = summary.facts, None, None, None, None, path
-    if adapters.is_adapter(path):
+    if adapter_base.is_adapter(path):
         with summary.noting():
             adapter = adapters.read(path)
             base = adapter.base

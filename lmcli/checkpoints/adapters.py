@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lmcli import recipes
-from lmcli.checkpoints import hub
+from lmcli.checkpoints import adapter_base
+from lmcli.checkpoints.adapter_base import CONFIG, WEIGHTS
 from lmcli.checkpoints.config_json import family_of
 from lmcli.checkpoints.families import FAMILIES, Family
 from lmcli.checkpoints.weights import as_stored, joined, spelled, stored_tensors
@@ -22,7 +23,6 @@ from lmcli.model.fused import LowRank, added
 from lmcli.model.transformer import Transformer
 from lmcli.storage import read_json, read_tensors, write_tensors, write_text
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LEAD = "base_model.model."  # of all names in the file
 FACTORS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}  # A and B of a Linear, of an embedding
 PARTNERS = FACTORS | {b: a for a, b in FACTORS.items()}
@@ -56,50 +56,19 @@ class Adapter:
         return alpha / (rank ** 0.5 if self.options.get("use_rslora") else rank)
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, and not a model by itself."""
-    return (folder / CONFIG).is_file()
-
-
 def read(folder: Path) -> Adapter:
     """The adapter of a folder, its base found.
 
-    Raises UserError naming the file for a damaged one, an option that is not supported, and a base that is not there.
+    Raises UserError naming the file for a damaged one, an option that is not supported, and a base that is not there or
+    not the one it was.
     """
     options = read_json(folder / CONFIG)
     _refuse_others(options, str(folder / CONFIG))
-    base = base_of(folder)
+    base = adapter_base.find(folder)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"holds no {WEIGHTS}", where=str(folder), hint="only safetensors hold weights here")
     tensors = {name.removeprefix(LEAD): tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
     return Adapter(folder, base, options, tensors)
-
-
-def base_name(folder: Path) -> str:
-    """What names an adapter's base; empty without an adapter."""
-    return str(read_json(folder / CONFIG).get("base_model_name_or_path") or "") if is_adapter(folder) else ""
-
-
-def base_of(folder: Path) -> Path:
-    """The folder of an adapter's base model: its own where that holds a model too, else the one it names. Raises UserError
-    naming the base when it is not there, or no model by itself."""
-    name, where = read_json(folder / CONFIG).get("base_model_name_or_path"), str(folder / CONFIG)
-    if (folder / "config.json").is_file():
-        return folder
-    if not isinstance(name, str) or not name:
-        raise UserError("names no base model (base_model_name_or_path)", where=where)
-    try:
-        base = Path(hub.find(name))
-        there = base.is_dir()
-    except UserError as error:
-        raise UserError(f"its base model {name} cannot be had: {error.what}", where=where, hint=error.hint) from error
-    if not there:
-        raise UserError(f"its base model is not there: {name}", where=where,
-                        hint="put it back, or write where it lies now into base_model_name_or_path")
-    if is_adapter(base):
-        raise UserError(f"its base model {name} is an adapter itself", where=where,
-                        hint=f"lm export {name} --merge -o DIR makes a model of it")
-    return base
 
 
 def _refuse_others(options: dict[str, Any], where: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from lmcli.checkpoints import adapters, folder
+from lmcli.checkpoints import adapter_base, folder
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import atomic_folder
 
@@ -21,10 +21,10 @@ def export(source: Path, target: Path, dtype: torch.dtype, merge: bool) -> None:
     Raises UsageError when `merge` does not fit what `source` is, and for a `target` that the model is read from; UserError
     for a folder that cannot be read, and weights that `dtype` cannot hold.
     """
-    if merge != adapters.is_adapter(source):
+    if merge != adapter_base.is_adapter(source):
         raise UsageError("holds no adapter to merge" if merge else "is an adapter, which is no model without its base",
                          where=str(source), hint="leave --merge out" if merge else "--merge makes one model of both")
-    base = adapters.base_of(source) if merge else source
+    base = adapter_base.find(source) if merge else source
     for read in {source.resolve(), base.resolve()}:
         if read == target.resolve() or target.resolve() in read.parents:
             raise UsageError("is where the model is read from", where=str(target), hint="choose another folder with -o")

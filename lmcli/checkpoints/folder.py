@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lmcli.checkpoints import adapters
+from lmcli.checkpoints import adapter_base, adapters
 from lmcli.checkpoints.config_json import family_of, read_config, write_config
 from lmcli.checkpoints.families import Family
 from lmcli.checkpoints.weights import as_stored, new_names, put, tensors_of
@@ -84,7 +84,7 @@ def _document(folder: Path) -> tuple[adapters.Adapter | None, Path, dict[str, An
         there = folder.is_dir()
     if not there:
         raise UserError("no such model folder", where=str(folder), hint="-m takes a folder with config.json in it")
-    adapter = adapters.read(folder) if adapters.is_adapter(folder) else None
+    adapter = adapters.read(folder) if adapter_base.is_adapter(folder) else None
     base = adapter.base if adapter else folder
     document = read_json(base / "config.json", "a model folder needs config.json, model.safetensors, tokenizer.json")
     return adapter, base, adapters.as_adapted(adapter, document) if adapter else document

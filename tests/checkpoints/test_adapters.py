@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmcli.analysis import signature, summary
-from lmcli.checkpoints import adapters, exporting, folder
+from lmcli.checkpoints import adapter_base, adapters, exporting, folder
 from lmcli.config import GenerateConfig, TrainConfig
 from lmcli.errors import UsageError, UserError
 from lmcli.first_model import choose_trained
@@ -206,7 +206,7 @@ class TestExport:
         exporting.export(at, tmp_path / "whole", torch.float32, merge=True)
         loaded = folder.load(tmp_path / "whole")
         assert torch.equal(logits(loaded.model), logits(model)) and loaded.generate.temperature == 0.3
-        assert not adapters.is_adapter(tmp_path / "whole")
+        assert not adapter_base.is_adapter(tmp_path / "whole")
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_weights_have_the_dtype(self, made, tmp_path, dtype):

@@ -61,6 +61,28 @@ def test_a_run_with_lora_is_an_adapter_that_every_command_takes(inside, tune, tr
     assert f"base_model: {trained[0].resolve()}" in card and "A LoRA adapter of rank 4" in card
 
 
+def test_an_adapter_whose_base_was_trained_again_is_refused(inside, trained, text, tmp_path):
+    """Its figures were of a model that is no longer there."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(trained[0], base)
+    assert inside("train", text, "--from", base, "-o", run, *SET, *STEPS, "--lora", 2).returncode == 0
+    before = bits(inside, run, text)
+    shutil.rmtree(base)
+    assert inside("train", text, "--from", trained[0], "-o", base, *SET, *STEPS, "--freeze", 1).returncode == 0
+    for arguments in (("perplexity", "-m", run, text), ("train", "--resume", run),
+                      ("export", run, "--merge", "-o", tmp_path / "merged")):
+        done = inside(*arguments)
+        assert done.returncode == 1 and done.stdout == b""
+        what, remedy = done.stderr.decode().splitlines()[-2:]
+        assert what == f"lm: error: {run}/adapter_config.json: its base model {base} has other weights than when the " \
+            "adapter was trained"
+        assert remedy.endswith(f"if they are meant to differ, take `base` out of {run}/recipe.yaml")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert recipe.pop("base").keys() == {"model", "weights"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert bits(inside, run, text) != before
+
+
 @pytest.mark.parametrize("arguments", [
     ("--lora", 4), ("--lora", 2, "--freeze", 1, "--set", "train.lora_targets=query,up"),
     ("--freeze", 1, "--set", "train.averaging=0.75"),
