@@ -135,7 +135,8 @@ class TrainingView:
 
     def validation(self, event) -> None:
         """Shows an evaluation."""
-        self.figures = f"validation {event.figures.headline()} (step {event.step:,}{', best' if event.best else ''})"
+        when = f"step {event.step:,}" if event.step else "before the first step"
+        self.figures = f"validation {event.figures.headline()} ({when}{', best' if event.best else ''})"
         self._draw()
         if not self.live and not self.quiet:
             print(self.figures, file=sys.stderr, flush=True)

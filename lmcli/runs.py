@@ -111,6 +111,7 @@ def start(request: Request, began: float, note: Callable[[str], None], team: Tea
         team = _dividing(team, request.shard, recipe, placement, note)
         run = TrainingRun(place_of_run, recipe, prepared, source, model, placement, began, team)
         run.chosen = chosen
+        run.loop.counters.look_first = bool(origin) and model is origin.model  # a head that is new knows nothing yet
         if recipe.train.lora_rank:
             called = request.origin if str(folder) != request.origin else str(folder.resolve())
             run.base = {"model": called, "weights": read_from}

@@ -197,7 +197,7 @@ class TrainingRun:
             elif isinstance(event, loop.Step):
                 self.place.log({key: value for key, value in dataclasses.asdict(event).items() if key in LOGGED})
                 yield "step", event
-            elif not self.step and not self.loop.stop:
+            elif not self.step and not self.loop.stop and not (isinstance(event, loop.Validation) and not event.final):
                 self.place.abandon()
                 raise UserError(f"the {self.recipe.train.time:g} s were over before the first step", where="--time",
                                 hint=f"it could begin after {self.loop.elapsed():.0f} s: give more time")
@@ -300,7 +300,8 @@ class TrainingRun:
         """One line: the figures of the model that was kept."""
         result = self.result
         again = f"; lm perplexity -m {self.folder} --validation measures the same" if self.objective.name == "causal" else ""
-        return (f"validation {self.headline or 'as before'}, at step {result['best_step']:,} of {result['steps']:,} "
+        best = f"at step {result['best_step']:,} of" if result["best_step"] else "before the first of"
+        return (f"validation {self.headline or 'as before'}, {best} {result['steps']:,} steps "
                 f"({result['seconds']:.0f} s){again}")
 
     def shares(self, done: bool = False) -> list[str]:

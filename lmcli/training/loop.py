@@ -17,7 +17,8 @@ EVALUATIONS = 8  # of a run, unless eval_every says otherwise; and so many saves
 
 @dataclass
 class Validation:
-    """An evaluation: whatever `evaluate` returned; `best` when its criterion is the lowest so far."""
+    """An evaluation after `step` steps (0: of the weights that a run begins with): whatever `evaluate` returned; `best` when
+    its criterion is the lowest so far."""
 
     step: int
     figures: object
@@ -63,6 +64,7 @@ class Run(Stepper):
 
     def events(self) -> Iterator[Step | Validation | Due | Note]:
         """Steps until a budget is used up or `stop` is set, with what is due between them; at the end a final Validation.
+        With `counters.look_first` the first event is a Validation as well.
 
         Where memory runs out a step is made again in smaller parts, after a Note. Raises UserError when not even a row
         fits, and Diverged when loss or gradient become NaN or infinite or the loss explodes; weights are then as before
@@ -99,6 +101,9 @@ class Run(Stepper):
         counters = self.counters
         self.model.set_recompute(self.recompute)
         self._before = counters.seconds
+        if counters.look_first:
+            counters.look_first = False
+            yield from self._validated(final=False)
         counters.preparation += self.elapsed() - counters.seconds
         start = self.elapsed()
         share = first = self._share()

@@ -38,7 +38,8 @@ class Counters:
     reached at `best_step`. `looked` is the share of the budget at which it was last looked whether an evaluation is due.
     `stale` counts the evaluations since the best one. `first_loss` is the loss before the first update, `losses` are the
     last ones; `evaluation_seconds` is what an evaluation took. Where memory ran out, `micro_batch_tokens` (else 0) and
-    `recompute` are what fitted. Weights are averaged over the last `averaged` steps.
+    `recompute` are what fitted. Weights are averaged over the last `averaged` steps. `look_first`: an evaluation is due
+    before the first step.
     """
 
     step: int = 0
@@ -56,6 +57,7 @@ class Counters:
     micro_batch_tokens: int = 0
     recompute: bool = False
     averaged: int = 0
+    look_first: bool = False
 
 
 @dataclass

@@ -182,6 +182,18 @@ def test_training_goes_on_from_a_published_llama(inside, shared, tmp_path):
     assert figures[1] == pytest.approx(figures[0], rel=0.02)  # so it went on and did not begin anew
 
 
+def test_what_the_origin_knew_is_told_first_and_kept_where_training_betters_nothing(inside, trained, text, tmp_path):
+    run, still = tmp_path / "run", ("--set", "train.learning_rate=0", "--set", "train.matrix_learning_rate=0")
+    done = inside("train", text, "--from", trained[0], "-o", run, "--preset", "tiny", *still, "--steps", 2)
+    first, *others = [line for line in done.stderr.decode().splitlines() if line.startswith("validation ")]
+    assert first.endswith("(before the first step, best)") and others and not any("best" in line for line in others)
+    assert ", before the first of 2 steps (" in done.stderr.decode()
+    rows = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "val_loss" in row]
+    result = yaml.safe_load((run / "recipe.yaml").read_text())["result"]
+    assert rows[0]["step"] == rows[0]["tokens"] == result["best_step"] == 0
+    assert rows[0]["val_loss"] == rows[-1]["val_loss"]
+
+
 @pytest.mark.parametrize("arguments, told", [
     (("--set", "model.hidden_size=64"), "--from brings its model"), (("--tokenizer", "x"), "leave --tokenizer out")])
 def test_what_the_origin_decides_cannot_be_set_beside_it(inside, trained, text, tmp_path, arguments, told):

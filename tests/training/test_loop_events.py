@@ -144,6 +144,18 @@ def test_the_first_step_has_a_rate_and_the_last_lands_near_0(run):
     assert 0 < rates[0] < rates[1] < max(rates) <= 1.0 and rates[-1] < 0.05
 
 
+def test_what_a_model_knew_before_is_looked_at_once_and_no_part_of_the_schedule(run, clock):
+    made = run(bits=[2.0, 3.0, 2.5], evaluation_seconds=7.0, time=60, eval_every=4)
+    made.counters.look_first = True
+    first, *events = itertools.islice(made.events(), 12)
+    assert isinstance(first, loop.Validation) and (first.step, first.best, first.final) == (0, True, False)
+    assert made.counters.preparation >= 7.0 and not made.counters.look_first
+    steps, looks = ([event for event in events if isinstance(event, kind)] for kind in (loop.Step, loop.Validation))
+    assert steps[0].step == 1 and steps[0].share < 0.01
+    assert [(look.step, look.best) for look in looks] == [(4, False), (8, False)]
+    assert (made.counters.best, made.counters.best_step, made.counters.stale) == (2.0, 0, 2)
+
+
 def timed(run, clock, seconds, **options):
     """Events of a run by time in which each step takes `seconds`; (events, seconds the whole run took)."""
     made, events = run(**options), []
