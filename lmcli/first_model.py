@@ -77,6 +77,8 @@ def choose_trained(model: Transformer, train: TrainConfig) -> None:
     Raises UsageError for blocks and targets that the model has not.
     """
     model.train().requires_grad_()
+    for parameter in model.parameters():  # those of GPT-2's files stand, and came as views that no optimizer can update
+        parameter.data = parameter.data.contiguous()
     if train.frozen_layers:
         freeze_below(model, train.frozen_layers)
     if train.lora_rank:

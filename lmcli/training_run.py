@@ -300,9 +300,9 @@ class TrainingRun:
         """One line: the figures of the model that was kept."""
         result = self.result
         again = f"; lm perplexity -m {self.folder} --validation measures the same" if self.objective.name == "causal" else ""
-        best = f"at step {result['best_step']:,} of" if result["best_step"] else "before the first of"
-        return (f"validation {self.headline or 'as before'}, {best} {result['steps']:,} steps "
-                f"({result['seconds']:.0f} s){again}")
+        best, steps = (f"{result[key]:,}" for key in ("best_step", "steps"))
+        when = f"at step {best} of {steps}" if result["best_step"] else f"before the first of {steps} steps"
+        return f"validation {self.headline or 'as before'}, {when} ({result['seconds']:.0f} s){again}"
 
     def shares(self, done: bool = False) -> list[str]:
         """A line for each of several sources drawn by weight: its part of the rows, and how many epochs of it the run is to
