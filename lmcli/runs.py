@@ -13,7 +13,7 @@ from lmcli.checkpoints import adapter_base, hub
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import Recipe
 from lmcli.errors import Lost, UsageError, UserError
-from lmcli.model import kernels
+from lmcli.model import group, kernels
 from lmcli.model.device import Placement, place
 from lmcli.model.transformer import Transformer
 from lmcli.recipes import changed, require_budget, require_origin
@@ -25,6 +25,8 @@ from lmcli.training.objectives import OBJECTIVES
 from lmcli.training.parallel import ALONE, Team
 from lmcli.training.sharding import ShardedTeam
 from lmcli.training_run import TrainingRun, tokenizer_files
+
+ONE_EACH = "each process takes a GPU of its own: start no more than there are, or with --device cpu"
 
 
 @dataclass
@@ -68,6 +70,7 @@ def start(request: Request, began: float, note: Callable[[str], None], team: Tea
             raise UsageError("--remember measures what a model that is trained further forgets",
                              hint="--from names that model")
     placement = place(request.device, recipe.train.precision, request.threads, training=True)
+    group.require_gpus(group.here(), placement.device, ONE_EACH)
     folder = Path(hub.find(request.origin)) if request.origin else None
     read_from = adapter_base.fingerprint(folder) if folder and recipe.train.lora_rank else ""  # before it can be replaced
     origin = checkpoints.load(folder) if folder else None
@@ -154,6 +157,7 @@ def resume(path: str, device: str, threads: int, began: float, note: Callable[[s
             *changes.files(facts["data"].get("tokenizer_files", {}), tokenizer_files(Path(path))),
             *changes.versions(facts.get("versions") or {})], Path(path), allow_changes, note)
         placement = place(device, recipe.train.precision, threads, training=True)
+        group.require_gpus(group.here(), placement.device, ONE_EACH)
         team = _dividing(team, shard, recipe, placement, note)
         run = _rebuilt(place_of_run, recipe, source, parts, placement, began, note, team)
         _lead(run, team, resumed=True)

@@ -19,7 +19,7 @@ from lmcli import recipes
 from lmcli.config import ModelConfig, Recipe
 from lmcli.errors import UsageError
 from lmcli.model import cost
-from lmcli.model.device import Placement, dtype_name
+from lmcli.model.device import Placement, dtype_name, finish
 from lmcli.model.transformer import Transformer
 from lmcli.text.batches import Batch, ExampleRows, MaskedRows, Masking, PackedRows
 from lmcli.training import loop
@@ -96,6 +96,7 @@ class TrainingWorkload:
         """Seconds of the next training step: batch, forward, backward, clipping and update."""
         started = time.perf_counter()
         next(self._events)
+        finish(self.placement.device)
         return time.perf_counter() - started
 
 
@@ -136,16 +137,12 @@ class ProductClock:
 
     def _time(self, left: Tensor, right: Tensor, times: int) -> float:
         multiply = torch.mm if left.ndim == 2 else torch.bmm
-        self._wait()
+        finish(self.placement.device)
         started = time.perf_counter()
         for _ in range(times):
             multiply(left, right)
-        self._wait()
+        finish(self.placement.device)
         return (time.perf_counter() - started) / times
-
-    def _wait(self) -> None:
-        if self.placement.device.type == "cuda":
-            torch.cuda.synchronize(self.placement.device)
 
 
 def measure_training(name: str, recipe: Recipe, placement: Placement, seconds: float) -> Measurement:

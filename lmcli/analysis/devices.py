@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from lmcli.config import ModelConfig
-from lmcli.errors import UsageError
+from lmcli.model.group import require_gpus
 from lmcli.model.memory import MASTER, Memory, held_by_one, shared_out
 from lmcli.training.parallel import BUCKET_BYTES
 
@@ -50,9 +50,7 @@ def groups(counts: Iterable[int], processes: int, bytes_per_second: float | None
     Raises UsageError for more processes than GPUs.
     """
     here = processes > 1 and device.type == "cpu"
-    if processes > 1 and device.type == "cuda" and processes > torch.cuda.device_count():
-        raise UsageError(f"{processes} processes on {torch.cuda.device_count()} GPUs", where="--nproc",
-                         hint="--devices plans for more GPUs like this one")
+    require_gpus(processes, device, "--devices plans for more GPUs like this one")
     link = HERE if here else NETWORK
     link = link._replace(bytes_per_second=bytes_per_second) if bytes_per_second else link
     return [Group(count, link, here) for count in dict.fromkeys(counts or [processes])]

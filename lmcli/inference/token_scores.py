@@ -77,7 +77,7 @@ class TokenScores:
         """Writes what was read of tokens `first` and on; behind the last there is no token, only `inside`."""
         for name, values in part._asdict().items():
             if values is not None:
-                target, found = getattr(self, name), values.cpu().numpy()
+                target, found = getattr(self, name), values.numpy()
                 target[first:first + len(found)] = found[:len(target) - first]
 
 
@@ -197,7 +197,7 @@ class Causal:
             request = requests[i]
             targets += request.ids[request.spelt + window.first:request.spelt + window.end]
             targets += [0] * (request.spelt + window.end - len(request.ids))  # behind the last token is none
-        said = readings(states, self.model.head, torch.tensor(targets, device=self._device), wanted.members, wanted.count)
+        said = _read(self.model, states, targets, wanted)
         parts = zip(*(part.split(sizes) if part is not None else [None] * len(sizes) for part in said))
         for (i, window), part in zip(jobs, parts):
             found[i].put(requests[i].spelt + window.first, Readings(*part))
@@ -247,6 +247,12 @@ class Causal:
         in_order([len(self.beginning) + job.window.end for job in group], 4 * self.batch, work)
 
 
+def _read(model: Transformer, states: Tensor, targets: list[int], wanted: Wanted) -> Readings:
+    """What states (N, C) say of N tokens, on the processor: a GPU hands it over once for all of them."""
+    said = readings(states, model.head, torch.tensor(targets, device=states.device), wanted.members, wanted.count)
+    return Readings(*(None if part is None else part.cpu() for part in said))
+
+
 def _slice(request: Request, start: int, end: int, given: int) -> Request:
     """Tokens `start` to `end` from behind a beginning that the text spells itself, which the first slice has."""
     spelt = request.spelt
@@ -292,8 +298,7 @@ class Masked:
             hidden = self.model.hidden(ids, real)  # (B, T, C)
             lead, places = len(self.beginning), range(len(chosen))
             states = hidden[list(places), [lead + row.at - row.window.start for row in chosen]]  # (B, C)
-            targets = torch.tensor([requests[row.request].ids[row.at] for row in chosen], device=device)
-            said = readings(states, self.model.head, targets, None, wanted.count)
+            said = _read(self.model, states, [requests[row.request].ids[row.at] for row in chosen], wanted)
             for k, row in enumerate(chosen):
                 found[row.request].put(row.at, Readings(*(None if part is None else part[k:k + 1] for part in said)))
             return [None] * len(group)

@@ -3,8 +3,10 @@
 import ctypes
 import gc
 import os
+import shutil
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -118,9 +120,10 @@ def machine_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be taken: on a GPU of its own memory, else of the machine's (0: it does not tell)."""
+    """Bytes that can still be taken: on a GPU of its own memory, with what this process holds there, else of the machine's
+    (0: it does not tell)."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -137,6 +140,18 @@ def ran_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile has all it needs for this GPU: Triton, a C compiler, and a card of 2017 or later."""
+    return device.type == "cuda" and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0) \
+        and any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))
+
+
+def finish(device: torch.device) -> None:
+    """Waits until the device has done what it was given: a GPU is told of work and does it later."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
 
 
 def free_memory(device: torch.device) -> None:

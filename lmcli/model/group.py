@@ -16,12 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from lmcli.errors import Lost
+from lmcli.errors import Lost, UsageError
 
 
 def expected() -> int:
     """How many processes this one is one of, by its environment."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def join(patience: timedelta, backend: str = "gloo") -> tuple[int, int]:
@@ -33,6 +38,12 @@ def join(patience: timedelta, backend: str = "gloo") -> tuple[int, int]:
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
     return rank, size
+
+
+def require_gpus(processes: int, device: torch.device, hint: str) -> None:
+    """UsageError for more processes than GPUs, which each takes one of."""
+    if processes > 1 and device.type == "cuda" and processes > torch.cuda.device_count():
+        raise UsageError(f"{processes} processes on {torch.cuda.device_count()} GPUs", where="--nproc", hint=hint)
 
 
 def say(word: Any, hand: Callable[[Tensor], object]) -> None:

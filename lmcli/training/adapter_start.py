@@ -22,15 +22,15 @@ def align(run: Stepper) -> Iterator[Note]:
     stays as it was drawn where its rank is above what the matrix can have, and where nothing reaches the matrix yet.
     """
     pairs = [pair for pair in _pairs(run.model) if pair.rank <= min(pair.read.shape[1], len(pair.written))]
-    sizes = {pair.reads: pair.read.norm() for pair in pairs}
+    sizes = {pair.reads: float(pair.read.norm()) for pair in pairs}
     for _ in range(ROUNDS):
         yield from run.rehearse()
         pairs = [pair for pair in pairs if pair.written_gradient.any()]
         for pair in pairs:
-            pair.put(torch.zeros_like(pair.read), torch.linalg.qr(pair.written_gradient.double()).Q)
+            pair.put(torch.zeros_like(pair.read), torch.linalg.qr(pair.written_gradient.cpu().double()).Q)
         yield from run.rehearse()
         for pair in pairs:
-            directions = torch.linalg.svd(pair.read_gradient.double(), full_matrices=False).Vh
+            directions = torch.linalg.svd(pair.read_gradient.cpu().double(), full_matrices=False).Vh
             pair.put(directions * sizes[pair.reads] / pair.rank ** 0.5, torch.zeros_like(pair.written))
     run.optimizer.zero_grad()
 

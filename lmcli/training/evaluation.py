@@ -79,7 +79,7 @@ def add(figures: Figures, predicted: Predictions) -> None:
     """Adds what was predicted for one batch."""
     logprobs, right = target_logprobs(*predicted), _right(predicted)
     counted = torch.ones_like(right) if figures.end is None else predicted.targets != figures.end
-    figures.logprob += float(logprobs[counted].double().sum())
+    figures.logprob += float(logprobs[counted].cpu().double().sum())  # Apple's GPUs have no float64
     figures.targets += int(counted.sum())
     figures.correct += int(right[counted].sum())
 

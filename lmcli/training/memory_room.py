@@ -1,6 +1,5 @@
 """Whether a model and its training steps have room in memory, told or arranged before the first step."""
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -62,5 +61,5 @@ def fit(run: Stepper, note: Callable[[str], None], team: Team) -> None:
 
 def _memory_of_one(device: torch.device) -> float:
     """Bytes that are free for one of the processes that torchrun or --nproc started here; a GPU is one's own."""
-    members = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    members = 1 if device.type == "cuda" else group.here()
     return available_memory(device) / members

@@ -127,11 +127,12 @@ class ShardedTeam(Team):
         own = [sum(sizes[self.rank][i] for i in chosen) for chosen in theirs]
         their = [sum(sizes[peer][i] for i in mine) for peer in range(self.size)]
 
-        found = self._exchanged([parts[i] for chosen in theirs for i in chosen], own, their)
+        none = parts[0].new_empty(0)  # for a process that has nothing to give: there may be fewer matrices than processes
+        found = self._exchanged([none, *(parts[i] for chosen in theirs for i in chosen)], own, their)
         rows = [dict(zip(mine, part.split([sizes[peer][i] for i in mine]))) for peer, part in enumerate(found)]
         whole = [torch.cat([row[i] for row in rows]).view(matrices[i].shape) for i in mine]
         done = [made.reshape(-1).split([size[i] for size in sizes]) for i, made in zip(mine, work(whole) if whole else [])]
-        back = self._exchanged([made[peer] for peer in range(self.size) for made in done], their, own)
+        back = self._exchanged([none, *(made[peer] for peer in range(self.size) for made in done)], their, own)
         updates = {i: part for chosen, given in zip(theirs, back)
                    for i, part in zip(chosen, given.split([sizes[self.rank][i] for i in chosen]))}
         return [updates[i].view(-1, matrix.shape[1]) for i, matrix in enumerate(matrices)]

@@ -80,7 +80,7 @@ class Stepper:
 
     def _worth_compiling(self) -> bool:
         # on a CPU it is within noise at 6 × 384 and a loss below, and takes 23 s
-        return self.placement.device.type == "cuda" and not 0 < self.config.time < 600
+        return device.compiles(self.placement.device) and not 0 < self.config.time < 600
 
     @property
     def micro_batch_tokens(self) -> int:

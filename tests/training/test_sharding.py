@@ -55,6 +55,8 @@ def member(rank: int, port: int, folder, queue) -> None:
     whole = [torch.randn(shape, generator=generator).bfloat16() for shape in MATRICES]
     own = [_own(matrix, rank) for matrix in whole]
     made = team.on_whole(whole, own, lambda matrices: [matrix.flip(0) * len(matrix) for matrix in matrices])
+    few = team.on_whole(whole[:1], own[:1], lambda matrices: [2 * matrix for matrix in matrices])
+    found["on fewer than processes"] = torch.equal(few[0], 2 * own[0])
     found["on whole"] = all(torch.equal(part, _own(matrix.flip(0) * len(matrix), rank)) for part, matrix in zip(made, whole))
     found["norm"] = team.norm([part.float() for part in own if part.numel()])
 
