@@ -55,8 +55,8 @@ def check(request: runs.Request, note: Callable[[str], None]) -> str:
 
 
 def _short(request: runs.Request, folder: Path) -> runs.Request:
-    def refine(below: dict[str, object]) -> Recipe:
-        return _recipe(request.refine(below))
+    def refine(below: dict[str, object], *preset: str) -> Recipe:
+        return _recipe(request.refine(below, *preset))
     return dataclasses.replace(request, recipe=_recipe(request.recipe), output=str(folder), remember=(), overwrite=False,
                                refine=refine if request.refine else None)
 

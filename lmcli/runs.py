@@ -2,10 +2,11 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lmcli import first_model, launch
 from lmcli.analysis import auto, remembering
@@ -19,11 +20,12 @@ from lmcli.model.transformer import Transformer
 from lmcli.recipes import changed, require_budget, require_origin
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
-from lmcli.training import adapter_start, changes, data, memory_room, run_folder, state
+from lmcli.training import adapter_start, changes, data, memory_room, rate_trial, run_folder, state
 from lmcli.training.divergence import Diverged
 from lmcli.training.objectives import OBJECTIVES
 from lmcli.training.parallel import ALONE, Team
 from lmcli.training.sharding import ShardedTeam
+from lmcli.training.stepper import Note
 from lmcli.training_run import TrainingRun, tokenizer_files
 
 ONE_EACH = "each process takes a GPU of its own: start no more than there are, or with --device cpu"
@@ -32,8 +34,8 @@ ONE_EACH = "each process takes a GPU of its own: start no more than there are, o
 @dataclass
 class Request:
     """What a user asked `lm train` for. With `refine` (preset auto) the recipe is chosen by the data: it gives the recipe
-    with such settings below the user's own. `shard` says whether processes share out the model; None: where one could not
-    hold it."""
+    with such settings below the user's own, of another preset where one is named. `shard` says whether processes share out
+    the model; None: where one could not hold it."""
 
     recipe: Recipe
     data: tuple[str, ...]
@@ -46,7 +48,7 @@ class Request:
     overwrite: bool
     device: str
     threads: int
-    refine: Callable[[dict[str, object]], Recipe] | None = None
+    refine: Callable[..., Recipe] | None = None
     on_long: str = "truncate"
     targets: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     remember: tuple[str, ...] = ()
@@ -72,19 +74,10 @@ def start(request: Request, began: float, note: Callable[[str], None], team: Tea
     placement = place(request.device, recipe.train.precision, request.threads, training=True)
     group.require_gpus(group.here(), placement.device, ONE_EACH)
     folder = Path(hub.find(request.origin)) if request.origin else None
-    read_from = adapter_base.fingerprint(folder) if folder and recipe.train.lora_rank else ""  # before it can be replaced
+    base = _base(request, folder) if folder and recipe.train.lora_rank else {}
     origin = checkpoints.load(folder) if folder else None
-    if origin and recipe.train.lora_rank and request.output and folder.resolve() == Path(request.output).resolve():
-        raise UsageError("is the base that the adapter needs", where=request.output, hint="choose another folder with -o")
-    if origin and recipe.train.lora_rank and adapter_base.is_adapter(folder):
-        raise UsageError("is an adapter itself, and an adapter needs a whole model under it", where=request.origin,
-                         hint=f"lm export {request.origin} --merge -o DIR makes one of it")
     tokenizer = origin.tokenizer if origin else \
         tokenizers.load(hub.find(request.tokenizer, weights=False)) if request.tokenizer else None
-    context = recipe.train.context
-    if origin and context > origin.model.config.max_position_embeddings:
-        context = origin.model.config.max_position_embeddings
-        note(f"context is {context} tokens, all that {request.origin} has")
     remember = remembering.checked(request.remember, origin.model.config.shape if origin else "")
     if not origin:
         recipe.model.complete()  # impossible sizes are told before any work is done
@@ -96,12 +89,18 @@ def start(request: Request, began: float, note: Callable[[str], None], team: Tea
         config = origin.model.config if origin else recipe.model
         objective = data.settle(source, recipe.train.objective, config.shape, note, config.multi_label)
         parts, chosen = data.split(source, recipe.train.validation_bytes, note), []
-        if request.refine and not origin and objective.name == "causal":
+        if request.refine and origin:
+            preset = auto.further(objective.name)
+            recipe, chosen = request.refine({}, preset), [f"as preset {preset}, since --from names a model"]
+        elif request.refine and objective.name == "causal":
             text = auto.describe((piece.text for piece in source.layout.pieces(parts.training)), parts.training.bytes)
             recipe, chosen = auto.refined(request.refine, text, placement, tokenizer.size if tokenizer else 0)
-            context = recipe.train.context
-            for reason in chosen:
-                note(f"auto: {reason}")
+        for reason in chosen:
+            note(f"auto: {reason}")
+        context = recipe.train.context
+        if origin and context > origin.model.config.max_position_embeddings:
+            context = origin.model.config.max_position_embeddings
+            note(f"context is {context} tokens, all that {request.origin} has")
         prepared = data.prepare(source, parts, recipe.tokenizer, context, tokenizer, note, objective,
                                 () if recipe.train.new_head else config.labels)
         if long := data.in_windows(prepared):
@@ -113,18 +112,16 @@ def start(request: Request, began: float, note: Callable[[str], None], team: Tea
         recipe = dataclasses.replace(recipe, model=model.config)
         team = _dividing(team, request.shard, recipe, placement, note)
         run = TrainingRun(place_of_run, recipe, prepared, source, model, placement, began, team)
-        run.chosen = chosen
+        run.chosen, run.base = chosen, base
         run.loop.counters.look_first = bool(origin) and model is origin.model  # a head that is new knows nothing yet
-        if recipe.train.lora_rank:
-            called = request.origin if str(folder) != request.origin else str(folder.resolve())
-            run.base = {"model": called, "weights": read_from}
         memory_room.fit(run.loop, note, team)
         if recipe.train.lora_rank and recipe.train.lora_init == "gradient":
             if team.shards:
                 raise UsageError("lora_init: the first gradient is one process's, which --shard leaves without the model",
                                  where="train", hint="lora_init: random")
-            for told in adapter_start.align(run.loop):
-                note(told.text)
+            _noted(adapter_start.align(run.loop), note)
+        if request.refine and origin and auto.further(objective.name) == auto.AS_TEXT:
+            run.chosen += _rate_chosen(run, request.refine, note)
         run.remembered = [{"file": file, "before": remembering.bits_per_byte(run.model, tokenizer, file), "after": None}
                           for file in remember]
         run.create()
@@ -134,6 +131,43 @@ def start(request: Request, began: float, note: Callable[[str], None], team: Tea
         raise
     _tell(run, note)
     return run
+
+
+def _base(request: Request, folder: Path) -> dict[str, str]:
+    """What an adapter is to know of the model in a folder, of which nothing has been read yet: it may be replaced meanwhile.
+
+    Raises UsageError where the adapter would lie in the same folder, and for an adapter.
+    """
+    if request.output and folder.resolve() == Path(request.output).resolve():
+        raise UsageError("is the base that the adapter needs", where=request.output, hint="choose another folder with -o")
+    if adapter_base.is_adapter(folder):
+        raise UsageError("is an adapter itself, and an adapter needs a whole model under it", where=request.origin,
+                         hint=f"lm export {request.origin} --merge -o DIR makes one of it")
+    called = request.origin if str(folder) != request.origin else str(folder.resolve())
+    return {"model": called, "weights": adapter_base.fingerprint(folder)}
+
+
+def _rate_chosen(run: TrainingRun, refine: Callable[..., Recipe], note: Callable[[str], None]) -> list[str]:
+    """Has a model of --from learn at the rate that a few steps say suits it, unless the user gave one; says why."""
+    rates = auto.rates(run.recipe.train)
+    if any(refine({"train.learning_rate": rate}, auto.AS_TEXT).train.learning_rate != rate for rate in rates):
+        return []
+    alone = run.loop.counters.look_first and run.loop.team.size == 1
+    losses = _noted(rate_trial.tried(run.loop, rates), note) if alone else {}
+    rate, reason = auto.best_rate(losses, run.objective.target, rate_trial.STEPS) if losses else \
+        (rates[0], f"learning rate {rates[0]:g}: there is no room to try others")
+    run.learn_at(rate)
+    note(f"auto: {reason}")
+    return [reason]
+
+
+def _noted(events: Generator[Note, None, Any], note: Callable[[str], None]) -> Any:
+    """What a generator of Notes comes to, each of them told."""
+    try:
+        while True:
+            note(next(events).text)
+    except StopIteration as end:
+        return end.value
 
 
 def resume(path: str, device: str, threads: int, began: float, note: Callable[[str], None],

@@ -25,7 +25,7 @@ from lmcli.model.transformer import Transformer
 from lmcli.recipes import BUDGETS
 from lmcli.storage import copy_file, sha256_of, write_text
 from lmcli.text.examples import unigram_entropy
-from lmcli.training import changes, data, loop, memory_room, mixing, run_folder, state
+from lmcli.training import changes, data, loop, memory_room, mixing, optimizers, run_folder, state
 from lmcli.training.divergence import Diverged
 from lmcli.training.evaluation import Figures, evaluate
 from lmcli.training.objectives import OBJECTIVES
@@ -121,6 +121,12 @@ class TrainingRun:
         return (f"{total:,} parameters{part} ({depth}{config.num_hidden_layers} × {config.hidden_size}), context "
                 f"{self.prepared.context}, vocabulary {config.vocab_size:,}, {self.prepared.corpus.tokens:,} tokens; "
                 f"{self.objective.name} objective; on {self.placement}; into {self.folder}")
+
+    def learn_at(self, rate: float) -> None:
+        """Makes this the learning rate. To be called before there are moments."""
+        self.recipe = dataclasses.replace(self.recipe, train=dataclasses.replace(self.recipe.train, learning_rate=rate))
+        self.loop.config = self.recipe.train
+        self.loop.optimizer = optimizers.build(self.model, self.recipe.train, self.loop.team)
 
     def create(self) -> None:
         """Writes the model folder with the weights as they are, empty metrics, the state before the first step, and, last,

@@ -1,4 +1,5 @@
-"""The choice behind preset `auto`: from text, budget and machine to vocabulary, shape, batch and dropout, with reasons.
+"""The choice behind preset `auto`: from text, budget and machine to vocabulary, shape, batch and dropout, with reasons; of
+a model that is trained further, the preset and the learning rate.
 
 The constants were fitted to runs of 8 seconds to 15 minutes on two cores; README's table tells how near the choice comes to
 the best of a grid. Beyond that range they are carried on towards the 20 tokens a parameter of Hoffmann et al. (2022).
@@ -29,6 +30,10 @@ DEPTHS = ((0.5e6, 3), (2.4e6, 4), (9e6, 6), (3e7, 8), (math.inf, 12))
 CONTEXTS = ((0.5e6, 64), (3e6, 128), (2e7, 256), (6e7, 512), (math.inf, 1024))
 DROPOUTS = ((5.0, 0.0), (7.0, 0.1), (math.inf, 0.2))
 DECAYS = ((2.5, 0.1), (math.inf, 0.5))  # likewise weight decay
+# the preset by which a model is trained further, by what it learns; all else goes by AS_TEXT, and tries RATES, of LoRA's
+# factors so many times as high ones
+FURTHER = {"classification": "finetune-classify", "span": "qa"}
+AS_TEXT, RATES, OF_ADAPTERS = "finetune", (5e-5, 2.5e-4, 1.25e-3), 10
 OFTEN = 6.0  # epochs from which half the vocabulary, so more and shorter tokens, is learnt by heart less
 
 
@@ -154,6 +159,23 @@ def refined(refine: Callable[[Mapping[str, object]], Recipe], text: Text, placem
     if own := [key for key, value in choice.design.settings.items() if recipe.value(key) != value]:
         reasons.append(f"but for what you set yourself: {', '.join(own)}")
     return recipe, reasons
+
+
+def further(objective: str) -> str:
+    """The preset by which a model of --from goes on."""
+    return FURTHER.get(objective, AS_TEXT)
+
+
+def rates(train: TrainConfig) -> tuple[float, ...]:
+    """The learning rates to try for a model that goes on as preset finetune does; the first is taken where none can be."""
+    return tuple(rate * (OF_ADAPTERS if train.lora_rank else 1) for rate in RATES)
+
+
+def best_rate(losses: Mapping[float, float], target: str, steps: int) -> tuple[float, str]:
+    """(the learning rate of the lowest loss, why)."""
+    best = min(losses, key=losses.get)
+    told = ", ".join(f"{losses[rate]:.3f} at {rate:g}" for rate in losses)
+    return best, f"learning rate {best:g}: {steps} steps at each came to {told} nats/{target}"
 
 
 def _design(text: Text, allowed: Budget, rate: float, vocab_size: int) -> Design:

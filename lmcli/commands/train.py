@@ -101,7 +101,7 @@ def train(data, output, preset, sets, origin, lora, freeze, remember, tokenizer_
     if resume:
         run = runs.resume(resume, device, threads or 0, BEGAN, note, sets, allow_changes, team, shard)
     else:
-        def resolve(below):
+        def resolve(below, preset=preset):
             return recipes.resolve(preset, sets, {
                 "time": time_, "steps": steps, "tokens": tokens, "epochs": epochs, "seed": seed,
                 "precision": None if dtype == "auto" else dtype, "lora_rank": lora, "frozen_layers": freeze}, below)

@@ -1,6 +1,6 @@
 """Where adapters begin: at the directions in which the loss of the first step falls fastest."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from lmcli.training.stepper import Note, Stepper
 ROUNDS = 2  # of two passes each
 
 
-def align(run: Stepper) -> Iterator[Note]:
+def align(run: Stepper) -> Generator[Note, None, None]:
     """Has what adapters read span the leading right singular vectors of the gradient that each frozen matrix would have in
     the first step, in place of directions that were drawn (LoRA-GA, Wang et al. 2024; here the other factor stays 0, as PEFT
     has it, and so the model as it is). Yields what has to be noted.

@@ -84,7 +84,7 @@ class Run(Stepper):
                     self.counters = Counters(**counters)
                     self.model.set_recompute(self.recompute)
                 case ["step", share]:
-                    for _ in self._step(share):
+                    for _ in self.step(share):
                         pass  # the leader tells what there is to note
                 case ["measure"]:
                     self._measured()
@@ -111,7 +111,7 @@ class Run(Stepper):
             yield from self._between(share)
         while share < 1.0 and not self.stop and not self._patience_is_over():
             self.team.tell(["step", share])
-            step = yield from self._step(share)
+            step = yield from self.step(share)
             share = self._share()
             counters.seconds = step.elapsed = self.elapsed()
             step.share = share

@@ -104,7 +104,9 @@ class Stepper:
         yield from self._gradients_that_fit()
         self.counters.rows = 0
 
-    def _step(self, share: float) -> Generator[Note, None, Step]:
+    def step(self, share: float) -> Generator[Note, None, Step]:
+        """Makes the next step, at `share` of the budget; yields what has to be noted. Raises UserError and Diverged as
+        `loop.Run.events` says."""
         config, counters, started = self.config, self.counters, time.monotonic()
         # the very first step, at share 0, would have rate 0
         factor = schedules.factor(config.schedule, max(share, config.warmup / 100), config.warmup)

@@ -112,7 +112,7 @@ def stopped_after_five(inside, monkeypatch):
     """stopped_after_five(*arguments): `inside`, a run that is told to stop by its fifth step."""
     from lmcli.training import loop
 
-    step = loop.Run._step
+    step = loop.Run.step
 
     def stop(self, share):
         made = yield from step(self, share)
@@ -121,6 +121,6 @@ def stopped_after_five(inside, monkeypatch):
 
     def call(*arguments) -> subprocess.CompletedProcess:
         with monkeypatch.context() as patched:
-            patched.setattr(loop.Run, "_step", stop)
+            patched.setattr(loop.Run, "step", stop)
             return inside(*arguments)
     return call

@@ -88,7 +88,7 @@ def test_an_adapter_whose_base_was_trained_again_is_refused(inside, trained, tex
     ("--freeze", 1, "--set", "train.averaging=0.75"),
     ("--lora", 3, "--set", "train.lora_dropout=0.2", "--set", "train.dropout=0.1")], ids=str)
 def test_stopped_and_resumed_is_never_stopped(tune, inside, tmp_path, monkeypatch, arguments):
-    step = loop.Run._step
+    step = loop.Run.step
 
     def stop_after_five(self, share):
         made = yield from step(self, share)
@@ -97,7 +97,7 @@ def test_stopped_and_resumed_is_never_stopped(tune, inside, tmp_path, monkeypatc
 
     assert tune(*arguments, name="whole").returncode == 0
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_step", stop_after_five)
+        patch.setattr(loop.Run, "step", stop_after_five)
         assert tune(*arguments).returncode == 130
     done = inside("train", "--resume", tmp_path / "run", "--threads", 1)
     assert done.returncode == 0, done.stderr.decode()
@@ -140,7 +140,7 @@ def test_embedding_and_head_are_adapted_where_named(inside, untied, text, tmp_pa
 def test_embedding_and_head_are_resumed_to_the_bit(inside, untied, tmp_path, monkeypatch, more):
     arguments = ("--lora", 2, "--set", "train.lora_targets=all,embedding,head", *more)
     assert untied(*arguments, name="whole").returncode == 0
-    step = loop.Run._step
+    step = loop.Run.step
 
     def stop_after_five(self, share):
         made = yield from step(self, share)
@@ -148,7 +148,7 @@ def test_embedding_and_head_are_resumed_to_the_bit(inside, untied, tmp_path, mon
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_step", stop_after_five)
+        patch.setattr(loop.Run, "step", stop_after_five)
         assert untied(*arguments).returncode == 130
     assert inside("train", "--resume", tmp_path / "run", "--threads", 1).returncode == 0
     one, other = ((tmp_path / name / "adapter_model.safetensors") for name in ("run", "whole"))

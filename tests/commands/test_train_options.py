@@ -1,6 +1,7 @@
 """`lm train` option by option: budgets, where text comes from, which folder is written and which is left alone."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -192,6 +193,31 @@ def test_what_the_origin_knew_is_told_first_and_kept_where_training_betters_noth
     result = yaml.safe_load((run / "recipe.yaml").read_text())["result"]
     assert rows[0]["step"] == rows[0]["tokens"] == result["best_step"] == 0
     assert rows[0]["val_loss"] == rows[-1]["val_loss"]
+
+
+@pytest.mark.parametrize("arguments, rate, reasons", [
+    ((), 5e-5, ["learning rate 5e-05: there is no room to try others"]),
+    (("--lora", 2), 5e-4, ["learning rate 0.0005: there is no room to try others"]),
+    (("--set", "train.learning_rate=2e-4"), 2e-4, [])])
+def test_without_a_preset_a_model_is_trained_further_as_one_that_others_trained(inside, trained, text, tmp_path, arguments,
+                                                                              rate, reasons):
+    done = inside("train", text, "--from", trained[0], "-o", tmp_path / "run", "--steps", 2, *arguments)
+    assert done.returncode == 0, done.stderr.decode()
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert recipe["choice"] == ["as preset finetune, since --from names a model", *reasons]
+    assert all(f"lm: auto: {reason}\n" in done.stderr.decode() for reason in recipe["choice"])
+    assert (recipe["train"]["optimizer"], recipe["train"]["learning_rate"]) == ("adamw", rate)
+
+
+def test_a_longer_run_takes_the_rate_that_a_few_steps_found_best(inside, trained, text, tmp_path):
+    done = inside("train", text, "--from", trained[0], "-o", tmp_path / "run", "--steps", 360, "--threads", 1,
+                  "--set", "train.batch_tokens=64", "--set", "train.context=32", "--set", "train.eval_every=360")
+    assert done.returncode == 0, done.stderr.decode()
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    reason = recipe["choice"][1]
+    found = {float(rate): float(loss) for loss, rate in re.findall(r"([\d.]+) at ([\d.e-]+\d)", reason)}
+    assert list(found) == [5e-5, 2.5e-4, 1.25e-3] and recipe["train"]["learning_rate"] == min(found, key=found.get)
+    assert losses(tmp_path / "run")[0]["step"] == 1 and recipe["result"]["steps"] == 360
 
 
 @pytest.mark.parametrize("arguments, told", [

@@ -106,6 +106,7 @@ def test_a_masked_model_learns_labels_with_a_new_head(rows, inside, tmp_path):
     assert first.returncode == 0
     done = inside("train", rows / "labels.tsv", "-o", tmp_path / "b", "--from", tmp_path / "a", "--steps", 2)
     assert done.returncode == 0 and b"the head is new: head." in done.stderr
+    assert b"auto: as preset finetune-classify, since" in done.stderr
     again = inside("train", rows / "labels.tsv", "-o", tmp_path / "c", "--from", tmp_path / "b", "--steps", 2)
     assert again.returncode == 0 and b"the head is new" not in again.stderr
 
