@@ -17,6 +17,7 @@ from lmcli.checkpoints.config_json import family_of
 from lmcli.config import Recipe
 from lmcli.errors import UserError
 from lmcli.inference.decoding import Decoder
+from lmcli.inference.ordering import batch_tokens
 from lmcli.inference.perplexity import measured
 from lmcli.inference.scoring import Scorer
 from lmcli.model import kernels
@@ -67,7 +68,8 @@ class TrainingRun:
         """How the model is measured on its validation part, and how many tokens that reads."""
         prepared, tokenizer = self.prepared, self.prepared.tokenizer
         if self.objective.name == "causal":
-            scorer = Scorer(self.model, tokenizer, tokenizer.prefix)
+            # a model that is to be shared out is on its device only later
+            scorer = Scorer(self.model, tokenizer, tokenizer.prefix, batch=batch_tokens(self.placement.device))
             read = sum(len(document.ids) for document in prepared.validation) * scorer.context // scorer.stride
             return lambda: measured(scorer, prepared.validation), read
         if self.objective.name == "span":
@@ -271,7 +273,7 @@ class TrainingRun:
         if self.source.shares:
             self.result["drawn"] = mixing.drawn(self.source.shares, self.loop.rows.ring, counters.rows)
         if self.remembered and not self.stopped:
-            best = checkpoints.load(self.folder, self.placement.device)
+            best = checkpoints.load(self.folder, "cpu" if self.loop.team.shards else self.placement.device)  # it is whole
             for one in self.remembered:
                 one["after"] = remembering.bits_per_byte(best.model, best.tokenizer, one["file"])
         self.write_recipe()
