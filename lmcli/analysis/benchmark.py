@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -94,8 +94,12 @@ class TrainingWorkload:
 
     def step(self) -> float:
         """Seconds of the next training step: batch, forward, backward, clipping and update."""
+        return self.timed(lambda: next(self._events))
+
+    def timed(self, work: Callable[[], object]) -> float:
+        """Seconds of some work, until the device has done it."""
         started = time.perf_counter()
-        next(self._events)
+        work()
         finish(self.placement.device)
         return time.perf_counter() - started
 

@@ -25,7 +25,7 @@ from lmcli.config import ModelConfig, Recipe
 from lmcli.errors import UserError
 from lmcli.inference.scoring import Scorer
 from lmcli.model import cost, kernels, memory
-from lmcli.model.device import Placement, dtype_name, finish, machine_memory
+from lmcli.model.device import Placement, dtype_name, machine_memory
 from lmcli.text import corpus, documents
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.documents import Layout
@@ -259,7 +259,7 @@ class Planner:
             until = time.perf_counter() + seconds
             while not steps or time.perf_counter() < until:
                 steps.append(workload.step())
-                updates.append(self._seconds(workload.run.optimizer.step))
+                updates.append(workload.timed(workload.run.optimizer.step))
         step, update = float(np.median(steps)), float(np.median(updates))
         evaluated = self._evaluated(workload, vocabulary)
         if not self.process:
@@ -283,13 +283,7 @@ class Planner:
         ids = vocabulary.ids[:max(EVALUATED_TOKENS, 2 * model.config.max_position_embeddings)].tolist()
         scorer = Scorer(model, tokenizer, tokenizer.prefix)
         scorer.token_logprobs([ids[:scorer.context]])  # the first pass also prepares the kernels of its products
-        return self._seconds(lambda: scorer.token_logprobs([ids])) / len(ids)
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        work()
-        finish(self.placement.device)
-        return time.perf_counter() - started
+        return workload.timed(lambda: scorer.token_logprobs([ids])) / len(ids)
 
 
 def learnt(text: Text, recipe: Recipe) -> Vocabulary:
