@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import GenerateConfig
-from lmcli.training import loop
 
 SET = ("--preset", "tiny", "--set", "train.context=32", "--set", "train.batch_tokens=128",
        "--set", "train.sample_every=99", "--set", "train.eval_every=4", "--threads", 1)
@@ -26,9 +25,9 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def tune(inside, trained, text, tmp_path):
-    """tune(*arguments, name="run"): the process that trained the small run further."""
-    def call(*arguments, name: str = "run"):
-        return inside("train", text, "--from", trained[0], "-o", tmp_path / name, *SET, *STEPS, *arguments)
+    """tune(*arguments, name="run", by=inside): the process that trained the small run further."""
+    def call(*arguments, name: str = "run", by=inside):
+        return by("train", text, "--from", trained[0], "-o", tmp_path / name, *SET, *STEPS, *arguments)
     return call
 
 
@@ -87,18 +86,9 @@ def test_an_adapter_whose_base_was_trained_again_is_refused(inside, trained, tex
     ("--lora", 4), ("--lora", 2, "--freeze", 1, "--set", "train.lora_targets=query,up"),
     ("--freeze", 1, "--set", "train.averaging=0.75"),
     ("--lora", 3, "--set", "train.lora_dropout=0.2", "--set", "train.dropout=0.1")], ids=str)
-def test_stopped_and_resumed_is_never_stopped(tune, inside, tmp_path, monkeypatch, arguments):
-    step = loop.Run.step
-
-    def stop_after_five(self, share):
-        made = yield from step(self, share)
-        self.stop = made.step == 5
-        return made
-
+def test_stopped_and_resumed_is_never_stopped(tune, inside, stopped_after_five, tmp_path, arguments):
     assert tune(*arguments, name="whole").returncode == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "step", stop_after_five)
-        assert tune(*arguments).returncode == 130
+    assert tune(*arguments, by=stopped_after_five).returncode == 130
     done = inside("train", "--resume", tmp_path / "run", "--threads", 1)
     assert done.returncode == 0, done.stderr.decode()
     assert b"of them (" in done.stderr
@@ -109,13 +99,13 @@ def test_stopped_and_resumed_is_never_stopped(tune, inside, tmp_path, monkeypatc
 
 @pytest.fixture
 def untied(inside, small_model, small_tokenizer, text, tmp_path):
-    """untied(*arguments, name="run"): the process that trains a model further whose embedding and head are two matrices."""
+    """untied(*arguments, name="run", by=inside): the process that trained a model further whose head is its own matrix."""
     (tmp_path / "base").mkdir()
     base = small_model(tie_word_embeddings=False)
     checkpoints.save(tmp_path / "base", base, small_tokenizer, GenerateConfig())
 
-    def call(*arguments, name: str = "run"):
-        return inside("train", text, "--from", tmp_path / "base", "-o", tmp_path / name, *SET, *STEPS, *arguments)
+    def call(*arguments, name: str = "run", by=inside):
+        return by("train", text, "--from", tmp_path / "base", "-o", tmp_path / name, *SET, *STEPS, *arguments)
     return call
 
 
@@ -137,19 +127,10 @@ def test_embedding_and_head_are_adapted_where_named(inside, untied, text, tmp_pa
 
 @pytest.mark.parametrize("more", [("--set", "train.lora_init=gradient"),
                                   ("--freeze", 1, "--set", "train.lora_dropout=0.2")], ids=str)
-def test_embedding_and_head_are_resumed_to_the_bit(inside, untied, tmp_path, monkeypatch, more):
+def test_embedding_and_head_are_resumed_to_the_bit(inside, untied, stopped_after_five, tmp_path, more):
     arguments = ("--lora", 2, "--set", "train.lora_targets=all,embedding,head", *more)
     assert untied(*arguments, name="whole").returncode == 0
-    step = loop.Run.step
-
-    def stop_after_five(self, share):
-        made = yield from step(self, share)
-        self.stop = made.step == 5
-        return made
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "step", stop_after_five)
-        assert untied(*arguments).returncode == 130
+    assert untied(*arguments, by=stopped_after_five).returncode == 130
     assert inside("train", "--resume", tmp_path / "run", "--threads", 1).returncode == 0
     one, other = ((tmp_path / name / "adapter_model.safetensors") for name in ("run", "whole"))
     assert one.read_bytes() == other.read_bytes()
