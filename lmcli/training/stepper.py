@@ -73,7 +73,7 @@ class Stepper:
         if self.config.compile == "on" or (self.config.compile == "auto" and self._worth_compiling()):
             self.model.compile_blocks()
         self.optimizer = optimizers.build(self.model, self.config)
-        self._speed = 0.0
+        self._speed, self._warm = 0.0, False
         config = self.model.config
         choices = {"lm": config.vocab_size, "span": self.config.context}.get(self.objective.head, len(config.labels))
         self._uniform = math.log(max(2, choices))
@@ -124,7 +124,9 @@ class Stepper:
         counters.step += 1
         counters.tokens += tokens
         seconds = time.monotonic() - started
-        self._speed = max(self._speed, tokens / seconds)  # the first steps are slower than the rest
+        if self._warm:  # of a first step, which may take many times as long as those after it, nothing is concluded
+            self._speed = max(self._speed, tokens / seconds)
+        self._warm = True
         return Step(counters.step, counters.tokens, 0.0, loss, rate, norm, tokens / seconds, share,
                     counters.rows / self.rows.rows_per_epoch, None)
 

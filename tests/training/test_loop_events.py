@@ -194,6 +194,18 @@ def test_an_evaluation_too_slow_for_the_time_is_made_once_and_still_in_time(run,
     assert sum(isinstance(event, loop.Step) for event in events) > 120
 
 
+def test_a_slow_first_step_does_not_tell_what_an_evaluation_costs(run, clock, monkeypatch):
+    true = loop.Run._gradients
+
+    def slow_at_first(made):  # 16 tokens/s: 1,000 of them would be an evaluation of 21 s
+        clock.now += 0.1 if made.counters.step else 2.0
+        return true(made)
+    monkeypatch.setattr(loop.Run, "_gradients", slow_at_first)
+    events, took = timed(run, clock, 0.0, time=12, evaluation_seconds=1.0, evaluation_tokens=1000)
+    assert sum(isinstance(event, loop.Step) for event in events) > 40
+    assert 9 <= took <= 13
+
+
 def test_a_time_that_is_over_before_the_first_step_still_gives_a_measured_model(run, clock):
     events, _ = timed(run, clock, 1.0, time=1)
     assert kinds(events) == ["validation 0", "save 0"]
