@@ -135,6 +135,7 @@ class Run(Stepper):
             raise self._diverged("no evaluation gave a number")
         yield Due("save", counters.step)
         if counters.best == math.inf:  # no run is left with the weights it began with; the state knows nothing of this one,
+            yield Note(counters.step, "saved; stopped before any evaluation, it is measured now (Ctrl-C leaves that out)")
             yield from self._with_averages(self._validated(final=False))  # so that the run goes on as if never stopped
 
     def _between(self, share: float) -> Iterator[Validation | Due]:

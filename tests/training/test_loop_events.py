@@ -60,7 +60,7 @@ def steps_of(run: loop.Run) -> list[loop.Step]:
 
 
 def kinds(events) -> list[str]:
-    names = {loop.Step: "step", loop.Validation: "validation"}
+    names = {loop.Step: "step", loop.Validation: "validation", loop.Note: "note"}
     return [f"{names.get(type(event)) or event.what} {event.step}" for event in events]
 
 
@@ -216,7 +216,8 @@ def test_a_stop_ends_after_the_step_and_is_measured_if_nothing_was_but_the_state
     for event in made.events():
         events.append(event)
         made.stop = isinstance(event, loop.Step) and event.step == 2
-    assert kinds(events) == ["step 1", "step 2", "save 2", "validation 2"] and not events[3].final
+    assert kinds(events) == ["step 1", "step 2", "save 2", "note 2", "validation 2"] and not events[4].final
+    assert "is measured now" in events[3].text
 
 
 def test_a_gradient_without_end_stops_the_run_with_the_weights_of_before(run):
