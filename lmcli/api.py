@@ -38,7 +38,7 @@ ABILITIES = {
 
 def load(path: str | Path, device: str = "auto", dtype: str = "auto", threads: int = 0, training: bool = False) -> "Model":
     """The model of a folder, or of a name on Hugging Face's hub (see checkpoints/hub.py). `dtype` "auto" is float32 (with
-    `training`, which also suits generating, bfloat16 where the hardware is made for it).
+    `training`, which also suits generating, bfloat16 where the hardware is faster in it).
 
     Raises UserError for a folder that cannot be read and UsageError for a device that is not there.
     """

@@ -31,7 +31,7 @@ Examples:
 @click.option("--seconds", type=options.Duration(), default=10.0, show_default=True, metavar="DURATION",
               help="How long each is measured: seconds, 90s, 2m.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
-              help="auto: to train the recipe's, else bfloat16 where the hardware is made for it; to score float32.")
+              help="auto: to train the recipe's, else bfloat16 where the hardware is faster in it; to score float32.")
 @options.device
 @options.threads
 @options.json_output

@@ -83,7 +83,7 @@ threads = click.option("--threads", type=click.IntRange(min=1), default=None,
 hardware = _together(
     device,
     click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
-                 help="Precision. auto: float32 to measure, bfloat16 to generate where the hardware is made for it."),
+                 help="Precision. auto: float32 to measure, bfloat16 to generate where the hardware is faster in it."),
     threads)
 nproc = click.option("--nproc", type=click.IntRange(min=1), default=1, metavar="N",
                      help="So many processes on this machine work together, each on a GPU of its own where there are some.")

@@ -29,7 +29,7 @@ Examples:
 @click.option("--documents", type=click.Choice(["file", "line", "blank"]), default="file", show_default=True,
               help="What a document is: the whole file, a line, or a paragraph.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
-              help="Precision of the forward pass; auto: the recipe's, else bfloat16 where the hardware is made for it.")
+              help="Precision of the forward pass; auto: the recipe's, else bfloat16 where the hardware is faster in it.")
 @click.option("--devices", "counts", type=options.Counts(), multiple=True, metavar="N[,N...]",
               help="Plan for so many devices like this one, a row for each number.")
 @click.option("--interconnect", type=click.FloatRange(min=0, min_open=True), metavar="GB/S",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lmcli.errors import UsageError
+from lmcli.model import device
 from lmcli.model.device import dtype_name, follow_memory, place
 
 
@@ -19,6 +20,27 @@ def test_a_precision_asked_for_is_taken(name):
 
 def test_measuring_is_in_float32_unless_told():
     assert place("cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize("instructions, gain, taken", [
+    (True, 2.0, torch.bfloat16), (True, 0.5, torch.float32), (False, 2.0, torch.float32)])
+def test_training_is_in_bfloat16_where_that_is_measured_to_be_faster(monkeypatch, instructions, gain, taken):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(device, "_bfloat16_gain", lambda: gain)
+    assert place("cpu", training=True).dtype == taken and place("cpu").dtype == torch.float32
+
+
+def test_the_gain_is_how_long_one_precision_takes_beside_the_other(monkeypatch):
+    clock, threads = [0.0], torch.get_num_threads()
+    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
+
+    def product(one: torch.Tensor, other: torch.Tensor) -> None:
+        assert torch.get_num_threads() == 1
+        clock[0] += 3.0 if one.dtype == torch.float32 else 2.0
+    monkeypatch.setattr(torch, "mm", product)
+    assert device._bfloat16_gain.__wrapped__() == 1.5
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("name", [pytest.param("cuda", marks=pytest.mark.skipif(
