@@ -9,6 +9,8 @@ import pytest
 
 # as lm does: threads that spin long make a suite beside other work take ten times as long. Before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # many tests want the same bits from two ways, which only a processor gives; CUDA_VISIBLE_DEVICES=0 runs them on a GPU
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 ROOT = Path(__file__).resolve().parent.parent

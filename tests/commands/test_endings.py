@@ -169,13 +169,13 @@ def train_and_stop(environment, arguments, after: int, number: int) -> tuple[int
 
 @pytest.mark.parametrize("number, extra", [
     (signal.SIGINT, ()), (signal.SIGTERM, ("--set", "train.micro_batch_tokens=64", "--set", "train.dropout=0.1"))])
-def test_a_stopped_run_resumes_to_the_same_bits(lm, environment, tmp_path, number, extra):
+def test_a_stopped_run_resumes_to_the_same_bits(lm, inside, environment, tmp_path, number, extra):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"The baker of village {i} sold {i % 7} loaves and went home.\n" for i in range(300)))
     arguments = [text, *SMALL, *extra, "--steps", "150", "-q"]
     code, errors = train_and_stop(environment, [*arguments, "-o", tmp_path / "stopped"], 20, number)
     assert code == 130 and f"lm train --resume {tmp_path / 'stopped'}" in errors
-    assert lm("generate", "-m", tmp_path / "stopped", "-n", 3, "The").returncode == 0
+    assert inside("generate", "-m", tmp_path / "stopped", "-n", 3, "The").returncode == 0
     assert lm("train", "--resume", tmp_path / "stopped", "-q").returncode == 0
     assert lm("train", *arguments, "-o", tmp_path / "whole").returncode == 0
     steps = [json.loads(line) for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]

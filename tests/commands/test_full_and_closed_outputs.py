@@ -11,7 +11,7 @@ COMMANDS = {
     "tokenize": ("tokenize", "-m", "RUN", "STORY"), "score": ("score", "-m", "RUN", "STORY"),
     "generate": ("generate", "-m", "RUN", "-n", "300", "--stop", "never said", "The"),
     "generate json": ("generate", "-m", "RUN", "-n", "3", "--json", "The"),
-    "perplexity": ("perplexity", "-m", "RUN", "STORY"),
+    "perplexity": ("perplexity", "-m", "RUN", "SHORT"),
     "train": ("train", "STORY", "-o", "NEW", "-q", "--preset", "tiny", "--steps", "1", "--tokenizer", "RUN",
               "--set", "model.hidden_size=32", "--set", "model.num_hidden_layers=1", "--set", "train.context=32",
               "--set", "train.batch_tokens=32")}
@@ -19,7 +19,9 @@ COMMANDS = {
 
 @pytest.fixture(params=COMMANDS)
 def command(request, trained, story, tmp_path):
-    places = {"RUN": trained[0], "STORY": story, "NEW": tmp_path / "new"}
+    short = tmp_path / "short.txt"
+    short.write_text("The baker went home.\n")
+    places = {"RUN": trained[0], "STORY": story, "SHORT": short, "NEW": tmp_path / "new"}
     return [sys.executable, "-m", "lmcli", *(places.get(word, word) for word in COMMANDS[request.param])]
 
 

@@ -50,60 +50,61 @@ def files(tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name for name in texts}
 
 
-def same(lm, *arguments, counts=(2,), **options) -> subprocess.CompletedProcess:
-    """What one process does, after seeing that several do the same."""
-    alone = lm(*arguments, **options)
-    for count in counts:
-        done = lm(*arguments, "--nproc", count, **options)
+@pytest.fixture
+def same(lm, inside):
+    """same(*arguments, count=2, stdin=b""): what one process does, after seeing that several do the same."""
+    def call(*arguments, count: int = 2, stdin: bytes = b"") -> subprocess.CompletedProcess:
+        alone, done = inside(*arguments, stdin=stdin), lm(*arguments, "--nproc", count, stdin=stdin)
         assert (done.stdout, done.stderr, done.returncode) == (alone.stdout, alone.stderr, alone.returncode)
-    return alone
+        return alone
+    return call
 
 
 class TestTheOutputIsThatOfOneProcess:
-    def test_scores_of_records(self, lm, model, files):
-        done = same(lm, "score", "-m", model, "--on-error", "blank", files["bad.jsonl"], "--json", counts=(3,))
+    def test_scores_of_records(self, same, model, files):
+        done = same("score", "-m", model, "--on-error", "blank", files["bad.jsonl"], "--json", count=3)
         assert done.returncode == 0 and done.stdout.count(b"\n") == 121
 
-    def test_what_is_told_of_all_records_at_the_end_and_of_those_left_out(self, lm, model, files):
-        done = same(lm, "score", "-m", model, "--on-error", "skip", "--worst", 5, files["bad.jsonl"])
+    def test_what_is_told_of_all_records_at_the_end_and_of_those_left_out(self, same, model, files):
+        done = same("score", "-m", model, "--on-error", "skip", "--worst", 5, files["bad.jsonl"])
         assert done.stdout.count(b"\n") == 6 and b"1 bad record" in done.stderr
 
-    def test_tokens_of_lines_from_a_pipe(self, lm, model, files):
-        done = same(lm, "score", "-m", model, "--per", "token", stdin=files["text.txt"].read_bytes())
+    def test_tokens_of_lines_from_a_pipe(self, same, model, files):
+        done = same("score", "-m", model, "--per", "token", stdin=files["text.txt"].read_bytes())
         assert done.returncode == 0 and done.stdout.count(b"\n") > 1000
 
-    def test_perplexity_and_the_difference_of_two_models(self, lm, model, files):
-        done = same(lm, "perplexity", "-m", model, "-m", model, "--batch-tokens", 32, "--documents", "line", "--json",
+    def test_perplexity_and_the_difference_of_two_models(self, same, model, files):
+        done = same("perplexity", "-m", model, "-m", model, "--batch-tokens", 32, "--documents", "line", "--json",
                     files["text.txt"])  # a batch so small reads the long line in slices
         assert done.returncode == 0 and json.loads(done.stdout.splitlines()[1])["difference"] == 0
 
-    def test_texts_that_are_drawn(self, lm, model, files):
-        done = same(lm, "generate", "-m", model, "--seed", 3, "--num-samples", 2, "--batch-tokens", 64, "--json",
-                    stdin=files["text.txt"].read_bytes(), counts=(3,))
+    def test_texts_that_are_drawn(self, same, model, files):
+        done = same("generate", "-m", model, "--seed", 3, "--num-samples", 2, "--batch-tokens", 64, "--json",
+                    stdin=files["text.txt"].read_bytes(), count=3)
         seeds = [json.loads(line)["seed"] for line in done.stdout.splitlines()]
         assert len(seeds) == 200 and seeds[:2] == [3, 4]
 
-    def test_figures_of_predictions(self, lm, classifier, files):
+    def test_figures_of_predictions(self, lm, inside, classifier, files):
         command = ("evaluate", "-m", classifier, "-m", classifier, "--resamples", 50, "-q", files["rows.jsonl"])
-        alone, several = ([line for line in lm(*command, *more).stdout.decode().splitlines()
+        alone, several = ([line for line in run(*command, *more).stdout.decode().splitlines()
                            if "memory_bytes" not in line and "records_per_second" not in line]
-                          for more in ((), ("--nproc", 2)))
+                          for run, more in ((inside, ()), (lm, ("--nproc", 2))))
         assert alone == several and any("accuracy" in line for line in alone)
 
-    def test_labels_of_records_after_those_that_were_kept(self, lm, classifier, files, tmp_path):
-        whole = lm("classify", "-m", classifier, files["rows.jsonl"]).stdout
+    def test_labels_of_records_after_those_that_were_kept(self, lm, inside, classifier, files, tmp_path):
+        whole = inside("classify", "-m", classifier, files["rows.jsonl"]).stdout
         part = tmp_path / "labels.part"
         part.write_bytes(b"".join(whole.splitlines(keepends=True)[:520]) + b"half a li")
         done = lm("classify", "-m", classifier, files["rows.jsonl"], "-o", tmp_path / "labels", "--continue", "--nproc", 2)
         assert done.returncode == 0, done.stderr.decode()
         assert (tmp_path / "labels").read_bytes() == whole
 
-    def test_under_torchrun(self, model, files, environment, lm):
+    def test_under_torchrun(self, model, files, environment, inside):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lmcli"]
         done = subprocess.run([*torchrun, "score", "-m", model], input=files["text.txt"].read_bytes(), capture_output=True,
                               env=environment, timeout=120)
         assert done.returncode == 0, done.stderr.decode()
-        assert done.stdout == lm("score", "-m", model, files["text.txt"]).stdout
+        assert done.stdout == inside("score", "-m", model, files["text.txt"]).stdout
 
 
 @pytest.mark.parametrize("arguments, code", [(("rows.jsonl", "--context", 99), 2), (("bad.jsonl",), 1)],

@@ -82,7 +82,7 @@ def test_where_one_is_killed_the_run_goes_on_from_the_last_state(started, text, 
 
 @pytest.mark.parametrize("how, onward", [((), ()), (("--shard",), ()), ((), ("--nproc", 3, "--shard"))],
                          ids=["whole to one", "parts to one", "whole to parts of three"])
-def test_ctrl_c_saves_and_other_processes_go_on(started, lm, text, tmp_path, alone, how, onward):
+def test_ctrl_c_saves_and_other_processes_go_on(started, lm, inside, text, tmp_path, alone, how, onward):
     process = started("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 40, "--nproc", 2, *how)
     wait_for_a_state(tmp_path / "run", process)
     os.killpg(process.pid, signal.SIGINT)
@@ -91,9 +91,9 @@ def test_ctrl_c_saves_and_other_processes_go_on(started, lm, text, tmp_path, alo
     assert "Traceback" not in err and 0 < len(losses(tmp_path / "run")) < 40
     parts = list(tmp_path.glob("run/state/step-*[1-9]*/shard-*.safetensors"))
     assert bool(parts) == bool(how)
-    assert lm("train", "--resume", tmp_path / "run", *onward).returncode == 0
+    assert (lm if onward else inside)("train", "--resume", tmp_path / "run", *onward).returncode == 0
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
-    assert lm("perplexity", "-m", tmp_path / "run", text).returncode == 0
+    assert inside("perplexity", "-m", tmp_path / "run", text).returncode == 0
 
 
 @pytest.mark.parametrize("how", [(), ("--shard",)], ids=["whole", "parts"])
@@ -104,13 +104,13 @@ def test_a_loss_that_explodes_is_told_once(lm, text, tmp_path, how):
     assert "Traceback" not in done.stderr.decode()
 
 
-def test_one_process_has_nobody_to_share_with(lm, text, tmp_path):
-    done = lm("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 1, "--shard")
+def test_one_process_has_nobody_to_share_with(inside, text, tmp_path):
+    done = inside("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 1, "--shard")
     assert done.returncode == 2 and b"--nproc" in done.stderr and not (tmp_path / "run").exists()
 
 
-def test_what_the_user_can_mend_is_said_once_and_not_tried_again(lm, tmp_path):
+def test_what_the_user_can_mend_is_said_once_and_not_tried_again(lm, inside, tmp_path):
     done = lm("train", tmp_path / "nothing.txt", "-o", tmp_path / "run", "--nproc", 2)
-    assert done.returncode == lm("train", tmp_path / "nothing.txt", "-o", tmp_path / "run").returncode
+    assert done.returncode == inside("train", tmp_path / "nothing.txt", "-o", tmp_path / "run").returncode
     assert done.stderr.decode().count("nothing.txt") == 1 and "Traceback" not in done.stderr.decode()
     assert not (tmp_path / "run").exists()
