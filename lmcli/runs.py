@@ -15,7 +15,7 @@ from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import Recipe
 from lmcli.errors import Lost, UsageError, UserError
 from lmcli.model import group, kernels
-from lmcli.model.device import Placement, place
+from lmcli.model.device import Placement, dtype_name, place
 from lmcli.model.transformer import Transformer
 from lmcli.recipes import changed, require_budget, require_origin
 from lmcli.text import tokenizer as tokenizers
@@ -242,7 +242,8 @@ def _lead(run: TrainingRun, team: Team, resumed: bool) -> None:
     if team.size == 1:
         return
     launch.remember_folder(run.folder)
-    team.tell({"folder": str(run.folder.resolve()), "resumed": resumed, "shards": team.shards})
+    team.tell({"folder": str(run.folder.resolve()), "resumed": resumed, "shards": team.shards,
+               "precision": dtype_name(run.placement.dtype)})
     if not resumed:
         team.share_weights(run.model)
     run.loop.join(team)
@@ -262,7 +263,7 @@ def follow(team: Team, device: str, threads: int) -> None:
     place_of_run, recipe, facts = run_folder.reopen(Path(heard["folder"]))
     source = data.source_from_facts(facts["data"])
     parts = data.split(source, recipe.train.validation_bytes, silent)
-    placement = place(device, recipe.train.precision, threads, training=True)
+    placement = place(device, heard["precision"], threads, training=True)  # "auto" is measured, and must not differ
     run = _rebuilt(place_of_run, recipe, source, parts, placement, 0.0, silent, team)
     if not heard["resumed"]:
         team.share_weights(run.model)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lmcli.config import TrainConfig
-from lmcli.model.device import has_fast_bfloat16
 from lmcli.model.transformer import Transformer
 from lmcli.training.parallel import ALONE, Team, local
 
@@ -130,12 +129,12 @@ class Muon:
     """Momentum, made orthogonal (Jordan et al. 2024), as torch.optim.Muon; all matrices of one shape, lying or standing, in
     one product.
 
-    The update of a matrix of R rows and C columns is scaled by √max(1, R/C). What makes it orthogonal runs in bfloat16 where
-    the hardware multiplies that faster.
+    The update of a matrix of R rows and C columns is scaled by √max(1, R/C). What makes it orthogonal runs in `dtype`.
     """
 
-    def __init__(self, groups: list[Group], momentum: float = 0.95, team: Team = ALONE):
-        self.groups, self.momentum, self.team = groups, momentum, team
+    def __init__(self, groups: list[Group], momentum: float = 0.95, dtype: torch.dtype = torch.bfloat16,
+                 team: Team = ALONE):
+        self.groups, self.momentum, self.dtype, self.team = groups, momentum, dtype, team
         self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
 
     @torch.no_grad()
@@ -153,15 +152,14 @@ class Muon:
                     part.add_(update, alpha=-group.rate * max(1.0, rows / columns) ** 0.5)
 
     def _momentum(self, matrices: list[nn.Parameter]) -> list[Tensor]:
-        """What the running means of the gradients, looked at one step ahead, say (Nesterov), as it is made orthogonal."""
+        """In `dtype`, what the running means of the gradients, looked at one step ahead, say (Nesterov)."""
         gradients = [local(matrix.grad) for matrix in matrices]
         for matrix in matrices:
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         means = [local(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
         torch._foreach_lerp_(means, gradients, 1 - self.momentum)
-        dtype = torch.bfloat16 if has_fast_bfloat16(means[0].device) else torch.float32
-        return [ahead.to(dtype) for ahead in torch._foreach_lerp(gradients, means, self.momentum)]
+        return [ahead.to(self.dtype) for ahead in torch._foreach_lerp(gradients, means, self.momentum)]
 
 
 def _wide(matrix: Tensor) -> Tensor:
@@ -195,8 +193,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def build(model: Transformer, config: TrainConfig, team: Team = ALONE) -> Optimizers:
-    """AdamW, or with optimizer "muon" AdamW beside Muon, which gets the blocks' matrices at `matrix_learning_rate`; those of
-    LoRA, whose factors are nothing to make orthogonal, are AdamW's.
+    """AdamW, or with optimizer "muon" AdamW beside Muon, which gets the blocks' matrices at `matrix_learning_rate` and
+    multiplies in the precision of the forward pass. LoRA's, whose factors are nothing to make orthogonal, are AdamW's.
 
     Matrices decay; norms, biases, tables of embeddings, and LoRA's, which stand for a change and start at none, do not.
     Rates fall with depth by `layer_decay` (Clark et al. 2020, "ELECTRA").
@@ -211,7 +209,7 @@ def build(model: Transformer, config: TrainConfig, team: Team = ALONE) -> Optimi
     decay, rate, by_muon = config.weight_decay, config.learning_rate, config.optimizer == "muon"
     grouped = partial(_groups, depths(model) if config.layer_decay < 1 else {}, config.layer_decay)
     adamw = AdamW([*grouped(outer if by_muon else inner + outer, rate, decay), *grouped(kept, rate, 0.0)])
-    muon = Muon(grouped(inner, config.matrix_learning_rate, decay), team=team)
+    muon = Muon(grouped(inner, config.matrix_learning_rate, decay), dtype=model.training_dtype, team=team)
     return Optimizers([adamw, muon] if by_muon else [adamw], team)
 
 

@@ -232,6 +232,20 @@ def test_muon_is_that_of_torch_but_for_how_it_makes_matrices_orthogonal(monkeypa
         assert ((mine - its).norm() / (0.06 * its.numel() ** 0.5)).item() < 0.01  # bfloat16 products in another order
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_muon_multiplies_in_the_precision_of_the_forward_pass(monkeypatch, dtype):
+    made, seen, whole = model(), set(), optimizers.orthogonal
+
+    def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+        seen.add(matrices.dtype)
+        return whole(matrices)
+    monkeypatch.setattr(optimizers, "orthogonal", orthogonal)
+    made.training_dtype = dtype
+    objectives.loss(OBJECTIVES["causal"], made, packed(torch.arange(34).view(2, 17))).backward()
+    optimizers.build(made, TrainConfig(optimizer="muon")).step()
+    assert seen == {dtype}
+
+
 def test_orthogonal_updates_lie_near_the_polar_factor():
     for shape in ((3, 24, 24), (1, 8, 40), (2, 192, 512)):
         matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
