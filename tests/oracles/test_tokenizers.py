@@ -37,13 +37,6 @@ def lines_of(shared, count):
 
 @pytest.fixture(scope="module")
 def lines(shared):
-    """For tokenizers made here."""
-    return lines_of(shared, 300)
-
-
-@pytest.fixture(scope="module")
-def many_lines(shared):
-    """For those that others made."""
     return lines_of(shared, 1000)
 
 
@@ -212,23 +205,22 @@ def test_vocab_txt(tmp_path, lines, wordpieces, model_type, settings):
     assert ours.special("mask_token") == 4
 
 
-def test_real_bert(shared, many_lines, tmp_path):
+def test_real_bert(shared, lines, tmp_path):
     folder = shared / "tokenizers" / "bert-minilm"
-    check_saved(folder, many_lines, tmp_path / "b")
+    check_saved(folder, lines, tmp_path / "b")
     files = {name: (folder / name.replace("__", ".")).read_bytes() for name in ("config__json", "vocab__txt")}
-    bare = check(write(tmp_path / "bare", **files), many_lines)
-    assert bare.encode_batch(many_lines) == tokenizers.load(folder).encode_batch(many_lines)
+    assert check(write(tmp_path / "bare", **files), lines).encode_batch(lines) == tokenizers.load(folder).encode_batch(lines)
 
 
-def test_real_gpt2(shared, many_lines, tmp_path):
+def test_real_gpt2(shared, lines, tmp_path):
     folder = write(tmp_path / "a", "gpt2")
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(shared / "tokenizers" / "gpt2" / name, folder / name)
-    check_saved(folder, many_lines, tmp_path / "b")
+    check_saved(folder, lines, tmp_path / "b")
 
 
-def test_stories260k(shared, many_lines, tmp_path):
-    check_saved(shared / "models" / "stories260K", many_lines, tmp_path / "b")
+def test_stories260k(shared, lines, tmp_path):
+    check_saved(shared / "models" / "stories260K", lines, tmp_path / "b")
 
 
 @pytest.mark.parametrize("settings", [None, {"tokenizer_class": "T5Tokenizer", "extra_ids": 10},
