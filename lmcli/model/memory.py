@@ -20,8 +20,7 @@ LOGIT_ROWS_AT_ONCE = 1024
 LOGITS_AT_ONCE = {"cpu": 1 << 23, "mps": 1 << 23, "cuda": 1 << 28}
 FEWEST_ROWS = 128
 HELD = 0.8  # of a device's memory that weights, gradients and moments may take, so that some micro-batch fits beside them
-# bytes that Muon works with for each number of the largest group of equal matrices, see `optimizers.Muon`
-ORTHOGONAL = {"bfloat16": 8, "float32": 16}
+ORTHOGONAL = 4  # numbers that Muon works with for each one of the largest group of equal matrices, see `optimizers.Muon`
 
 
 class Memory(NamedTuple):
@@ -65,7 +64,7 @@ def training_memory(config: ModelConfig, train: TrainConfig, micro_batch_tokens:
     return Memory(weights, MASTER * trained, MASTER * beside,
                   kept_for_backward(config, train, micro_batch_tokens, dtype, recompute, fused)
                   + _worked_with(config, train, micro_batch_tokens, SIZES[dtype], recompute, fused, device),
-                  ORTHOGONAL[dtype] * max(groups.values(), default=0))
+                  ORTHOGONAL * SIZES[dtype] * max(groups.values(), default=0))
 
 
 def held_by_one(needed: Memory, room: float) -> bool:

@@ -134,9 +134,10 @@ class Run(Stepper):
         if ended and counters.best == math.inf:
             raise self._diverged("no evaluation gave a number")
         yield Due("save", counters.step)
-        if counters.best == math.inf:  # no run is left with the weights it began with; the state knows nothing of this one,
+        if counters.best == math.inf:  # no run is left with the weights it began with
             yield Note(counters.step, "saved; stopped before any evaluation, it is measured now (Ctrl-C leaves that out)")
-            yield from self._with_averages(self._validated(final=False))  # so that the run goes on as if never stopped
+            # the state knows nothing of this one, so that the run goes on as if never stopped
+            yield from self._with_averages(self._validated(final=False))
 
     def _between(self, share: float) -> Iterator[Validation | Due]:
         """What is due after a step that brought the run to `share`: at most once there, however often the run is stopped."""
