@@ -122,9 +122,11 @@ class TestImports:
             graph = {module: targets for module, targets in graph.items() if module not in leaves}
 
     def test_within_model_layers_come_before_attention_before_the_transformer(self):
-        order = {"kernels": set(), "fused": {"kernels"}, "head_loss": {"kernels"}, "layers": {"fused"},
-                 "attention": {"fused", "layers"}, "recompute": {"device"}, "adapters": {"fused", "layers", "transformer"},
-                 "transformer": {"kernels", "fused", "head_loss", "layers", "attention", "recompute"},
+        order = {"kernels": set(), "dropout": {"kernels"}, "low_rank": {"dropout"},
+                 "fused": {"kernels", "dropout", "low_rank"}, "head_loss": {"kernels"},
+                 "layers": {"fused", "low_rank"}, "attention": {"fused", "layers"}, "recompute": {"device"},
+                 "adapters": {"layers", "low_rank", "transformer"},
+                 "transformer": {"kernels", "dropout", "fused", "head_loss", "layers", "attention", "recompute"},
                  "likelihood": {"fused", "head_loss"}, "device": set(), "group": set(), "cost": set(), "memory": {"cost"}}
         for name, allowed in order.items():
             found = {module.removeprefix("lmcli.model.") for module, _ in imports(PACKAGE / "model" / f"{name}.py")

@@ -19,7 +19,7 @@ from lmcli.checkpoints.weights import as_stored, joined, spelled, stored_tensors
 from lmcli.config import ModelConfig
 from lmcli.errors import UserError
 from lmcli.model.adapters import LoraEmbedding, LoraLinear, adapters_of
-from lmcli.model.fused import LowRank, added
+from lmcli.model.low_rank import LowRank, added
 from lmcli.model.transformer import Transformer
 from lmcli.storage import read_json, read_tensors, write_tensors, write_text
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lmcli.config import LORA_TARGETS
 from lmcli.errors import UsageError
-from lmcli.model import fused
 from lmcli.model.layers import Linear
+from lmcli.model.low_rank import LowRank, added
 from lmcli.model.transformer import LanguageHead, Transformer
 
 PLACE = re.compile(r"(?:en|de)coder\.layers\.\d+\.(?:attention|cross|mlp)\.(\w+)")
@@ -43,14 +43,14 @@ class LoraLinear(Linear):
         self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, len(lora_a)))
 
     @property
-    def low(self) -> fused.LowRank:
+    def low(self) -> LowRank:
         """What is added to the matrix."""
-        return fused.LowRank(self.lora_a, self.lora_b, self.scale)
+        return LowRank(self.lora_a, self.lora_b, self.scale)
 
     @property
     def matrix(self) -> Tensor:
         """W + scale · B A, (out, in)."""
-        return fused.added(self.weight, self.low)
+        return added(self.weight, self.low)
 
     def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """scale · x Aᵀ (…, rank), x behind dropout, and B (out, rank)."""
@@ -82,7 +82,7 @@ class LoraEmbedding(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """W + scale · (B A)ᵀ, (words, hidden)."""
-        return fused.added(self.weight, fused.LowRank(self.lora_b.T, self.lora_a.T, self.scale))
+        return added(self.weight, LowRank(self.lora_b.T, self.lora_a.T, self.scale))
 
     def forward(self, ids: Tensor) -> Tensor:
         """As the class says."""
@@ -115,7 +115,7 @@ def put_on(model: Transformer, lora: Lora, together: Iterable[tuple[str, ...]] =
             shared[group] = nn.Parameter(_fresh(lora.rank, module, generator))
         _swap(model, name, _adapted(module, shared[group], lora))
     for block in model.blocks():
-        block.inner_dropout = bool(lora.dropout)
+        block.low_dropout = lora.dropout
 
 
 def _places(model: Transformer) -> dict[str, str]:
@@ -179,7 +179,7 @@ def take_off(model: Transformer, merge: bool = False) -> None:
             plain.bias = adapter.bias
         _swap(model, name, plain)
     for block in model.blocks():
-        block.inner_dropout = False
+        block.low_dropout = 0.0
 
 
 def freeze_below(model: Transformer, layers: int) -> None:

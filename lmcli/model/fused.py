@@ -7,7 +7,6 @@ Letters as in layers.py; N is B·T, F the width inside the MLP.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +14,14 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lmcli.model import kernels
+from lmcli.model.dropout import dropped
 from lmcli.model.kernels import ACCUMULATED, PARTS
+from lmcli.model.low_rank import Additions, LowRank, added
 
 QUERIES_AT_ONCE = 128  # rows of scores in one product: little above the diagonal is calculated, and products stay large
 KEPT_WEIGHTS = 512  # keys up to which attention weights are kept for the backward pass, not calculated again
 FIRST_MATRIX = 11  # among what `_Block` is given
+TOGETHER = slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7)  # of its seven matrices: those that read the same
 # activations as x · σ(x · (a + b x²)): (a, b)
 SILU, GELU_TANH = (1.0, 0.0), (2 * (2 / torch.pi) ** 0.5, 2 * 0.044715 * (2 / torch.pi) ** 0.5)
 
@@ -33,7 +35,7 @@ def active(x: Tensor) -> bool:
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a block's work: rows, positions of a row, query and key–value heads, width of a head; the rest of what is
-    no tensor."""
+    no tensor. `low_dropout` is the share of what is read that what is added to the matrices does not see."""
 
     rows: int
     length: int
@@ -44,6 +46,7 @@ class Shape:
     eps: float
     head_eps: float
     dropout: float
+    low_dropout: float = 0.0
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -51,42 +54,33 @@ class Shape:
         return self.rows, self.length, self.heads, self.keys, self.width
 
 
-class LowRank(NamedTuple):
-    """What is added to a matrix (out, in): scale · b a (LoRA: Hu et al. 2021), with a (rank, in) and b (out, rank)."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-
-
-def added(weight: Tensor, low: LowRank | None) -> Tensor:
-    """The matrix with what is added to it."""
-    return weight if low is None else torch.addmm(weight, low.b, low.a, alpha=low.scale)
-
-
 class _Block(Function):
     @staticmethod
     def forward(ctx, x: Tensor, shape: Shape, cos: Tensor, sin: Tensor, firsts: Tensor | None,
                 scales: tuple[float, ...], trained: bool, *weights: Tensor | None) -> Tensor:
         norm1, norm2, query_norm, key_norm = weights[:4]
-        ctx.low = [None if a is None else LowRank(a, b, scale)
-                   for a, b, scale in zip(weights[11::2], weights[12::2], scales)]
-        query, key, value, output, gate, up, down = map(added, weights[4:11], ctx.low)
+        low = [None if a is None else LowRank(a, b, scale) for a, b, scale in zip(weights[11::2], weights[12::2], scales)]
+        matrices = weights[4:11] if shape.low_dropout else list(map(added, weights[4:11], low))
+        query, key, value, output, gate, up, down = matrices
         ctx.shape, ctx.seeds = shape, torch.randint(1 << 31, (2,)).tolist() if shape.dropout else (0, 0)
+        seeds = torch.randint(1 << 31, (4,)).tolist() if shape.low_dropout else (0,) * 4
+        ctx.additions = [Additions(tuple(low[place]), [len(matrix) for matrix in matrices[place]], shape.low_dropout, seed)
+                         for place, seed in zip(TOGETHER, seeds)]
+        to_qkv, to_out, to_into, to_back = ctx.additions
         qkv, out = _joined(x.dtype, query, key, value), _joined(x.dtype, output)
         into, back = _joined(x.dtype, gate, up), _joined(x.dtype, down)
 
-        products = _rms_norm(x, norm1, shape.eps) @ qkv.T  # (N, (H + 2K)·D)
+        products = to_qkv.product(_rms_norm(x, norm1, shape.eps), qkv)  # (N, (H + 2K)·D)
         heads = _split_heads(products, cos, sin, query_norm, key_norm, shape)
         if trained or firsts is not None:
             mixed, kept = _attend(*heads, firsts, shape)
             joined = _joined_heads(mixed, shape)  # (N, H·D)
         else:
             joined, kept = causal_attention(*heads, shape.scale).transpose(1, 2).reshape(len(x), -1), []
-        middle = _add(x, joined, out, shape, ctx.seeds[0])
-        gate_up = _rms_norm(middle, norm2, shape.eps) @ into.T  # (N, 2F)
-        y = _add(middle, _gated(gate_up), back, shape, ctx.seeds[1])
-        ctx.dtype, ctx.outputs = query.dtype, [len(matrix) for matrix in (query, key, value, output, gate, up, down)]
+        middle = _add(x, joined, out, to_out, shape.dropout, ctx.seeds[0])
+        gate_up = to_into.product(_rms_norm(middle, norm2, shape.eps), into)  # (N, 2F)
+        y = _add(middle, _gated(gate_up), back, to_back, shape.dropout, ctx.seeds[1])
+        ctx.dtype = query.dtype
         ctx.save_for_backward(x, middle, products, joined, gate_up, cos, sin, firsts, norm1, norm2, query_norm, key_norm,
                               qkv, out, into, back, *heads, *kept)
         return y
@@ -97,45 +91,37 @@ class _Block(Function):
         (x, middle, products, joined, gate_up, cos, sin, firsts, norm1, norm2, query_norm, key_norm,
          qkv, out, into, back, query, key, value, *kept) = ctx.saved_tensors
         shape, dy = ctx.shape, dy.contiguous()
+        to_qkv, to_out, to_into, to_back = ctx.additions
 
-        above = _dropped(dy, shape.dropout, ctx.seeds[1])
-        dgate_up, inner = _gated_backward(gate_up, above @ back)
-        ddown = _matrix_gradients(ctx, (6,), above, inner)
-        dinto = _matrix_gradients(ctx, (4, 5), dgate_up, _rms_norm(middle, norm2, shape.eps))
-        dmiddle, dnorm2 = _rms_norm_backward(middle, norm2, dgate_up @ into, dy, shape.eps)
-        above = _dropped(dmiddle, shape.dropout, ctx.seeds[0])
-        doutput = _matrix_gradients(ctx, (3,), above, joined)
-        dheads = _attend_backward(query, key, value, _parted_heads(above @ out, shape), kept, firsts, shape)
+        above = dropped(dy, shape.dropout, ctx.seeds[1])
+        dgate_up, inner = _gated_backward(gate_up, to_back.input_gradient(above, back))
+        ddown = _matrix_gradients(ctx, 3, above, inner)
+        dinto = _matrix_gradients(ctx, 2, dgate_up, _rms_norm(middle, norm2, shape.eps))
+        dmiddle, dnorm2 = _rms_norm_backward(middle, norm2, to_into.input_gradient(dgate_up, into), dy, shape.eps)
+        above = dropped(dmiddle, shape.dropout, ctx.seeds[0])
+        doutput = _matrix_gradients(ctx, 1, above, joined)
+        dmixed = _parted_heads(to_out.input_gradient(above, out), shape)
+        dheads = _attend_backward(query, key, value, dmixed, kept, firsts, shape)
         dproducts, dhead_norms = _split_heads_backward(products, cos, sin, query_norm, key_norm, dheads, shape)
-        dqkv = _matrix_gradients(ctx, (0, 1, 2), dproducts, _rms_norm(x, norm1, shape.eps))
-        dx, dnorm1 = _rms_norm_backward(x, norm1, dproducts @ qkv, dmiddle, shape.eps)
+        dqkv = _matrix_gradients(ctx, 0, dproducts, _rms_norm(x, norm1, shape.eps))
+        dx, dnorm1 = _rms_norm_backward(x, norm1, to_qkv.input_gradient(dproducts, qkv), dmiddle, shape.eps)
 
         matrices, low = zip(*dqkv, *doutput, *dinto, *ddown)
         low = (part for pair in low for part in pair)
         return dx, None, None, None, None, None, None, dnorm1, dnorm2, *dhead_norms, *matrices, *low
 
 
-def _matrix_gradients(ctx, places: tuple[int, ...], dy: Tensor, x: Tensor) -> list[tuple]:
-    """(gradient of the matrix or None, those of what is added to it) of each of the block's matrices at `places`, which
-    read x (N, in) and together gave what has the gradient dy (N, out).
-
-    Of b a without the matrix's own, a third of a block's work: da = (dy b)ᵀ x and db = dyᵀ (x aᵀ), each times the scale.
-    """
-    lows = [ctx.low[i] for i in places]
-    trained = [ctx.needs_input_grad[FIRST_MATRIX + i] for i in places]
-    parts = dy.split([ctx.outputs[i] for i in places], dim=1)
+def _matrix_gradients(ctx, which: int, dy: Tensor, x: Tensor) -> list[tuple]:
+    """(gradient of the matrix or None, those of what is added to it) of each of the matrices TOGETHER[which], which read
+    x (N, in) and together gave what has the gradient dy (N, out)."""
+    additions = ctx.additions[which]
+    trained = ctx.needs_input_grad[FIRST_MATRIX:][TOGETHER[which]]
     if all(trained):
-        found = list((dy.T @ x).to(ctx.dtype).split([part.shape[1] for part in parts]))
+        found = (dy.T @ x).to(ctx.dtype).split(additions.outputs)
     else:
-        found = [(part.T @ x).to(ctx.dtype) if wanted else None for part, wanted in zip(parts, trained)]
-    if not any(lows):
-        return [(gradient, (None, None)) for gradient in found]
-    ranks = [0 if low is None else len(low.a) for low in lows]
-    narrow = x @ torch.cat([low.a for low in lows if low]).to(x.dtype).T  # (N, ranks)
-    above = torch.cat([part @ (low.b * low.scale).to(x.dtype) for part, low in zip(parts, lows) if low], dim=1)
-    das = (above.T @ x).to(ctx.dtype).split(ranks)
-    return [(gradient, (da, (part.T @ own).to(ctx.dtype).mul_(low.scale)) if low else (None, None))
-            for gradient, da, part, own, low in zip(found, das, parts, narrow.split(ranks, dim=1), lows)]
+        found = [(part.T @ x).to(ctx.dtype) if wanted else None
+                 for part, wanted in zip(dy.split(additions.outputs, dim=1), trained)]
+    return list(zip(found, additions.gradients(dy, x)))
 
 
 def block(x: Tensor, shape: Shape, cos: Tensor, sin: Tensor, weights: tuple[Tensor | None, ...],
@@ -206,38 +192,12 @@ def gated(gate_up: Tensor, curve: tuple[float, float]) -> Tensor:
     return _Gated.apply(rows, curve).view(*gate_up.shape[:-1], -1)
 
 
-def _add(residual: Tensor, x: Tensor, weight: Tensor, shape: Shape, seed: int) -> Tensor:
+def _add(residual: Tensor, x: Tensor, weight: Tensor, additions: Additions, dropout: float, seed: int) -> Tensor:
     """residual + what dropout leaves of x · weightᵀ."""
-    if not shape.dropout:
+    if not (dropout or additions.share):
         return torch.addmm(residual, x, weight.T)
-    return _dropped(x @ weight.T, shape.dropout, seed, residual)
-
-
-def _dropped(x: Tensor, share: float, seed: int, residual: Tensor | None = None) -> Tensor:
-    if not share:
-        return x
-    y, width = torch.empty_like(x), x.shape[-1]
-    kept = min(round((1.0 - share) * 2 ** 32), 2 ** 32 - 1)
-    kernels.run("dropout", x.dtype, x, residual, y, x.numel() // width, width, seed, kept, 1.0 / (1.0 - share))
-    return y
-
-
-class _DroppedSum(Function):
-    @staticmethod
-    def forward(ctx, residual: Tensor, x: Tensor, share: float) -> Tensor:
-        ctx.share, ctx.seed = share, int(torch.randint(1 << 31, ()))
-        return _dropped(x.contiguous(), share, ctx.seed, residual.contiguous())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy, _dropped(dy.contiguous(), ctx.share, ctx.seed), None
-
-
-def dropped_sum(residual: Tensor, x: Tensor, share: float) -> Tensor:
-    """residual + dropout(x), both (…, C), of which dropout leaves all but a `share`. Nothing is kept for the backward pass,
-    which draws the same numbers again."""
-    return _DroppedSum.apply(residual, x, share)
+    y = additions.product(x, weight)
+    return dropped(y, dropout, seed, residual) if dropout else y.add_(residual)
 
 
 def _split_heads(products: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
 from lmcli.model import fused
+from lmcli.model.low_rank import LowRank, added
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu, "gelu_new": _gelu_tanh,
@@ -24,7 +25,7 @@ class Linear(nn.Linear):
     """x Wᵀ + b, (…, C) → (…, outputs), in the precision of x, which may be lower than that of the weights. `low` is what an
     adapter adds to W (see `adapters`)."""
 
-    low: fused.LowRank | None = None
+    low: LowRank | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -105,7 +106,7 @@ class MLP(nn.Module):
             if torch.is_grad_enabled() and any(part.low for part in parts):
                 gate_up = torch.cat([part(x) for part in parts], dim=-1)
             else:
-                gate_up = F.linear(x, torch.cat([fused.added(part.weight, part.low) for part in parts]).to(x.dtype))
+                gate_up = F.linear(x, torch.cat([added(part.weight, part.low) for part in parts]).to(x.dtype))
             return self.down(fused.gated(gate_up, CURVES[self.activation]))
         gate, up = together(x, self.gate, self.up)
         return self.down(self.activation(gate) * up)

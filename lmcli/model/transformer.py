@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lmcli.config import ModelConfig
 from lmcli.model import fused, head_loss, kernels
 from lmcli.model.attention import Attention, KeyValueCache, Memory, Packed, View, visible
+from lmcli.model.dropout import dropped_sum
 from lmcli.model.layers import ACTIVATIONS, MLP, Linear, RelativeBias, make_norm, rotation, sinusoids
 from lmcli.model.recompute import recomputed
 
@@ -38,7 +39,7 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config, config.encoder_intermediate_size if encoder else config.intermediate_size)
         self.post_norm, self.parallel, self.dropout = config.post_norm, config.parallel_block, dropout
-        self.inner_dropout = False  # whether an adapter drops some of what its matrices read, which no kernel knows
+        self.low_dropout = 0.0  # share of what they read that adapters drop
         self.recompute = False
         self.compiled: Callable[[Tensor, View], Tensor] | None = None  # `_mixed` by torch.compile, used in training only
         plain = config.norm == "rms" and config.gated_mlp and config.hidden_act == "silu" and not (
@@ -76,15 +77,15 @@ class Block(nn.Module):
         """Whether `fused.block` can stand in: a decoder's block over whole rows."""
         return (self.fusable and fused.active(x) and self.attention.fast and view.mask is None and view.cache is None
                 and view.packed is None and not view.since and view.turn is not None and view.turn[0].shape[0] == 1
-                and view.turn[0].shape[-1] == self.attention.head_dim
-                and not (torch.is_grad_enabled() and self.training and self.inner_dropout))
+                and view.turn[0].shape[-1] == self.attention.head_dim)
 
     def _forward_fused(self, x: Tensor, cos: Tensor, sin: Tensor, firsts: Tensor | None) -> Tensor:
         attention, mlp, (rows, length, _) = self.attention, self.mlp, x.shape
         heads, half = attention.query.out_features // attention.head_dim, attention.head_dim // 2
         normed = (attention.query_norm, attention.key_norm) if attention.normed else ()
         shape = fused.Shape(rows, length, heads, heads // attention.groups, attention.head_dim, attention.scale,
-                            self.mlp_norm.eps, normed[0].eps if normed else 0.0, self.dropout if self.training else 0.0)
+                            self.mlp_norm.eps, normed[0].eps if normed else 0.0, self.dropout if self.training else 0.0,
+                            self.low_dropout if self.training and torch.is_grad_enabled() else 0.0)
         linears = (attention.query, attention.key, attention.value, attention.output, mlp.gate, mlp.up, mlp.down)
         weights = (self.attention_norm.weight, self.mlp_norm.weight, *([norm.weight for norm in normed] or (None, None)),
                    *(part.weight for part in linears))
@@ -94,7 +95,7 @@ class Block(nn.Module):
     def _add(self, residual: Tensor, x: Tensor) -> Tensor:
         if not (self.dropout and self.training):
             return residual + x
-        return fused.dropped_sum(residual, x, self.dropout) if fused.active(x) else residual + F.dropout(x, self.dropout)
+        return dropped_sum(residual, x, self.dropout) if fused.active(x) else residual + F.dropout(x, self.dropout)
 
 
 class Stack(nn.Module):

@@ -20,6 +20,7 @@ from torch.autograd import gradcheck
 from lmcli.config import ModelConfig, TrainConfig
 from lmcli.model import fused, head_loss, kernels
 from lmcli.model.attention import attention
+from lmcli.model.dropout import dropped_sum
 from lmcli.model.layers import rotate
 from lmcli.model.likelihood import target_losses
 from lmcli.model.transformer import Transformer
@@ -257,13 +258,13 @@ def test_dropout_leaves_its_share_and_its_gradient_knows_which():
 def test_a_sum_with_dropout_and_its_gradient():
     def summed(residual: Tensor, x: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return fused.dropped_sum(residual, x, 0.25)
+        return dropped_sum(residual, x, 0.25)
 
     residual, x = (torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert gradcheck(summed, (residual, x))
     added = ((summed(residual, x) - residual) / x).detach()
     assert sorted(set(added.flatten().round(decimals=9).tolist())) == pytest.approx([0, 1 / 0.75])
-    assert not torch.equal(summed(residual, x), fused.dropped_sum(residual, x, 0.25))  # the next one is another
+    assert not torch.equal(summed(residual, x), dropped_sum(residual, x, 0.25))  # the next one is another
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
