@@ -133,7 +133,7 @@ def _flush_entries(folder: Path) -> None:
         os.close(handle)
 
 
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<end>part|old)")
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<end>part|old)|\.tmp[A-Za-z0-9]{6}")  # the last: a file of safetensors
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -141,11 +141,12 @@ def clear_leftovers(folder: Path) -> None:
     they had put aside, and did not come to replace, gets its name back."""
     for path in list(folder.iterdir()) if folder.is_dir() else ():
         found = LEFTOVER.fullmatch(path.name)
-        if not found:
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not found or (is_folder and not found["end"]):
             continue
         if found["end"] == "old" and not os.path.lexists(folder / found["name"]):
             os.rename(path, folder / found["name"])
-        elif path.is_dir() and not path.is_symlink():
+        elif is_folder:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

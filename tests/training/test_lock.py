@@ -127,10 +127,12 @@ class TestRunFolders:
     def test_what_killed_processes_left_half_written_is_cleared_when_the_run_is_taken_up(self, tmp_path):
         (tmp_path / "recipe.yaml").write_text("{}")
         (tmp_path / ".model.safetensors.77.part").write_text("half")
+        (tmp_path / ".tmp82wHhp").write_text("half")  # as safetensors names what it has not written whole
+        (tmp_path / ".tmpfolder").mkdir()  # a user's own
         for name in (".step-000000003.77.part", ".step-000000002.77.old", ".step-000000001.77.old", "step-000000001"):
             (tmp_path / "state" / name).mkdir(parents=True)
         (tmp_path / "state" / ".step-000000003.77.part" / "weights.safetensors").write_text("half")
         taken, _, _ = run_folder.take(tmp_path)
         taken.release()
-        assert sorted(os.listdir(tmp_path)) == ["recipe.yaml", "state"]
+        assert sorted(os.listdir(tmp_path)) == [".tmpfolder", "recipe.yaml", "state"]
         assert sorted(os.listdir(tmp_path / "state")) == ["step-000000001", "step-000000002"]  # put aside, not replaced
