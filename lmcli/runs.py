@@ -122,8 +122,10 @@ def start(request: Request, began: float, note: Callable[[str], None], team: Tea
             _noted(adapter_start.align(run.loop), note)
         if request.refine and origin and auto.further(objective.name) == auto.AS_TEXT:
             run.chosen += _rate_chosen(run, request.refine, note)
-        run.remembered = [{"file": file, "before": remembering.bits_per_byte(run.model, tokenizer, file), "after": None}
-                          for file in remember]
+        for file in remember:
+            note(remembering.begun(file))
+            run.remembered.append({"file": file, "before": remembering.bits_per_byte(run.model, tokenizer, file),
+                                   "after": None})
         run.create()
         _lead(run, team, resumed=False)
     except BaseException:

@@ -217,7 +217,7 @@ class TrainingRun:
                     yield "sample", sample
             else:
                 self._save()
-        self._finish()
+        yield from self._finish()
 
     def _checked(self, events: Iterator[object]) -> Iterator[object]:
         """The events; where the run diverges, what is kept is told and broken states are dropped."""
@@ -266,22 +266,24 @@ class TrainingRun:
         self.model.train()
         return f"{tokenizer.decode(ids.tolist())} → {text}"
 
-    def _finish(self) -> None:
+    def _finish(self) -> Iterator[tuple[str, object]]:
         counters = self.loop.counters
         self.result |= {"steps": counters.step, "tokens": counters.tokens, "seconds": round(counters.seconds, 1),
                         "epochs": round(counters.rows / self.loop.rows.rows_per_epoch, 3), "stopped": self.stopped}
         if self.source.shares:
             self.result["drawn"] = mixing.drawn(self.source.shares, self.loop.rows.ring, counters.rows)
-        if self.remembered and not self.stopped:
-            best = checkpoints.load(self.folder, "cpu" if self.loop.team.shards else self.placement.device)  # it is whole
-            for one in self.remembered:
-                one["after"] = remembering.bits_per_byte(best.model, best.tokenizer, one["file"])
         self.write_recipe()
         write_text(self.folder / "loss.svg", draw(self.place.metrics(), self.objective.target))
         write_text(self.folder / "README.md", model_card(
             self.folder.resolve().name, self.model.config, self.recipe.train,
             sum(p.numel() for p in self.model.parameters()), family_of(self.model.config).heads[self.model.config.head],
             self.source.files, self.result, self._beginning(), self.base.get("model", "")))
+        if self.remembered and not self.stopped:
+            best = checkpoints.load(self.folder, "cpu" if self.loop.team.shards else self.placement.device)  # it is whole
+            for one in self.remembered:
+                yield "note", loop.Note(self.step, remembering.begun(one["file"]))
+                one["after"] = remembering.bits_per_byte(best.model, best.tokenizer, one["file"])
+            self.write_recipe()
 
     def _beginning(self) -> str:
         tokenizer = self.prepared.tokenizer

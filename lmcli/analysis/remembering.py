@@ -23,6 +23,12 @@ def checked(files: tuple[str, ...], shape: str) -> list[str]:
     return [str(Path(file).resolve()) for file in files]
 
 
+def begun(file: str) -> str:
+    """One line, before a text is measured: of a long one that takes minutes. Raises UserError for a file that is gone."""
+    with user_errors(file, "read"):
+        return f"measuring bits/byte of {file} ({Path(file).stat().st_size:,} bytes)"
+
+
 def bits_per_byte(model: Transformer, tokenizer: Tokenizer, file: str) -> float:
     """Those of a file, as `lm perplexity` measures them. Raises UserError for a file with no text in it."""
     training, layout = model.training, Layout("file", "auto")

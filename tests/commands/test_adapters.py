@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import GenerateConfig
+from lmcli.training_run import TrainingRun
 
 SET = ("--preset", "tiny", "--set", "train.context=32", "--set", "train.batch_tokens=128",
        "--set", "train.sample_every=99", "--set", "train.eval_every=4", "--threads", 1)
@@ -154,10 +155,27 @@ def test_what_is_forgotten_is_told_and_stored(tune, inside, trained, story, tmp_
     assert one["before"] == pytest.approx(bits(inside, trained[0], old), rel=1e-6)
     assert one["after"] == pytest.approx(bits(inside, tmp_path / "run", old), rel=1e-6)
     assert one["after"] != one["before"]
-    lines = [line for line in done.stderr.decode().splitlines() if "bits/byte before" in line or "bits/byte after" in line]
-    assert lines == [f"lm: {old}: {one['before']:.4f} bits/byte before",
+    measuring = f"lm: measuring bits/byte of {old} (4,000 bytes)"
+    lines = [line for line in done.stderr.decode().splitlines() if str(old) in line]
+    assert lines == [measuring, f"lm: {old}: {one['before']:.4f} bits/byte before", measuring,
                      f"lm: {old}: {one['after']:.4f} bits/byte after, {one['before']:.4f} before "
                      f"({one['after'] - one['before']:+.4f})"]
+
+
+def test_a_text_that_is_gone_in_the_end_costs_only_its_figure(tune, story, tmp_path, monkeypatch):
+    old, create = tmp_path / "old.txt", TrainingRun.create
+    old.write_text(story.read_text()[:4000])
+
+    def without_text(run):
+        create(run)
+        old.unlink()
+
+    monkeypatch.setattr(TrainingRun, "create", without_text)
+    done = tune("--lora", 2, "--remember", old)
+    assert done.returncode == 1 and f"{old}: cannot read: No such file" in done.stderr.decode()
+    result = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["result"]
+    assert result["steps"] == 8 and result["remembered"][0]["after"] is None
+    assert (tmp_path / "run" / "loss.svg").is_file() and (tmp_path / "run" / "README.md").is_file()
 
 
 @pytest.mark.parametrize("arguments, code, told", [
