@@ -1,9 +1,11 @@
 """What differs between a run as it was saved and what it would go on with: settings, data, tokenizer, versions."""
 
+import ast
 import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -78,11 +80,36 @@ def versions_here() -> dict[str, str]:
 
 @cache
 def code() -> str:
-    """The first 12 digits of the SHA-256 of those sources of this package that a run's numbers come from."""
+    """The first 12 digits of a SHA-256 over the code that training results depend on; comments and docstrings do not count."""
     digest, package = hashlib.sha256(), Path(__file__).resolve().parent.parent
     for file in sorted(file for pattern in CODE for file in package.glob(pattern)):
-        digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+        text = file.read_text(encoding="utf-8")
+        meaning = syntax(ast.parse(text)) if file.suffix == ".py" else without_c_comments(text)
+        digest.update(f"{file.relative_to(package)}\n{meaning}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def syntax(node: Any) -> str:
+    """A syntax tree as text, without docstrings, positions and empty fields, so that all versions of Python give the same.
+
+    >>> syntax(ast.parse("x = 1  # one")) == syntax(ast.parse("x = (1)"))
+    True
+    """
+    if isinstance(node, list):
+        return "[" + " ".join(map(syntax, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node, False):
+        fields["body"] = node.body[1:]
+    return f"({type(node).__name__} " + " ".join(f"{name}={syntax(value)}" for name, value in fields.items()) + ")"
+
+
+def without_c_comments(text: str) -> str:
+    """C source without comments and with one space or line break for each run of them; strings stay as they are."""
+    string = r'("(?:\\.|[^"\\])*")'
+    text = re.sub(string + r"|/\*.*?\*/|//[^\n]*", lambda found: found[1] or " ", text, flags=re.DOTALL)
+    return re.sub(string + r"|\s+", lambda found: found[1] or ("\n" if "\n" in found[0] else " "), text).strip()
 
 
 def require_allowed(found: list[Change], folder: Path, allow: bool, note: Callable[[str], None]) -> None:

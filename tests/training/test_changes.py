@@ -68,6 +68,34 @@ def test_the_code_is_that_of_what_calculates(monkeypatch, tmp_path):
     assert found[0] != found[1] == found[2]
 
 
+def digests(monkeypatch, package, name, *sources):
+    """The code's fingerprint for each of several contents of one file of the package."""
+    monkeypatch.setattr(changes, "__file__", str(package / "training" / "changes.py"))
+    (package / "model").mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        (package / "model" / name).write_text(source)
+        changes.code.cache_clear()
+        yield changes.code()
+    changes.code.cache_clear()
+
+
+def test_comments_docstrings_and_layout_do_not_change_the_fingerprint(monkeypatch, tmp_path):
+    plain, same, *other = digests(
+        monkeypatch, tmp_path, "a.py", "def f(x):\n    return x + 1\n",
+        '"""A module."""\n\n\ndef f(x):  # adds\n    """Adds one."""\n    return (\n        x\n        + 1)\n',
+        "def f(x):\n    return x + 2\n", "def f(x):\n    'a'\n    return x, 'a'\n", "def f(y):\n    return y + 1\n",
+        "def f(x):\n    return x - 1\n", "def f(x=1):\n    return x + 1\n", "async def f(x):\n    return x + 1\n")
+    assert plain == same and len({plain, *other}) == len(other) + 1
+
+
+def test_comments_in_c_do_not_change_the_fingerprint(monkeypatch, tmp_path):
+    plain, same, *other = digests(
+        monkeypatch, tmp_path, "a.c", 'int f(void) { return g("/* text */"); }\n',
+        'int f(void) /* the\nfirst */  { return g("/* text */"); } // end\n',
+        'int f(void) { return g("/* other */"); }\n', 'int f(void) { return h("/* text */"); }\n')
+    assert plain == same and len({plain, *other}) == len(other) + 1
+
+
 def change(**kind) -> changes.Change:
     return changes.Change("steps", "1", "2", **kind)
 
