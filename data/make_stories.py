@@ -39,16 +39,48 @@ VOWEL_BUT_A = re.compile(r"(one|once|uni|use|usu|ewe|eu|ute)", re.I)
 MUTE_H_SO_AN = re.compile(r"(hour|honest|honour|heir)", re.I)
 # Texts in a row share two towns, their people and a season, as in a book of tales.
 CHAPTER = 10
-IRREGULAR = {"loaf": "loaves", "knife": "knives", "goose": "geese", "shelf": "shelves",
-             "leaf": "leaves", "foot": "feet", "scarf": "scarves", "potato": "potatoes",
-             "tomato": "tomatoes", "sheaf": "sheaves", "half": "halves", "trout": "trout"}
-ONES = ("nought one two three four five six seven eight nine ten eleven twelve thirteen "
-        "fourteen fifteen sixteen seventeen eighteen nineteen").split()
-TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
+IRREGULAR = {
+    "loaf": "loaves",
+    "knife": "knives",
+    "goose": "geese",
+    "shelf": "shelves",
+    "leaf": "leaves",
+    "foot": "feet",
+    "scarf": "scarves",
+    "potato": "potatoes",
+    "tomato": "tomatoes",
+    "sheaf": "sheaves",
+    "half": "halves",
+    "trout": "trout",
+}
+ONES = [
+    "nought",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+TENS = ["-", "-", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 ZH_DIGITS = "零一二三四五六七八九"
 
 
 # ---------------------------------------------------------------- words
+
 
 def english_number(n):
     """Spell 0..999 in English."""
@@ -93,7 +125,7 @@ def plural(phrase):
 def capital(text):
     """Capitalise the first letter, looking past an opening quotation mark."""
     at = 1 if text[:1] in "\"'" else 0
-    return text[:at] + text[at:at + 1].upper() + text[at + 1:]
+    return text[:at] + text[at : at + 1].upper() + text[at + 1 :]
 
 
 def fix_article(match):
@@ -122,6 +154,7 @@ def polish_chinese(paragraph):
 
 
 # ---------------------------------------------------------------- grammar
+
 
 class Grammar:
     """The lists, rules and tables of one language, read from grammar files."""
@@ -197,8 +230,10 @@ class Writer:
 
     def shuffled(self, items):
         """A shuffled copy, by random() alone, which is the same on every Python."""
-        return [item for _, _, item in
-                sorted((self.rng.random(), i, item) for i, item in enumerate(items))]
+        return [
+            item
+            for _, _, item in sorted((self.rng.random(), i, item) for i, item in enumerate(items))
+        ]
 
     def choice(self, items):
         """One item at random."""
@@ -285,10 +320,10 @@ class Writer:
         while i < len(template):
             if template[i] == "[":
                 end = closing(template, i)
-                out.append(self.expand(self.choice(split_choices(template[i + 1:end]))))
+                out.append(self.expand(self.choice(split_choices(template[i + 1 : end]))))
             elif template[i] == "{":
                 end = template.index("}", i)
-                out.append(self.resolve(template[i + 1:end]))
+                out.append(self.resolve(template[i + 1 : end]))
             else:
                 end = i
                 out.append(template[i])
@@ -312,15 +347,17 @@ def populate(writer):
     for town in tables["town"]:
         town.update((field, writer.draw(field)) for field in SURROUNDINGS)
     pronouns = {p["gender"]: p for p in tables["pronoun"]}
-    tables["cast"] = [make_person(writer, name, pronouns[gender])
-                      for gender in pronouns
-                      for name in writer.grammar.rules["name_" + gender]]
+    tables["cast"] = [
+        make_person(writer, name, pronouns[gender])
+        for gender in pronouns
+        for name in writer.grammar.rules["name_" + gender]
+    ]
 
 
 def make_person(writer, name, pronoun):
     """A person: a name and pronouns, a home, a trade, a trait and tastes."""
     person = {"name": name, **pronoun, "home": writer.draw("town")}
-    person.update((field, writer.draw(field)) for field in ("trade", "trait") + TASTES)
+    person.update((field, writer.draw(field)) for field in ("trade", "trait", *TASTES))
     return person
 
 
@@ -341,9 +378,12 @@ def open_chapter(writer):
         abroad = writer.draw("town")
     season = writer.draw("season")
     # A text that names its month twice must name the same one.
-    return {"T": home, "U": abroad,
-            "season": {**season, "month": writer.expand(season["month"])},
-            "skies": [w for w in tables["weather"] if w["season"] == season["name"]]}
+    return {
+        "T": home,
+        "U": abroad,
+        "season": {**season, "month": writer.expand(season["month"])},
+        "skies": [w for w in tables["weather"] if w["season"] == season["name"]],
+    }
 
 
 def set_persons(writer):
@@ -351,8 +391,9 @@ def set_persons(writer):
     memo, tables = writer.memo, writer.grammar.tables
     for key, town in ("A", "T"), ("C", "T"), ("B", "U"):
         trades = [id(memo[k]["trade"]) for k in "AC" if k in memo]
-        memo[key] = writer.choice([p for p in tables["cast"] if p["home"] is memo[town]
-                                   and id(p["trade"]) not in trades])
+        memo[key] = writer.choice(
+            [p for p in tables["cast"] if p["home"] is memo[town] and id(p["trade"]) not in trades]
+        )
     memo["S"] = memo["A"]
     trails = {t["name"]: t for t in tables.get("trail", [])}
     if trails:
@@ -431,6 +472,7 @@ NUMBERS = (set_shop, set_share, set_stock, set_contest, set_days)
 
 # ---------------------------------------------------------------- texts and files
 
+
 def compose(writer, chapter, kind, polish):
     """One text: title, empty line, paragraphs."""
     set_scene(writer, chapter)
@@ -461,8 +503,10 @@ def generate():
     """Both files' contents by name."""
     english = Writer(Grammar("words-en.txt", "frames-en.txt"), english_number)
     chinese = Writer(Grammar("stories-zh.txt"), chinese_number)
-    return {"stories.txt": collection(english, polish_english, 1_500_000),
-            "stories-zh.txt": collection(chinese, polish_chinese, 100_000)}
+    return {
+        "stories.txt": collection(english, polish_english, 1_500_000),
+        "stories-zh.txt": collection(chinese, polish_chinese, 100_000),
+    }
 
 
 def write_atomically(path, content):
@@ -475,8 +519,11 @@ def write_atomically(path, content):
 def main(argv=None):
     """Write the files, or with --check compare them."""
     parser = argparse.ArgumentParser(description="Write the sample texts of this project.")
-    parser.add_argument("--check", action="store_true",
-                        help="write nothing; exit 1 if a file is not what would be written")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit 1 if a file is not what would be written",
+    )
     check = parser.parse_args(argv).check
     stale = 0
     for name, text in generate().items():

@@ -1,10 +1,12 @@
-"""A language-model workbench for one terminal; from Python, `lmcli.load(DIR)` is the way in."""
+"""A language-model workbench for one terminal. From Python, start with `lmcli.load(DIR)`."""
+
+from typing import Any
 
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
-    """Hands on `load` and `Model` without importing torch until one of them is asked for."""
+def __getattr__(name: str) -> Any:
+    """Imports `load` and `Model`, and with them torch, on first use."""
     if name in ("load", "Model"):
         from lmcli import api
 

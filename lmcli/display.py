@@ -1,11 +1,13 @@
-"""Everything drawn: live progress and tables on a terminal, plain lines elsewhere. It is handed records and prints them."""
+"""Terminal output: live progress, tables and Markdown on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
 
 import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -14,47 +16,72 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from lmcli.training.loop import Validation
+    from lmcli.training.train_step import Note, Step
+
 SECONDS_BETWEEN_LINES = 10.0
+MARKDOWN_COLUMNS = 100
 
 
 def note(text: str) -> None:
-    """One line on standard error: what was chosen, left out, changed."""
+    """Prints one line on standard error: what was chosen, skipped or changed."""
     print(f"lm: {text}", file=sys.stderr, flush=True)
 
 
 def clock(seconds: float | None) -> str:
-    """"1:05" or "2:03:04"; "–" while unknown."""
+    """Seconds as "1:05" or "2:03:04"; "–" for None."""
     if seconds is None:
         return "–"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def markdown(text: str) -> str:
+    """Markdown rendered for this terminal, at most MARKDOWN_COLUMNS wide."""
+    from rich.markdown import Markdown
+
+    console = Console(width=min(MARKDOWN_COLUMNS, Console().width))
+    with console.capture() as captured:
+        console.print(Markdown(text, code_theme="ansi_dark"))
+    return captured.get()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal, columns right-aligned but the first, as text."""
+    """A table for a terminal as text; all columns but the first are right-aligned."""
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(header):
         drawn.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
     for row in rows:
         drawn.add_row(*map(Text, row))
     wide = Console(width=1 << 14)
-    needed = Measurement.get(wide, wide.options, drawn).minimum  # a number is never cut off, whatever the terminal's width
+    # numbers are never cut off, whatever the terminal's width
+    needed = Measurement.get(wide, wide.options, drawn).minimum
     console = Console(width=max(80, Console().width, needed))
     with console.capture() as captured:
         console.print(drawn)
     return captured.get()
 
 
-def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], as_json: bool,
-               readable: Callable[[Mapping[str, Any]], dict[str, str]] | None = None) -> None:
-    """Rows of figures on standard output: JSON Lines (all of a row) or TSV (its `columns`) as they come, on a terminal a
-    table when all are there, of what `readable` makes of a row."""
+def print_rows(
+    rows: Iterable[Mapping[str, Any]],
+    columns: Sequence[str],
+    as_json: bool,
+    readable: Callable[[Mapping[str, Any]], dict[str, str]] | None = None,
+) -> None:
+    """Prints rows of figures on standard output.
+
+    JSON Lines (all keys) and TSV (`columns`) are printed as the rows come. A terminal gets a table
+    at the end, with the cells that `readable` returns for a row.
+    """
     if as_json:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False), flush=True)
     elif sys.stdout.isatty():
-        lines = [readable(row) if readable else {key: _cell(row[key]) for key in columns} for row in rows]
+        lines = [
+            readable(row) if readable else {key: _cell(row[key]) for key in columns} for row in rows
+        ]
         print(table(list(lines[0]), [list(line.values()) for line in lines]), end="")
     else:
         for number, row in enumerate(rows):
@@ -64,27 +91,35 @@ def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], as_jso
 
 
 def _cell(value: Any) -> str:
-    """A value as TSV has it: six figures of a fraction, NA for None."""
+    """A TSV cell: floats with six significant digits, NA for None."""
     if value is None:
         return "NA"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-class TrainingView:
-    """The progress of a run. On a terminal a live panel; otherwise a line every ten seconds; with `quiet` nothing.
+def _moving_average(average: float | None, value: float, weight: float) -> float:
+    """The exponential moving average after one more value, which has this weight."""
+    return value if average is None else (1 - weight) * average + weight * value
 
-    `target` is what a loss is told for; `bytes_per_token`, unless 0, turns nats per token into bits per byte.
+
+class TrainingView:
+    """Progress of a run: a live panel on a terminal, elsewhere a line every ten seconds.
+
+    Prints nothing with `quiet`. `target` is the unit of a loss, as in nats per token;
+    `bytes_per_token`, unless 0, converts it to bits per byte.
     """
 
     def __init__(self, quiet: bool, bytes_per_token: float = 0.0, target: str = "token"):
         self.console = Console(stderr=True, highlight=False)
         self.quiet, self.bytes_per_token, self.target = quiet, bytes_per_token, target
-        self.live = None
-        self.loss = self.speed = self.last = None
+        self.live: Live | None = None
+        self.last: Step | None = None
+        self.loss: float | None = None
+        self.speed: float | None = None
         self.figures = self.sample_text = ""
         self._printed = time.monotonic()
 
-    def __enter__(self) -> "TrainingView":
+    def __enter__(self) -> TrainingView:
         if self.console.is_terminal and not self.quiet:
             self.live = Live(console=self.console, refresh_per_second=8, transient=False)
             self.live.start()
@@ -94,10 +129,20 @@ class TrainingView:
         if self.live:
             self.live.stop()
 
-    def step(self, step) -> None:
-        """Shows a training step (smoothed over about 20)."""
-        self.loss = step.loss if self.loss is None else 0.95 * self.loss + 0.05 * step.loss
-        self.speed = step.tokens_per_second if self.speed is None else 0.9 * self.speed + 0.1 * step.tokens_per_second
+    def show(self, kind: str, event: Any) -> None:
+        """Shows an event of a run; `kind` is step, validation, sample or note."""
+        views: dict[str, Callable[[Any], None]] = {
+            "step": self.step,
+            "validation": self.validation,
+            "sample": self.sample,
+            "note": self.note,
+        }
+        views[kind](event)
+
+    def step(self, step: Step) -> None:
+        """Shows a training step: loss (average over about 20 steps) and speed (about 10)."""
+        self.loss = _moving_average(self.loss, step.loss, 0.05)
+        self.speed = _moving_average(self.speed, step.tokens_per_second, 0.1)
         self.last = step
         if self.live:
             self._draw()
@@ -109,47 +154,60 @@ class TrainingView:
         if self.live and self.last:
             self.live.update(self._panel(self.last))
 
-    def _line(self, step) -> str:
-        return (f"step {step.step:,} · {step.share:.0%} · epoch {step.epoch:.2f} · loss {self._loss()} "
-                f"· {self.speed:,.0f} tokens/s · {clock(step.remaining)} left")
+    def _line(self, step: Step) -> str:
+        return (
+            f"step {step.step:,} · {step.share:.0%} · epoch {step.epoch:.2f} · loss {self._loss()} "
+            f"· {self.speed:,.0f} tokens/s · {clock(step.remaining)} left"
+        )
 
-    def _loss(self, mark: str = "", end: str = "") -> str:
-        told = f"{mark}{self.loss:.3f}{end} nats/{self.target}"
+    def _loss(self, style: str = "", end: str = "") -> str:
+        loss = self.loss or 0.0
+        nats = f"{style}{loss:.3f}{end} nats/{self.target}"
         if not self.bytes_per_token:
-            return told
-        return f"{told} = {mark}{self.loss / math.log(2) / self.bytes_per_token:.3f}{end} bits/byte"
+            return nats
+        return f"{nats} = {style}{loss / math.log(2) / self.bytes_per_token:.3f}{end} bits/byte"
 
-    def _panel(self, step) -> Table:
-        grid = Table.grid(padding=(0, 1))
-        bar = Table.grid(padding=(0, 1))
-        bar.add_row(ProgressBar(total=1.0, completed=step.share, width=30), f"{step.share:.0%}",
-                    f"[bold]{clock(step.remaining)}[/bold] left", f"step {step.step:,}", f"epoch {step.epoch:.2f}")
-        grid.add_row(bar)
-        grid.add_row(f"training   loss {self._loss('[bold]', '[/bold]')} · {self.speed:,.0f} tokens/s "
-                     f"· rate {step.learning_rate:.2g}")
+    def _panel(self, step: Step) -> Table:
+        progress = Table.grid(padding=(0, 1))
+        progress.add_row(
+            ProgressBar(total=1.0, completed=step.share, width=30),
+            f"{step.share:.0%}",
+            f"[bold]{clock(step.remaining)}[/bold] left",
+            f"step {step.step:,}",
+            f"epoch {step.epoch:.2f}",
+        )
+        panel = Table.grid(padding=(0, 1))
+        panel.add_row(progress)
+        panel.add_row(
+            f"training   loss {self._loss('[bold]', '[/bold]')} · {self.speed:,.0f} tokens/s "
+            f"· rate {step.learning_rate:.2g}"
+        )
         if self.figures:
-            grid.add_row(Text(self.figures))
+            panel.add_row(Text(self.figures))
         if self.sample_text:
-            grid.add_row(Text(self.sample_text, style="italic dim", overflow="fold"))
-        return grid
+            panel.add_row(Text(self.sample_text, style="italic dim", overflow="fold"))
+        return panel
 
-    def validation(self, event) -> None:
-        """Shows an evaluation."""
+    def validation(self, event: Validation) -> None:
+        """Shows the figures of an evaluation."""
         when = f"step {event.step:,}" if event.step else "before the first step"
-        self.figures = f"validation {event.figures.headline()} ({when}{', best' if event.best else ''})"
+        best = ", best" if event.best else ""
+        self.figures = f"validation {event.figures.headline()} ({when}{best})"
         self._draw()
-        if not self.live and not self.quiet:
-            print(self.figures, file=sys.stderr, flush=True)
+        self._print(self.figures)
 
     def sample(self, text: str) -> None:
         """Shows a sample text, on one line outside a terminal."""
         self.sample_text = " ".join(text.split())
         self._draw()
-        if not self.live and not self.quiet:
-            print(f"sample     {self.sample_text}", file=sys.stderr, flush=True)
+        self._print(f"sample     {self.sample_text}")
 
-    def note(self, event) -> None:
-        """Shows one line that stays: what the run changed by itself."""
+    def _print(self, line: str) -> None:
+        if not self.live and not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    def note(self, event: Note) -> None:
+        """Shows one line that stays: what the run has changed by itself."""
         if self.live:
             self.console.print(f"lm: {event.text}", markup=False)
         elif not self.quiet:

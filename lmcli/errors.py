@@ -1,4 +1,4 @@
-"""What a user can mend, and how a process ends."""
+"""The errors a user can fix, and the exit codes of `lm`."""
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -8,19 +8,25 @@ EXIT_CLOSED_PIPE = 141
 
 
 class UserError(Exception):
-    """A mistake the user can mend: what is wrong, where, and what to do.
+    """A mistake the user can fix: what is wrong, where, and what to do.
 
-    Printed as one or two lines and never as a traceback. `exit_code` is 1 when the work failed and 2 when the
-    command line (or a preset, which is a command line in a file) was wrong.
+    Printed as one or two lines, never as a traceback. `exit_code` is 1 when the work failed and 2
+    when the command line (or a preset, which is a command line in a file) was wrong.
     """
 
-    def __init__(self, what: str, where: str | None = None, hint: str | None = None, exit_code: int = EXIT_FAILED):
+    def __init__(
+        self,
+        what: str,
+        where: str | None = None,
+        hint: str | None = None,
+        exit_code: int = EXIT_FAILED,
+    ):
         super().__init__(what)
         self.what, self.where, self.hint, self.exit_code = what, where, hint, exit_code
 
     def __str__(self) -> str:
-        first = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{first}\n  {self.hint}" if self.hint else first
+        message = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{message}\n  {self.hint}" if self.hint else message
 
 
 class UsageError(UserError):
@@ -31,12 +37,12 @@ class UsageError(UserError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM after what was done has been kept (exit code 130). The text tells how to go on."""
+    """Ctrl-C or SIGTERM, after the work so far was saved (exit code 130); says how to resume."""
 
 
 class ClosedPipe(Exception):
-    """Whoever read standard output has gone, as `head` does (exit code 141, nothing printed)."""
+    """The reader of standard output is gone, as with `| head` (exit code 141, nothing printed)."""
 
 
-class Lost(UserError):
-    """Another process of a run has gone, and this one cannot go on without it (exit code 1)."""
+class ProcessLost(UserError):
+    """Another process of the same run has ended; this one cannot continue (exit code 1)."""

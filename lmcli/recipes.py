@@ -1,4 +1,4 @@
-"""Presets and recipes: YAML ↔ Recipe, with `extends`, `--set`, and errors that name the file and the nearest key."""
+"""Presets and recipes: YAML ↔ Recipe, with `extends` and `--set`; errors name the nearest key."""
 
 import dataclasses
 import difflib
@@ -9,80 +9,110 @@ from typing import Any
 
 import yaml
 
-from lmcli.config import Recipe, check
+from lmcli.config import GenerateConfig, ModelConfig, Recipe, TokenizerConfig, TrainConfig, check
 from lmcli.errors import UsageError, UserError
 
-SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Recipe)}
-# facts that a stored recipe carries beside the four sections; read by `lm info` and `--validation`, not by training
+Values = dict[str, dict[str, Any]]  # section → key → value
+
+SECTIONS: dict[str, type] = {
+    "tokenizer": TokenizerConfig,
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "generate": GenerateConfig,
+}
 BUDGETS = ("time", "tokens", "steps", "epochs")
+# further sections of a stored recipe.yaml, for `lm info` and `--validation`; training ignores them
 FACTS = ("versions", "data", "validation", "result", "choice", "base")
 MOST_DEPTH = 50
-OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken, yaml.BlockSequenceStartToken,
-           yaml.BlockMappingStartToken)
-CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+OPENING_TOKENS = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+CLOSING_TOKENS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 def preset_folder() -> Path:
-    """The folder of shipped presets: inside the installed package, or beside it in a source checkout."""
+    """The folder of shipped presets: in the installed package, else next to it in a checkout."""
     package = Path(__file__).parent
     return package / "presets" if (package / "presets").is_dir() else package.parent / "presets"
 
 
 def preset_names() -> list[str]:
-    """Names that `--preset` takes, sorted."""
+    """The names of the shipped presets, sorted."""
     return sorted(path.stem for path in preset_folder().glob("*.yaml"))
 
 
-def resolve(preset: str, sets: Iterable[str] = (), train: Mapping[str, Any] = MappingProxyType({}),
-            below: Mapping[str, Any] = MappingProxyType({})) -> Recipe:
-    """The recipe of a preset's name or file, with `below` (section.key → value), `section.key=value` settings and then
-    `train` values (None: not given) on top. A budget given here (time, tokens, steps, epochs) takes the place of all of
-    the preset's.
+def resolve(
+    preset: str,
+    sets: Iterable[str] = (),
+    train: Mapping[str, Any] = MappingProxyType({}),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> Recipe:
+    """The recipe of a preset (a name or a file) with changes on top.
 
-    Raises UsageError for an unknown preset, key or value; it names the file, the key and the nearest valid one.
+    Applied in this order: `defaults` (section.key → value), `sets` ("section.key=value"), `train`
+    (key → value; None: not set). A budget (time, tokens, steps, epochs) set here replaces all
+    budgets of the preset. Raises UsageError for an unknown preset, key or value; it names the
+    file, the key and the nearest valid one.
     """
-    sets = [*(f"{key}={value}" for key, value in below.items()), *sets]
-    values = _read(_find(preset), seen=())
-    given = {setting.partition("=")[0].strip() for setting in sets}
-    given |= {f"train.{key}" for key, value in train.items() if value is not None}
-    if given & {f"train.{budget}" for budget in BUDGETS}:
+    settings = [*(f"{key}={value}" for key, value in defaults.items()), *sets]
+    options = {key: value for key, value in train.items() if value is not None}
+    values = _read(_find(preset), ancestors=())
+    changed_keys = {setting.partition("=")[0].strip() for setting in settings}
+    changed_keys |= {f"train.{key}" for key in options}
+    if changed_keys & {f"train.{budget}" for budget in BUDGETS}:
         values["train"].update(dict.fromkeys(BUDGETS, 0))
-    for setting in sets:
+    for setting in settings:
         _set(values, setting)
-    for key, value in train.items():
-        if value is not None:
-            _put(values, "train", key, value, f"--{key}")
-    return Recipe(**{name: make(**values[name]) for name, make in SECTIONS.items()})
+    for key, value in options.items():
+        _put(values, "train", key, value, f"--{key}")
+    return _recipe(values)
+
+
+def _recipe(values: Values) -> Recipe:
+    return Recipe(**{name: config(**values[name]) for name, config in SECTIONS.items()})
 
 
 def require_budget(recipe: Recipe, where: str) -> None:
-    """UsageError for a recipe by which training would never end."""
+    """Raises UsageError for a recipe whose training would never end."""
     if not any(getattr(recipe.train, budget) for budget in BUDGETS):
-        raise UsageError(f"no budget: {', '.join(BUDGETS)} are all 0", where=where, hint="give one, for example --time 5m")
+        raise UsageError(
+            f"no budget: {', '.join(BUDGETS)} are all 0",
+            where=where,
+            hint="give one, for example --time 5m",
+        )
 
 
-def require_origin(recipe: Recipe) -> None:
-    """UsageError for a recipe that trains only parts of a model, which is for models that are trained further."""
+def refuse_partial_training(recipe: Recipe) -> None:
+    """Raises UsageError for a recipe that trains only some weights: that needs --from."""
     for key, option in (("lora_rank", "--lora"), ("frozen_layers", "--freeze")):
         if getattr(recipe.train, key):
-            raise UsageError(f"{option} (train.{key}) trains a part of a model that is there already", where="train",
-                             hint="--from names that model")
+            raise UsageError(
+                f"{option} (train.{key}) needs a model to fine-tune",
+                where="train",
+                hint="name that model with --from",
+            )
 
 
-def changed(recipe: Recipe, sets: Iterable[str]) -> Recipe:
-    """The recipe with `section.key=value` settings on top; UsageError as in `resolve`."""
+def with_settings(recipe: Recipe, sets: Iterable[str]) -> Recipe:
+    """The recipe with "section.key=value" settings on top; UsageError as in `resolve`."""
     values = {name: dict(vars(getattr(recipe, name))) for name in SECTIONS}
     for setting in sets:
         _set(values, setting)
-    return Recipe(**{name: make(**values[name]) for name, make in SECTIONS.items()})
+    return _recipe(values)
 
 
-def _set(values: dict[str, dict[str, Any]], setting: str) -> None:
+def _set(values: Values, setting: str) -> None:
     name, equals, text = setting.partition("=")
     section, dot, key = name.strip().partition(".")
     if not equals or not dot:
-        raise UsageError(f"{setting!r} is not section.key=value", where="--set",
-                         hint="for example --set train.learning_rate=3e-4")
+        raise UsageError(
+            f"{setting!r} is not section.key=value",
+            where="--set",
+            hint="write it as in --set train.learning_rate=3e-4",
+        )
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -91,64 +121,88 @@ def _set(values: dict[str, dict[str, Any]], setting: str) -> None:
 
 
 def from_values(document: dict[str, Any], where: str) -> Recipe:
-    """The Recipe inside a stored `recipe.yaml` that has been read to plain values."""
-    values = {name: {} for name in SECTIONS}
+    """The Recipe in the plain values of a stored `recipe.yaml`."""
+    values: Values = {name: {} for name in SECTIONS}
     for section in SECTIONS:
         for key, value in _keys(section, document.get(section), where).items():
             _put(values, section, key, value, where)
-    return Recipe(**{name: make(**values[name]) for name, make in SECTIONS.items()})
+    return _recipe(values)
 
 
 def to_yaml(recipe: Recipe, **facts: Any) -> str:
-    """A `recipe.yaml`: the four sections in full, then the facts of the run. Reading it back gives the same Recipe."""
-    return yaml.safe_dump({**dataclasses.asdict(recipe), **facts}, sort_keys=False, allow_unicode=True, width=120)
+    """A `recipe.yaml`: the four sections in full, then the facts of the run."""
+    document = {**dataclasses.asdict(recipe), **facts}
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping as plain values. Anchors are refused, since a few lines of them can fill the memory, and so is what is
-    nested deeper than MOST_DEPTH, at which PyYAML becomes very slow."""
+    """A YAML mapping as plain values.
+
+    Refuses aliases, since a few lines of them can fill the memory, and nesting deeper than
+    MOST_DEPTH, which makes PyYAML very slow.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         depth = 0
         for token in yaml.scan(text):
             if isinstance(token, yaml.AliasToken):
-                raise UsageError("uses a YAML alias (*name)", where=str(path), hint="write the value out, or use `extends:`")
-            depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+                raise UsageError(
+                    "uses a YAML alias (*name)",
+                    where=str(path),
+                    hint="write the value out, or use `extends:`",
+                )
+            depth += isinstance(token, OPENING_TOKENS) - isinstance(token, CLOSING_TOKENS)
             if depth > MOST_DEPTH:
-                raise UsageError(f"is nested more than {MOST_DEPTH} deep", where=f"{path}, line {token.start_mark.line + 1}")
+                raise UsageError(
+                    f"is nested more than {MOST_DEPTH} deep",
+                    where=f"{path}, line {token.start_mark.line + 1}",
+                )
         document = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read: {error.strerror}", where=str(path)) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date like 2024-99-99
+    # a ValueError is text that is not UTF-8, or a date like 2024-99-99
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"is not YAML: {getattr(error, 'problem', error)}", where=f"{path}{line}") from error
+        problem = getattr(error, "problem", error)
+        raise UsageError(f"is not YAML: {problem}", where=f"{path}{line}") from error
     if not isinstance(document, dict):
-        raise UsageError("is not a mapping of sections", where=str(path), hint=f"sections: {', '.join(SECTIONS)}")
+        raise UsageError("is not a mapping of sections", where=str(path), hint=_sections_hint())
     return document
+
+
+def _sections_hint() -> str:
+    return f"choose from the sections {', '.join(SECTIONS)}"
 
 
 def _find(preset: str) -> Path:
     path = Path(preset)
+    shipped = f"choose a shipped preset ({', '.join(preset_names())})"
     if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
         if not path.is_file():
-            raise UsageError("no such preset file", where=preset, hint=f"shipped presets: {', '.join(preset_names())}")
+            raise UsageError("no such preset file", where=preset, hint=shipped)
         return path
     if preset not in preset_names():
-        raise UsageError(f"no preset is named {preset!r}{_nearest(preset, preset_names())}", where="--preset",
-                         hint=f"shipped presets: {', '.join(preset_names())}; or give a .yaml file")
+        raise UsageError(
+            f"no preset is named {preset!r}{_nearest(preset, preset_names())}",
+            where="--preset",
+            hint=f"{shipped}, or give a .yaml file",
+        )
     return preset_folder() / f"{preset}.yaml"
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
-    if path.resolve() in seen:
+def _read(path: Path, ancestors: tuple[Path, ...]) -> Values:
+    """The values of a preset file on top of those it extends; `ancestors` extend this one."""
+    if path.resolve() in ancestors:
         raise UsageError("extends itself", where=str(path))
     document = load_yaml(path)
-    values = {name: {} for name in SECTIONS}
+    values: Values = {name: {} for name in SECTIONS}
     if "extends" in document:
         parent = str(document.pop("extends"))
-        beside = path.parent / parent
-        values = _read(beside if beside.suffix in (".yaml", ".yml") else _find(parent), (*seen, path.resolve()))
+        file = path.parent / parent
+        if file.suffix not in (".yaml", ".yml"):
+            file = _find(parent)
+        values = _read(file, (*ancestors, path.resolve()))
     for section, keys in document.items():
         if section in FACTS:  # a stored recipe.yaml is a preset too
             continue
@@ -160,8 +214,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
 
 def _check_section(section: str, where: str) -> None:
     if section not in SECTIONS:
-        raise UsageError(f"unknown section {section!r}{_nearest(str(section), SECTIONS)}", where=where,
-                         hint=f"sections: {', '.join(SECTIONS)}")
+        near = _nearest(str(section), SECTIONS)
+        raise UsageError(f"unknown section {section!r}{near}", where=where, hint=_sections_hint())
 
 
 def _keys(section: str, keys: Any, where: str) -> dict[str, Any]:
@@ -172,12 +226,15 @@ def _keys(section: str, keys: Any, where: str) -> dict[str, Any]:
     return keys
 
 
-def _put(values: dict[str, dict[str, Any]], section: str, key: str, value: Any, where: str) -> None:
+def _put(values: Values, section: str, key: str, value: Any, where: str) -> None:
     _check_section(section, where)
     keys = [f.name for f in dataclasses.fields(SECTIONS[section])]
     if key not in keys:
-        raise UsageError(f"unknown key {section}.{key}{_nearest(str(key), keys)}", where=where,
-                         hint=f"keys of {section}: {', '.join(keys)}")
+        raise UsageError(
+            f"unknown key {section}.{key}{_nearest(str(key), keys)}",
+            where=where,
+            hint=f"choose from the keys of {section}: {', '.join(keys)}",
+        )
     values[section][key] = check(SECTIONS[section], key, value, f"{where}: {section}")
 
 

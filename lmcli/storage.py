@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there: written under a temporary name, flushed to disk, renamed."""
+"""Atomic files and folders: written under a temporary name, flushed to disk, then renamed."""
 
 import errno
 import hashlib
@@ -15,10 +15,10 @@ from lmcli.errors import ClosedPipe, UserError
 
 
 @contextmanager
-def user_errors(path: Path | str, doing: str) -> Iterator[None]:
-    """Turns an operating system's refusal (no space, no permission, no such folder) into a UserError naming `path`.
+def user_errors(path: Path | str, action: str) -> Iterator[None]:
+    """Turns an OSError (no space, no permission, no such folder) into a UserError naming `path`.
 
-    A closed pipe is no refusal: it becomes ClosedPipe.
+    A closed pipe becomes ClosedPipe instead.
     """
     try:
         yield
@@ -26,30 +26,30 @@ def user_errors(path: Path | str, doing: str) -> Iterator[None]:
         raise ClosedPipe from error
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"cannot {doing}: {reason}", where=str(error.filename or path)) from error
+        raise UserError(f"cannot {action}: {reason}", where=str(error.filename or path)) from error
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; renamed onto it when the block ends well, removed when it does not.
+    """A temporary path next to `path`: renamed to it when the block succeeds, removed otherwise.
 
-    A link at `path` is replaced, never written through. Raises UserError when the disk or its permissions refuse.
+    A link at `path` is replaced, never followed. Raises UserError when the file cannot be written.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with user_errors(path, "write"):
             yield part
             _flush(part)
-            os.chmod(part, 0o666 & ~_umask())  # some writers make private files
+            os.chmod(part, 0o666 & ~_umask())  # some libraries create private files
             os.replace(part, path)
             _flush_entries(path.parent)
     finally:
-        with suppress(OSError):  # on a disk that refuses, the error that ended the block is the one to tell
+        with suppress(OSError):  # the error that ended the block is the one to report
             part.unlink()
 
 
 def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
-    """A JSON object from a file; UserError when there is none."""
+    """The JSON object in a file; UserError when there is none."""
     if not file.is_file():
         raise UserError(f"holds no {file.name}", where=str(file.parent), hint=hint)
     with user_errors(file, "read"):
@@ -69,19 +69,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """Copies a file atomically, after looking whether the disk has room for it."""
+    """Copies a file atomically, after checking that the disk has space for it."""
     with user_errors(source, "read"):
         needed = source.stat().st_size
-    require_room(path, needed)
+    require_disk_space(path, needed)
     with atomic_path(path) as part:
         shutil.copyfile(source, part)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`; renamed to it when the block ends well, removed when it does not.
+    """A temporary folder next to `path`: renamed to it when the block succeeds, removed otherwise.
 
-    A folder or link already at `path` gives way only at the moment of the rename, and comes back if that fails.
+    A folder or link at `path` is replaced at the moment of the rename, and restored if that fails.
     """
     part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
@@ -92,8 +92,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             for file in part.iterdir():
                 _flush(file)
             _flush_entries(part)
-            if os.path.lexists(path):
-                os.rename(path, old)  # aside and whole: deleting takes time, and a kill would leave half of it
+            if os.path.lexists(path):  # renamed first: a kill while deleting would leave half of it
+                os.rename(path, old)
             os.rename(part, path)
             _flush_entries(path.parent)
     finally:
@@ -118,8 +118,10 @@ def _flush(path: Path) -> None:
 
 
 def _flush_entries(folder: Path) -> None:
-    """Has the names in a folder reach the disk: without it a machine that loses its power may have the file under its old
-    name, or under none. Where a system cannot open a folder, or flush one, its own order of writing has to do."""
+    """Flushes the names in a folder: without this, a power cut may undo a rename.
+
+    Does nothing on systems that cannot open or flush a folder.
+    """
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -133,19 +135,23 @@ def _flush_entries(folder: Path) -> None:
         os.close(handle)
 
 
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<end>part|old)|\.tmp[A-Za-z0-9]{6}")  # the last: a file of safetensors
+# temporary files of this module, and of safetensors
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<end>part|old)|\.tmp[A-Za-z0-9]{6}")
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Removes what processes that were killed while they wrote left in a folder, in which nobody may be writing now. What
-    they had put aside, and did not come to replace, gets its name back."""
+    """Removes temporary files that killed processes left in a folder.
+
+    A folder that was renamed to .old and not replaced gets its name back. Call this only while
+    nobody writes in the folder.
+    """
     for path in list(folder.iterdir()) if folder.is_dir() else ():
-        found = LEFTOVER.fullmatch(path.name)
+        leftover = LEFTOVER.fullmatch(path.name)
         is_folder = path.is_dir() and not path.is_symlink()
-        if not found or (is_folder and not found["end"]):
+        if not leftover or (is_folder and not leftover["end"]):
             continue
-        if found["end"] == "old" and not os.path.lexists(folder / found["name"]):
-            os.rename(path, folder / found["name"])
+        if leftover["end"] == "old" and not os.path.lexists(folder / leftover["name"]):
+            os.rename(path, folder / leftover["name"])
         elif is_folder:
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -158,32 +164,37 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def require_room(path: Path, needed: int) -> None:
-    """Raises UserError when the disk that holds `path` has not `needed` bytes, and a megabyte, left."""
+def require_disk_space(path: Path, needed: int) -> None:
+    """Raises UserError unless the disk of `path` has `needed` bytes free, and 1 MB more."""
     free, needed = free_bytes(path), needed + (1 << 20)
     if free < needed:
-        raise UserError(f"no room on the disk: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free",
-                        where=str(path), hint="free some room; what was saved before is intact")
+        raise UserError(
+            f"the disk is full: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free",
+            where=str(path),
+            hint="free some space; everything saved before is intact",
+        )
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that can still be written on the disk that holds `path` (or its nearest existing parent)."""
+    """Free bytes on the disk of `path` (or of its nearest existing parent)."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
 
 
-def size_of(tensors: dict) -> int:
-    """Bytes that tensors take."""
+def tensor_bytes(tensors: dict[str, Any]) -> int:
+    """Total size of named tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
-    """Writes a .safetensors file atomically, after looking whether the disk has room for it."""
+def write_tensors(
+    path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a .safetensors file atomically, after checking that the disk has space for it."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    require_room(path, size_of(tensors))
+    require_disk_space(path, tensor_bytes(tensors))
     with atomic_path(path) as part:
         try:
             save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
@@ -191,8 +202,8 @@ def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = N
             raise UserError(f"cannot write: {error}", where=str(path)) from error
 
 
-def read_tensors(path: Path, device: str = "cpu") -> dict:
-    """The tensors of a .safetensors file, in the file's own dtype. Raises UserError naming a damaged file."""
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """The tensors of a .safetensors file in their stored dtype; UserError if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -200,18 +211,21 @@ def read_tensors(path: Path, device: str = "cpu") -> dict:
         try:
             return load_file(path, device=device)
         except SafetensorError as error:
-            raise UserError(f"is damaged or no safetensors file ({error})", where=str(path),
-                            hint="fetch or save it again") from error
+            raise UserError(
+                f"is damaged or no safetensors file ({error})",
+                where=str(path),
+                hint="download or save it again",
+            ) from error
 
 
 def cache_folder() -> Path:
-    """Where token ids, piped-in text and compiled kernels are kept: $LM_CACHE, else the user's cache folder."""
+    """Folder for token ids, piped text and compiled kernels: $LM_CACHE, else the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LM_CACHE") or Path(base) / "lm")
 
 
 def cached(kind: str, key: str, write: Callable[[Path], None]) -> Path:
-    """The folder of the cache that `write` makes, of a kind and with a key made of all it depends on; made once."""
+    """The cache folder that `write` fills, created once; `key` identifies all it depends on."""
     folder = cache_folder() / kind / key
     if not (folder / "facts.json").is_file():
         with user_errors(folder, "write the token cache"):
@@ -221,33 +235,35 @@ def cached(kind: str, key: str, write: Callable[[Path], None]) -> Path:
     return folder
 
 
-def cached_in_steps(kind: str, key: str, write: Callable[[Path], None], waiting: Callable[[], None] = lambda: None) -> Path:
-    """Like `cached`, for what takes long: what a `write` that was killed or interrupted has left in its folder is there
-    again at the next call. Processes that want the same one let one of them write; `waiting` is called before a wait.
+def cached_resumable(
+    kind: str, key: str, write: Callable[[Path], None], waiting: Callable[[], None] = lambda: None
+) -> Path:
+    """Like `cached`, for long work: a `write` that was killed finds its partial files again.
 
-    What `write` cannot go on from it must know by itself; when it fails with an error, nothing is left.
+    Of several processes one writes and the others wait; each calls `waiting` before it waits.
+    `write` must recognize partial files it cannot use. If it raises an error, nothing is kept.
     """
     folder = cache_folder() / kind / key
     part = folder.with_name(f".{key}.part")
     with user_errors(folder, "write the token cache"):
         while not (folder / "facts.json").is_file():
             part.mkdir(parents=True, exist_ok=True)
-            with _locked(part, waiting) as mine:
-                if mine and (folder / "facts.json").is_file():  # another process ended while this one came for the lock
+            with _locked(part, waiting) as locked:
+                if locked and (folder / "facts.json").is_file():  # another process has finished
                     shutil.rmtree(part, ignore_errors=True)
-                elif mine:
-                    _finish(part, folder, write)
+                elif locked:
+                    _complete(part, folder, write)
     return folder
 
 
-def _finish(part: Path, folder: Path, write: Callable[[Path], None]) -> None:
+def _complete(part: Path, folder: Path, write: Callable[[Path], None]) -> None:
     try:
         write(part)
         for file in part.iterdir():
             _flush(file)
-        shutil.rmtree(folder, ignore_errors=True)  # half of one, as a full disk may have left it
+        shutil.rmtree(folder, ignore_errors=True)  # may be incomplete, after a full disk
         os.rename(part, folder)
-        (folder / LOCK).unlink()  # after it: while the lock is there, nobody takes the folder for one to write in
+        (folder / LOCK).unlink()  # last: until then, no other process writes into the folder
     except Exception:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -258,7 +274,7 @@ LOCK = "lock"
 
 @contextmanager
 def _locked(folder: Path, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Holds the lock in a folder, which ends with the process however that ends. False: the folder went away meanwhile."""
+    """Locks a folder until the block or the process ends; False if the folder was removed."""
     import fcntl
 
     try:

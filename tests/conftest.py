@@ -1,4 +1,4 @@
-"""What several folders of tests need: the real data beside the repository, small models with weights that matter."""
+"""Fixtures for several folders: real data, small models with random weights."""
 
 import os
 import signal
@@ -7,25 +7,26 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# as lm does: threads that spin long make a suite beside other work take ten times as long. Before torch is loaded.
+# as lm does, before torch is loaded: spinning threads slow down a busy machine 10 times
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# many tests want the same bits from two ways, which only a processor gives; CUDA_VISIBLE_DEVICES=0 runs them on a GPU
+# many tests require bit-equality, which only a CPU gives; CUDA_VISIBLE_DEVICES=0 runs them on a GPU
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 ROOT = Path(__file__).resolve().parent.parent
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # started in the background of a script: without this no process of the suite would notice Ctrl-C
+    # started in the background of a script, which ignores SIGINT: tests send Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-hypothesis.settings.register_profile("no deadline", deadline=None, max_examples=50)  # a busy machine is no failure
+# a busy machine is no failure
+hypothesis.settings.register_profile("no deadline", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real texts, tokenizers and models beside the repository; without it the test is skipped."""
+    """The folder of real texts, tokenizers and models; skips the test if it is absent."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")
@@ -35,16 +36,18 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def difference():
     """difference(a, b) = ‖a − b‖ / ‖b‖ in float32."""
+
     def measure(a, b) -> float:
         assert a.shape == b.shape
         a, b = a.float().cpu(), b.float().cpu()
         return ((a - b).norm() / b.norm()).item()
+
     return measure
 
 
 @pytest.fixture(scope="session")
 def randomize():
-    """randomize(module, seed) gives every weight a value that shows; fresh models start as the identity."""
+    """randomize(module, seed) gives every weight a random value (new models are the identity)."""
     import torch
 
     def fill(module, seed: int = 0):
@@ -52,14 +55,17 @@ def randomize():
         with torch.no_grad():
             for weight in module.parameters():
                 noise = torch.randn(weight.shape, generator=generator)
-                weight.copy_(1 + 0.2 * noise if weight.ndim == 1 else noise * weight.shape[1] ** -0.5)
+                weight.copy_(
+                    1 + 0.2 * noise if weight.ndim == 1 else noise * weight.shape[1] ** -0.5
+                )
         return module.eval()
+
     return fill
 
 
 @pytest.fixture(scope="session")
 def small_tokenizer():
-    """A byte-level BPE of 400 ids, learnt from the generated stories; <|endoftext|> is id 0."""
+    """A byte-level BPE of 400 ids, learned from the generated stories; <|endoftext|> is id 0."""
     from lmcli.config import TokenizerConfig
     from lmcli.text.tokenizer import learn
 
@@ -69,12 +75,72 @@ def small_tokenizer():
 
 @pytest.fixture(scope="session")
 def small_model(randomize):
-    """small_model(**config): one of our Transformers with random weights; without options 2 layers, context 32."""
+    """small_model(**config): a Transformer with random weights; by default 2 layers, context 32."""
     from lmcli.config import ModelConfig
+    from lmcli.kernels.fast_path import build_model
     from lmcli.model.transformer import Transformer
 
     def build(seed: int = 0, **options) -> Transformer:
-        sizes = {"vocab_size": 401, "max_position_embeddings": 32, "hidden_size": 32, "num_hidden_layers": 2,
-                 "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
-        return randomize(Transformer(ModelConfig(**{**sizes, **options}).complete()), seed)
+        sizes = {
+            "vocab_size": 401,
+            "max_position_embeddings": 32,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+        return randomize(build_model(ModelConfig(**{**sizes, **options}).complete()), seed)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def decoder(small_model, small_tokenizer):
+    """decoder(model, stop_ids, stop_strings, use_cache, bos, **options); greedy by default."""
+    from lmcli.config import GenerateConfig
+    from lmcli.generation.decoding import Decoder
+
+    def build(
+        model=None, stop_ids=(), stop_strings=(), use_cache=True, bos=(0,), **options
+    ) -> Decoder:
+        config = GenerateConfig(
+            **{"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 20, **options}
+        )
+        return Decoder(
+            model or small_model(max_position_embeddings=64, vocab_size=small_tokenizer.size),
+            small_tokenizer,
+            list(bos),
+            list(stop_ids),
+            config,
+            tuple(stop_strings),
+            use_cache,
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def twin(small_model, small_tokenizer, tmp_path_factory):
+    """One of our models (context 32), and the same model as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    from lmcli.checkpoints import folder as checkpoints
+    from lmcli.config import GenerateConfig
+
+    folder = tmp_path_factory.mktemp("twin")
+    model = small_model(vocab_size=small_tokenizer.size)
+    checkpoints.save(folder, model, small_tokenizer, GenerateConfig())
+    return model, AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def scorer(twin, small_tokenizer):
+    """scorer(bos, **options): a Scorer of the first twin."""
+    from lmcli.scoring.scorer import Scorer
+
+    def build(bos=(0,), **options) -> Scorer:
+        return Scorer(twin[0], small_tokenizer, list(bos), **options)
+
     return build

@@ -1,4 +1,4 @@
-"""What is drawn: plain lines in a pipe, a panel on a terminal, nothing when told to be quiet."""
+"""Terminal output: plain lines in a pipe, a panel on a terminal, nothing with --quiet."""
 
 import io
 from types import SimpleNamespace
@@ -8,14 +8,23 @@ from rich.console import Console
 
 from lmcli import display
 
-STEP = SimpleNamespace(step=1234, share=0.25, epoch=1.5, loss=2.0, learning_rate=3e-3, tokens_per_second=45678.0,
-                       remaining=75)
+STEP = SimpleNamespace(
+    step=1234,
+    share=0.25,
+    epoch=1.5,
+    loss=2.0,
+    learning_rate=3e-3,
+    tokens_per_second=45678.0,
+    remaining=75,
+)
 FIGURES = SimpleNamespace(headline=lambda: "1.5000 bits/byte · perplexity 20.00")
 VALIDATION = SimpleNamespace(step=1234, figures=FIGURES, best=True)
 
 
-@pytest.mark.parametrize("seconds, text", [
-    (0, "0:00"), (5.4, "0:05"), (65, "1:05"), (59.6, "1:00"), (7384, "2:03:04"), (None, "–")])
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0:00"), (5.4, "0:05"), (65, "1:05"), (59.6, "1:00"), (7384, "2:03:04"), (None, "–")],
+)
 def test_clock(seconds, text):
     assert display.clock(seconds) == text
 
@@ -23,98 +32,128 @@ def test_clock(seconds, text):
 def test_table_aligns_numbers_right_and_keeps_brackets():
     text = display.table(("file", "bits"), [("[bold]x", "1.5"), ("longer name", "12.25")])
     assert [line.rstrip() for line in text.splitlines()] == [
-        "file          bits", "[bold]x        1.5", "longer name  12.25"]
+        "file          bits",
+        "[bold]x        1.5",
+        "longer name  12.25",
+    ]
 
 
 def test_table_wider_than_the_terminal_keeps_every_number():
     names = [f"figure_{i}" for i in range(20)]
     text = display.table(("system", *names), [("a model", *(f"{i}.0123456789" for i in range(20)))])
-    assert all(f" {i}.0123456789" in text for i in range(20)) and all(name in text for name in names)
+    assert all(f" {i}.0123456789" in text for i in range(20)) and all(
+        name in text for name in names
+    )
 
 
 @pytest.fixture
-def view(monkeypatch):
-    """view(quiet, terminal, **options): a TrainingView and the stream of its terminal."""
+def new_view():
+    """new_view(quiet, terminal, **options): a TrainingView and the stream of its terminal."""
+
     def make(quiet=False, terminal=False, bytes_per_token=4.0, **options):
-        made, stream = display.TrainingView(quiet, bytes_per_token, **options), io.StringIO()
-        made.console = Console(file=stream, force_terminal=terminal, width=100, highlight=False)
-        return made, stream
+        view, stream = display.TrainingView(quiet, bytes_per_token, **options), io.StringIO()
+        view.console = Console(file=stream, force_terminal=terminal, width=100, highlight=False)
+        return view, stream
+
     return make
 
 
-def test_a_pipe_gets_plain_lines_at_intervals(view, monkeypatch, capsys):
+def test_a_pipe_gets_plain_lines_at_intervals(new_view, monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
-    made, _ = view()
-    with made:
+    view, _ = new_view()
+    with view:
         for i in range(301):
             now[0] = i / 10
-            made.step(STEP)
+            view.step(STEP)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3  # 30 s
     # 2 nats a token of 4 bytes: 2 / ln 2 / 4 = 0.721 bits a byte
-    assert lines[0] == ("step 1,234 · 25% · epoch 1.50 · loss 2.000 nats/token = 0.721 bits/byte · 45,678 tokens/s "
-                        "· 1:15 left")
+    assert lines[0] == (
+        "step 1,234 · 25% · epoch 1.50 · loss 2.000 nats/token = 0.721 bits/byte · 45,678 tokens/s "
+        "· 1:15 left"
+    )
 
 
-def test_a_loss_of_other_targets_stands_without_bits(view, capsys, monkeypatch):
+def test_a_loss_of_other_targets_has_no_bits_per_byte(new_view, capsys, monkeypatch):
     monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0)
-    made, _ = view(bytes_per_token=0.0, target="masked token")
-    with made:
-        made.step(STEP)
+    view, _ = new_view(bytes_per_token=0.0, target="masked token")
+    with view:
+        view.step(STEP)
     assert "loss 2.000 nats/masked token · 45,678 tokens/s" in capsys.readouterr().err
 
 
-def test_evaluations_and_samples_are_lines_in_a_pipe(view, capsys):
-    made, _ = view()
-    with made:
-        made.validation(VALIDATION)
-        made.sample("却说\n  one\ttwo [bold]")
-    assert capsys.readouterr() == ("", "validation 1.5000 bits/byte · perplexity 20.00 (step 1,234, best)\n"
-                                       "sample     却说 one two [bold]\n")
+def test_evaluations_and_samples_are_lines_in_a_pipe(new_view, capsys):
+    view, _ = new_view()
+    with view:
+        view.validation(VALIDATION)
+        view.sample("却说\n  one\ttwo [bold]")
+    assert capsys.readouterr() == (
+        "",
+        "validation 1.5000 bits/byte · perplexity 20.00 (step 1,234, best)\n"
+        "sample     却说 one two [bold]\n",
+    )
 
 
-def test_quiet_says_nothing(view, monkeypatch, capsys):
+def test_quiet_prints_nothing(new_view, monkeypatch, capsys):
     for terminal in (False, True):
-        made, stream = view(quiet=True, terminal=terminal)
+        view, stream = new_view(quiet=True, terminal=terminal)
         monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0)
-        with made:
-            made.step(STEP)
-            made.validation(VALIDATION)
-            made.sample("text")
+        with view:
+            view.step(STEP)
+            view.validation(VALIDATION)
+            view.sample("text")
         assert capsys.readouterr() == ("", "") and stream.getvalue() == ""
 
 
-def test_a_terminal_gets_a_panel_that_holds_all(view, capsys):
-    made, stream = view(terminal=True)
-    with made:
-        made.validation(VALIDATION)  # before the first step of a resumed run
-        made.step(STEP)
-        made.sample("却说 [red]one")
+def test_a_terminal_gets_a_panel_with_everything(new_view, capsys):
+    view, stream = new_view(terminal=True)
+    with view:
+        view.validation(VALIDATION)  # before the first step of a resumed run
+        view.step(STEP)
+        view.sample("却说 [red]one")
     drawn = stream.getvalue()
-    for part in ("25%", "1:15", "step 1,234", "epoch 1.50", "2.000", "0.721", "45,678 tokens/s", "rate 0.003",
-                 "validation 1.5000 bits/byte · perplexity 20.00", "却说 [red]one"):
-        assert part in drawn, part
+    for text in (
+        "25%",
+        "1:15",
+        "step 1,234",
+        "epoch 1.50",
+        "2.000",
+        "0.721",
+        "45,678 tokens/s",
+        "rate 0.003",
+        "validation 1.5000 bits/byte · perplexity 20.00",
+        "却说 [red]one",
+    ):
+        assert text in drawn, text
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_loss_shown_is_smoothed(view):
-    made, _ = view()
-    with made:
+def test_the_loss_is_a_moving_average(new_view):
+    view, _ = new_view()
+    with view:
         for loss in (4.0, 2.0):
-            made.step(SimpleNamespace(**{**vars(STEP), "loss": loss}))
-    assert made.loss == pytest.approx(0.95 * 4 + 0.05 * 2)
+            view.step(SimpleNamespace(**{**vars(STEP), "loss": loss}))
+    assert view.loss == pytest.approx(0.95 * 4 + 0.05 * 2)
 
 
-def test_what_a_run_changed_by_itself_is_one_line_that_stays(view, capsys):
+def test_a_note_is_one_line_that_stays(new_view, capsys):
     event = SimpleNamespace(step=3, text="out of memory with [16] tokens at once")
-    made, stream = view(terminal=True)
-    with made:
-        made.step(STEP)
-        made.note(event)
+    view, stream = new_view(terminal=True)
+    with view:
+        view.step(STEP)
+        view.note(event)
     assert stream.getvalue().count("lm: out of memory with [16] tokens at once") == 1
-    for quiet, told in ((False, "lm: out of memory with [16] tokens at once\n"), (True, "")):
-        made, _ = view(quiet)
-        with made:
-            made.note(event)
-        assert capsys.readouterr().err == told
+    for quiet, expected in ((False, "lm: out of memory with [16] tokens at once\n"), (True, "")):
+        view, _ = new_view(quiet)
+        with view:
+            view.note(event)
+        assert capsys.readouterr().err == expected
+
+
+def test_markdown_is_rendered_within_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    text = display.markdown("# Title\n\nSome *plain* words, " + "more " * 30 + "\n\n- an item\n")
+    assert "Title" in text and "plain words" in text and " • an item" in text
+    assert "#" not in text and "*" not in text
+    assert max(map(len, text.splitlines())) <= 60

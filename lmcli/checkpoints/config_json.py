@@ -1,69 +1,108 @@
-"""`config.json` ↔ ModelConfig, by the table of families."""
+"""`config.json` ↔ ModelConfig, for every family by its row."""
 
 import dataclasses
 import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lmcli.checkpoints.families import FAMILIES, Family
+from lmcli.checkpoints.families import FAMILIES
+from lmcli.checkpoints.family import Family, WindowRule
 from lmcli.config import ModelConfig, check
 from lmcli.errors import UsageError, UserError
 
-# the largest sizes taken from a file; unlike a preset, it cannot ask by 0 for a size to be derived
+# the largest sizes accepted from a file; a file cannot ask by 0 for a derived size, as a preset can
 LARGEST = {"vocab_size": 1 << 28, "max_position_embeddings": 1 << 24}
+MAX_LABELS = 1 << 20
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-# fields that a family without a key for them derives from others
-DERIVED = ("head_dim", "num_key_value_heads", "num_encoder_layers", "encoder_attention_heads", "encoder_intermediate_size")
-# other names of activations that are ours under their own
+# options that are derived from others in a family without keys for them
+DERIVED = (
+    "head_dim",
+    "num_key_value_heads",
+    "num_encoder_layers",
+    "encoder_attention_heads",
+    "encoder_intermediate_size",
+)
+# other names of activations → their names here
 ACTIVATION_NAMES = {"swish": "silu", "gelu_python": "gelu"}
-MOST_LABELS = 1 << 20
-ROPE_KEYS = {"rope_factor": "factor", "rope_original_context": "original_max_position_embeddings",
-             "rope_low_freq_factor": "low_freq_factor", "rope_high_freq_factor": "high_freq_factor"}
+LAYER_TYPES = ("full_attention", "sliding_attention")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_KEYS = {
+    "rope_factor": "factor",
+    "rope_original_context": "original_max_position_embeddings",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+}
+# further keys of YaRN → the value that lm computes with; any other value is an error
+YARN_KEYS = {
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+}
 
 
-class Said(NamedTuple):
-    """A value of a file, and the key under which it stands there, for messages."""
+class FileValue(NamedTuple):
+    """A value from a file with the key it has there, for error messages."""
 
     key: str
     value: Any
 
 
 def read_config(document: dict[str, Any], where: str) -> tuple[Family, ModelConfig]:
-    """The family of a `config.json` and the model it describes.
+    """The family of a `config.json` and the model that it describes.
 
-    Raises UserError naming the key for an unknown family, a missing or impossible value, and what is not supported.
+    Raises UserError naming the key for an unknown family, a missing or impossible value, and a
+    value that lm does not support.
     """
     family = _family(document, where)
-    for key, other in family.follows.items():
+    for key, other in family.fallbacks.items():
         if document.get(key) is None:
             document = {**document, key: document.get(other, family.defaults.get(other))}
     head = _head(family, document, where)
-    _refuse_others(family, family.fixed, document, where)
-    found = {**family.expected(head), **_chosen(family, document, where), "model_type": family.model_type,
-             "shape": family.shape, "head": head}
-    for ours, theirs in family.keys.items():
-        value = document.get(theirs)
-        meant = theirs in document and (ours in DERIVED or ours.endswith("token_id"))  # null: derived, or no such id
-        found[ours] = Said(theirs, family.defaults.get(theirs) if value is None and not meant else value)
-    missing = [name for name in REQUIRED if found[name].value is None]
-    if missing:
-        raise UserError(f"has no {found[missing[0]].key}", where=where)
-    if found.get("positions") == "rotary":
-        found |= _read_rope(family, document, where)
-    found |= _read_window(family, document, where)
+    for key, value in family.fixed.items():
+        if document.get(key, value) != value:
+            raise _unsupported(f"{key} {document[key]!r}", where, repr(value), family)
+    # options: fixed by the family, then chosen by a key's value, then with keys of their own
+    options: dict[str, Any] = {
+        **family.options_for(head),
+        **_read_choices(family, document, where),
+        "model_type": family.model_type,
+        "shape": family.shape,
+        "head": head,
+        **{option: _file_value(option, family, document) for option in family.keys},
+    }
+    for option in REQUIRED:
+        if options[option].value is None:
+            raise UserError(f"has no {options[option].key}", where=where)
+    if options["positions"] == "rotary":
+        options |= _read_rope(family, document, where)
+    options |= _read_window(family, document, where)
     if head in ("sequence", "token"):
-        found |= _read_labels(document, where)
-    values = {ours: _checked(ours, value, where) for ours, value in found.items()}
-    values = {ours: value for ours, value in values.items() if value is not None}
+        options |= _read_labels(document, where)
+    # values in their ranges
+    values = {option: _checked(option, value, where) for option, value in options.items()}
+    values = {option: value for option, value in values.items() if value is not None}
     if family.padding_first:
         values["position_offset"] = (values.get("pad_token_id") or 0) + 1
         values["max_position_embeddings"] -= values["position_offset"]
-    for ours, most in LARGEST.items():
-        if not 1 <= values.get(ours, 0) <= most:
-            raise UserError(f"{family.keys[ours]}: {values.get(ours, 0)} is outside 1 to {most}", where=where)
+    for option, most in LARGEST.items():
+        size = values.get(option, 0)
+        if not 1 <= size <= most:
+            raise UserError(f"{family.keys[option]}: {size} is outside 1 to {most}", where=where)
     try:
         return family, ModelConfig(**values).complete()
     except UsageError as error:
-        raise UserError(error.what, where=where) from None  # a preset's mistake is usage (exit 2), a file's is not
+        # a mistake in a preset is wrong usage (exit code 2), one in a file is not
+        raise UserError(error.what, where=where) from None
+
+
+def _unsupported(what: str, where: str, supported: str, family: Family | None = None) -> UserError:
+    suffix = f" for {family.model_type}" if family else ""
+    return UserError(
+        f"{what} is not supported{suffix}", where=where, hint=f"supported: {supported}"
+    )
 
 
 def _family(document: dict[str, Any], where: str) -> Family:
@@ -71,18 +110,15 @@ def _family(document: dict[str, Any], where: str) -> Family:
     family = FAMILIES.get(str(name))
     if family is None:
         near = difflib.get_close_matches(str(name).lower(), list(FAMILIES), n=1, cutoff=0.4)
-        near = f"; the nearest supported family is {near[0]!r}" if near else ""
-        own_code = "; it comes with code of its own, which lm never runs" if document.get("auto_map") else ""
-        raise UserError(f"model_type {name!r} is not supported{own_code}{near}", where=where,
-                        hint=f"supported: {', '.join(sorted(FAMILIES))}")
+        own_code = "; it comes with its own code, which lm never runs"
+        raise UserError(
+            f"model_type {name!r} is not supported"
+            + (own_code if document.get("auto_map") else "")
+            + (f"; the nearest supported family is {near[0]!r}" if near else ""),
+            where=where,
+            hint=f"supported: {', '.join(sorted(FAMILIES))}",
+        )
     return family
-
-
-def _refuse_others(family: Family, fixed: dict[str, Any], document: dict[str, Any], where: str) -> None:
-    for key, value in fixed.items():
-        if document.get(key, value) != value:
-            raise UserError(f"{key} {document[key]!r} is not supported for {family.model_type}", where=where,
-                            hint=f"supported: {value!r}")
 
 
 def _head(family: Family, document: dict[str, Any], where: str) -> str:
@@ -90,109 +126,131 @@ def _head(family: Family, document: dict[str, Any], where: str) -> str:
     if not named:
         return next(iter(family.heads))
     architecture = named[0] if isinstance(named, list) else named
-    known = {**{name: head for head, name in family.heads.items()}, **family.also}
-    head = known.get(architecture) if isinstance(architecture, str) else None
+    heads = {**{name: head for head, name in family.heads.items()}, **family.architectures}
+    head = heads.get(architecture) if isinstance(architecture, str) else None
     if head is None:
-        raise UserError(f"architecture {architecture!r} is not supported for {family.model_type}", where=where,
-                        hint=f"supported: {', '.join(family.heads.values())}")
+        supported = ", ".join(family.heads.values())
+        raise _unsupported(f"architecture {architecture!r}", where, supported, family)
     return head
 
 
-def _chosen(family: Family, document: dict[str, Any], where: str) -> dict[str, Any]:
-    """Our options for the keys whose value stands for some; the first value is taken when a file leaves one out."""
-    found = {}
+def _file_value(option: str, family: Family, document: dict[str, Any]) -> FileValue:
+    """The value under an option's key, or the default. For some options null has a meaning."""
+    key = family.keys[option]
+    value = document.get(key)
+    # null means "derived" or "no such id"
+    null_has_a_meaning = option in DERIVED or option.endswith("token_id")
+    if value is None and not (key in document and null_has_a_meaning):
+        value = family.defaults.get(key)
+    return FileValue(key, value)
+
+
+def _read_choices(family: Family, document: dict[str, Any], where: str) -> dict[str, Any]:
+    """The options that the values of some keys stand for; a missing key has the first value."""
+    options: dict[str, Any] = {}
     for key, choices in family.choices.items():
         value = document.get(key, choices[0][0])
-        options = next((options for theirs, options in choices if theirs == value), None)
-        if options is None:
-            raise UserError(f"{key} {value!r} is not supported for {family.model_type}", where=where,
-                            hint=f"supported: {', '.join(repr(theirs) for theirs, _ in choices)}")
-        found |= options
-    return found
+        chosen = next((options for choice, options in choices if choice == value), None)
+        if chosen is None:
+            supported = ", ".join(repr(choice) for choice, _ in choices)
+            raise _unsupported(f"{key} {value!r}", where, supported, family)
+        options |= chosen
+    return options
 
 
-def _checked(ours: str, value: Any, where: str) -> Any:
-    """A value held against the range of our field."""
-    theirs, value = value if isinstance(value, Said) else (ours, value)
-    if ours in ("hidden_act", "head_act") and isinstance(value, str):
+def _checked(option: str, value: Any, where: str) -> Any:
+    """A value as the option's type. Raises UserError naming the file's key if out of range."""
+    key, value = value if isinstance(value, FileValue) else (option, value)
+    if option in ("hidden_act", "head_act") and isinstance(value, str):
         value = ACTIVATION_NAMES.get(value, value)
-    if ours.endswith("token_id") and isinstance(value, list):
+    if option.endswith("token_id") and isinstance(value, list):
         value = value[0] if value else None
     if value is None:
         return None
     try:
-        return check(ModelConfig, ours, value, where)
+        return check(ModelConfig, option, value, where)
     except UsageError as error:
-        raise UserError(error.what.replace(f"{ours}:", f"{theirs}:", 1), where=where) from None
+        raise UserError(error.what.replace(f"{option}:", f"{key}:", 1), where=where) from None
 
 
 def _read_rope(family: Family, document: dict[str, Any], where: str) -> dict[str, Any]:
-    """The rotary base and scaling from either of their homes; a mapping for each type of layer where there is one."""
-    home = "rope_parameters" if document.get("rope_parameters") else "rope_scaling"
-    rope = document.get(home) or {}
+    """The rotary base and scaling, which may stand under `rope_parameters` or `rope_scaling`."""
+    key = "rope_parameters" if document.get("rope_parameters") else "rope_scaling"
+    rope = document.get(key) or {}
     if not isinstance(rope, dict):
-        raise UserError(f"{home} is not an object", where=where)
-    found: dict[str, Any] = {}
-    if "global_rope_theta" in family.defaults:
-        known = {**family.defaults, **document}
-        full, local = ({} if rope.get(kind) is None else rope[kind] for kind in ("full_attention", "sliding_attention"))
-        if not isinstance(full, dict) or not isinstance(local, dict):
-            raise UserError(f"{home} holds no object for each type of layer", where=where)
-        if local.get("rope_type", "default") != "default":
-            raise UserError(f"rope type {local['rope_type']!r} of sliding_attention is not supported", where=where)
-        rope = {"rope_theta": known["global_rope_theta"], **full}
-        found["local_rope_theta"] = Said("rope_theta", local.get("rope_theta") or known["local_rope_theta"])
+        raise UserError(f"{key} is not an object", where=where)
+    options: dict[str, Any] = {}
+    if family.rope_keys:
+        rope, local_theta = _rope_by_layer_type(rope, key, family, document, where)
+        options["local_rope_theta"] = local_theta
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise UserError(f"rope type {kind!r} is not supported", where=where, hint="supported: default, linear, llama3, yarn")
-    odd = [key for key in ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate")
-           if kind == "yarn" and rope.get(key) not in (None, {"beta_fast": 32, "beta_slow": 1, "truncate": True}.get(key))]
-    if odd:
-        raise UserError(f"{odd[0]} {rope[odd[0]]!r} of rope type 'yarn' is not supported", where=where)
-    theta = rope.get("rope_theta") or document.get("rope_theta") or document.get("rotary_emb_base") or 10_000.0
-    found |= {"rope_type": kind, "rope_theta": Said("rope_theta", theta)}
+    if kind not in ROPE_TYPES:
+        raise _unsupported(f"rope type {kind!r}", where, ", ".join(ROPE_TYPES))
+    if kind == "yarn":
+        for name, value in YARN_KEYS.items():
+            if rope.get(name) not in (None, value):
+                raise UserError(
+                    f"{name} {rope[name]!r} of rope type 'yarn' is not supported", where=where
+                )
+    theta = rope.get("rope_theta") or document.get("rope_theta") or document.get("rotary_emb_base")
+    options |= {"rope_type": kind, "rope_theta": FileValue("rope_theta", theta or 10_000.0)}
     if "rotary_fraction" in family.keys and rope.get("partial_rotary_factor") is not None:
-        found["rotary_fraction"] = Said("partial_rotary_factor", rope["partial_rotary_factor"])
+        fraction = rope["partial_rotary_factor"]
+        options["rotary_fraction"] = FileValue("partial_rotary_factor", fraction)
     if kind != "default":
-        found |= {ours: Said(theirs, rope[theirs]) for ours, theirs in ROPE_KEYS.items() if rope.get(theirs) is not None}
-        if "rope_factor" not in found:
+        options |= {
+            option: FileValue(name, rope[name])
+            for option, name in ROPE_KEYS.items()
+            if rope.get(name) is not None
+        }
+        if "rope_factor" not in options:
             raise UserError(f"rope type {kind!r} without a factor", where=where)
-    return found
+    return options
+
+
+def _rope_by_layer_type(
+    rope: dict[str, Any], key: str, family: Family, document: dict[str, Any], where: str
+) -> tuple[dict[str, Any], FileValue]:
+    """(parameters of layers with full attention, rotary base of those with a window)."""
+    assert family.rope_keys
+    full_theta, local_theta = ({**family.defaults, **document}[name] for name in family.rope_keys)
+    full, local = ({} if rope.get(kind) is None else rope[kind] for kind in LAYER_TYPES)
+    if not isinstance(full, dict) or not isinstance(local, dict):
+        raise UserError(f"{key} holds no object for each type of layer", where=where)
+    if local.get("rope_type", "default") != "default":
+        raise UserError(
+            f"rope type {local['rope_type']!r} of sliding_attention is not supported", where=where
+        )
+    local_value = FileValue("rope_theta", local.get("rope_theta") or local_theta)
+    return {"rope_theta": full_theta, **full}, local_value
 
 
 def _read_window(family: Family, document: dict[str, Any], where: str) -> dict[str, Any]:
     """The sliding window, and which layers have it."""
-    if not family.window:
+    rule = family.window
+    if rule is None:
         return {}
     known = {**family.defaults, **document}
-    window = known[family.window] if known.get("use_sliding_window", True) else None
-    if window is None:
+    width = known[rule.key] if known.get("use_sliding_window", True) else None
+    if width is None:
         return {}
-    if not _by_layer(family):
-        return {"sliding_window": Said(family.window, window)}
-    types = known.get("layer_types")
-    if types is None:
-        layers = _checked("num_hidden_layers", Said(family.keys["num_hidden_layers"], known["num_hidden_layers"]), where)
-        if "max_window_layers" in family.defaults:
-            first = _whole("max_window_layers", known["max_window_layers"], 0, where)
-            types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-        else:
-            every = _whole("global_attn_every_n_layers", known["global_attn_every_n_layers"], 1, where)
-            types = ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
-    types = _checked("layer_types", types, where)
-    if set(types) - {"full_attention", "sliding_attention"}:
-        raise UserError(f"layer_types {sorted(set(types))} is not supported", where=where,
-                        hint="supported: full_attention, sliding_attention")
-    if "sliding_attention" not in types:
+    if rule.pattern is None:
+        return {"sliding_window": FileValue(rule.key, width)}
+    layer_types = known.get("layer_types")
+    if layer_types is None:
+        key = family.keys["num_hidden_layers"]
+        layers = _checked("num_hidden_layers", FileValue(key, known[key]), where)
+        number = _whole(rule.pattern.key, known[rule.pattern.key], rule.pattern.low, where)
+        is_full = rule.pattern.is_full
+        full, sliding = LAYER_TYPES
+        layer_types = [full if is_full(layer, number) else sliding for layer in range(layers)]
+    layer_types = _checked("layer_types", layer_types, where)
+    if set(layer_types) - {*LAYER_TYPES}:
+        raise _unsupported(f"layer_types {sorted(set(layer_types))}", where, ", ".join(LAYER_TYPES))
+    if "sliding_attention" not in layer_types:
         return {}
-    window = _checked("sliding_window", Said(family.window, window), where)
-    # ModernBERT tells the width of both sides together
-    return {"sliding_window": window // 2 if family.window == "local_attention" else window, "layer_types": types}
-
-
-def _by_layer(family: Family) -> bool:
-    """Whether the family's config.json tells which layers have the window; otherwise all have."""
-    return "max_window_layers" in family.defaults or "global_attn_every_n_layers" in family.defaults
+    width = _checked("sliding_window", FileValue(rule.key, width), where)
+    return {"sliding_window": width // rule.sides, "layer_types": layer_types}
 
 
 def _whole(key: str, value: Any, low: int, where: str) -> int:
@@ -205,113 +263,160 @@ def _read_labels(document: dict[str, Any], where: str) -> dict[str, Any]:
     names = document.get("id2label")
     if not names:
         count = _whole("num_labels", document.get("num_labels", 2), 1, where)
-        if count > MOST_LABELS:
-            raise UserError(f"num_labels: {count} is outside 1 to {MOST_LABELS}", where=where)
+        if count > MAX_LABELS:
+            raise UserError(f"num_labels: {count} is outside 1 to {MAX_LABELS}", where=where)
         names = {str(i): f"LABEL_{i}" for i in range(count)}
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
         raise UserError("id2label is no object of names for 0, 1, 2 …", where=where)
     problem = document.get("problem_type")
     if problem == "regression" or (len(names) == 1 and problem is None):
-        raise UserError("a model that gives one number and no label is not supported", where=where,
-                        hint="problem_type: single_label_classification or multi_label_classification")
-    return {"labels": tuple(str(names[str(i)]) for i in range(len(names))),
-            "multi_label": problem == "multi_label_classification"}
+        raise UserError(
+            "regression (one number instead of labels) is not supported",
+            where=where,
+            hint="use problem_type: single_label_classification or multi_label_classification",
+        )
+    return {
+        "labels": tuple(str(names[str(i)]) for i in range(len(names))),
+        "multi_label": problem == "multi_label_classification",
+    }
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family that a model of ours is saved as: the one it names, else the first that can say all its options.
+    """The family to save a model as: the one it names, else the first that supports its options.
 
-    Raises UsageError naming the option that no family, or not the one named, can say.
+    Raises UsageError naming the option that the named family, or every family, does not support.
     """
     if config.model_type and config.model_type not in FAMILIES:
-        raise UsageError(f"model_type {config.model_type!r} is none of {', '.join(FAMILIES)}", where="model")
+        raise UsageError(
+            f"model_type {config.model_type!r} is none of {', '.join(FAMILIES)}", where="model"
+        )
     candidates = [FAMILIES[config.model_type]] if config.model_type else list(FAMILIES.values())
-    problems = [_unsayable(family, config) for family in candidates]
-    for family, problem in zip(candidates, problems):
-        if problem is None:
+    problems = {family.model_type: _unsupported_option(family, config) for family in candidates}
+    for family in candidates:
+        if problems[family.model_type] is None:
             return family
-    nearest = next((problem for family, problem in zip(candidates, problems) if family.shape == config.shape), problems[0])
-    raise UsageError(f"no checkpoint family has {nearest}" if len(candidates) > 1 else
-                     f"{config.model_type} has no {nearest}", where="model",
-                     hint="a model is saved in a format that others read: change the option, or model_type")
+    nearest = next((f for f in candidates if f.shape == config.shape), candidates[0])
+    subject = f"{config.model_type} has no" if config.model_type else "no checkpoint family has"
+    raise UsageError(
+        f"{subject} {problems[nearest.model_type]}",
+        where="model",
+        hint="change the option, or model_type: models are saved in formats that others can read",
+    )
 
 
-def _unsayable(family: Family, config: ModelConfig) -> str | None:
-    """The first option of a model that this family's config.json cannot say, as "key value"; None when there is none."""
+def _choice(
+    choices: Sequence[tuple[Any, Mapping[str, Any]]], config: ModelConfig
+) -> tuple[Any, Mapping[str, Any]] | None:
+    """The (value, options) of a key whose options are those of a model; None if there is none."""
+    for value, options in choices:
+        if all(getattr(config, option) == expected for option, expected in options.items()):
+            return value, options
+    return None
+
+
+def _unsupported_option(family: Family, config: ModelConfig) -> str | None:
+    """The first option that the family's config.json cannot express, as "option value", or None."""
     if config.shape != family.shape:
         return f"shape {config.shape}"
     if config.head not in family.heads:
         return f"head {config.head}"
-    expected = {"head_act": config.hidden_act, **family.expected(config.head)}
+    # options with keys of their own may have any value
+    free = {*family.keys, "multi_label"}
+    expected = {"head_act": config.hidden_act, **family.options_for(config.head)}
     if config.head == "none" and not config.head_dense:
-        expected["head_dense"] = False  # a bare encoder may do without
+        expected["head_dense"] = False  # a bare encoder's pooler is optional
     if family.padding_first:
         expected["position_offset"] = (config.pad_token_id or 0) + 1
-    free = {*family.keys, "multi_label", *(("sliding_window",) if family.window else ()),
-            *(("layer_types",) if _by_layer(family) else ())}
-    if family.window and not _by_layer(family):
-        expected["layer_types"] = ()
+    if family.window:
+        free.add("sliding_window")
+        if family.window.pattern:
+            free.add("layer_types")
+        else:
+            expected["layer_types"] = ()
     for choices in family.choices.values():
-        options = next((options for _, options in choices
-                        if all(getattr(config, key) == value for key, value in options.items())), None)
-        if options is None:
-            key = next(iter(choices[0][1]))
-            return f"{key} {getattr(config, key)!r}"
-        free |= options.keys()
-    for key in DERIVED:
-        if (key not in free and config.shape == "encoder-decoder") or key in ("head_dim", "num_key_value_heads"):
-            expected.setdefault(key, getattr(dataclasses.replace(config, **{key: 0}).complete(), key))
-    wrong = next((key for key, value in expected.items() if key not in free and getattr(config, key) != value), None)
-    return wrong and f"{wrong} {getattr(config, wrong)!r}"
+        choice = _choice(choices, config)
+        if choice is None:
+            option = next(iter(choices[0][1]))
+            return f"{option} {getattr(config, option)!r}"
+        free |= choice[1].keys()
+    # the others must be what the family fixes or derives
+    for option in DERIVED:
+        always = option in ("head_dim", "num_key_value_heads")
+        if always or (config.shape == "encoder-decoder" and option not in free):
+            unset: dict[str, Any] = {option: 0}
+            derived = dataclasses.replace(config, **unset).complete()
+            expected.setdefault(option, getattr(derived, option))
+    for option, value in expected.items():
+        if option not in free and getattr(config, option) != value:
+            return f"{option} {getattr(config, option)!r}"
+    return None
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The `config.json` of a model, readable by `transformers` 4 and 5, vLLM and llama.cpp."""
     family = family_of(config)
-    document = {"architectures": [family.heads[config.head]], "model_type": family.model_type}
-    document |= {theirs: getattr(config, ours) for ours, theirs in family.keys.items()}
-    document |= family.fixed
+    document: dict[str, Any] = {
+        "architectures": [family.heads[config.head]],
+        "model_type": family.model_type,
+        **{key: getattr(config, option) for option, key in family.keys.items()},
+        **family.fixed,
+    }
     for key, choices in family.choices.items():
-        document[key] = next(theirs for theirs, options in choices
-                             if all(getattr(config, ours) == value for ours, value in options.items()))
+        choice = _choice(choices, config)
+        assert choice, "family_of has checked the options"
+        document[key] = choice[0]
     if family.padding_first:
         document["max_position_embeddings"] += config.position_offset
     if config.positions == "rotary":
         document |= _write_rope(family, config)
     if family.window:
-        document |= _write_window(family, config)
+        document |= _write_window(family.window, config)
     if config.head in ("sequence", "token"):
-        document |= {"id2label": {str(i): name for i, name in enumerate(config.labels)},
-                     "label2id": {name: i for i, name in enumerate(config.labels)},
-                     "problem_type": "multi_label_classification" if config.multi_label else "single_label_classification"}
+        kind = "multi" if config.multi_label else "single"
+        document |= {
+            "id2label": {str(i): name for i, name in enumerate(config.labels)},
+            "label2id": {name: i for i, name in enumerate(config.labels)},
+            "problem_type": f"{kind}_label_classification",
+        }
     return {**document, "initializer_range": 0.02, "use_cache": True, "torch_dtype": dtype}
 
 
 def _write_rope(family: Family, config: ModelConfig) -> dict[str, Any]:
-    rope = {"rope_type": config.rope_type, "rope_theta": config.rope_theta}
+    rope: dict[str, Any] = {"rope_type": config.rope_type, "rope_theta": config.rope_theta}
     if config.rope_type != "default":
-        rope |= {theirs: getattr(config, ours) for ours, theirs in ROPE_KEYS.items()
-                 if config.rope_type == "llama3" or ours == "rope_factor"}
+        rope |= {
+            key: getattr(config, option)
+            for option, key in ROPE_KEYS.items()
+            if config.rope_type == "llama3" or option == "rope_factor"
+        }
     if config.rope_type in ("llama3", "yarn"):
-        rope["original_max_position_embeddings"] = config.rope_original_context or config.max_position_embeddings
+        context = config.rope_original_context or config.max_position_embeddings
+        rope["original_max_position_embeddings"] = context
     if "rotary_fraction" in family.keys:
         rope["partial_rotary_factor"] = config.rotary_fraction
-    if family.window == "local_attention":
-        local = {"rope_type": "default", "rope_theta": config.local_rope_theta or config.rope_theta}
-        return {"rope_parameters": {"full_attention": rope, "sliding_attention": local},
-                "global_rope_theta": config.rope_theta, "local_rope_theta": local["rope_theta"]}
-    # rope_theta stands twice: `transformers` 5 reads the mapping, everyone else the plain key
+    if family.rope_keys:
+        full_key, local_key = family.rope_keys
+        local_theta = config.local_rope_theta or config.rope_theta
+        local = {"rope_type": "default", "rope_theta": local_theta}
+        return {
+            "rope_parameters": {"full_attention": rope, "sliding_attention": local},
+            full_key: config.rope_theta,
+            local_key: local_theta,
+        }
+    # rope_theta is written twice: `transformers` 5 reads the object, all others the plain key
     scaling = {"rope_scaling": rope} if config.rope_type != "default" else {}
     return {"rope_parameters": rope, "rope_theta": config.rope_theta, **scaling}
 
 
-def _write_window(family: Family, config: ModelConfig) -> dict[str, Any]:
-    types = list(config.kinds_of_layers(config.num_hidden_layers))
-    if family.window == "local_attention":
-        return {"layer_types": types, "local_attention": 2 * config.sliding_window or 128,
-                **({} if config.sliding_window else {"global_attn_every_n_layers": 1})}
-    document: dict[str, Any] = {"sliding_window": config.sliding_window or None}
-    if "use_sliding_window" in family.defaults:
-        document |= {"use_sliding_window": bool(config.sliding_window), "layer_types": types}
-        document["max_window_layers"] = types.count("full_attention")
-    return document
+def _write_window(rule: WindowRule, config: ModelConfig) -> dict[str, Any]:
+    window = config.sliding_window
+    layer_types = list(config.resolved_layer_types(config.num_hidden_layers))
+    values: dict[str, Any] = {
+        rule.key: rule.sides * window or rule.off,
+        "use_sliding_window": bool(window),
+        "layer_types": layer_types,
+    }
+    number = rule.pattern and rule.pattern.number(layer_types, window)
+    if rule.pattern and number is not None:
+        values[rule.pattern.key] = number
+    return {key: values[key] for key in rule.written if key in values}

@@ -1,4 +1,4 @@
-"""The `lm` group: a table of commands, each imported only when it is called; and how a process ends."""
+"""The `lm` command group, which imports a command only when it is called; exit codes."""
 
 import errno
 import importlib
@@ -11,19 +11,20 @@ import click
 
 from lmcli import __version__, errors
 
-BEGAN = time.monotonic()  # when the command started, for `lm train --time`
+STARTED_AT = time.monotonic()  # for `lm train --time`
 COMMANDS = {
     "tokenize": "Text to token ids and back; learns a BPE with --train.",
-    "train": "Trains a model on text files, or goes on with one.",
-    "generate": "Continues prompts.",
+    "train": "Trains a model on text files, or fine-tunes one.",
+    "generate": "Continues prompts; translates, summarizes, fills masks.",
     "score": "Log-probability and surprisal of lines, words or tokens.",
     "perplexity": "Perplexity and bits per byte of files.",
     "classify": "Labels of lines or tokens; answers to questions.",
-    "evaluate": "Metrics of a task from labelled records, with intervals; models side by side.",
-    "plan": "What a training run will come to here, and which preset to take.",
+    "evaluate": "Metrics of a task from labeled records, with intervals; compares models.",
+    "plan": "Size, memory and time of a training run here; which preset to take.",
     "export": "A model in another precision, or an adapter merged into its base.",
-    "info": "What a model, run, tokenizer or text is.",
-    "bench": "Speed of training beside what the machine can do.",
+    "info": "Facts about a model, run, tokenizer or text.",
+    "bench": "Speed of training and scoring, and the machine's limit.",
+    "help": "Guides on a topic, or the help of a command.",
 }
 
 
@@ -34,16 +35,23 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return getattr(importlib.import_module(f"lmcli.commands.{name}"), name) if name in COMMANDS else None
+        if name not in COMMANDS:
+            return None
+        return getattr(importlib.import_module(f"lmcli.commands.{name}"), name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={
-    "help_option_names": ["-h", "--help"], "max_content_width": 110,
-    "token_normalize_func": lambda name: name.replace("_", "-")})
+@click.group(
+    cls=LazyGroup,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
+)
 @click.version_option(__version__, message="lm %(version)s")
 def lm() -> None:
     """A language-model workbench: train, generate, score and measure from one command line.
@@ -58,15 +66,16 @@ def lm() -> None:
     lm export more --merge -o whole       an adapter and its base as one model
     lm info notes                         what a model, tokenizer or text is
     lm plan notes.txt --time 30m          what fits that time, and which preset to take
-    lm bench --train                      speed of training on this machine
+    lm bench --train                      speed of training (or scoring) on this machine
 
-    A model is a Hugging Face folder. Results go to standard output, everything else to standard error.
-    Completion: eval "$(_LM_COMPLETE=bash_source lm)" in ~/.bashrc; zsh_source and fish_source likewise.
+    A model is a Hugging Face folder. Results go to standard output, all else to standard error.
+    Guides: lm help TOPIC; lm help lists them. Shell completion: eval
+    "$(_LM_COMPLETE=bash_source lm)" in ~/.bashrc; zsh_source and fish_source likewise.
     """
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Runs a command line; returns its exit code after saying on standard error what went wrong."""
+    """Runs a command line, prints errors on standard error, and returns the exit code."""
     try:
         return lm.main(arguments, prog_name="lm", standalone_mode=False) or errors.EXIT_DONE
     except errors.UserError as error:
@@ -83,14 +92,17 @@ def run(arguments: list[str] | None = None) -> int:
         return errors.EXIT_INTERRUPTED
     except errors.ClosedPipe:
         return errors.EXIT_CLOSED_PIPE
-    except SystemExit as stop:  # the end of click's shell completion; otherwise its answer to a closed pipe
+    except SystemExit as stop:  # click raises it after shell completion and for a closed pipe
         return int(stop.code or 0) if "_LM_COMPLETE" in os.environ else errors.EXIT_CLOSED_PIPE
     except OSError as error:
-        return _not_written(error)
+        return _write_error(error)
 
 
-def _not_written(error: OSError) -> int:
-    """The exit code when standard output took no more; says so, unless its reader has gone. Other errors go on."""
+def _write_error(error: OSError) -> int:
+    """Exit code for an error of standard output; reports it unless the pipe was closed.
+
+    Raises `error` again if it has another cause.
+    """
     if isinstance(error, BrokenPipeError):
         return errors.EXIT_CLOSED_PIPE
     if error.filename or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
@@ -100,15 +112,16 @@ def _not_written(error: OSError) -> int:
 
 
 def main() -> None:
-    """The entry point. Leaves at once when done: tearing torch down would take most of a second."""
+    """The entry point. Exits without cleaning up: unloading torch would take most of a second."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up, exit 130
-    # OpenMP threads that spin long lose 5 to 20 times their speed when another program uses a core; with this limit they
-    # lose half, and nothing on an idle machine (4 × 128 training, two cores). Must be set before torch is loaded.
+    # OpenMP threads that spin long lose 5 to 20 times their speed when another program uses a
+    # core; with this limit they lose half, and nothing on an idle machine (4 × 128 training, two
+    # cores). Must be set before torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     code = run()
     try:
         sys.stdout.flush()
     except OSError as error:
-        code = code or _not_written(error)
+        code = code or _write_error(error)
     sys.stderr.flush()
     os._exit(code)

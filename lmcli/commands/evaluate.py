@@ -1,18 +1,28 @@
-"""lm evaluate: how good predictions, or the models that make them, are on labelled records."""
+"""lm evaluate: metrics of predictions, or of the models that make them, on labeled records."""
 
+import dataclasses
 import sys
 import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import click
 
 from lmcli.commands import options
 from lmcli.errors import UsageError
 
+if TYPE_CHECKING:
+    from lmcli.evaluation.model_predictions import ModelPredictor
+    from lmcli.evaluation.predictions import EvalDataset
+    from lmcli.evaluation.preparation import EvaluationOptions
+    from lmcli.evaluation.systems import System, SystemResult
+    from lmcli.evaluation.tasks import Task
+    from lmcli.output.evaluate import EvaluationFormat
+
 TASKS = ("classify", "translate", "summarize", "qa", "pairs")
 
 
-@click.command(epilog="""\b
-Examples:
+@options.command("""
   lm evaluate -m sentiment reviews.jsonl
   lm evaluate -m runs/small -m runs/base --by domain reviews.jsonl
   lm evaluate --predictions labels.txt reviews.tsv
@@ -21,137 +31,198 @@ Examples:
   lm evaluate --references german.txt --predictions a.txt --predictions b.txt --metric bleu
   lm evaluate -m bart-cnn --task summarize --stemmer articles.jsonl
   lm evaluate --predictions answers.jsonl squad.jsonl
-  lm evaluate -m gpt2 -m runs/s --by phenomenon --pairs blimp.jsonl""")
-@click.argument("files", nargs=-1, metavar="[FILE]...")
-@click.option("-m", "--model", "models", multiple=True, envvar="LM_MODEL", type=click.Path(), metavar="DIR",
-              show_envvar=True, help="Model that makes the predictions; several are compared with the first.")
-@click.option("--predictions", multiple=True, metavar="FILE", help="Predictions, a line for each record; may be repeated.")
-@click.option("--references", metavar="FILE", help="What is right, a line for each record, where FILE does not say it.")
-@click.option("--task", type=click.Choice(["auto", *TASKS]), default="auto", show_default=True,
-              help="auto goes by the fields of the first record.")
-@click.option("--pairs", is_flag=True, help="The same as --task pairs: how often the first text is the likelier one.")
-@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Only this figure; may be repeated.")
-@click.option("--by", metavar="FIELD", help="Figures for each value of this field too.")
-@click.option("--reference-field", metavar="NAME", help="Field of what is right.")
+  lm evaluate -m gpt2 -m runs/s --by phenomenon --pairs blimp.jsonl
+""")
+@options.files
+@options.models("Model that makes the predictions; several are compared with the first.")
+@options.repeated(
+    "--predictions", metavar="FILE", help="Predictions, one line per record; may be repeated."
+)
+@click.option(
+    "--references", metavar="FILE", help="References, one line per record, if FILE has none."
+)
+@options.choice(
+    "--task",
+    values=["auto", *TASKS],
+    default="auto",
+    show_default=True,
+    help="auto: by the fields of the first record.",
+)
+@options.flag("--pairs", help="Same as --task pairs: how often the first text is likelier.")
+@options.repeated("--metric", "metrics", metavar="NAME", help="Only this metric; may be repeated.")
+@click.option("--by", metavar="FIELD", help="Also evaluate each value of this field.")
+@click.option("--reference-field", metavar="NAME", help="Field of the reference or label.")
 @click.option("--prediction-field", metavar="NAME", help="Field of the prediction.")
-@click.option("--stemmer/--no-stemmer", default=False, help="Whether ROUGE compares stems of (English) words.")
-@click.option("--bleu-tokenizer", type=click.Choice(["13a", "intl", "zh", "char", "none"]), default="13a",
-              show_default=True, help="How sacrebleu parts words.")
-@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), help="Tokens of a text at most.")
-@click.option("--num-beams", type=click.IntRange(1, 1024), help="Beams of a text.  [default: the folder's]")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End a text before this.")
-@click.option("--resamples", type=click.IntRange(min=0), default=1000, show_default=True,
-              help="Bootstrap samples behind intervals, and trials behind p-values; 0 leaves both out.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Of these samples, and of texts where a model draws them.")
+@options.flag(
+    "--stemmer/--no-stemmer", default=False, help="ROUGE compares stems of English words."
+)
+@options.choice(
+    "--bleu-tokenizer",
+    values=["13a", "intl", "zh", "char", "none"],
+    default="13a",
+    show_default=True,
+    help="Tokenizer of sacreBLEU.",
+)
+@options.generation_limits
+@options.number(
+    "--resamples",
+    at_least=0,
+    default=1000,
+    show_default=True,
+    help="Bootstrap samples for intervals and permutations for p-values; 0: neither.",
+)
+@options.number(
+    "--seed", at_least=0, default=0, show_default=True, help="Seed of resampling and generation."
+)
 @options.json_output
-@options.layout
+@options.input_format
 @options.hardware
 @options.batch_tokens
 @options.quiet
 @options.verbose
-@options.several
-def evaluate(files, models, predictions, references, task, pairs, metrics, by, as_json, resamples, seed, quiet, crew,
-             **given):
-    """Figures of a task from labelled records, each with a 95 % interval; of several systems how far they lie apart.
+@options.multiprocess
+def evaluate(args: options.Arguments) -> None:
+    """Metrics of a task on labeled records, each with a 95 % interval; compares several systems.
 
-    Rows have text and label (classify), source and target (translate, summarize), question, context and answers (qa), or
-    two texts (pairs). Predictions come from models (-m), from files, or from a field `prediction` of the rows. Classify:
-    accuracy, precision, recall, F1, Matthews' correlation; translate: BLEU, chrF; summarize: ROUGE; qa: exact match and
-    token F1 as SQuAD has them.
+    Rows have text and label (classify), source and target (translate, summarize), question, context
+    and answers (qa), or two texts (pairs). Predictions come from models (-m), from files, or from a
+    field `prediction` of the rows. Classify: accuracy, precision, recall, F1, Matthews correlation;
+    translate: BLEU, chrF; summarize: ROUGE; qa: exact match and token F1 of SQuAD.
+    What each number means: lm help numbers.
     """
+    # LM_MODEL only counts if predictions have to be made
     source = click.get_current_context().get_parameter_source("models")
-    by_default = source is click.core.ParameterSource.ENVIRONMENT  # LM_MODEL is for where predictions are to be made
-    models = () if predictions and by_default else models
-    if pairs and task not in ("auto", "pairs"):
-        raise UsageError(f"--pairs and --task {task} exclude each other")
-    if not files and "-" in predictions and not references:
-        raise UsageError("standard input has the predictions: give a FILE or --references", where="--predictions")
-    if not crew.leads:
-        from lmcli.analysis.tasks import errand
+    model_by_default = source is click.core.ParameterSource.ENVIRONMENT
+    if args.predictions and model_by_default:
+        args.models = ()
+    request = _request(args)
+    if not args.pool.is_leader:
+        from lmcli.evaluation.model_predictions import remote_task
 
-        return crew.follow(errand(models, lambda name, task: _runner(name, task, seed, given)))
-    names = options.input_files(files, given["include"], quiet) if files or not references else []
+        task_of = remote_task(args.models, lambda name, task: _predictor(name, task, request, args))
+        return args.pool.serve(task_of)
+    files: list[str] = []
+    if args.files or not args.references:
+        files = options.input_files(args.files, args.include, args.quiet)
     from lmcli import api
-    from lmcli.analysis import system_rows, systems, tasks, text_metrics
     from lmcli.display import note
-    from lmcli.text import labelled
+    from lmcli.evaluation import preparation, systems, tasks
+    from lmcli.output import evaluate as output
 
-    configs = tasks.configurations(models)
-    data, chosen = tasks.prepared("pairs" if pairs else task, names, references, by, metrics, configs, given)
-    if by_default and next(iter(data)).predicted is not None:
-        models, configs = (), {}
-    figures = tasks.picked(chosen, metrics)
+    # check everything before the work
+    configs = preparation.model_configs(args.models)
+    dataset, task = preparation.open_dataset(request, files, configs)
+    if model_by_default and next(iter(dataset)).predicted is not None:
+        args.models, configs = (), {}
+    figures = tasks.select_figures(task, args.metrics)
     for name, config in configs.items():
-        tasks.require(chosen, name, config, api.abilities(config)[0])
-    found = tasks.survey(chosen, data, configs)
+        tasks.require_ability(task, name, config, api.abilities(config)[0])
+    survey = preparation.survey_dataset(task, dataset, configs)
 
-    def counts():
-        if data.form.kind == "labels":
-            return systems.LabelCounts(data.several)
-        return systems.TextCounts(text_metrics.chosen(figures, given["bleu_tokenizer"], given["stemmer"],
-                                                      2 if found.unanswerable else 1))
-    counts()  # a library that is not there is told before the work
-    measured = []
-    for place, name in enumerate(models):
-        measured.append(system := systems.System(name, counts()))
-        _run(system, chosen, data, found.records, quiet, seed, given, crew, place)
-    for file in predictions or (() if models else (None,)):
-        measured.append(system := systems.System(file or data.name_of((names or [references])[0]), counts()))
-        for _ in system.take(labelled.predicted(data, file)):
-            pass
-    rows = systems.measure(measured, found.groups, figures, resamples, seed)
-    if found.blank and not quiet:
-        note(f"{found.blank:,} of {found.records:,} references are empty")
-    kept = _print(rows, chosen, as_json, len(measured) > 1, bool(by), resamples, seed)
-    for text in () if quiet else system_rows.remarks(kept):
+    def new_system(name: str) -> "System":
+        return systems.System(name, preparation.new_counts(request, dataset, figures, survey))
+
+    new_system("")  # a missing library is an error before the work
+    evaluation = EvaluationRun(args, request, task, dataset, survey.records)
+    source_name = dataset.name_of((files or [args.references])[0])
+    measured = evaluation.measure(new_system, source_name)
+    results = systems.evaluate_systems(measured, survey.groups, figures, args.resamples, args.seed)
+    if survey.empty_references and not args.quiet:
+        note(f"{survey.empty_references:,} of {survey.records:,} references are empty")
+    style = output.EvaluationFormat(
+        task, len(measured) > 1, bool(args.by), args.resamples, args.seed
+    )
+    printed = _print(results, style, args.as_json)
+    for text in () if args.quiet else output.remarks(printed):
         note(text)
 
 
-def _runner(name, task, seed, given):
-    from lmcli.analysis.tasks import Runner
+def _request(args: options.Arguments) -> "EvaluationOptions":
+    """The options of the evaluation; UsageError for those that exclude each other."""
+    from lmcli.evaluation.preparation import EvaluationOptions
 
-    loaded = options.load_model(name, given["device"], given["dtype"], given["threads"], given["verbose"])
-    writing = {"max_new_tokens": given["max_new_tokens"], "num_beams": given["num_beams"], "stop": given["stop"],
-               "seed": seed}
-    return Runner(task, loaded, writing, given["batch_tokens"] or 0)
-
-
-def _run(system, task, data, records, quiet, seed, given, crew, place):
-    """Has a model make its predictions; says every ten seconds how far it is."""
-    from lmcli.display import SECONDS_BETWEEN_LINES, note
-    from lmcli.model.device import follow_memory
-
-    followed, told = follow_memory(), time.monotonic()
-    runner = _runner(system.name, task, seed, given)
-    for done in system.take(runner.predictions(data, crew, place)):
-        if time.monotonic() - told >= SECONDS_BETWEEN_LINES and not quiet:
-            told = time.monotonic()
-            note(f"{system.name}: {done:,} of {records:,} records, {runner.records / runner.seconds:.3g} a second")
-    system.facts = runner.facts(followed)
-    if runner.cut and not quiet:
-        note(f"{system.name}: {runner.cut:,} of {records:,} records are longer than the context of {runner.model.context} "
-             "tokens and were not read whole")
+    if args.pairs and args.task not in ("auto", "pairs"):
+        raise UsageError(
+            f"--pairs and --task {args.task} exclude each other", hint="leave one of them out"
+        )
+    if not args.files and "-" in args.predictions and not args.references:
+        raise UsageError(
+            "standard input has the predictions, so there are no references",
+            where="--predictions",
+            hint="give a FILE or --references",
+        )
+    names = {field.name for field in dataclasses.fields(EvaluationOptions)}
+    values = {name: value for name, value in vars(args).items() if name in names}
+    values |= {"format": args.format_, "batch_tokens": args.batch_tokens or 0}
+    return EvaluationOptions(**values | ({"task": "pairs"} if args.pairs else {}))
 
 
-def _print(rows, task, as_json, several, grouped, resamples, seed):
-    """Writes the rows as they come, on a terminal when all are there; returns them."""
-    from lmcli.analysis import system_rows
+def _predictor(
+    name: str, task: "Task", request: "EvaluationOptions", args: options.Arguments
+) -> "ModelPredictor":
+    from lmcli.evaluation.model_predictions import ModelPredictor
+
+    return ModelPredictor(task, options.load_model(name, args), request)
+
+
+def _print(
+    results: "Iterable[SystemResult]", style: "EvaluationFormat", as_json: bool
+) -> "list[SystemResult]":
+    """Prints the results as they come, on a terminal all at the end; returns them."""
     from lmcli.display import print_rows, table
 
-    kept = []
-
-    def each():
-        for row in rows:
-            kept.append(row)
-            if as_json:
-                yield system_rows.document(row, task.name, several, grouped, resamples, seed)
-            else:
-                yield from system_rows.lines(row)
-
+    printed: list[SystemResult] = []
     if as_json or not sys.stdout.isatty():
-        print_rows(each(), system_rows.columns(task.form.kind == "labels", several, grouped), as_json)
-        return kept
-    kept += rows
-    click.echo("\n".join(table(*drawn) for drawn in system_rows.tables(kept, several, grouped)), nl=False)
-    return kept
+        print_rows(style.rows(results, as_json, printed), style.columns, as_json)
+        return printed
+    printed += results
+    click.echo("\n".join(table(*drawn) for drawn in style.tables(printed)), nl=False)
+    return printed
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationRun:
+    """One evaluation: the command's options, its task and its `records` records."""
+
+    args: options.Arguments
+    request: "EvaluationOptions"
+    task: "Task"
+    dataset: "EvalDataset"
+    records: int
+
+    def measure(self, new_system: Callable[[str], "System"], source: str) -> list["System"]:
+        """The models and files of predictions, each with all its predictions.
+
+        Without either, the predictions are those in the rows, and the system is called `source`.
+        """
+        from lmcli.evaluation.predictions import with_predictions
+
+        systems = []
+        for number, name in enumerate(self.args.models):
+            systems.append(new_system(name))
+            self.predict(systems[-1], number)
+        rows = () if self.args.models else (None,)
+        for file in self.args.predictions or rows:
+            systems.append(new_system(file or source))
+            for _ in systems[-1].add(with_predictions(self.dataset, file)):
+                pass
+        return systems
+
+    def predict(self, system: "System", number: int) -> None:
+        """Adds the predictions of model number `number`; prints progress every ten seconds."""
+        from lmcli.display import SECONDS_BETWEEN_LINES, note
+        from lmcli.model.device import track_peak_memory
+
+        tracked, noted = track_peak_memory(), time.monotonic()
+        predictor = _predictor(system.name, self.task, self.request, self.args)
+        predictions = predictor.predict_all(self.dataset, self.args.pool, number)
+        for done in system.add(predictions):
+            if time.monotonic() - noted >= SECONDS_BETWEEN_LINES and not self.args.quiet:
+                noted, rate = time.monotonic(), predictor.records / predictor.seconds
+                note(f"{system.name}: {done:,} of {self.records:,} records, {rate:.3g} a second")
+        system.facts = predictor.facts(tracked)
+        if predictor.truncated and not self.args.quiet:
+            note(
+                f"{system.name}: {predictor.truncated:,} of {self.records:,} records are longer "
+                f"than the context of {predictor.model.context} tokens and were truncated"
+            )

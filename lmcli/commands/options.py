@@ -1,14 +1,39 @@
-"""Options that several commands share, declared once."""
+"""Options that several commands share, declared once, and what commands do with them."""
 
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lmcli.config import duration
 from lmcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from lmcli.api import Model
+    from lmcli.data.output_file import OutputFile
+
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Arguments(SimpleNamespace):
+    """The values of a command's arguments and options by name, as in `argparse.Namespace`."""
+
+
+def command(examples: str) -> Callable[[Callable[[Arguments], Any]], click.Command]:
+    """Makes a command of a function that takes `Arguments`; its help ends in the examples."""
+
+    def decorate(function: Callable[[Arguments], Any]) -> click.Command:
+        @functools.wraps(function)
+        def callback(**values: Any) -> Any:
+            return function(Arguments(**values))
+
+        return click.command(epilog=f"\b\nExamples:\n{examples.strip(chr(10))}")(callback)
+
+    return decorate
 
 
 class Duration(click.ParamType):
@@ -16,11 +41,14 @@ class Duration(click.ParamType):
 
     name = "duration"
 
-    def convert(self, value, param, ctx) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The value in seconds."""
         try:
             return value if isinstance(value, float) else duration(value)
         except ValueError as error:
-            self.fail(f"{error}; say 90, 90s, 10m or 1h30m", param, ctx)
+            self.fail(f"{error}; write it as 90, 90s, 10m or 1h30m", param, ctx)
 
 
 class Counts(click.ParamType):
@@ -28,13 +56,16 @@ class Counts(click.ParamType):
 
     name = "counts"
 
-    def convert(self, value, param, ctx) -> tuple[int, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """The numbers."""
         if isinstance(value, tuple):
             return value
-        found = tuple(int(part) for part in value.split(",") if part.strip().isdecimal())
-        if len(found) != value.count(",") + 1 or not all(found):
-            self.fail(f"{value!r}: whole numbers from 1 with commas between, as in 8,64,512", param, ctx)
-        return found
+        numbers = tuple(int(word) for word in value.split(",") if word.strip().isdecimal())
+        if len(numbers) != value.count(",") + 1 or not all(numbers):
+            self.fail(f"{value!r}: give whole numbers from 1, as in 8,64,512", param, ctx)
+        return numbers
 
 
 class Weights(click.ParamType):
@@ -42,133 +73,271 @@ class Weights(click.ParamType):
 
     name = "weights"
 
-    def convert(self, value, param, ctx) -> tuple[float, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """The weights."""
         if isinstance(value, tuple):
             return value
         try:
-            found = tuple(float(part) for part in value.split(","))
+            weights = tuple(float(word) for word in value.split(","))
         except ValueError:
-            found = ()
-        if not found or not all(0 < weight < math.inf for weight in found):
-            self.fail(f"{value!r}: numbers above 0 with commas between, as in 3,1")
-        return found
+            weights = ()
+        if not weights or not all(0 < weight < math.inf for weight in weights):
+            self.fail(f"{value!r}: give numbers above 0, as in 3,1", param, ctx)
+        return weights
 
 
-def _together(*decorators: Callable) -> Callable:
-    def decorate(function: Callable) -> Callable:
+def flag(*names: str, help: str, **attributes: Any) -> Option:
+    """An option without a value."""
+    return click.option(*names, is_flag=True, help=help, **attributes)
+
+
+def choice(*names: str, values: Sequence[str], help: str, **attributes: Any) -> Option:
+    """An option with one of several values."""
+    return click.option(*names, type=click.Choice(values), help=help, **attributes)
+
+
+def number(*names: str, help: str, at_least: int = 1, **attributes: Any) -> Option:
+    """An option with a whole number."""
+    return click.option(*names, type=click.IntRange(min=at_least), help=help, **attributes)
+
+
+def repeated(*names: str, metavar: str, help: str, **attributes: Any) -> Option:
+    """An option that may be given several times."""
+    return click.option(*names, multiple=True, metavar=metavar, help=help, **attributes)
+
+
+def _all_of(*decorators: Option) -> Option:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for decorator in reversed(decorators):
             function = decorator(function)
         return function
+
     return decorate
 
 
-LISTED = "lmcli.listed fields"
-
-
-def _listed(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
-    if value:
-        ctx.meta[LISTED] = tuple(name.strip() for name in value.split(","))
-
-
-model = click.option("-m", "--model", envvar="LM_MODEL", metavar="DIR", show_envvar=True,
-                     help="Model folder, or a name on Hugging Face's hub.")
-json_output = click.option("--json", "as_json", is_flag=True, help="Write JSON Lines.")
-quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
-verbose = click.option("-v", "--verbose", is_flag=True, help="Say what was chosen.")
-beginning = click.option("--bos/--no-bos", "bos", default=None,
-                         help="Begin each context with the beginning token, or do not; default: as the tokenizer says.")
-device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
-threads = click.option("--threads", type=click.IntRange(min=1), default=None,
-                       help="CPU threads of a process.  [default: all cores]")
-hardware = _together(
+files = click.argument("files", nargs=-1, metavar="[FILE]...")
+data = click.argument("data", nargs=-1, metavar="DATA...")
+MODEL: dict[str, Any] = {"envvar": "LM_MODEL", "metavar": "DIR", "show_envvar": True}
+model = click.option(
+    "-m", "--model", help="Model folder, or a name on the Hugging Face Hub.", **MODEL
+)
+json_output = flag("--json", "as_json", help="Write JSON Lines.")
+quiet = flag("-q", "--quiet", help="Print nothing but results and errors.")
+verbose = flag("-v", "--verbose", help="Print what was chosen.")
+bos = click.option(
+    "--bos/--no-bos",
+    default=None,
+    help="Start each context with the BOS token, or do not.  [default: as the tokenizer does]",
+)
+windows = _all_of(
+    number("--context", at_least=2, help="Tokens of a window.  [default: the model's context]"),
+    number("--stride", help="New tokens of each window.  [default: half the context]"),
+)
+settings = repeated(
+    "--set", "sets", metavar="SECTION.KEY=VALUE", help="Override one value of the preset."
+)
+validation = repeated("--val", metavar="FILE", help="Validation data, instead of a tenth of DATA.")
+documents = choice(
+    "--documents",
+    values=["file", "line", "blank"],
+    default="file",
+    show_default=True,
+    help="Document: the whole file (split at <|endoftext|>), a line, or a paragraph.",
+)
+device = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True
+)
+threads = number("--threads", help="CPU threads of a process.  [default: all cores]")
+hardware = _all_of(
     device,
-    click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
-                 help="Precision. auto: float32 to measure, bfloat16 to generate where the hardware is faster in it."),
-    threads)
-nproc = click.option("--nproc", type=click.IntRange(min=1), default=1, metavar="N",
-                     help="So many processes on this machine work together, each on a GPU of its own where there are some.")
-budgets = _together(
-    click.option("--time", "time_", type=Duration(), help="Time from the start to the saved model: 90s, 10m, 1h30m."),
-    click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps."),
-    click.option("--tokens", type=click.IntRange(min=1), help="Training tokens."),
-    click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Passes over the training text."))
-batch_tokens = click.option("--batch-tokens", type=click.IntRange(min=1), default=None,
-                            help="Tokens of one forward pass; changes speed, not results.")
-layout = _together(
-    click.option("--format", "format_", type=click.Choice(["auto", "text", "jsonl", "tsv", "csv"]), default="auto",
-                 show_default=True, help="auto goes by suffix; standard input is text."),
-    click.option("--fields", "listed", metavar="A,B", expose_value=False, is_eager=True, callback=_listed,
-                 help="The same for several, in this order."),
-    click.option("--field", "fields", multiple=True, metavar="NAME", help="Field of a JSON, TSV or CSV row to read.",
-                 callback=lambda ctx, _, given: ctx.meta.get(LISTED) or given),
-    click.option("--include", metavar="GLOB", help="In a directory, take only files named like this."))
-reading = _together(
-    layout,
-    click.option("--on-error", type=click.Choice(["stop", "blank", "skip"]), default="stop", show_default=True,
-                 help="A bad record: stop, write an empty result, or leave it out."))
-writing = _together(
-    click.option("-o", "--output", metavar="FILE", help="Write here instead of standard output, whole or not at all."),
-    click.option("--continue", "resume", is_flag=True, help="Go on with the FILE.part of an interrupted run."))
+    choice(
+        "--dtype",
+        values=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="Precision; auto: float32 to measure, else bfloat16 where it is faster.",
+    ),
+    threads,
+)
+nproc = number(
+    "--nproc", default=1, metavar="N", help="Processes on this machine, each on its own GPU if any."
+)
+budgets = _all_of(
+    click.option(
+        "--time", "time_", type=Duration(), help="Time from start to saved model: 90s, 10m, 1h30m."
+    ),
+    number("--steps", help="Optimizer steps."),
+    number("--tokens", help="Training tokens."),
+    click.option(
+        "--epochs",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Passes over the training data.",
+    ),
+)
+batch_tokens = number(
+    "--batch-tokens", help="Tokens of one forward pass: changes speed, not results."
+)
+generation_limits = _all_of(
+    number("-n", "--max-new-tokens", help="New tokens at most.  [default: the folder's, else 256]"),
+    click.option(
+        "--num-beams",
+        type=click.IntRange(1, 1024),
+        help="Beams of a beam search.  [default: the folder's]",
+    ),
+    repeated("--stop", metavar="TEXT", help="End a text before TEXT; may be repeated."),
+)
+header = click.option(
+    "--header/--no-header", default=True, help="Name the columns in a first line."
+)
+
+FIELDS_KEY = "lmcli.fields"  # where --fields, which is parsed first, leaves its names for --field
 
 
-def several(command: Callable) -> Callable:
-    """Gives a command --nproc and the `crew` of processes that work on it, of which only the leader has something to say.
+def _keep_fields(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value:
+        ctx.meta[FIELDS_KEY] = tuple(name.strip() for name in value.split(","))
 
-    As it stands next to the command, it sees all options: those with --continue can go on where a process was lost.
+
+input_format = _all_of(
+    choice(
+        "--format",
+        "format_",
+        values=["auto", "text", "jsonl", "tsv", "csv"],
+        default="auto",
+        show_default=True,
+        help="auto: by suffix; standard input is text.",
+    ),
+    repeated(
+        "--field",
+        "fields",
+        metavar="NAME",
+        help="Field of a JSON, TSV or CSV row to read; may be repeated.",
+        callback=lambda ctx, _, names: ctx.meta.get(FIELDS_KEY) or names,
+    ),
+    click.option(
+        "--fields",
+        "listed",
+        metavar="A,B",
+        expose_value=False,
+        is_eager=True,
+        callback=_keep_fields,
+        help="Several fields, in this order (instead of --field).",
+    ),
+    click.option("--include", metavar="GLOB", help="In a directory, read only matching files."),
+)
+on_error = choice(
+    "--on-error",
+    values=["stop", "blank", "skip"],
+    default="stop",
+    show_default=True,
+    help="Bad record: stop, write an empty result, or skip it.",
+)
+reading = _all_of(input_format, on_error)
+writing = _all_of(
+    click.option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="Write to FILE, complete or not at all, not to standard output.",
+    ),
+    flag("--continue", "resume", help="Resume an interrupted run from its FILE.part."),
+)
+
+
+def models(help: str) -> Option:
+    """-m for several models."""
+    return repeated("-m", "--model", "models", type=click.Path(), help=help, **MODEL)
+
+
+def training_dtype(help: str) -> Option:
+    """--dtype of what trains."""
+    values = ["auto", "float32", "bfloat16"]
+    return choice("--dtype", values=values, default="auto", help=help)
+
+
+def multiprocess(command: Callable[[Arguments], Any]) -> Callable[[Arguments], Any]:
+    """Adds --nproc and `args.pool`, the processes that work on the command.
+
+    Place it next to the function. All processes run the command, and only the leader prints.
     """
+
     @nproc
     @functools.wraps(command)
-    def working_together(nproc, **given):
-        from lmcli import launch
-        from lmcli.inference import crew
+    def run(args: Arguments) -> Any:
+        from lmcli.distributed import launcher, work_queue
 
-        context = click.get_current_context()
-        if nproc > 1 and not launch.is_member():
+        if args.nproc > 1 and not launcher.is_distributed():
             from lmcli.display import note
 
-            advice = "start the command again" + ("; after -o FILE, --continue goes on" if "resume" in given else "")
-            context.exit(launch.together(nproc, sys.argv[1:], note, advice))
-        if not launch.is_member():
-            return command(crew=crew.ALONE, **given)
-        if launch.leads():
-            launch.take_signals_once()
+            hint = "start the command again"
+            if "resume" in vars(args):
+                hint += "; after -o FILE, --continue resumes"
+            context = click.get_current_context()
+            context.exit(launcher.run_processes(args.nproc, sys.argv[1:], note, hint))
+        if not launcher.is_distributed():
+            args.pool = work_queue.LOCAL_POOL
+            return command(args)
+        if launcher.is_leader():
+            launcher.interrupt_once()
         else:
-            launch.leave_signals_to_the_leader()
-            given |= {"quiet": True, "verbose": False}
-        with launch.telling_once(), crew.join() as own:
-            launch.refuse_to_write_again(given.get("output"))
-            return command(crew=own, **given)
+            launcher.ignore_signals_in_worker()
+            args.quiet, args.verbose = True, False
+        with launcher.report_loss_once(), work_queue.join() as args.pool:
+            launcher.refuse_restart(vars(args).get("output"))
+            return command(args)
 
-    return working_together
+    return run
 
 
 def need_model(name: str | None) -> str:
-    """The model's folder; UsageError when none was given."""
+    """The model's folder; UsageError if -m and LM_MODEL are missing."""
     if not name:
-        raise UsageError("which model? none was given", hint="-m DIR, or set LM_MODEL")
+        raise UsageError("no model was given", hint="give one with -m DIR, or set LM_MODEL")
     return name
 
 
-def load_model(name: str | None, device: str, dtype: str, threads: int | None, verbose_: bool, generating: bool = False):
-    """The lmcli.api.Model of a command's options; with -v one line says what it runs on."""
-    need_model(name)
+def load_model(name: str | None, args: Arguments, generating: bool = False) -> "Model":
+    """Loads a model with --device, --dtype and --threads; with -v prints what it runs on."""
+    name = need_model(name)
     from lmcli import api
     from lmcli.display import note
 
-    loaded = api.load(name, device, dtype, threads or 0, training=generating)
-    if verbose_:
-        note(f"{name} on {loaded.placement}, context {loaded.context}")
-    return loaded
+    model = api.load(name, args.device, args.dtype, args.threads or 0, training=generating)
+    if vars(args).get("verbose"):  # lm bench has no -v
+        note(f"{name} on {model.device_config}, context {model.context}")
+    return model
 
 
-def input_files(arguments: tuple[str, ...], include: str | None, quiet_: bool) -> list[str]:
-    """The files of a command's FILE… arguments; says how many were left out. Standard input on a terminal is usage."""
-    from lmcli.text.records import expand
+def input_files(paths: tuple[str, ...], include: str | None, quiet: bool) -> list[str]:
+    """The files of FILE… arguments; reports how many were skipped.
 
-    if not arguments and sys.stdin.isatty():
-        raise UsageError("nothing to read: give a FILE, or pipe text in",
-                         hint=f"{click.get_current_context().command_path} --help")
-    files, skipped = expand(arguments, include)
-    if skipped and not quiet_:
+    Raises UsageError if standard input, the default, is a terminal.
+    """
+    from lmcli.data.files import expand
+
+    if not paths and sys.stdin.isatty():
+        raise UsageError(
+            "nothing to read: give a FILE, or pipe text in",
+            hint=f"see {click.get_current_context().command_path} --help",
+        )
+    names, skipped = expand(paths, include)
+    if skipped and not quiet:
         print(f"lm: {skipped} files that are not UTF-8 text left out", file=sys.stderr)
-    return files
+    return names
+
+
+def report_skipped(count: int, quiet: bool) -> None:
+    """Prints how many bad records --on-error skip has skipped."""
+    if count and not quiet:
+        click.echo(f"lm: {count} bad records left out", err=True)
+
+
+def write_header(out: "OutputFile", columns: Sequence[str]) -> int:
+    """Writes the names of the columns, if any; returns the number of records --continue skips.
+
+    A resumed file has its header already.
+    """
+    if columns and not out.resumed_lines:
+        out.write("\t".join(columns) + "\n")
+    return max(0, out.resumed_lines - bool(columns))

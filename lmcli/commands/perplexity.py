@@ -1,152 +1,254 @@
 """lm perplexity: how well models predict files."""
 
+import functools
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from lmcli.commands import options
 from lmcli.errors import UsageError, UserError
 
+if TYPE_CHECKING:
+    from lmcli.api import Model
+    from lmcli.data.byte_ranges import Document
+    from lmcli.data.documents import DocumentFormat
+    from lmcli.evaluation.model_comparison import DocumentGroup
+    from lmcli.evaluation.signature import Signature
+    from lmcli.scoring.scorer import Scorer
 
-@click.command(epilog="""\b
-Examples:
+
+class Loaded(NamedTuple):
+    """A model by its name, and how it scores."""
+
+    name: str
+    folder: Path
+    model: "Model"
+    scorer: "Scorer"
+
+
+class PerplexitySource(NamedTuple):
+    """A file or validation set: `documents()` reads it anew; `models` are numbers of models."""
+
+    name: str
+    documents: Callable[[], Iterable["Document"]]
+    format: "DocumentFormat"
+    models: Sequence[int]
+
+
+@options.command("""
   lm perplexity -m runs/s other.txt
   lm perplexity -m runs/s --validation
   lm perplexity -m runs/a -m runs/b --documents line test.txt
   lm perplexity -m runs/s --by topic articles.jsonl
   cat *.txt | lm perplexity -m runs/s --documents line
-  lm perplexity -m runs/s --verify "lm-perplexity|model:…" other.txt""")
-@click.argument("files", nargs=-1, metavar="[FILE]...")
-@click.option("-m", "--model", "models", multiple=True, envvar="LM_MODEL", type=click.Path(), metavar="DIR",
-              show_envvar=True, help="Model folder; several are measured side by side.")
-@click.option("--validation", is_flag=True, help="Measure the held-out text of the run that the model folder is.")
-@click.option("--documents", type=click.Choice(["file", "line", "blank"]), default="file", show_default=True,
-              help="What a document is: the whole file (<|endoftext|> parts it), a line, or a paragraph.")
-@click.option("--by", metavar="FIELD", help="A row for each value of this field of JSON, TSV or CSV rows.")
-@click.option("--differing", type=click.IntRange(min=0), default=3, show_default=True, metavar="N",
-              help="With several models: show the N lines in which each differs most from the first.")
-@click.option("--context", type=click.IntRange(min=2), help="Tokens of a window.  [default: the model's context]")
-@click.option("--stride", type=click.IntRange(min=1), help="Tokens a window adds.  [default: half the context]")
-@click.option("--eos/--no-eos", default=False, help="Score the closing token of each document too.")
-@options.beginning
-@click.option("--verify", metavar="SIGNATURE", help="Measure as this signature says, and tell whether the same comes out.")
+  lm perplexity -m runs/s --verify "lm-perplexity|model:…" other.txt
+""")
+@options.files
+@options.models("Model folder; several are compared with the first.")
+@options.flag("--validation", help="Measure the validation set of the run in the model folder.")
+@options.documents
+@click.option("--by", metavar="FIELD", help="One row per value of this field of JSON, TSV or CSV.")
+@options.number(
+    "--differing",
+    at_least=0,
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="With several models: show the N lines in which each differs most from the first.",
+)
+@options.windows
+@options.flag("--eos/--no-eos", default=False, help="Score the EOS token of each document too.")
+@options.bos
+@click.option(
+    "--verify",
+    metavar="SIGNATURE",
+    help="Measure as this signature says, and check that the result is the same.",
+)
 @options.json_output
 @options.reading
 @options.hardware
 @options.batch_tokens
 @options.quiet
 @options.verbose
-@options.several
-def perplexity(models, verify, as_json, quiet, crew, **given):
+@options.multiprocess
+def perplexity(args: options.Arguments) -> None:
     """Perplexity and bits per byte, a row for each file and model.
 
-    Every token is scored once, with at least context - stride tokens of its document before it. Bits per byte compares
-    models whatever their tokenizers; perplexity only those with the same one. logprob is in nats; NAME_se is the standard
-    error of a figure over documents. With several models each row tells the difference of its bits per byte from those of
-    the first, with a 95 % interval over documents. The last column says what the figure was made of: see --verify.
+    Every token is scored once, with at least context - stride tokens of its document before it.
+    Compare bits per byte between any models, perplexity only between models with the same
+    tokenizer. logprob is in nats; NAME_se is the standard error over documents. With several models
+    each row has the difference of its bits per byte from the first model's, with a 95 % interval
+    over documents. The last column is a signature that --verify can check.
+    What each number means: lm help numbers.
     """
-    from lmcli.analysis import perplexity_rows
+    options.need_model(args.models[0] if args.models else None)
+    if args.validation and (args.files or args.by):
+        raise UsageError(
+            "--validation measures the run's own validation set", hint="leave out FILE and --by"
+        )
+    expected = _apply_signature(args) if args.verify else None
+    files = []
+    if args.pool.is_leader and not args.validation:
+        files = options.input_files(args.files, args.include, args.quiet)
     from lmcli.display import note, print_rows
+    from lmcli.output import perplexity as output
+    from lmcli.scoring.perplexity import remote_task
 
-    if not models:
-        options.need_model(None)
-    if given["validation"] and (given["files"] or given["by"]):
-        raise UsageError("--validation measures the run's own held-out text: leave FILE and --by out")
-    if verify:
-        from lmcli.analysis.signature import Signature
-
-        wanted = Signature.parse(verify)
-        given |= {"documents": wanted.documents, "context": wanted.context, "stride": wanted.stride, "dtype": wanted.dtype,
-                  "bos": bool(wanted.bos), "eos": bool(wanted.eos)}
-    if not crew.leads:
-        return crew.follow(*_loaded(models, given)[2])
-    if verify:
-        return _verified(wanted, list(_rows(models, given, True, crew)))
-    told, columns = [], perplexity_rows.columns("group" if given["by"] else "file", len(models) > 1)
-
-    def rows():
-        for row in _rows(models, given, quiet, crew):
-            told.append(row)
-            yield row
-
-    print_rows(rows(), columns, as_json, lambda row: perplexity_rows.readable(row, columns))
-    if sys.stdout.isatty() and not as_json:
-        click.echo("".join(f"{row['signature']}\n" for row in told), nl=False)
-    for text in () if quiet else perplexity_rows.remarks(told):
+    models = [_load(name, args) for name in args.models]
+    if not args.pool.is_leader:
+        return args.pool.serve(*(remote_task(loaded.scorer) for loaded in models))
+    if expected:
+        return _verify(expected, [row["signature"] for row in _rows(args, models, files)])
+    columns = output.columns("group" if args.by else "file", len(models) > 1)
+    rows: list[dict[str, Any]] = []
+    print_rows(
+        _appended(_rows(args, models, files), rows),
+        columns,
+        args.as_json,
+        lambda row: output.readable(row, columns),
+    )
+    if sys.stdout.isatty() and not args.as_json:
+        click.echo("".join(f"{row['signature']}\n" for row in rows), nl=False)
+    for text in () if args.quiet else output.remarks(rows):
         note(text)
 
 
-def _loaded(models, given):
-    """The models, their scorers, and the errands of these."""
-    from lmcli.inference.perplexity import errand
-
-    loaded = [options.load_model(name, given["device"], given["dtype"], given["threads"], given["verbose"])
-              for name in models]
-    for model in loaded:
-        model.require("perplexity")
-    scorers = [model.scorer(given["bos"], given["eos"], given["context"], given["stride"], given["batch_tokens"] or 0)
-               for model in loaded]
-    return loaded, scorers, list(map(errand, scorers))
+def _appended(rows: Iterable[dict[str, Any]], seen: list[dict[str, Any]]) -> Iterator[dict]:
+    """The rows as they come; each is also appended to `seen`."""
+    for row in rows:
+        seen.append(row)
+        yield row
 
 
-def _rows(models, given, quiet, crew):
+def _load(name: str, args: options.Arguments) -> Loaded:
+    model = options.load_model(name, args)
+    model.require("perplexity")
+    assert model.folder is not None  # it was loaded from one
+    batch = args.batch_tokens or 0
+    scorer = model.scorer(args.bos, args.eos, args.context, args.stride, batch)
+    return Loaded(name, model.folder, model, scorer)
+
+
+def _apply_signature(args: options.Arguments) -> "Signature":
+    """The signature of --verify, whose settings replace those of the options."""
+    from lmcli.evaluation.signature import Signature
+
+    signature = Signature.parse(args.verify)
+    for name in ("documents", "context", "stride", "dtype"):
+        setattr(args, name, getattr(signature, name))
+    args.bos, args.eos, args.quiet = bool(signature.bos), bool(signature.eos), True
+    return signature
+
+
+def _rows(
+    args: options.Arguments, models: list[Loaded], files: list[str]
+) -> Iterator[dict[str, Any]]:
     """A row for each file or group, and model."""
-    names = [] if given["validation"] else options.input_files(given["files"], given["include"], quiet)
-    from lmcli.analysis import comparison, perplexity_rows, signature
-    from lmcli.model.device import dtype_name
+    from lmcli.evaluation import model_comparison, signature
 
-    loaded, scorers, _ = _loaded(models, given)
-    hashes = [signature.of_model(model.folder) for model in loaded]
-    for label, documents, layout, chosen in _sources(models, names, given, quiet):
-        groups = comparison.measure([scorers[k] for k in chosen], label, documents, layout, given["by"] or "",
-                                    given["differing"] if len(chosen) > 1 else 0, crew, chosen)
+    hashes = [signature.model_hash(loaded.folder) for loaded in models]
+    for source in _validation_sets(models) if args.validation else _sources(args, files):
+        groups = model_comparison.compare_models(
+            [models[k].scorer for k in source.models],
+            source.name,
+            source.documents,
+            source.format,
+            args.by or "",
+            args.differing if len(source.models) > 1 else 0,
+            args.pool,
+            source.models,
+        )
         for group in groups:
-            for place, k in enumerate(chosen):
-                figures = group.figures[place]
-                if not figures.tokens:
-                    raise UserError("no token to score", where=group.name,
-                                    hint="without a beginning token the first one is context only")
-                dtype = dtype_name(loaded[k].placement.dtype)
-                signed = signature.signed(figures, hashes[k], loaded[k].tokenizer.hash, group.digest, given["documents"],
-                                          bool(scorers[k].beginning), given["eos"], dtype)
-                apart = perplexity_rows.difference(group.pairs[place - 1] if place else None) if len(models) > 1 else {}
-                yield {"model": models[k], "group" if given["by"] else "file": group.name,
-                       **perplexity_rows.figures(figures), **apart, "dtype": dtype, "tokenizer": signed.tokenizer,
-                       "signature": str(signed)}
+            for position, k in enumerate(source.models):
+                yield _row(args, models, k, hashes[k], group, position)
 
 
-def _sources(models, names, given, quiet):
-    """(name, the documents anew at each call, their layout, places of the models to measure) of each source."""
-    from lmcli.text.documents import Layout, pin_stdin
-    from lmcli.text.records import shown
-    from lmcli.training import data, run_folder
+def _row(
+    args: options.Arguments,
+    models: list[Loaded],
+    k: int,
+    model_hash: str,
+    group: "DocumentGroup",
+    position: int,
+) -> dict[str, Any]:
+    """The row of model number `k`, which is at `position` in the group."""
+    from lmcli.evaluation import signature
+    from lmcli.model.device import dtype_name
+    from lmcli.output import perplexity as output
 
-    if given["validation"]:
-        for k, folder in enumerate(models):
-            _, _, facts = run_folder.reopen(Path(folder))
-            documents, layout = data.validation_documents(facts["data"], facts["validation"])
-            yield "validation", lambda documents=documents: iter(documents), layout, [k]
-        return
-    for name in names:
-        label, file = shown(name), pin_stdin() if name == "-" else name
-        first, layout = (Layout(given["documents"], given["format_"], given["fields"], given["on_error"]) for _ in range(2))
-        if given["by"] and not layout.rows(file):
-            raise UsageError("is plain text, which has no fields to group by", where=label, hint="--format says otherwise")
-        if not sum(1 for _ in first.find([file])):  # reads it once, so that a bad line is told before the work
-            raise UserError("no text in it", where=label, hint="give a file with text, or pipe some in")
-        if first.skipped and not quiet:
-            click.echo(f"lm: {first.skipped} bad records left out", err=True)
-        yield label, lambda file=file, layout=layout: layout.find([file]), layout, range(len(models))
+    figures, (name, _, model, scorer) = group.figures[position], models[k]
+    if not figures.tokens:
+        raise UserError(
+            "no token to score",
+            where=group.name,
+            hint="give longer text: without a BOS token the first token is only context",
+        )
+    dtype = dtype_name(model.device_config.dtype)
+    signed = signature.sign(figures, scorer, model_hash, group.digest, args.documents, dtype)
+    difference = {}
+    if len(models) > 1:
+        difference = output.difference(group.pairs[position - 1] if position else None)
+    return {
+        "model": name,
+        "group" if args.by else "file": group.name,
+        **output.figures(figures),
+        **difference,
+        "dtype": dtype,
+        "tokenizer": signed.tokenizer,
+        "signature": str(signed),
+    }
 
 
-def _verified(wanted, rows):
-    """Prints how near the figures come to those of a signature; UserError when they are others."""
-    from lmcli.analysis.signature import Signature
+def _validation_sets(models: list[Loaded]) -> Iterator[PerplexitySource]:
+    """The validation set of each model's own run."""
+    from lmcli.runs import run_folder
+    from lmcli.training import datasets
 
-    found = [Signature.parse(row["signature"]) for row in rows]
-    nearest = min(found, key=lambda one: len(wanted.differences(one)))
-    if apart := wanted.differences(nearest):
-        raise UserError(f"not what was measured then: {'; '.join(apart)}", where="--verify",
-                        hint=f"it was made by lm {wanted.version}" if wanted.version != nearest.version else None)
-    click.echo(f"the same: {nearest.nats:.6f} nats, {nearest.nats - wanted.nats:+.6f} from those of the signature")
+    for k, loaded in enumerate(models):
+        _, _, facts = run_folder.reopen(Path(loaded.name))
+        documents, document_format = datasets.validation_documents(
+            facts["data"], facts["validation"]
+        )
+        yield PerplexitySource("validation", documents.__iter__, document_format, [k])
+
+
+def _sources(args: options.Arguments, files: list[str]) -> Iterator[PerplexitySource]:
+    """The files, each measured by all models; errors in a file are raised before its work."""
+    from lmcli.data.documents import DocumentFormat, find_documents, pin_stdin, survey
+    from lmcli.data.rows import display_name
+
+    document_format = DocumentFormat(args.documents, args.format_, args.fields, args.on_error)
+    for path in files:
+        name, file = display_name(path), pin_stdin() if path == "-" else path
+        if args.by and not document_format.has_rows(file):
+            raise UsageError(
+                "is plain text, which has no fields to group by",
+                where=name,
+                hint="name another format with --format",
+            )
+        surveyed = survey([file], document_format)
+        if not len(surveyed.documents):
+            raise UserError("no text in it", where=name, hint="give a file with text")
+        options.report_skipped(surveyed.skipped, args.quiet)
+        find = functools.partial(find_documents, [file], document_format)
+        yield PerplexitySource(name, find, document_format, range(len(args.models)))
+
+
+def _verify(expected: "Signature", signatures: Iterable[str]) -> None:
+    """Prints the difference in nats from the signature; UserError if anything else differs."""
+    from lmcli.evaluation.signature import Signature
+
+    measured = [Signature.parse(text) for text in signatures]
+    nearest = min(measured, key=lambda signature: len(expected.differences(signature)))
+    if differences := expected.differences(nearest):
+        other_version = expected.version != nearest.version
+        raise UserError(
+            f"the result is not the same: {'; '.join(differences)}",
+            where="--verify",
+            hint=f"try lm {expected.version}, which made it" if other_version else None,
+        )
+    difference = nearest.nats - expected.nats
+    click.echo(f"the same: {nearest.nats:.6f} nats, {difference:+.6f} from the signature")

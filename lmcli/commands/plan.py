@@ -1,143 +1,178 @@
-"""lm plan: what a training run will come to, before it is run."""
+"""lm plan: size, memory, time and quality of a training run, before it is run."""
 
-import dataclasses
-import functools
 import sys
 import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lmcli.commands import BEGAN, options
+from lmcli.commands import STARTED_AT, options
 from lmcli.errors import UsageError
 
-PRESETS = ("auto", "tiny", "small", "base")  # decoders: what lm train chooses, then smallest first
+if TYPE_CHECKING:
+    from lmcli.config import Recipe
+    from lmcli.model.device import DeviceConfig
+    from lmcli.planning.plan import PlannedText
+
+PRESETS = ("auto", "tiny", "small", "base")  # what lm train chooses, then decoders by size
 
 
-@click.command(epilog="""\b
-Examples:
+@options.command("""
   lm plan notes.txt --time 30m
   lm plan book.txt --time 10m --preset small --set model.hidden_size=256
   lm plan corpus/ --tokens 50000000 --preset tiny --preset ./mine.yaml --json
   lm plan corpus/ --preset base --devices 8,64,512 --interconnect 50
-  cat *.txt | lm plan --epochs 3 --preset tiny""")
-@click.argument("data", nargs=-1, metavar="DATA...")
-@click.option("--preset", "presets", multiple=True, metavar="NAME|FILE",
-              help=f"Plan this recipe; may be given several times.  [default: {', '.join(PRESETS)}]")
-@click.option("--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value of the presets.")
+  cat *.txt | lm plan --epochs 3 --preset tiny
+""")
+@options.data
+@options.repeated(
+    "--preset",
+    "presets",
+    metavar="NAME|FILE",
+    help=f"Plan this recipe; may be repeated.  [default: {', '.join(PRESETS)}]",
+)
+@options.settings
 @options.budgets
-@click.option("--val", multiple=True, metavar="FILE", help="Validate on this, instead of on a held-out tenth.")
-@click.option("--documents", type=click.Choice(["file", "line", "blank"]), default="file", show_default=True,
-              help="What a document is: the whole file, a line, or a paragraph.")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
-              help="Precision of the forward pass; auto: the recipe's, else bfloat16 where the hardware is faster in it.")
-@click.option("--devices", "counts", type=options.Counts(), multiple=True, metavar="N[,N...]",
-              help="Plan for so many devices like this one, a row for each number.")
-@click.option("--interconnect", type=click.FloatRange(min=0, min_open=True), metavar="GB/S",
-              help="What goes between two devices, each way.  [default: 25, a port of 200 Gbit/s for each]")
+@options.validation
+@options.documents
+@options.training_dtype("Precision; auto: the recipe's, else bfloat16 where it is faster.")
+@click.option(
+    "--devices",
+    "counts",
+    type=options.Counts(),
+    multiple=True,
+    metavar="N[,N...]",
+    help="Plan for N devices like this one; a row for each number.",
+)
+@click.option(
+    "--interconnect",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB/S",
+    help="Bandwidth between two devices in each direction.  [default: 25, that is 200 Gbit/s]",
+)
 @options.nproc
 @options.reading
 @options.device
 @options.threads
 @options.json_output
 @options.quiet
-def plan(data, presets, sets, time_, steps, tokens, epochs, val, documents, dtype, counts, interconnect, nproc, format_,
-         fields, include, on_error, device, threads, as_json, quiet):
-    """What training on DATA will come to here, a row a preset: size, memory, time, and about how good it gets.
+def plan(args: options.Arguments) -> None:
+    """Predicts a training run on DATA here, a row a preset: size, memory, time, about how good.
 
-    The budget is that of lm train: the first one reached of --time, --steps, --tokens and --epochs, else the preset's.
-    Tokens per second are measured by a few real training steps; bytes per token by a tokenizer learnt from a sample.
-    Memory is the most that the process will hold: weights, gradients, the optimizer's moments, activations, and the
-    program itself. Bits per byte are of held-out text, from a fit to small models trained for minutes: good to about a
-    tenth.
+    Budgets are those of lm train: the run ends at the first one reached of --time, --steps,
+    --tokens and --epochs, else of the preset's. Tokens per second are measured with a few real
+    training steps, bytes per token with a tokenizer learned from a sample. Memory is the peak of
+    the process: weights, gradients, optimizer state, activations, and the program itself. Bits per
+    byte on the validation set are estimated by a fit to small models, good to about a tenth.
 
-    --devices is for others like the GPU here, or machines like this one; --nproc for processes on this machine, as in lm
-    train. Memory is then that of one device, and what was taken for granted is said.
+    --devices plans for several GPUs like the one here, or machines like this one; --nproc for
+    several processes on this machine, as in lm train. Memory is then that of one device, and the
+    assumptions are printed.
     """
-    if not data and sys.stdin.isatty():
-        raise UsageError("nothing to plan for: give DATA, or pipe text in", hint="lm plan --help")
-    counts = [count for given in counts for count in given]
-    if counts and nproc > 1:
-        raise UsageError("--nproc is for processes on this machine, --devices for others like it: leave one of them out")
-    if interconnect and not counts and nproc == 1:
-        raise UsageError("--interconnect joins several devices: say how many, with --devices")
-    from lmcli import display, launch, recipes
-    from lmcli.analysis import advice, auto, devices, planning
-    from lmcli.analysis.company import Company
-    from lmcli.model.device import place
-    from lmcli.text.documents import Layout
+    counts = _check(args)
+    from lmcli import display
+    from lmcli.data.documents import DocumentFormat
+    from lmcli.distributed import launcher
+    from lmcli.model.device import select_device
+    from lmcli.output import plan as output
+    from lmcli.planning import advice, cluster
+    from lmcli.planning import plan as planning
+    from lmcli.planning.background_load import BackgroundLoad
 
-    note = (lambda text: None) if quiet else display.note
-    budget = {"time": time_, "steps": steps, "tokens": tokens, "epochs": epochs,
-              "precision": None if dtype == "auto" else dtype}
-    resolve = functools.partial(recipes.resolve, sets=sets, train=budget)
-    chosen = {name: resolve(name) for name in presets or PRESETS}
-    for name, recipe in chosen.items():
-        recipes.require_budget(recipe, name)
-        recipes.require_origin(recipe)
-    first = next(iter(chosen.values()))
-    placement = place(device, first.train.precision, threads or (nproc > 1 and launch.threads_of_one(nproc)) or 0,
-                      training=True)
-    groups = devices.groups(counts, nproc, interconnect and 1e9 * interconnect, placement.device)
-    startup = time.monotonic() - BEGAN
-    text = planning.read(data, val, Layout(documents, format_, fields, on_error), include, first, note)
-    note(f"{text.documents:,} documents, {text.bytes:,} bytes to train on; trying {', '.join(chosen)} on {placement}")
-    if "auto" in chosen:
-        seen = auto.describe(text.sample, text.bytes)
-        chosen["auto"], reasons = auto.refined(lambda below: resolve("auto", below=below), seen, placement)
-        for reason in reasons:
-            note(f"auto: {reason}")
-    assumed = devices.assumptions(groups, str(placement))
-    for assumption in assumed:
+    note: Callable[[str], None] = (lambda text: None) if args.quiet else display.note
+    recipes = _recipes(args)
+    first = next(iter(recipes.values()))
+    threads = args.threads or (launcher.threads_per_process(args.nproc) if args.nproc > 1 else 0)
+    device_config = select_device(args.device, first.train.precision, threads, training=True)
+    bandwidth = args.interconnect and 1e9 * args.interconnect
+    groups = cluster.device_groups(counts, args.nproc, bandwidth, device_config.device)
+    startup = time.monotonic() - STARTED_AT
+    document_format = DocumentFormat(args.documents, args.format_, args.fields, args.on_error)
+    text = planning.read_text(args.data, args.val, document_format, args.include, first, note)
+    note(
+        f"{text.documents:,} documents, {text.bytes:,} bytes to train on; "
+        f"trying {', '.join(recipes)} on {device_config}"
+    )
+    if "auto" in recipes:
+        recipes["auto"] = _chosen_by_auto(args, text, device_config, note)
+    assumptions = cluster.assumptions(groups, str(device_config))
+    for assumption in assumptions:
         note(assumption)
-    planner = planning.Planner(text, placement, startup, Company(nproc - 1, placement) if groups[0].here else None)
-    told = [advice.advise([planner.plan(name, recipe, group) for name, recipe in chosen.items()]) for group in groups]
-    rows = [{**dataclasses.asdict(plan), "bits_per_byte": planning.rounded(plan.bits_per_byte)}
-            for plans, _ in told for plan in plans]
-    columns, several = list(rows[0]), bool(assumed)
-    display.print_rows([{**row, "assumptions": assumed} for row in rows], columns, as_json,
-                       _readable_of_several if several else _readable)
-    if sys.stdout.isatty() and not as_json:
-        for row in rows:
-            print(f"{row['preset']}{_on(row['devices']) if several else ''}: {row['advice']} ({_parts(row)})")
-    for group, (_, best) in zip(groups, told):
-        note(f"{_on(group.count).strip()}: {best}" if len(groups) > 1 else best)
+    load = BackgroundLoad(args.nproc - 1, device_config) if groups[0].local else None
+    planner = planning.Planner(text, device_config, startup, load)
+    advised = [
+        advice.advise([planner.plan(name, recipe, group) for name, recipe in recipes.items()])
+        for group in groups
+    ]
+    rows = output.rows([plan for plans, _ in advised for plan in plans])
+    many = bool(assumptions)
+    display.print_rows(
+        [{**row, "assumptions": assumptions} for row in rows],
+        list(rows[0]),
+        args.as_json,
+        lambda row: output.readable(row, display.clock(row["seconds"]), many),
+    )
+    if sys.stdout.isatty() and not args.as_json:
+        print("\n".join(output.advice(rows, many)))
+    for group, (_, best) in zip(groups, advised):
+        note(f"{output.devices(group.size)}: {best}" if len(groups) > 1 else best)
 
 
-def _readable(row) -> dict[str, str]:
-    """Column → cell of a table that fits on a terminal."""
-    from lmcli.display import clock
-
-    bits = row["bits_per_byte"]
-    return {"preset": row["preset"], "params": _short(row["parameters"]), "tokens": _short(row["tokens"]),
-            "epochs": f"{row['epochs']:,.2g}" if row["epochs"] < 100 else f"{row['epochs']:,.0f}",
-            "tok/par": f"{row['tokens_per_parameter']:,.2g}", "FLOPs": f"{row['flops']:.0e}".replace("e+", "e"),
-            "MB": f"{row['memory'] / 1e6:,.0f}", "tok/s": f"{row['tokens_per_second']:,.0f}",
-            "time": clock(row["seconds"]), "bits/byte": "–" if bits is None else f"about {bits}"}
-
-
-def _readable_of_several(row) -> dict[str, str]:
-    """The same where devices share a run: what one holds, what all do."""
-    alone = _readable(row)
-    waiting = row["seconds_communicating"] / row["seconds"] if row["seconds"] else 0
-    return {"preset": row["preset"], "devices": f"{row['devices']:,}", "idle": f"{row['idle_devices']:,}",
-            "weights": "sharded" if row["sharding"] == "sharded" else "whole", "MB each": alone["MB"],
-            "tok/s": alone["tok/s"], "× one": "–" if row["speedup"] is None else f"{row['speedup']:,.1f}",
-            "sends": f"{waiting:.0%}", "time": alone["time"], "bits/byte": alone["bits/byte"]}
+def _check(args: options.Arguments) -> list[int]:
+    """The numbers of devices to plan for; UsageError for options that exclude each other."""
+    counts = [count for numbers in args.counts for count in numbers]
+    if not args.data and sys.stdin.isatty():
+        raise UsageError(
+            "nothing to plan for: give DATA, or pipe text in", hint="see lm plan --help"
+        )
+    if counts and args.nproc > 1:
+        raise UsageError(
+            "--nproc plans for processes on this machine, --devices for a cluster",
+            hint="leave one of them out",
+        )
+    if args.interconnect and not counts and args.nproc == 1:
+        raise UsageError(
+            "--interconnect connects several devices", hint="say how many, with --devices"
+        )
+    return counts
 
 
-def _on(count: int) -> str:
-    return f" on {count:,} devices" if count > 1 else " on 1 device"
+def _resolve(args: options.Arguments, preset: str, defaults: Mapping[str, Any]) -> "Recipe":
+    from lmcli import recipes
+
+    train = {
+        "time": args.time_,
+        "steps": args.steps,
+        "tokens": args.tokens,
+        "epochs": args.epochs,
+        "precision": None if args.dtype == "auto" else args.dtype,
+    }
+    return recipes.resolve(preset, args.sets, train, defaults)
 
 
-def _parts(row) -> str:
-    """Where the memory goes."""
-    parts = (f"{name} {row[name] / 1e6:,.0f}" for name in ("weights", "gradients", "optimizer", "activations"))
-    return f"{', '.join(parts)}, the program {row['process'] / 1e6:,.0f} MB"
+def _recipes(args: options.Arguments) -> dict[str, "Recipe"]:
+    """The recipes to plan by their names; UsageError for one that cannot be planned."""
+    from lmcli import recipes
+
+    resolved = {name: _resolve(args, name, {}) for name in args.presets or PRESETS}
+    for name, recipe in resolved.items():
+        recipes.require_budget(recipe, name)
+        recipes.refuse_partial_training(recipe)
+    return resolved
 
 
-def _short(number) -> str:
-    """"1.2M"."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:,.1f}{unit}"
-    return str(number)
+def _chosen_by_auto(
+    args: options.Arguments,
+    text: "PlannedText",
+    device_config: "DeviceConfig",
+    note: Callable[[str], None],
+) -> "Recipe":
+    """The recipe that preset auto chooses for this text and machine, as lm train does."""
+    from lmcli.planning.auto_preset import AutoPreset
+
+    auto = AutoPreset(lambda defaults: _resolve(args, "auto", defaults))
+    recipe, reasons = auto.for_text(text.sample, text.bytes, device_config)
+    for reason in reasons:
+        note(f"auto: {reason}")
+    return recipe

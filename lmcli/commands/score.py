@@ -1,15 +1,31 @@
 """lm score: how likely a model finds each line, word or token."""
 
 import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lmcli.commands import options
 from lmcli.errors import UsageError
 
+if TYPE_CHECKING:
+    from lmcli.data.output_file import OutputFile
+    from lmcli.data.schema import ScoringFields
+    from lmcli.evaluation.signature import LineTotals
+    from lmcli.output.score import RecordRows
 
-@click.command(epilog="""\b
-Examples:
+# options that choose the form of the rows; any two of them exclude each other
+FORMS = {
+    "pairs": "--pairs",
+    "choices_field": "--choices-field",
+    "worst": "--worst",
+    "color": "--color",
+    "alternatives": "--alternatives",
+}
+
+
+@options.command("""
   lm score -m runs/s notes.txt
   echo "To be or not to be" | lm score -m runs/s --per word
   lm score -m runs/s --per token --alternatives 3 notes.txt
@@ -18,29 +34,58 @@ Examples:
   lm score -m runs/s --prefix-field question --choices-field options quiz.jsonl
   lm score -m bert --pll within-word --pairs blimp.jsonl
   lm score -m marian-en-de pairs.tsv
-  tail -f chat.log | lm score -m runs/s --no-header""")
-@click.argument("files", nargs=-1, metavar="[FILE]...")
+  tail -f chat.log | lm score -m runs/s --no-header
+""")
+@options.files
 @options.model
-@click.option("--per", type=click.Choice(["record", "word", "token"]), help="What a row is for.  [default: record]")
-@click.option("--alternatives", type=click.IntRange(min=1), metavar="N",
-              help="Beside each token its rank, the entropy in bits and the N likeliest; means --per token.")
-@click.option("--prefix", metavar="TEXT", help="Score each record as it goes on from this text.")
-@click.option("--prefix-field", metavar="FIELD", help="Score each record as it goes on from this field of its row.")
-@click.option("--join", "between", metavar="TEXT", help="Put between both.  [default: a space, unless one is there]")
-@click.option("--choices-field", metavar="FIELD", help="Tell which text of this field's list is the likeliest.")
-@click.option("--pairs", is_flag=True, help="Score two texts of each row, as of BLiMP and CrowS-Pairs, or two --field.")
-@click.option("--pll", type=click.Choice(["original", "within-word"]), default="original", show_default=True,
-              help="What an encoder masks: each token, or with it the rest of its word.")
-@click.option("--worst", type=click.IntRange(min=1), metavar="N",
-              help="Write only the N records with the most bits per byte, at the end or when interrupted.")
-@click.option("--color", is_flag=True, help="Write the text itself, its tokens painted by surprisal.")
-@click.option("--base", type=click.Choice(["2", "e"]), default="2", show_default=True,
-              help="Unit of surprisal and entropy: bits or nats. logprob is always nats.")
-@click.option("--eos/--no-eos", default=False, help="Score the closing token after each record too.")
-@options.beginning
-@click.option("--context", type=click.IntRange(min=2), help="Tokens of a window.  [default: the model's context]")
-@click.option("--stride", type=click.IntRange(min=1), help="Tokens a window adds.  [default: half the context]")
-@click.option("--header/--no-header", default=True, help="Name the columns in a first line.")
+@options.choice(
+    "--per", values=["record", "word", "token"], help="What gets a row.  [default: record]"
+)
+@options.number(
+    "--alternatives",
+    metavar="N",
+    help="With each token its rank, the entropy in bits and the N most likely tokens; implies "
+    "--per token.",
+)
+@click.option("--prefix", metavar="TEXT", help="Score each record as a continuation of TEXT.")
+@click.option(
+    "--prefix-field",
+    metavar="FIELD",
+    help="Score each record as a continuation of this field of its row.",
+)
+@click.option(
+    "--join", metavar="TEXT", help="Put between them.  [default: a space, unless there is one]"
+)
+@click.option(
+    "--choices-field", metavar="FIELD", help="Find the most likely text of this field's list."
+)
+@options.flag(
+    "--pairs", help="Score two texts per row: those of BLiMP or CrowS-Pairs, or of two --field."
+)
+@options.choice(
+    "--pll",
+    values=["original", "within-word"],
+    default="original",
+    show_default=True,
+    help="Pseudo-log-likelihood: mask one token, or also the rest of its word.",
+)
+@options.number(
+    "--worst",
+    metavar="N",
+    help="Write only the N records with the most bits per byte, at the end or when interrupted.",
+)
+@options.flag("--color", help="Write the text itself, its tokens colored by surprisal.")
+@options.choice(
+    "--base",
+    values=["2", "e"],
+    default="2",
+    show_default=True,
+    help="Unit of surprisal and entropy: bits or nats; logprob is always in nats.",
+)
+@options.flag("--eos/--no-eos", default=False, help="Score the EOS token of each record too.")
+@options.bos
+@options.windows
+@options.header
 @options.json_output
 @options.reading
 @options.writing
@@ -48,94 +93,114 @@ Examples:
 @options.batch_tokens
 @options.quiet
 @options.verbose
-@options.several
-def score(files, model, pll, eos, bos, context, stride, header, format_, fields, include, on_error, output, resume, device,
-          dtype, threads, batch_tokens, quiet, verbose, crew, **form):
+@options.multiprocess
+def score(args: options.Arguments) -> None:
     """Scores records (lines): natural-log probability, scored tokens, bytes, bits per byte.
 
-    A decoder gives the log-probability of a text, an encoder–decoder that of the target of a row or of a line
-    source<TAB>target, an encoder the pseudo-log-likelihood; --json names it as method. Tab-separated columns, a line for
-    each record in the order read; with --per word or token a line for each of those. A model with a beginning token
-    scores a record's first token too; without one the first token is context only.
+    A decoder gives the log-probability of a text; an encoder–decoder that of the target of a row or
+    of a line source<TAB>target; an encoder the pseudo-log-likelihood (field method of --json).
+    Columns are tab-separated, one line per record in input order; with --per word or token one line
+    for each of those. With a BOS token a record's first token is scored too; without one it is
+    only context. What each number means: lm help numbers.
     """
-    from lmcli.analysis import score_rows, signature
-    from lmcli.inference.ordering import growing
-    from lmcli.inference.scoring import Score
+    per = _check(args)
+    files: list[str] = []
+    if args.pool.is_leader:
+        files = options.input_files(args.files, args.include, args.quiet)
+    from lmcli.data.length_batching import doubling_batches
+    from lmcli.data.output_file import OutputFile
+    from lmcli.data.rows import RowReader, unfinished_batches
+    from lmcli.evaluation.signature import LineTotals
     from lmcli.model.device import dtype_name
-    from lmcli.text import records
+    from lmcli.output import score as output
 
-    per = _check(form, fields, resume)
-    names = options.input_files(files, include, quiet) if crew.leads else ()
-    loaded = options.load_model(model, device, dtype, threads, verbose)
-    scorer = loaded.scorer(bos, eos, context, stride, batch_tokens or 0, pll == "within-word")
-    style = score_rows.Style(form["as_json"], form["base"], scorer.method, form["between"])
-    rows = score_rows.chosen(style, per, **{name: form[name] for name in FORMS})
-    errand = score_rows.errand(scorer, rows, form["alternatives"] or 0)
-    if not crew.leads:
-        return crew.follow(errand)
-    reader = records.Reader(format_, fields, on_error, _asked(form, fields, scorer.method))
-    if form["color"] and sys.stdout.isatty() and not quiet:
-        click.echo(f"lm: {score_rows.legend()}", err=True)
-    with records.Output(output, resume) as out:
-        header = header and not form["as_json"] and bool(rows.columns)
-        done = out.lines_kept - int(header and out.lines_kept > 0)
-        if header and not out.lines_kept:
-            out.write("\t".join(rows.columns) + "\n")
-        signable = verbose and not resume and reader.take is None and scorer.method == "causal"
-        tally = signature.Tally(scorer) if signable else None
-        counting = form["worst"] or form["pairs"]
-        parts = (part for batch in reader.batches(names) for part in growing(batch))
+    model = options.load_model(args.model, args)
+    scorer = model.scorer(
+        args.bos,
+        args.eos,
+        args.context,
+        args.stride,
+        args.batch_tokens or 0,
+        within_word=args.pll == "within-word",
+    )
+    style = output.ScoreFormat(args.as_json, args.base, scorer.method, args.join)
+    rows = output.row_format(style, per, **{name: getattr(args, name) for name in FORMS})
+    task = output.remote_task(scorer, rows, args.alternatives or 0)
+    if not args.pool.is_leader:
+        return args.pool.serve(task)
+    reader = RowReader(args.format_, args.fields, args.on_error, _fields(args, scorer.method))
+    if args.color and sys.stdout.isatty() and not args.quiet:
+        click.echo(f"lm: {output.color_legend()}", err=True)
+    header = rows.columns if args.header and not args.as_json else ()
+    signable = args.verbose and not args.resume and reader.extract is None
+    totals = LineTotals(scorer) if signable and scorer.method == "causal" else None
+    with OutputFile(args.output, args.resume) as out:
+        finished = options.write_header(out, header)
+        batches = (part for batch in reader.batches(files) for part in doubling_batches(batch))
+        todo = unfinished_batches(batches, finished, args.pairs)
         try:
-            for (part, written), found in crew.in_order(records.unwritten(parts, done, form["pairs"]), errand):
-                for place, (record, (text, figures)) in enumerate(zip(part, found)):
-                    scores = [Score(*one) for one in figures] if tally or counting else ()
-                    if tally:
-                        tally.add(record.text, scores[0])
-                    if counting:
-                        rows.take(record, scores)
-                    if place >= written:
-                        out.write(text)
-                out.flush()
-        finally:  # an interrupted run tells what it has found
-            for text in rows.rows() if form["worst"] else ():
+            _write(out, args.pool.map_in_order(todo, task), rows, totals)
+        finally:  # an interrupted run reports what it has
+            for text in rows.remaining():
                 out.write(text)
-            if form["pairs"] and not quiet:
-                click.echo(f"lm: {rows.summary()}", err=True)
-    if tally and tally.figures.tokens:
-        click.echo(f"lm: {tally.signed(loaded.folder, dtype_name(loaded.placement.dtype))}", err=True)
-    if reader.skipped and not quiet:
-        click.echo(f"lm: {reader.skipped} bad records left out", err=True)
+            if (summary := rows.summary()) and not args.quiet:
+                click.echo(f"lm: {summary}", err=True)
+    if totals and totals.figures.tokens:
+        dtype = dtype_name(model.device_config.dtype)
+        assert model.folder is not None  # it was loaded from one
+        click.echo(f"lm: {totals.signature(model.folder, dtype)}", err=True)
+    options.report_skipped(reader.skipped, args.quiet)
 
 
-# options that choose what a row is; any two of them exclude each other
-FORMS = {"pairs": "--pairs", "choices_field": "--choices-field", "worst": "--worst", "color": "--color",
-         "alternatives": "--alternatives"}
+def _write(
+    out: "OutputFile", scored: Iterable[Any], rows: "RecordRows", totals: "LineTotals | None"
+) -> None:
+    """Writes each batch of ((records, how many are written already), results) and counts it."""
+    from lmcli.scoring.scorer import Score
+
+    for (records, written), results in scored:
+        for number, (record, (text, figures)) in enumerate(zip(records, results)):
+            scores = [Score(*of_text) for of_text in figures]
+            rows.count(record, scores)
+            if totals:
+                totals.add(record.text, scores[0])
+            if number >= written:
+                out.write(text)
+        out.flush()
 
 
-def _check(form, fields, resume):
-    """What pieces a row is for; raises UsageError for options that do not go together."""
-    chosen = [option for name, option in FORMS.items() if form[name]]
-    if len(chosen) > 1:
-        raise UsageError(f"{chosen[0]} and {chosen[1]} exclude each other")
-    per = form["per"] or ("token" if form["alternatives"] else "record")
-    if chosen and per != ("token" if form["alternatives"] else "record"):
-        raise UsageError(f"--per {per} and {chosen[0]} exclude each other")
-    if form["prefix"] and form["prefix_field"]:
-        raise UsageError("--prefix and --prefix-field exclude each other")
-    if form["pairs"] and (form["prefix"] or form["prefix_field"]):
-        raise UsageError("--pairs scores whole texts: leave the prefix out")
-    if resume and form["worst"]:
-        raise UsageError("--continue and --worst exclude each other")
-    if resume and per != "record" and not form["as_json"]:
-        raise UsageError(f"--continue cannot count records in rows of a {per} each",
-                         hint="add --json, which writes a line a record")
+def _check(args: options.Arguments) -> str:
+    """What gets a row: record, word or token; UsageError for options that exclude each other."""
+    forms = [option for name, option in FORMS.items() if getattr(args, name)]
+    pieces = "token" if args.alternatives else "record"
+    per = args.per or pieces
+    excluding = [
+        forms[:2] if len(forms) > 1 else [],
+        [f"--per {per}", forms[0]] if forms and per != pieces else [],
+        ["--prefix", "--prefix-field"] if args.prefix and args.prefix_field else [],
+        ["--pairs", "--prefix"] if args.pairs and (args.prefix or args.prefix_field) else [],
+        ["--continue", "--worst"] if args.resume and args.worst else [],
+    ]
+    for options_ in excluding:
+        if options_:
+            raise UsageError(
+                f"{options_[0]} and {options_[1]} exclude each other", hint="leave one of them out"
+            )
+    if args.resume and per != "record" and not args.as_json:
+        raise UsageError(f"--continue cannot resume rows of {per}s", hint="add --json")
     return per
 
 
-def _asked(form, fields, method):
-    """What the reader takes of a row; None where it is the text alone."""
-    from lmcli.text.asked import Asked
+def _fields(args: options.Arguments, method: str) -> "ScoringFields | None":
+    """The fields that a row is scored by; None for its text alone."""
+    from lmcli.data.schema import ScoringFields
 
-    asked = Asked(fields, form["pairs"], method == "conditional", form["prefix"] or "", form["prefix_field"] or "",
-                  form["choices_field"] or "")
-    return None if asked == Asked(fields) else asked
+    fields = ScoringFields(
+        args.fields,
+        args.pairs,
+        method == "conditional",
+        args.prefix or "",
+        args.prefix_field or "",
+        args.choices_field or "",
+    )
+    return None if fields == ScoringFields(args.fields) else fields

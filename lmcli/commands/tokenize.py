@@ -1,107 +1,98 @@
-"""lm tokenize: text ↔ ids, and learning a BPE."""
+"""lm tokenize: text to token ids and back, and learning a BPE."""
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lmcli.commands import options
 from lmcli.errors import UsageError
 
+if TYPE_CHECKING:
+    from lmcli.data.rows import Record, RowReader
+    from lmcli.text.tokenizer import Tokenizer
 
-@click.command(epilog="""\b
-Examples:
+MODES = ("decode", "pieces", "offsets", "count", "train")
+
+
+@options.command("""
   echo "Hello world" | lm tokenize -m runs/s
   lm tokenize -m runs/s notes.txt | lm tokenize -m runs/s --decode
   lm tokenize -m runs/s --count *.txt
-  lm tokenize --train -o tok --vocab-size 8000 notes.txt""")
-@click.argument("files", nargs=-1, metavar="[FILE]...")
+  lm tokenize --train -o tok --vocab-size 8000 notes.txt
+""")
+@options.files
 @options.model
-@click.option("--decode", is_flag=True, help="Ids back to text, a record a line.")
-@click.option("--pieces", is_flag=True, help="Write the vocabulary's tokens instead of ids.")
-@click.option("--offsets", is_flag=True, help="Write each id as id:start:end, in bytes.")
-@click.option("--count", is_flag=True, help="Write the number of tokens of each record.")
-@click.option("--truncate", type=click.IntRange(min=0), metavar="N", help="Keep the first N tokens.")
-@click.option("--special", is_flag=True, help="Put the tokenizer's special tokens around each record, and show them.")
-@click.option("--train", "learn", is_flag=True, help="Learn a byte-level BPE from the files, into the folder -o.")
-@click.option("--vocab-size", type=click.IntRange(min=257), default=None, help="Vocabulary to learn.  [default: 4096]")
-@click.option("--pattern", type=click.Choice(["gpt2", "qwen2"]), default=None,
-              help="How learning splits words.  [default: gpt2]")
+@options.flag("--decode", help="Decode ids to text, one record per line.")
+@options.flag("--pieces", help="Write tokens instead of ids.")
+@options.flag("--offsets", help="Write each id as id:start:end, in bytes.")
+@options.flag("--count", help="Write the number of tokens of each record.")
+@options.number("--truncate", at_least=0, metavar="N", help="Keep the first N tokens.")
+@options.flag("--special", help="Add the tokenizer's special tokens to each record.")
+@options.flag("--train", help="Learn a byte-level BPE from the files, into the folder of -o.")
+@options.number("--vocab-size", at_least=257, help="Vocabulary to learn.  [default: 4096]")
+@options.choice(
+    "--pattern", values=["gpt2", "qwen2"], help="How learning splits words.  [default: gpt2]"
+)
 @options.json_output
 @options.reading
 @options.writing
 @options.quiet
-def tokenize(files, model, decode, pieces, offsets, count, truncate, special, learn, vocab_size, pattern, as_json,
-             format_, fields, include, on_error, output, resume, quiet):
-    """Encodes records (lines) as token ids separated by spaces, a record a line.
+def tokenize(args: options.Arguments) -> None:
+    """Encodes records (lines) as token ids separated by spaces, one record per line.
 
-    MODEL is a model folder, a tokenizer.json, or a folder with vocab.json and merges.txt. Special tokens spelled out in
-    the text are recognised. Text that comes back through --decode is the same to the last byte with a byte-level
-    tokenizer.
+    MODEL is a model folder, a tokenizer.json, or a folder with vocab.json and merges.txt. Special
+    tokens in the text are recognized. With a byte-level tokenizer --decode restores every byte.
     """
-    if sum((decode, pieces, offsets, count, learn)) > 1:
-        raise UsageError("only one of --decode, --pieces, --offsets, --count, --train makes sense at a time")
-    if not learn and (vocab_size or pattern):
-        raise UsageError("--vocab-size and --pattern belong to --train")
-    if learn:
-        return _learn(options.input_files(files, include, quiet), output, vocab_size, pattern,
-                      (format_, fields, on_error), quiet)
-    options.need_model(model)
+    modes = [f"--{mode}" for mode in MODES if getattr(args, mode)]
+    if len(modes) > 1:
+        raise UsageError(f"{modes[0]} and {modes[1]} exclude each other", hint="choose one")
+    if args.train:
+        return _learn(args)
+    if args.vocab_size or args.pattern:
+        raise UsageError("--vocab-size and --pattern need --train", hint="add --train -o DIR")
+    options.need_model(args.model)
     from lmcli.checkpoints import hub
-    from lmcli.text import records
+    from lmcli.data.output_file import OutputFile
+    from lmcli.data.rows import RowReader
+    from lmcli.output.tokenize import TokenFormat
     from lmcli.text import tokenizer as tokenizers
 
-    tokenizer = tokenizers.load(hub.find(model, weights=False))
-    reader = records.Reader(format_, fields, on_error)
-    show = {"pieces": pieces, "offsets": offsets, "count": count}
-    with records.Output(output, resume) as out:
-        left = out.lines_kept
-        for batch in reader.batches(options.input_files(files, include, quiet)):
-            batch, left = list(islice(batch, left, None)), max(0, left - len(batch))
-            lines = _decoded(batch, tokenizer, reader) if decode else _encoded(batch, tokenizer, show, truncate, special)
-            for record, line in zip(batch, lines):
+    tokenizer = tokenizers.load(hub.find(args.model, weights=False))
+    reader = RowReader(args.format_, args.fields, args.on_error)
+    style = TokenFormat(args.pieces, args.offsets, args.count, args.truncate, args.special)
+    with OutputFile(args.output, args.resume) as out:
+        finished = out.resumed_lines  # records that --continue skips
+        for batch in reader.batches(options.input_files(args.files, args.include, args.quiet)):
+            records, finished = list(islice(batch, finished, None)), max(0, finished - len(batch))
+            lines: Iterable[tuple[str, dict[str, Any]] | None]
+            if args.decode:
+                lines = _decoded(records, tokenizer, reader)
+            else:
+                lines = style.encode(records, tokenizer)
+            for record, line in zip(records, lines):
                 if line is None:
                     continue
                 text, facts = line
-                if as_json:
-                    out.write(json.dumps({**(record.fields or {}), **facts}, ensure_ascii=False) + "\n")
+                if args.as_json:
+                    fields = {**(record.fields or {}), **facts}
+                    out.write(json.dumps(fields, ensure_ascii=False) + "\n")
                 else:
                     out.write(text + ("\n" if record.newline else ""))
             out.flush()
-    if reader.skipped and not quiet:
-        click.echo(f"lm: {reader.skipped} bad records left out", err=True)
+    options.report_skipped(reader.skipped, args.quiet)
 
 
-def _encoded(batch, tokenizer, show, truncate, special):
-    """(line, JSON fields) of each record."""
-    texts = [record.text for record in batch]
-    if show["offsets"]:
-        encoded = tokenizer.encode_with_ends(texts)
-    else:
-        encoded = [(ids, None) for ids in tokenizer.encode_batch(texts)]
-    for record, (ids, ends) in zip(batch, encoded):
-        starts = [0, *ends[:-1]] if ends else []
-        ids = ids if truncate is None else ids[:truncate]
-        spans = list(zip(starts, ends or []))[:len(ids)]
-        if special:
-            ids = tokenizer.prefix + ids + tokenizer.suffix
-            spans = [(0, 0)] * len(tokenizer.prefix) + spans + [(len(record.text.encode()),) * 2] * len(tokenizer.suffix)
-        tokens = tokenizer.pieces(ids) if show["pieces"] else None
-        facts = {"text": record.text, "ids": ids, **({"pieces": tokens} if tokens is not None else {}),
-                 **({"offsets": spans} if show["offsets"] else {}), "count": len(ids)}
-        if show["count"]:
-            yield str(len(ids)), facts
-        elif show["offsets"]:
-            yield " ".join(f"{index}:{start}:{end}" for index, (start, end) in zip(ids, spans)), facts
-        else:
-            yield " ".join(tokens if tokens is not None else map(str, ids)), facts
+def _decoded(
+    records: Sequence["Record"], tokenizer: "Tokenizer", reader: "RowReader"
+) -> Iterator[tuple[str, dict[str, Any]] | None]:
+    """(text, JSON fields) of each record of ids; None for a bad one that is skipped."""
+    from lmcli.data.rows import bad_record
 
-
-def _decoded(batch, tokenizer, reader):
-    """(text, JSON fields) of each record of ids; None for a bad one that is to be left out."""
-    from lmcli.text.records import bad_record
-
-    for record in batch:
+    for record in records:
         try:
             ids = [_id(word, tokenizer.size) for word in record.text.split()]
         except ValueError as error:
@@ -114,33 +105,40 @@ def _decoded(batch, tokenizer, reader):
         yield text, {"ids": ids, "text": text}
 
 
-def _id(word, size):
+def _id(word: str, size: int) -> int:
     if not word.isdecimal():
-        raise ValueError(f"{word!r} is no token id")
+        raise ValueError(f"{word!r} is not a token id")
     if int(word) >= size:
         raise ValueError(f"id {word} is outside 0 to {size - 1}, the tokenizer's ids")
     return int(word)
 
 
-def _learn(files, output, vocab_size, pattern, reading, quiet):
-    if not output:
-        raise UsageError("where to? --train needs -o DIR")
-    from pathlib import Path
-
+def _learn(args: options.Arguments) -> None:
+    """Learns a BPE from the files and saves it."""
+    paths = options.input_files(args.files, args.include, args.quiet)
+    if not args.output:
+        raise UsageError("--train needs an output folder", hint="name it with -o DIR")
     from lmcli.config import TokenizerConfig
+    from lmcli.data.corpus import learn_tokenizer
+    from lmcli.data.documents import DocumentFormat, pin_stdin, survey
     from lmcli.storage import user_errors
-    from lmcli.text import tokenizer as tokenizers
-    from lmcli.text.documents import Layout, pin_stdin
 
-    folder = Path(output)
+    folder = Path(args.output)
     if (folder / "tokenizer.json").exists():
-        raise UsageError("holds a tokenizer already", where=output, hint="choose another folder with -o")
-    config = TokenizerConfig(vocab_size or 4096, pattern or "gpt2")
-    layout = Layout("file", *reading)
-    documents, _ = layout.survey([pin_stdin() if file == "-" else file for file in files])
-    learnt = tokenizers.learn_from(documents, layout, config,
-                                   lambda text: None if quiet else click.echo(f"lm: {text}", err=True))
+        raise UsageError(
+            "holds a tokenizer already", where=args.output, hint="choose another folder with -o"
+        )
+
+    def note(text: str) -> None:
+        if not args.quiet:
+            click.echo(f"lm: {text}", err=True)
+
+    config = TokenizerConfig(args.vocab_size or 4096, args.pattern or "gpt2")
+    document_format = DocumentFormat("file", args.format_, args.fields, args.on_error)
+    files = [pin_stdin() if path == "-" else path for path in paths]
+    documents = survey(files, document_format).documents
+    tokenizer = learn_tokenizer(documents, document_format, config, note)
     with user_errors(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
-    learnt.save(folder, None)
-    click.echo(output)
+    tokenizer.save(folder, None)
+    click.echo(args.output)

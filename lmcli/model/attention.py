@@ -1,227 +1,219 @@
-"""Attention: masks, softmax(QKᵀ/√d)V as one reads it and as it runs fast, and the key–value cache."""
+"""Attention: masks, softmax(QKᵀ/√D)V, and the key–value cache. Letters as in `layers`."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
-from lmcli.model import fused
-from lmcli.model.layers import Linear, RMSNorm, rotate, together
+from lmcli.model.layers import Linear, RMSNorm, rotate
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-              scale: float | None = None) -> Tensor:
-    """softmax(QKᵀ/√d)V (Vaswani et al. 2017), written to be read; `fast_attention` gives the same numbers.
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
+    """softmax(QKᵀ/√D)V (Vaswani et al. 2017), (B, H, T, D).
 
-    query (B, H, T, D); key and value (B, H, S, D); mask, broadcast to (B, H, T, S), is True where a query may look, or
-    numbers to add to the scores; `scale` is 1/√D unless given (T5: 1).
+    query (B, H, T, D); key and value (B, H, S, D). `mask`, broadcast to (B, H, T, S), is True where
+    a query attends to a key, or holds numbers to add to the scores. `scale` None is 1/√D (T5: 1).
     """
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)  # (B, H, T, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = query @ key.transpose(-2, -1) * scale  # (B, H, T, S)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask.to(scores.dtype)
     weights = scores.softmax(dim=-1)  # (B, H, T, S)
     return weights @ value  # (B, H, T, D)
 
 
-def fast_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool,
-                   scale: float | None = None) -> Tensor:
-    """The same by torch's fused kernel; `causal` stands for a causal mask that need not be built."""
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(T, S) bool: each of the last T of S positions attends to itself and all before it."""
+    at = torch.arange(keys, device=device)
+    return at <= at[keys - queries :, None]
 
 
-def visible(read: int, seen: int, causal: bool, window: int, real: Tensor | None, device: torch.device) -> Tensor | None:
-    """Where each of the last T of S positions may look, (B or 1, 1, T, S) bool; None when nothing but `causal` limits it.
+def attention_mask(
+    queries: int,
+    keys: int,
+    causal: bool,
+    window: int,
+    token_mask: Tensor | None,
+    device: torch.device,
+) -> Tensor | None:
+    """Where the last T of S positions attend, (B or 1, 1, T, S) bool; None if `causal` says it all.
 
-    `window` is how many tokens a causal position sees, itself included, or how far one looks to each side otherwise; 0
-    is no limit. `real` (B, S) is True for tokens that are no padding. A padding position looks at itself, so that its
-    softmax exists.
+    `window` is how many tokens a causal position sees, itself included, or how far a bidirectional
+    one sees to each side; 0 is no limit. `token_mask` (B, S) is False for padding. A padding
+    position attends to itself, so that its softmax exists.
     """
-    near = 0 < window < seen
-    if real is None and not near:
+    limited = 0 < window < keys
+    if token_mask is None and not limited:
         return None
-    at = torch.arange(seen, device=device)
-    back = at[seen - read:, None] - at  # (T, S): how far before the query a key stands
+    at = torch.arange(keys, device=device)
+    back = at[keys - queries :, None] - at  # (T, S): how far before its query a key is
     allowed = back >= 0 if causal else torch.ones_like(back, dtype=torch.bool)
-    if near:
+    if limited:
         allowed = allowed & (back < window if causal else back.abs() <= window)
-    if real is None:
+    if token_mask is None:
         return allowed[None, None]
-    return (allowed & (real[:, None, :] | (back == 0)))[:, None]
+    return (allowed & (token_mask[:, None, :] | (back == 0)))[:, None]
 
 
-class Memory(NamedTuple):
-    """What a decoder reads of an encoder: hidden states (B, S, C), and (B, S) bool, True where they are no padding."""
+def document_mask(document_start: Tensor, mask: Tensor | None) -> Tensor:
+    """A causal `mask` (None: no other limit) without the keys before `document_start` (B, T)."""
+    at = torch.arange(document_start.shape[1], device=document_start.device)
+    allowed = (at <= at[:, None]) & (at >= document_start[:, :, None])  # (B, T, T)
+    return allowed[:, None] if mask is None else allowed[:, None] & mask  # (B, 1, T, T)
+
+
+class EncoderOutput(NamedTuple):
+    """What a decoder reads of an encoder: states (B, S, C), and (B, S) bool, False for padding."""
 
     states: Tensor
-    real: Tensor | None = None
-
-
-class Packed(NamedTuple):
-    """Rows laid one behind another in a single row, in groups of equal length: (rows, length) of each, in order."""
-
-    groups: tuple[tuple[int, int], ...]
-
-    @property
-    def positions(self) -> Tensor:
-        """The place of each token in its own row, (1, N)."""
-        return torch.cat([torch.arange(length).repeat(rows) for rows, length in self.groups])[None]
+    token_mask: Tensor | None = None
 
 
 class KeyValueCache:
-    """Keys and values of all decoder layers, allocated once and filled from the left; `length` positions are filled.
+    """Keys and values of all decoder layers, allocated once; the first `length` positions are set.
 
-    `cross` holds those of an encoder's output, made once by each layer that reads it.
+    `cross` holds the keys and values of an encoder's output, computed once per layer.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
+    def __init__(
+        self,
+        config: ModelConfig,
+        rows: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        shape = (layers, rows, heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)  # (layers, B, K, capacity, D)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.cross: dict[int, tuple[Tensor, Tensor]] = {}
         self.capacity, self.length = capacity, 0
 
     def add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (B, K, T, D) behind what is there and returns all of it, (B, K, S, D) each."""
+        """Appends (B, K, T, D) to a layer; returns all its keys and values, (B, K, S, D) each."""
         end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length:end] = key
-        self.values[layer, :, :, self.length:end] = value
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Keeps and reorders rows (B', int64), as when some are finished or a beam forks."""
+        """Selects and reorders rows (B', int64), for finished texts and beams."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.cross = {layer: (key[rows], value[rows]) for layer, (key, value) in self.cross.items()}
 
 
-@dataclass
-class View:
-    """What the positions of a stack look at, made once a forward pass and the same for all layers of a kind.
+@dataclass(frozen=True)
+class AttentionContext:
+    """What the layers of a stack share in one forward pass.
 
-    `turn` is (cos, sin) of rotary positions, `mask` as for `attention`; without one a causal stack looks at what stands
-    before each position, any other at everything. Rows that are `packed` look at themselves. Only positions from `since`
-    on look, and have an outcome. With `firsts` (B, T) a position of a causal stack looks at none before the one it names.
+    `rotary` is (cos, sin) of the positions. `mask` is as in `attention`; without one, causal
+    positions attend to all before them and others to everything. Positions before `query_start`
+    are keys and values only: the layer returns the states of the others.
     """
 
-    turn: tuple[Tensor, Tensor] | None
+    rotary: tuple[Tensor, Tensor] | None
     mask: Tensor | None
     cache: KeyValueCache | None
-    memory: Memory | None
-    packed: Packed | None = None
-    since: int = 0
-    firsts: Tensor | None = None
-
-
-def apart(firsts: Tensor, mask: Tensor | None) -> Tensor:
-    """`mask` (of a causal stack; None: all that stands before), as in `attention`, but nothing before `firsts` (B, T)."""
-    at = torch.arange(firsts.shape[1], device=firsts.device)
-    allowed = ((at <= at[:, None]) & (at >= firsts[:, :, None]))[:, None]  # (B, 1, T, T)
-    if mask is None:
-        return allowed
-    return allowed & mask if mask.dtype == torch.bool else mask.masked_fill(~allowed, float("-inf"))
+    encoder_output: EncoderOutput | None
+    query_start: int = 0
 
 
 class Attention(nn.Module):
-    """Attention with grouped key–value heads (Ainslie et al. 2023) and, if asked, RMSNorm on queries and keys.
+    """Self-attention with grouped key–value heads (Ainslie et al. 2023).
 
-    Self-attention, or with `cross` from a decoder's positions to an encoder's output.
+    With `query_key_norm`, queries and keys are RMS-normalized per head.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, heads: int, head_dim: int, causal: bool, cross: bool = False):
+    def __init__(
+        self, config: ModelConfig, layer: int, heads: int, head_dim: int, causal: bool = True
+    ):
         super().__init__()
-        self.layer, self.head_dim, self.causal, self.cross, self.fast = layer, head_dim, causal, cross, True
-        self.scale = head_dim ** -0.5 if config.scale_attention else 1.0
-        keys = heads * config.num_key_value_heads // config.num_attention_heads
-        self.groups = heads // keys
+        self.layer, self.head_dim, self.causal = layer, head_dim, causal
+        self.scale = head_dim**-0.5 if config.scale_attention else 1.0
+        key_heads = heads * config.num_key_value_heads // config.num_attention_heads
+        self.groups = heads // key_heads
+        size, width, key_width = config.hidden_size, heads * head_dim, key_heads * head_dim
         biased = config.attention_bias != "none"
-        self.query = Linear(config.hidden_size, heads * head_dim, bias=biased)
-        self.key = Linear(config.hidden_size, keys * head_dim, bias=biased)
-        self.value = Linear(config.hidden_size, keys * head_dim, bias=biased)
-        self.output = Linear(heads * head_dim, config.hidden_size, bias=config.attention_bias == "all")
-        if config.query_key_norm:
-            self.query_norm = RMSNorm(head_dim, config.norm_eps)
-            self.key_norm = RMSNorm(head_dim, config.norm_eps)
-        self.normed = config.query_key_norm
+        self.query = Linear(size, width, bias=biased)
+        self.key = Linear(size, key_width, bias=biased)
+        self.value = Linear(size, key_width, bias=biased)
+        self.output = Linear(width, size, bias=config.attention_bias == "all")
+        normed = config.query_key_norm
+        self.query_norm = RMSNorm(head_dim, config.norm_eps) if normed else None
+        self.key_norm = RMSNorm(head_dim, config.norm_eps) if normed else None
 
-    def forward(self, x: Tensor, view: View) -> Tensor:
-        """(B, T, C) → (B, T, C), or of the view's positions `since` one on."""
-        since = 0 if self.cross else view.since
-        rows, read = x.shape[0], x.shape[1] - since
-        if self.cross:
-            query = self._queries(self.query(x))
-            key, value = self._remembered(view)
-            real = view.memory.real
-            mask = None if real is None else real[:, None, None, :]
-        else:
-            query, *others = together(x, self.query, self.key, self.value) if not since else (
-                self.query(x[:, since:]), *together(x, self.key, self.value))
-            query, (key, value) = self._queries(query), self._keys_and_values(*others)
-            if view.turn is not None:
-                cos, sin = (part.to(query.dtype) for part in view.turn)
-                query, key = rotate(query, cos[..., since:, :], sin[..., since:, :]), rotate(key, cos, sin)
-            if view.cache is not None:
-                key, value = view.cache.add(self.layer, key, value)  # (B, K, S, D)
-            mask = view.mask if view.firsts is None else apart(view.firsts, view.mask)
-            mask = mask if mask is None else mask[..., since:, :]
-        if view.packed is not None:
-            return self.output(self._attend_packed(query, key, value, view.packed))  # (1, N, C)
-        mixed = self._attend(query, key, value, mask)  # (B, H, T, D)
-        return self.output(mixed.transpose(1, 2).reshape(rows, read, -1))  # (B, T, C)
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """(B, T, C) → (B, T − query_start, C)."""
+        query, key, value = self.heads(x, context)
+        if context.cache is not None:
+            key, value = context.cache.add(self.layer, key, value)  # (B, K, S, D)
+        mask = None if context.mask is None else context.mask[..., context.query_start :, :]
+        mixed = self.attend(query, key, value, mask)  # (B, H, T, D)
+        return self.output(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
 
-    def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> Tensor:
-        """(1, N, H·D) of (1, H or K, N, D): attention within each of the rows."""
-        found, start = [], 0
-        for rows, length in packed.groups:
-            end = start + rows * length
-            own = (part[0, :, start:end].unflatten(1, (rows, length)).transpose(0, 1) for part in (query, key, value))
-            found.append(self._attend(*own, None).transpose(1, 2).reshape(rows * length, -1))
-            start = end
-        return torch.cat(found)[None]
+    def heads(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, D), keys and values (B, K, T, D), with rotary positions applied."""
+        start = context.query_start
+        projected = self.project(x, start)
+        query = self.split_heads(projected[0], self.query_norm)
+        key = self.split_heads(projected[1], self.key_norm)
+        value = self.split_heads(projected[2])
+        if context.rotary is not None:
+            cos, sin = (part.to(query.dtype) for part in context.rotary)
+            query = rotate(query, cos[..., start:, :], sin[..., start:, :])
+            key = rotate(key, cos, sin)
+        return query, key, value
 
-    def _queries(self, made: Tensor) -> Tensor:
-        """(B, T, H·D) → (B, H, T, D), normed if queries are."""
-        query = made.unflatten(-1, (-1, self.head_dim))
-        return (self.query_norm(query) if self.normed else query).transpose(1, 2)
+    def project(self, x: Tensor, query_start: int) -> tuple[Tensor, ...]:
+        """Queries (B, T − query_start, H·D), keys and values (B, T, K·D)."""
+        return self.query(x[:, query_start:]), *self.project_keys(x)
 
-    def _keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, K·D) → (B, K, S, D) each, keys normed if they are."""
-        key, value = (made.unflatten(-1, (-1, self.head_dim)) for made in (key, value))
-        return (self.key_norm(key) if self.normed else key).transpose(1, 2), value.transpose(1, 2)
+    def project_keys(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values, (B, S, K·D) each."""
+        return self.key(x), self.value(x)
 
-    def _remembered(self, view: View) -> tuple[Tensor, Tensor]:
-        if view.cache is None:
-            return self._keys_and_values(*together(view.memory.states, self.key, self.value))
-        if self.layer not in view.cache.cross:
-            view.cache.cross[self.layer] = self._keys_and_values(*together(view.memory.states, self.key, self.value))
-        return view.cache.cross[self.layer]
+    def split_heads(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """(B, T, heads·D) → (B, heads, T, D), normalized per head."""
+        x = x.unflatten(-1, (-1, self.head_dim))
+        return (x if norm is None else norm(x)).transpose(1, 2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        read, seen = query.shape[2], key.shape[2]
-        fast = self.fast and not _slow_backward(query)
-        if read == 1 and mask is None and self.groups > 1 and fast:
-            # one query a head: the heads of a group stand in for T, and keys need no copying
-            query = query.view(query.shape[0], -1, self.groups, self.head_dim)  # (B, K, H/K, D)
-            mixed = fast_attention(query, key, value, None, False, self.scale)
-            return mixed.reshape(query.shape[0], -1, 1, self.head_dim)
-        if self.causal and mask is None and read > 1 and fast and fused.active(query) and not query.requires_grad:
-            return fused.causal_attention(query, key, value, self.scale)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """`attention` of queries (B, H, T, D) to keys and values (B, K, S, D) of grouped heads."""
+        if self.causal and mask is None:
+            mask = causal_mask(query.shape[2], key.shape[2], query.device)
         if self.groups > 1:
             key = key.repeat_interleave(self.groups, dim=1)  # (B, H, S, D)
             value = value.repeat_interleave(self.groups, dim=1)
-        causal = self.causal and mask is None and read > 1
-        if causal and (read != seen or not fast):
-            at = torch.arange(seen, device=query.device)
-            causal, mask = False, at <= at[seen - read:, None]
-        if fast:
-            return fast_attention(query, key, value, mask, causal, self.scale)
         return attention(query, key, value, mask, self.scale)
 
 
-def _slow_backward(query: Tensor) -> bool:
-    """Whether plain products train faster than the fused kernel: on a CPU with short rows, whose backward pass takes most
-    of the kernel's time (4 × 128, context 128: 1.38 times the tokens per second; no gain at context 256)."""
-    return query.requires_grad and query.device.type == "cpu" and query.shape[2] <= 128
+class CrossAttention(Attention):
+    """Attention from the positions of a decoder to the output of an encoder."""
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        query = self.split_heads(self.query(x), self.query_norm)  # (B, H, T, D)
+        key, value = self.encoder_heads(context)  # (B, K, S, D)
+        assert context.encoder_output is not None
+        token_mask = context.encoder_output.token_mask
+        mask = None if token_mask is None else token_mask[:, None, None, :]  # (B, 1, 1, S)
+        mixed = self.attend(query, key, value, mask)  # (B, H, T, D)
+        return self.output(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
+
+    def encoder_heads(self, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's output, (B, K, S, D) each, cached if possible."""
+        if context.cache is not None and self.layer in context.cache.cross:
+            return context.cache.cross[self.layer]
+        assert context.encoder_output is not None
+        key, value = self.project_keys(context.encoder_output.states)
+        key, value = self.split_heads(key, self.key_norm), self.split_heads(value)
+        if context.cache is not None:
+            context.cache.cross[self.layer] = key, value
+        return key, value

@@ -1,82 +1,117 @@
-"""Hidden states → log-probabilities of targets: the one place where a training loss, a score and a perplexity are made."""
+"""Hidden states → log-probabilities of targets: every loss, score and perplexity is made here."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmcli.model import fused, head_loss
+from lmcli.model.memory import logit_rows
+
+Head = Callable[[Tensor], Tensor]  # hidden states (…, C) → logits (…, V)
 
 
-class Readings(NamedTuple):
-    """What a model says at N positions. `logprobs` (N,) of the targets and, where asked for, `inside` (N,) of any token of
-    a set, in nats; `entropy` (N,) in nats; `ranks` (N,) of the targets, 1 for the likeliest; the likeliest `tokens` (N, K)
-    and their log-probabilities `best` (N, K)."""
+@runtime_checkable
+class LossHead(Protocol):
+    """A head that computes losses itself, without holding all logits; see `summed_loss` below."""
+
+    def summed_loss(self, hidden: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        """The summed loss of all targets in nats, a scalar; hidden (N, C), targets (N,)."""
+
+    def target_losses(self, hidden: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        """The loss of each target in nats, (N,); hidden (N, C), targets (N,)."""
+
+
+class TokenDistribution(NamedTuple):
+    """What a model predicts at N positions, in nats.
+
+    `logprobs` (N,) of the targets and `set_logprobs` (N,) of any token of a set; `entropy` (N,);
+    `ranks` (N,) of the targets, 1 for the likeliest; the K likeliest `tokens` (N, K) and their
+    log-probabilities `best` (N, K). None where not asked for.
+    """
 
     logprobs: Tensor
-    inside: Tensor | None = None
+    set_logprobs: Tensor | None = None
     entropy: Tensor | None = None
     ranks: Tensor | None = None
     tokens: Tensor | None = None
     best: Tensor | None = None
 
 
-def target_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
-    """Natural-log probability of each target, (N,) float32, given its position's hidden state (N, C).
+def target_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """Log-probability (nats) of each target, (N,) float32, from hidden states (N, C).
 
-    `head` turns hidden states into logits (…, V); logits are made for so many rows at a time that they stay small, and
-    are normalised in float32 whatever the model's precision. Differentiable.
+    Logits are computed for a few rows at a time and normalized in float32. Differentiable.
     """
     return -target_losses(hidden, head, targets)
 
 
-def target_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """What training makes small, (N,) float32: −log p of each target; with `smoothing` so much of the target's weight is
-    spread over all words (Szegedy et al. 2016). Targets (N, V) of 0 and 1 hold or not each for itself: the sum of their
-    −log p, each by the sigmoid of its logit."""
+def target_losses(hidden: Tensor, head: Head, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The training loss of each target, (N,) float32: −log p, nats.
+
+    `smoothing` is the share of the target's weight that is spread over all tokens (Szegedy et al.
+    2016). Targets (N, labels) of 0 and 1 are independent labels: their −log p by sigmoid, summed.
+    """
     if targets.is_floating_point():
-        return F.binary_cross_entropy_with_logits(head(hidden).float(), targets, reduction="none").sum(-1)
-    if hasattr(head, "prepared") and fused.active(hidden) and not torch.is_grad_enabled() and not smoothing:
-        return head_loss.target_losses(head.prepared(hidden), head.output.matrix, head.output.bias, targets)
-    parts = [F.cross_entropy(head(rows).float(), wanted, reduction="none", label_smoothing=smoothing)
-             for rows, wanted in pieces(head, hidden, targets)]
-    return torch.cat(parts) if parts else hidden.new_zeros(0)
+        losses = F.binary_cross_entropy_with_logits(head(hidden).float(), targets, reduction="none")
+        return losses.sum(-1)
+    if isinstance(head, LossHead):
+        return head.target_losses(hidden, targets, smoothing)
+    return chunked_losses(hidden, head, targets, smoothing)
 
 
-def pieces(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of hidden states (N, C) with their targets (N,), as many at a time as logits may be."""
-    output = getattr(head, "output", head)  # of a LanguageHead, or a matrix by itself
-    rows = head_loss.rows_at_once(hidden.device, getattr(output, "out_features", 2048))
+def chunked_losses(hidden: Tensor, head: Head, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """`target_losses` from logits of a few rows at a time."""
+    losses = [
+        F.cross_entropy(head(rows).float(), answers, reduction="none", label_smoothing=smoothing)
+        for rows, answers in chunks(head, hidden, targets)
+    ]
+    return torch.cat(losses) if losses else hidden.new_zeros(0)
+
+
+def summed_loss(hidden: Tensor, head: Head, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The sum of `target_losses`, for training."""
+    if isinstance(head, LossHead):
+        return head.summed_loss(hidden, targets, smoothing)
+    return target_losses(hidden, head, targets, smoothing).sum()
+
+
+def chunks(head: Head, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden states (N, C) with targets (N,), as many rows at a time as logits may have."""
+    output = getattr(head, "output", head)  # of a LanguageHead, or a matrix alone
+    rows = logit_rows(hidden.device.type, getattr(output, "out_features", 2048))
     return zip(hidden.split(rows), targets.split(rows))
 
 
-def readings(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, members: Tensor | None = None,
-             count: int = 0) -> Readings:
-    """The Readings at hidden states (N, C), for targets (N,): `inside` the set that `members` (V,) bool marks, and with a
-    `count` above 0 entropy, ranks and so many of the likeliest tokens."""
+def token_distributions(
+    hidden: Tensor, head: Head, targets: Tensor, members: Tensor | None = None, count: int = 0
+) -> TokenDistribution:
+    """The TokenDistribution at hidden states (N, C), for targets (N,).
+
+    `members` (V,) bool is the set of `set_logprobs`. `count` above 0 adds entropy, ranks and the
+    `count` likeliest tokens.
+    """
     if members is None and not count:
-        return Readings(target_logprobs(hidden, head, targets))
-    parts = [_read(head(rows).float().log_softmax(-1), wanted, members, count)
-             for rows, wanted in pieces(head, hidden, targets)]
-    return Readings(*(None if part[0] is None else torch.cat(part) for part in zip(*parts)))
+        return TokenDistribution(target_logprobs(hidden, head, targets))
+    results = [
+        _distribution(head(rows).float().log_softmax(-1), answers, members, count)
+        for rows, answers in chunks(head, hidden, targets)
+    ]
+    return TokenDistribution._make(
+        None if values[0] is None else torch.cat(values) for values in zip(*results)
+    )
 
 
-def _read(logprobs: Tensor, targets: Tensor, members: Tensor | None, count: int) -> Readings:
+def _distribution(
+    logprobs: Tensor, targets: Tensor, members: Tensor | None, count: int
+) -> TokenDistribution:
+    """The TokenDistribution of log-probabilities (N, V)."""
     of_target = logprobs.gather(1, targets[:, None])  # (N, 1)
-    inside = None if members is None else logprobs[:, members].logsumexp(-1)
+    set_logprobs = None if members is None else logprobs[:, members].logsumexp(-1)
     if not count:
-        return Readings(of_target[:, 0], inside)
+        return TokenDistribution(of_target[:, 0], set_logprobs)
     best, tokens = logprobs.topk(min(count, logprobs.shape[1]))
     entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
-    return Readings(of_target[:, 0], inside, entropy, (logprobs > of_target).sum(-1) + 1, tokens, best)
-
-
-def summed_loss(hidden: Tensor, head: torch.nn.Module, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The sum of `target_losses`; of a language head the gradient is made beside it."""
-    if hasattr(head, "prepared"):
-        prepared, output = head.prepared(hidden), head.output
-        return head_loss.cross_entropy(prepared, output.weight, output.bias, targets, smoothing, head.loss_with_gradient,
-                                       output.beside(prepared))
-    return target_losses(hidden, head, targets, smoothing).sum()
+    ranks = (logprobs > of_target).sum(-1) + 1
+    return TokenDistribution(of_target[:, 0], set_logprobs, entropy, ranks, tokens, best)

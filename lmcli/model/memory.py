@@ -1,32 +1,37 @@
-"""How much memory training takes, worked out from the configuration alone; so that it is known before anything runs.
+"""How much memory training takes, in bytes, from the configuration alone.
 
-All sizes are bytes. Pure arithmetic, no PyTorch; what is counted is what `transformer` with the functions of `fused` (a
-decoder on the CPU) or with plain PyTorch keeps for the backward pass, tensor by tensor. `tests/model/test_memory.py`
-holds it against what autograd really saves.
+Counts tensor by tensor what `model` keeps for the backward pass, with the functions of `kernels` (a
+decoder on the CPU) or with PyTorch alone. No PyTorch here; `tests/model/test_memory.py` compares
+with what autograd really keeps.
 """
 
 import dataclasses
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from lmcli.config import ModelConfig, TrainConfig
-from lmcli.model import cost
+from lmcli.model import flops
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MASTER = 4  # weights, their gradients and moments are float32
-# as in `fused` and `head_loss`, which may not be imported here since they lead to torch; a test compares them
-QUERIES_AT_ONCE = 128
-KEPT_WEIGHTS = 512
-LOGIT_ROWS_AT_ONCE = 1024
-LOGITS_AT_ONCE = {"cpu": 1 << 23, "mps": 1 << 23, "cuda": 1 << 28}
-FEWEST_ROWS = 128
-HELD = 0.8  # of a device's memory that weights, gradients and moments may take, so that some micro-batch fits beside them
-ORTHOGONAL = 4  # numbers that Muon works with for each one of the largest group of equal matrices, see `optimizers.Muon`
+# how the functions of `kernels` divide their work; they import these numbers
+QUERIES_AT_ONCE = (
+    128  # rows of scores in a product: few above the diagonal, and products stay large
+)
+KEPT_WEIGHTS = 512  # longest row whose attention weights are kept for the backward pass
+LOGIT_ROWS_AT_ONCE = 1024  # rows of logits in a chunk, for the kernels: they stay in the cache
+LOGITS_AT_ONCE = {"cpu": 1 << 23, "mps": 1 << 23, "cuda": 1 << 28}  # logits in a chunk elsewhere
+FEWEST_ROWS = 128  # but at least this many rows, so that the product stays efficient
+USABLE = 0.8  # share of a device for weights, gradients and moments; the rest is for a micro-batch
+ORTHOGONAL = 4  # copies of the largest group of equal matrices that Muon works with
 
 
 class Memory(NamedTuple):
-    """What a training step holds, in bytes: weights and gradients, the optimizer's moments, `activations` (all that is
-    kept for the backward pass of one micro-batch, and what is being worked on when that is most), and `update`, what the
-    optimizer works with, when activations are gone."""
+    """What a training step holds, in bytes.
+
+    `optimizer` are the moments. `activations` are what a micro-batch keeps for its backward pass,
+    and what it works with at the peak. `update` is what the optimizer works with, after that.
+    """
 
     weights: int
     gradients: int
@@ -40,136 +45,210 @@ class Memory(NamedTuple):
         return self.weights + self.gradients + self.optimizer + max(self.activations, self.update)
 
 
-def training_memory(config: ModelConfig, train: TrainConfig, micro_batch_tokens: int, dtype: str = "bfloat16",
-                    recompute: bool = False, fused: bool = True, device: str = "cpu") -> Memory:
-    """The Memory of training a complete configuration with micro-batches of so many tokens, activations in `dtype`.
+def logit_rows(device_type: str, words: int) -> int:
+    """How many rows of logits over `words` tokens PyTorch computes at a time."""
+    return max(FEWEST_ROWS, LOGITS_AT_ONCE[device_type] // words)
 
-    `recompute` keeps only the input of each block and makes the rest of it again in the backward pass. `fused` says
-    whether the compiled kernels are there; they serve decoders with rotary positions, without biases. With LoRA only its
-    matrices, taken to be at all of the blocks', and at embedding and head where these are named, have gradients and moments.
+
+def training_memory(
+    config: ModelConfig,
+    train: TrainConfig,
+    micro_batch_tokens: int,
+    dtype: str = "bfloat16",
+    checkpointing: bool = False,
+    fused: bool = True,
+    device: str = "cpu",
+) -> Memory:
+    """The Memory of training a complete configuration, with activations in `dtype`.
+
+    `checkpointing` keeps only the input of each block. `fused` says that the compiled kernels can
+    be used. With LoRA, only its matrices have gradients and moments; they are taken to be in all
+    blocks, and at embedding and head where named.
     """
-    total, inner = cost.parameters(config).total, inner_matrices(config)
-    trained, by_muon = total, 0
+    total, inner = flops.parameters(config).total, inner_matrices(config)
+    trained, by_muon, adapters = total, 0, 0
     if train.lora_rank:
         tables = sum(target in train.lora_targets for target in ("embedding", "head"))
-        adapted = [*inner, (tables, config.vocab_size, config.hidden_size)]
-        trained = sum(count * train.lora_rank * (rows + columns) for count, rows, columns in adapted)
-    elif train.optimizer == "muon":
-        by_muon = sum(count * rows * columns for count, rows, columns in inner)
+        targets = [*inner, (tables, config.vocab_size, config.hidden_size)]
+        sizes = sum(count * (rows + columns) for count, rows, columns in targets)
+        trained = adapters = train.lora_rank * sizes
     groups: dict[tuple[int, int], int] = {}
-    for count, rows, columns in inner if by_muon else ():
-        groups[rows, columns] = groups.get((rows, columns), 0) + count * rows * columns
-    weights = MASTER * (total + (trained if train.lora_rank else 0))
-    beside = 2 * (trained - by_muon) + by_muon + (trained if train.averaging else 0)
-    return Memory(weights, MASTER * trained, MASTER * beside,
-                  kept_for_backward(config, train, micro_batch_tokens, dtype, recompute, fused)
-                  + _worked_with(config, train, micro_batch_tokens, SIZES[dtype], recompute, fused, device),
-                  ORTHOGONAL * SIZES[dtype] * max(groups.values(), default=0))
+    if train.optimizer == "muon" and not train.lora_rank:
+        for count, rows, columns in inner:
+            groups[rows, columns] = groups.get((rows, columns), 0) + count * rows * columns
+        by_muon = sum(groups.values())
+    moments = 2 * (trained - by_muon) + by_muon + (trained if train.averaging else 0)
+    batch = MicroBatch(config, train, micro_batch_tokens, SIZES[dtype], checkpointing, fused)
+    return Memory(
+        MASTER * (total + adapters),
+        MASTER * trained,
+        MASTER * moments,
+        batch.kept() + batch.worked_with(device),
+        ORTHOGONAL * SIZES[dtype] * max(groups.values(), default=0),
+    )
 
 
-def held_by_one(needed: Memory, room: float) -> bool:
-    """Whether one device with `room` bytes can hold weights, gradients and moments; else they are to be shared out."""
-    return needed.weights + needed.gradients + needed.optimizer <= HELD * room
+def fits_on_one(needed: Memory, capacity: float) -> bool:
+    """True if a device of `capacity` bytes can hold weights, gradients and moments unsharded."""
+    return needed.weights + needed.gradients + needed.optimizer <= USABLE * capacity
 
 
-def shared_out(config: ModelConfig, needed: Memory, count: int) -> Memory:
-    """The Memory of each of `count` devices that share out what one would need alone: an equal part of everything, and whole
-    only what is outside of the blocks and the largest block, weights and gradients alike."""
-    def less(**layers: int) -> int:
-        return cost.parameters(dataclasses.replace(config, **layers)).total
+def sharded_memory(config: ModelConfig, needed: Memory, count: int) -> Memory:
+    """The Memory of each of `count` devices that shard what one would need alone.
 
-    def part(size: int) -> int:
+    Each holds an equal share of everything, and in full only what is outside the blocks and the
+    largest block, weights and gradients alike.
+    """
+
+    def total(**layers: int) -> int:
+        changed = dataclasses.replace(config, **layers)  # type: ignore[arg-type]  # fields are int
+        return flops.parameters(changed).total
+
+    def share(size: int) -> int:
         return -(-size // count)
 
-    largest = max(less() - less(**{name: getattr(config, name) - 1}) for name in ("num_hidden_layers", "num_encoder_layers"))
-    whole = MASTER * (less(num_hidden_layers=0, num_encoder_layers=0) + largest)
-    return Memory(part(needed.weights) + whole, part(needed.gradients) + min(whole, needed.gradients),
-                  part(needed.optimizer), needed.activations, part(needed.update))
-
-
-def serves(config: ModelConfig) -> bool:
-    """Whether the functions of `fused` serve the blocks of this configuration."""
-    return (config.shape == "decoder" and config.positions == "rotary" and config.norm == "rms" and config.gated_mlp
-            and config.hidden_act == "silu" and config.attention_bias == "none" and not config.mlp_bias
-            and not config.sliding_window and config.rotary_fraction == 1.0)
+    depths = {name: getattr(config, name) for name in ("num_hidden_layers", "num_encoder_layers")}
+    largest = max(total() - total(**{name: depth - 1}) for name, depth in depths.items())
+    full = MASTER * (total(num_hidden_layers=0, num_encoder_layers=0) + largest)
+    return Memory(
+        share(needed.weights) + full,
+        share(needed.gradients) + min(full, needed.gradients),
+        share(needed.optimizer),
+        needed.activations,
+        share(needed.update),
+    )
 
 
 def inner_matrices(config: ModelConfig) -> list[tuple[int, int, int]]:
-    """(how many, rows, columns) of the blocks' matrices, which Muon updates."""
-    return [(part.count, part.outputs, part.inputs) for part in cost.linears(config) if part.reads != "head"]
-
-
-def kept_for_backward(config: ModelConfig, train: TrainConfig, tokens: int, dtype: str, recompute: bool = False,
-                      fused: bool = True) -> int:
-    """Bytes that the forward pass of a micro-batch of so many tokens keeps for its backward pass."""
-    size, fused = SIZES[dtype], fused and serves(config)
-    kept = sum(layers * (config.hidden_size if recompute else block) for layers, block, _ in _blocks(config, train, fused))
-    copies = 0 if dtype == "float32" and not fused else size * sum(
-        count * rows * columns for count, rows, columns in inner_matrices(config))  # of the weights, in that precision
-    if recompute:  # those of one block at a time
-        copies //= sum(layers for layers, _, _ in _blocks(config, train, fused))
-    return int(size * tokens * (kept + config.hidden_size)) + copies + _head(config, train, tokens, size)
-
-
-def _worked_with(config: ModelConfig, train: TrainConfig, tokens: int, size: int, recompute: bool, fused: bool,
-                 device: str) -> int:
-    """Bytes that the last block's backward pass and the head work with while all that is kept is there."""
-    blocks = _blocks(config, train, fused and serves(config))
-    widest = max(gradients + (block if recompute else 0) for _, block, gradients in blocks)
-    if config.head != "lm":
-        return int(size * tokens * (widest + config.hidden_size))
-    # a piece of the logits, by torch in several forms, and what it adds to the gradient of the head's matrix
-    rows = LOGIT_ROWS_AT_ONCE if fused else max(FEWEST_ROWS, LOGITS_AT_ONCE[device] // config.vocab_size)
-    pieces = (size if fused else 2 * (MASTER + size)) * min(tokens, rows) + MASTER * config.hidden_size
-    return int(size * tokens * (widest + config.hidden_size)) + pieces * config.vocab_size
-
-
-def _blocks(config: ModelConfig, train: TrainConfig, fused: bool) -> list[tuple[int, float, float]]:
-    """(layers, numbers a token that each keeps, numbers a token of the gradients at its widest place) of each stack."""
-    share = 0.5 if config.shape == "encoder-decoder" else 1.0  # of the tokens, in each of two stacks
-    found = []
-    for stack, layers, heads, width, inner in cost.stacks(config):
-        block = _fused_block(config, train.context) if fused else \
-            _plain_block(config, stack, heads, width, inner, train.context)
-        if train.dropout and not fused:  # the noise that each part's result is multiplied with
-            block += (3 if config.shape == "encoder-decoder" and stack == "decoder" else 2) * config.hidden_size
-        found.append((layers, share * block, share * (3 * inner + 3 * config.hidden_size)))
-    return found
-
-
-def _fused_block(config: ModelConfig, context: int) -> int:
-    """Numbers a token that `fused.block` keeps: what enters both norms; the joined products; queries, keys and values;
-    attention weights; mixed heads; gate and up."""
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    return (2 * config.hidden_size + 2 * (queries + 2 * keys)
-            + config.num_attention_heads * kept_weights(context) + queries + 2 * config.intermediate_size)
+    """(count, rows, columns) of the blocks' matrices, which Muon updates."""
+    return [
+        (linear.count, linear.outputs, linear.inputs)
+        for linear in flops.linears(config)
+        if linear.reads != "head"
+    ]
 
 
 def kept_weights(context: int) -> int:
-    """Attention weights a token and head that `fused.block` keeps: of each chunk of queries, those of all keys
-    up to its end; none in long rows. kept_weights(256) == (128·128 + 128·256) / 256 == 192."""
+    """Attention weights per token and head that the fused block keeps.
+
+    Each chunk of queries has weights for all keys up to its end; long rows keep none.
+    kept_weights(256) == (128·128 + 128·256) / 256 == 192.
+    """
     if context > KEPT_WEIGHTS:
         return 0
-    chunks = range(0, context, QUERIES_AT_ONCE)
-    return sum(min(QUERIES_AT_ONCE, context - first) * min(first + QUERIES_AT_ONCE, context) for first in chunks) // context
+    ends = [min(first + QUERIES_AT_ONCE, context) for first in range(0, context, QUERIES_AT_ONCE)]
+    starts = range(0, context, QUERIES_AT_ONCE)
+    return sum((end - start) * end for start, end in zip(starts, ends)) // context
 
 
-def _plain_block(config: ModelConfig, stack: str, heads: int, width: int, inner: int, context: int) -> int:
-    """The same of plain PyTorch: close, since what an operation keeps is torch's own choice."""
-    hidden, queries = config.hidden_size, heads * width
-    keys = queries * config.num_key_value_heads // config.num_attention_heads
-    attention = 2 * hidden + 2 * (queries + keys) + 2 * queries  # norm; queries and keys turned, values; mixed heads, twice
-    attention += 2 * (queries + keys) if config.query_key_norm else 0
-    attention += heads * context * (2 if context <= QUERIES_AT_ONCE else 0)  # short rows are not left to torch's kernel
-    if config.shape == "encoder-decoder" and stack == "decoder":
-        attention += attention
-    return attention + 2 * hidden + (4 if config.gated_mlp else 2) * inner
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a forward and backward pass of a micro-batch needs; `size` is bytes per number."""
 
+    config: ModelConfig
+    train: TrainConfig
+    tokens: int
+    size: int
+    checkpointing: bool = False
+    kernels: bool = True
 
-def _head(config: ModelConfig, train: TrainConfig, tokens: int, size: int) -> int:
-    """Bytes that the head keeps: the gradients of hidden states and matrix, made beside the loss."""
-    if config.head != "lm":
-        return 0
-    targets = int({"encoder": train.mask_share, "encoder-decoder": 0.5}.get(config.shape, 1.0) * tokens)
-    return targets * config.hidden_size * size + config.vocab_size * config.hidden_size * MASTER
+    @property
+    def fused(self) -> bool:
+        """True if the kernels compute whole blocks of this configuration."""
+        config = self.config
+        return (
+            self.kernels
+            and config.shape == "decoder"
+            and config.positions == "rotary"
+            and config.norm == "rms"
+            and config.gated_mlp
+            and config.hidden_act == "silu"
+            and config.attention_bias == "none"
+            and not config.mlp_bias
+            and not config.sliding_window
+            and config.rotary_fraction == 1.0
+        )
+
+    def kept(self) -> int:
+        """Bytes kept for the backward pass: activations, copies of weights, the head."""
+        config, blocks = self.config, self.blocks()
+        hidden = config.hidden_size
+        numbers = hidden + sum(
+            layers * (hidden if self.checkpointing else kept) for layers, kept, _ in blocks
+        )
+        copies = 0  # of the weights, in the precision of activations
+        if self.size < MASTER or self.fused:
+            copies = self.size * sum(
+                count * rows * columns for count, rows, columns in inner_matrices(config)
+            )
+        if self.checkpointing:  # of one block at a time
+            copies //= sum(layers for layers, _, _ in blocks)
+        return int(self.size * self.tokens * numbers) + copies + self.head()
+
+    def worked_with(self, device: str) -> int:
+        """Bytes that the last block's backward pass and the head need on top of what is kept."""
+        config, hidden = self.config, self.config.hidden_size
+        widest = max(
+            gradients + (kept if self.checkpointing else 0) for _, kept, gradients in self.blocks()
+        )
+        activations = int(self.size * self.tokens * (widest + hidden))
+        if config.head != "lm":
+            return activations
+        # a chunk of logits (by torch in several forms), and its gradient of the head's matrix
+        rows = LOGIT_ROWS_AT_ONCE if self.kernels else logit_rows(device, config.vocab_size)
+        logit_size = self.size if self.kernels else 2 * (MASTER + self.size)
+        numbers = logit_size * min(self.tokens, rows) + MASTER * hidden
+        return activations + numbers * config.vocab_size
+
+    def head(self) -> int:
+        """Bytes that the head keeps: gradients of hidden states and matrix."""
+        config = self.config
+        if config.head != "lm":
+            return 0
+        shares = {"encoder": self.train.mask_share, "encoder-decoder": 0.5}
+        targets = int(shares.get(config.shape, 1.0) * self.tokens)
+        return config.hidden_size * (targets * self.size + config.vocab_size * MASTER)
+
+    def blocks(self) -> list[tuple[int, float, float]]:
+        """(layers, numbers per token that each keeps, and that its widest gradients have).
+
+        One for each stack; of two stacks each reads half of the tokens.
+        """
+        config, blocks = self.config, []
+        share = 0.5 if config.shape == "encoder-decoder" else 1.0
+        for stack in flops.stacks(config):
+            kept = self.fused_block() if self.fused else self.plain_block(stack)
+            if self.train.dropout and not self.fused:  # what each sublayer is multiplied with
+                crossed = config.shape == "encoder-decoder" and stack.name == "decoder"
+                kept += (3 if crossed else 2) * config.hidden_size
+            gradients = 3 * stack.inner + 3 * config.hidden_size
+            blocks.append((stack.layers, share * kept, share * gradients))
+        return blocks
+
+    def fused_block(self) -> int:
+        """Numbers per token that `kernels.fused_block` keeps."""
+        config = self.config
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        return (
+            2 * config.hidden_size  # inputs of both norms
+            + 2 * (queries + 2 * keys)  # joined products; queries, keys and values
+            + config.num_attention_heads * kept_weights(self.train.context)
+            + queries  # mixed heads
+            + 2 * config.intermediate_size  # gate and up
+        )
+
+    def plain_block(self, stack: flops.StackSizes) -> int:
+        """Numbers per token that PyTorch keeps; an estimate, since operations choose themselves."""
+        config, context = self.config, self.train.context
+        hidden, queries = config.hidden_size, stack.heads * stack.head_dim
+        keys = queries * config.num_key_value_heads // config.num_attention_heads
+        # norm; rotated queries and keys, values; mixed heads, twice
+        attention = 2 * hidden + 2 * (queries + keys) + 2 * queries
+        if config.query_key_norm:
+            attention += 2 * (queries + keys)
+        if context <= QUERIES_AT_ONCE:  # short rows do not use torch's fused kernel
+            attention += 2 * stack.heads * context
+        if config.shape == "encoder-decoder" and stack.name == "decoder":
+            attention += attention
+        return attention + 2 * hidden + (4 if config.gated_mlp else 2) * stack.inner

@@ -1,6 +1,6 @@
-"""SentencePiece files (`.model`, `.spm`): read without the library, and turned into a `tokenizers.Tokenizer`.
+"""SentencePiece files (`.model`, `.spm`), read without the library, → a `tokenizers.Tokenizer`.
 
-Marian's two files share the ids of one `vocab.json`; `MarianSide` is the tokenizer of one of them.
+Marian's two files share the ids of one `vocab.json`; `MarianSide` is the tokenizer of one file.
 """
 
 import json
@@ -8,68 +8,90 @@ import struct
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
-TEXT = (NORMAL, USER_DEFINED, BYTE)
+TEXT_TYPES = (NORMAL, USER_DEFINED, BYTE)
 UNIGRAM, BPE = 1, 2  # types of models
+# special tokens: name, then number and default of the fields for id and spelling
+SPECIAL_FIELDS = (
+    ("unk", 40, 0, 45, b"<unk>"),
+    ("bos", 41, 1, 46, b"<s>"),
+    ("eos", 42, 2, 47, b"</s>"),
+)
 
 
-class Piece(NamedTuple):
-    """One row of the vocabulary: its spelling, its log-probability (of a Unigram) and its type."""
+class VocabularyPiece(NamedTuple):
+    """An entry of the vocabulary: its spelling, its log-probability (of a Unigram) and its type."""
 
     text: str
     score: float
     type: int
 
 
-class Proto(NamedTuple):
-    """What a SentencePiece file says, as far as it decides how text is cut."""
+class SentencePieceModel(NamedTuple):
+    """What a SentencePiece file says about how text is split."""
 
-    pieces: list[Piece]
+    pieces: list[VocabularyPiece]
     model_type: int
     byte_fallback: bool
     unk_id: int
-    names: dict[str, str]  # bos_token, eos_token, unk_token, of those that the model has
-    charsmap: bytes  # the compiled table of its normalizer; b"" changes nothing
+    special: dict[str, str]  # bos_token, eos_token, unk_token, as far as the model has them
+    charsmap: bytes  # the compiled table of its normalizer; b"" for none
     add_dummy_prefix: bool
     remove_extra_whitespaces: bool
 
     @property
     def added(self) -> list[AddedToken]:
-        """Control pieces (special) and pieces that a user defined (not), as they stand in the file."""
-        return [AddedToken(piece.text, normalized=False, special=piece.type == CONTROL)
-                for piece in self.pieces if piece.type in (CONTROL, USER_DEFINED)]
+        """Control pieces, which are special, and user-defined pieces, in the order of the file."""
+        return [
+            AddedToken(piece.text, normalized=False, special=piece.type == CONTROL)
+            for piece in self.pieces
+            if piece.type in (CONTROL, USER_DEFINED)
+        ]
 
 
-def parse(data: bytes) -> Proto:
-    """Reads a serialized ModelProto (sentencepiece_model.proto). Raises ValueError when the bytes are none."""
+def parse(data: bytes) -> SentencePieceModel:
+    """The model in a serialized ModelProto (sentencepiece_model.proto); ValueError for no model."""
     try:
         fields = list(_fields(data))
-        trainer = dict(field for number, message in fields if number == 2 for field in _fields(message))
-        normalizer = dict(field for number, message in fields if number == 3 for field in _fields(message))
         pieces = [_piece(dict(_fields(message))) for number, message in fields if number == 1]
+        trainer, normalizer = (
+            dict(field for number, part in fields if number == section for field in _fields(part))
+            for section in (2, 3)
+        )
         if not pieces:
             raise ValueError("it has no pieces")
-        names = {f"{name}_token": trainer.get(text, default).decode() for name, at, at_default, text, default in (
-            ("unk", 40, 0, 45, b"<unk>"), ("bos", 41, 1, 46, b"<s>"), ("eos", 42, 2, 47, b"</s>"))
-            if 0 <= trainer.get(at, at_default) < len(pieces)}
-        return Proto(pieces, trainer.get(3, UNIGRAM), bool(trainer.get(35, 0)), trainer.get(40, 0), names,
-                     normalizer.get(2, b""), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1)))
-    except (IndexError, AttributeError, TypeError, KeyError, struct.error, UnicodeDecodeError) as error:
+        special = {
+            f"{name}_token": trainer.get(spelling, default).decode()
+            for name, index, default_index, spelling, default in SPECIAL_FIELDS
+            if 0 <= trainer.get(index, default_index) < len(pieces)
+        }
+        return SentencePieceModel(
+            pieces,
+            model_type=trainer.get(3, UNIGRAM),
+            byte_fallback=bool(trainer.get(35, 0)),
+            unk_id=trainer.get(40, 0),
+            special=special,
+            charsmap=normalizer.get(2, b""),
+            add_dummy_prefix=bool(normalizer.get(3, 1)),
+            remove_extra_whitespaces=bool(normalizer.get(4, 1)),
+        )
+    except (IndexError, AttributeError, TypeError, KeyError, struct.error, UnicodeError) as error:
         raise ValueError("it is damaged or no SentencePiece model") from error
 
 
-def _piece(fields: dict) -> Piece:
-    return Piece(fields[1].decode(), struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0, fields.get(3, NORMAL))
+def _piece(fields: dict[int, Any]) -> VocabularyPiece:
+    score = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
+    return VocabularyPiece(fields[1].decode(), score, fields.get(3, NORMAL))
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a message in protobuf's wire format: integers, or bytes for whatever else."""
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value) of a message in protobuf's wire format; a value is an int or bytes."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -84,12 +106,12 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             size = {1: 8, 5: 4}[kind]
         if at + size > len(data):
             raise IndexError
-        yield tag >> 3, data[at:at + size]
+        yield tag >> 3, data[at : at + size]
         at += size
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, lowest first, and where it ends. _varint(b"\\xac\\x02", 0) == (300, 2)."""
+    """(number, its end): seven bits a byte, lowest first. _varint(b"\\xac\\x02", 0) == (300, 2)."""
     value = shift = 0
     while True:
         value |= (data[at] & 127) << shift
@@ -99,112 +121,142 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         shift += 7
 
 
-def bpe(proto: Proto, **options) -> models.BPE:
-    """The BPE of a file. Merges are not stored there: whatever two pieces join to a third is one, in the thirds' order."""
-    ids = {piece.text: i for i, piece in enumerate(proto.pieces)}
+def bpe(model: SentencePieceModel, **options: Any) -> models.BPE:
+    """The BPE of a file, which stores no merges.
+
+    Any two pieces whose concatenation is a third piece are a merge, in the order of the third.
+    """
+    ids = {piece.text: i for i, piece in enumerate(model.pieces)}
     merges = []
     for text in ids:
-        merges += [(text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in ids and text[i:] in ids]
+        splits = ((text[:i], text[i:]) for i in range(1, len(text)))
+        merges += [(left, right) for left, right in splits if left in ids and right in ids]
     return models.BPE(ids, merges, fuse_unk=True, **options)
 
 
-def plain(proto: Proto) -> tokenizers.Tokenizer:
-    """A file's tokenizer as `transformers` builds it for families without a class of their own: no space in front."""
-    if proto.model_type == UNIGRAM:  # Kudo 2018
-        vocabulary = [(piece.text, piece.score) for piece in proto.pieces]
-        core = tokenizers.Tokenizer(models.Unigram(vocabulary, proto.unk_id, proto.byte_fallback))
+def unigram(model: SentencePieceModel) -> models.Unigram:
+    """The Unigram of a file (Kudo 2018)."""
+    vocabulary = [(piece.text, piece.score) for piece in model.pieces]
+    return models.Unigram(vocabulary, model.unk_id, model.byte_fallback)
+
+
+def generic_tokenizer(model: SentencePieceModel) -> tokenizers.Tokenizer:
+    """A file's tokenizer as `transformers` builds it without a class: no space in front."""
+    if model.model_type == UNIGRAM:
+        core = tokenizers.Tokenizer(unigram(model))
     else:
-        core = tokenizers.Tokenizer(bpe(proto, unk_token=proto.names.get("unk_token", "<unk>"),
-                                        byte_fallback=proto.byte_fallback))
-    steps = [normalizers.Precompiled(proto.charsmap)] if proto.charsmap else []
+        unknown = model.special.get("unk_token", "<unk>")
+        core = tokenizers.Tokenizer(
+            bpe(model, unk_token=unknown, byte_fallback=model.byte_fallback)
+        )
+    steps = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     core.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    fallback = [decoders.ByteFallback(), decoders.Fuse()] if proto.byte_fallback else []
+    fallback = [decoders.ByteFallback(), decoders.Fuse()] if model.byte_fallback else []
     core.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), *fallback])
     return core
 
 
 class SideEncoding(NamedTuple):
-    """Ids of the shared vocabulary, and the characters of the text that each stands for."""
+    """Ids of the shared vocabulary, and for each the span of characters that it stands for."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
 
 
 class MarianSide:
-    """One side of a Marian vocabulary, used where a `tokenizers.Tokenizer` is: pieces of its own file, ids of `vocab.json`.
+    """One side of a Marian vocabulary, with the methods of a `tokenizers.Tokenizer`.
 
-    What the file does not know is looked up in `vocab.json` as it stands, since the other side may know it.
+    Text is split into the pieces of this side's file; ids are those of `vocab.json`. What the file
+    does not know is looked up in `vocab.json`, since the other side may know it.
     """
 
     normalizer = post_processor = None
 
-    def __init__(self, proto: Proto, ids: dict[str, int], special: dict[str, str]):
-        if proto.model_type != UNIGRAM:
-            raise ValueError("its pieces are no Unigram model's")
+    def __init__(self, model: SentencePieceModel, ids: dict[str, int], special: dict[str, str]):
+        if model.model_type != UNIGRAM:
+            raise ValueError("it is no Unigram model")
         if not all(isinstance(index, int) for index in ids.values()):
             raise ValueError("an id is no number")
         if special["unk_token"] not in ids:
             raise ValueError(f"it lacks {special['unk_token']}")
+        # the shared ids
         self.ids = dict(ids)
         for token in special.values():
             self.ids.setdefault(token, len(self.ids))
         self.tokens = {index: token for token, index in self.ids.items()}
-        self.special, self.eos = {self.ids[token] for token in special.values()}, special["eos_token"]
-        self.unk = self.ids[special["unk_token"]]
-        # control pieces match no text: spelled with a space they do not, since no space is left by then
-        vocabulary = [(piece.text if piece.type in TEXT else f" {piece.text}", piece.score) for piece in proto.pieces]
-        self.core = tokenizers.Tokenizer(models.Unigram(vocabulary, proto.unk_id, proto.byte_fallback))
-        tidy = [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-        self.core.normalizer = self._normalizer = normalizers.Sequence([
-            # composed first: the table composes as well, but this library applies it to a letter without its accent
-            *([normalizers.NFC(), normalizers.Precompiled(proto.charsmap)] if proto.charsmap else []),
-            *(tidy if proto.remove_extra_whitespaces else []),
-            *([normalizers.Prepend(SPACE)] if proto.add_dummy_prefix else []), normalizers.Replace(" ", SPACE)])
-        self.core.add_special_tokens([AddedToken(token, normalized=False) for token in dict.fromkeys(special.values())])
-        self._decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-        pieces = self.core.get_vocab(with_added_tokens=True)
-        self._unknown = proto.unk_id
-        self._shared = {index: self.ids.get(piece, self.unk) for piece, index in pieces.items()}
+        self.special = {self.ids[token] for token in special.values()}
+        self.eos, self.unk = special["eos_token"], self.ids[special["unk_token"]]
+        # control pieces must match no text: a space in front prevents it, since the text has none
+        pieces = [
+            piece if piece.type in TEXT_TYPES else piece._replace(text=f" {piece.text}")
+            for piece in model.pieces
+        ]
+        self.core = tokenizers.Tokenizer(unigram(model._replace(pieces=pieces)))
+        self.core.normalizer = self._normalizer = _marian_normalizer(model)
+        self.core.add_special_tokens(
+            [AddedToken(token, normalized=False) for token in dict.fromkeys(special.values())]
+        )
+        self._decoder = decoders.Sequence(
+            [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        vocabulary = self.core.get_vocab(with_added_tokens=True)
+        self._unknown = model.unk_id
+        self._shared = {index: self.ids.get(text, self.unk) for text, index in vocabulary.items()}
 
     def no_padding(self) -> None:
-        """There is none."""
+        """Does nothing: there is no padding."""
 
     def no_truncation(self) -> None:
-        """There is none."""
+        """Does nothing: there is no truncation."""
 
     def encode(self, text: str, add_special_tokens: bool = False) -> SideEncoding:
         """Ids of one text."""
         return self.encode_batch([text], add_special_tokens)[0]
 
-    def encode_batch(self, texts: list[str], add_special_tokens: bool = False) -> list[SideEncoding]:
+    def encode_batch(
+        self, texts: list[str], add_special_tokens: bool = False
+    ) -> list[SideEncoding]:
         """Ids of many texts. A language code such as >>fr<< in front is one token."""
-        starts = [text.find("<<") + 2 if text.startswith(">>") and "<<" in text else 0 for text in texts]
+        starts = [
+            text.find("<<") + 2 if text.startswith(">>") and "<<" in text else 0 for text in texts
+        ]
         bodies = [text[start:] for text, start in zip(texts, starts)]
-        found = self.core.encode_batch(bodies, add_special_tokens=False)
-        return [self._renumbered(text, start, encoding, [self.ids[self.eos]] if add_special_tokens else [])
-                for text, start, encoding in zip(texts, starts, found)]
+        encodings = self.core.encode_batch(bodies, add_special_tokens=False)
+        suffix = [self.ids[self.eos]] if add_special_tokens else []
+        return [
+            self._with_shared_ids(text, start, encoding, suffix)
+            for text, start, encoding in zip(texts, starts, encodings)
+        ]
 
     encode_batch_fast = encode_batch
 
-    def _renumbered(self, text: str, start: int, found: tokenizers.Encoding, last: list[int]) -> SideEncoding:
-        spans = [(start + a, start + b) for a, b in found.offsets]
-        ends = [*(a for a, _ in spans[1:]), len(text)]  # up to the next: an accent that was composed belongs to no token
-        ids = [self._shared[index] if index != self._unknown else self._look_up(text[a:end])
-               for index, (a, _), end in zip(found.ids, spans, ends)]
+    def _with_shared_ids(
+        self, text: str, start: int, encoding: tokenizers.Encoding, suffix: list[int]
+    ) -> SideEncoding:
+        spans = [(start + first, start + last) for first, last in encoding.offsets]
+        # up to the next token: a composed accent belongs to none
+        ends = [*(first for first, _ in spans[1:]), len(text)]
+        ids = [
+            self._look_up(text[first:end]) if index == self._unknown else self._shared[index]
+            for index, (first, _), end in zip(encoding.ids, spans, ends)
+        ]
         code = [self.ids.get(text[:start], self.unk)] if start else []
-        return SideEncoding([*code, *ids, *last], [*[(0, start)] * len(code), *spans, *[(len(text),) * 2] * len(last)])
+        offsets = [*[(0, start)] * len(code), *spans, *[(len(text), len(text))] * len(suffix)]
+        return SideEncoding([*code, *ids, *suffix], offsets)
 
     def _look_up(self, text: str) -> int:
-        shown = self._normalizer.normalize_str(text).removeprefix(SPACE)
-        return self.ids.get(shown, self.unk)
+        return self.ids.get(self._normalizer.normalize_str(text).removeprefix(SPACE), self.unk)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids: pieces joined, a space after each special token."""
+        """Text of ids: the pieces concatenated, with a space after each special token."""
         text = ""
-        kept = (index for index in ids if not (skip_special_tokens and index in self.special))
-        for special, group in groupby(kept, self.special.__contains__):
+        shown = (index for index in ids if not (skip_special_tokens and index in self.special))
+        for is_special, group in groupby(shown, self.special.__contains__):
             tokens = [self.tokens.get(index, "") for index in group]
-            text += "".join(f"{token} " for token in tokens) if special else self._decoder.decode(tokens).lstrip(" ")
+            if is_special:
+                text += "".join(f"{token} " for token in tokens)
+            else:
+                text += self._decoder.decode(tokens).lstrip(" ")
         return text
 
     def id_to_token(self, index: int) -> str | None:
@@ -216,7 +268,7 @@ class MarianSide:
         return self.ids.get(token)
 
     def get_vocab_size(self, with_added_tokens: bool = True) -> int:
-        """Ids of the shared vocabulary."""
+        """The number of shared ids."""
         return len(self.ids)
 
     def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]:
@@ -225,11 +277,30 @@ class MarianSide:
 
     @cached_property
     def _definition(self) -> str:
-        template = {"type": "TemplateProcessing", "special_tokens": {self.eos: {"ids": [self.ids[self.eos]]}}, **{
-            kind: [*({"Sequence": {"id": name, "type_id": 0}} for name in names),
-                   {"SpecialToken": {"id": self.eos, "type_id": 0}}] for kind, names in (("single", "A"), ("pair", "AB"))}}
-        return json.dumps({**json.loads(self.core.to_str()), "post_processor": template, "ids": self.ids})
+        eos = {"SpecialToken": {"id": self.eos, "type_id": 0}}
+        a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        template = {
+            "type": "TemplateProcessing",
+            "special_tokens": {self.eos: {"ids": [self.ids[self.eos]]}},
+            "single": [a, eos],
+            "pair": [a, b, eos],
+        }
+        core = json.loads(self.core.to_str())
+        return json.dumps({**core, "post_processor": template, "ids": self.ids})
 
     def to_str(self, pretty: bool = False) -> str:
-        """A definition to compare by: that of the pieces, the shared ids, and the template."""
+        """A definition to compare by: the pieces, the shared ids and the template."""
         return self._definition
+
+
+def _marian_normalizer(model: SentencePieceModel) -> normalizers.Sequence:
+    steps: list = []
+    if model.charsmap:
+        # NFC first: the table composes too, but this library applies it to letters without accents
+        steps += [normalizers.NFC(), normalizers.Precompiled(model.charsmap)]
+    if model.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex("^ +| +$"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if model.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])

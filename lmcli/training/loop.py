@@ -1,230 +1,284 @@
-"""The training loop: a generator that yields what happened, so that its caller shows, saves and stops."""
+"""The training loop: a generator that yields what happened; its caller shows, saves and stops."""
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 
 import torch
 
 from lmcli.training import schedules
 from lmcli.training.divergence import Diverged
-from lmcli.training.state import Counters
-from lmcli.training.stepper import Note, Step, Stepper
+from lmcli.training.objective import Evaluation, ValidationFigures
+from lmcli.training.resume_state import Counters
+from lmcli.training.train_step import Note, Step, TrainStep
 
-EVALUATIONS = 8  # of a run, unless eval_every says otherwise; and so many saves and sample texts
+EVALUATIONS = 8  # of a run unless eval_every is set; as many saves and sample texts
 
 
 @dataclass
 class Validation:
-    """An evaluation after `step` steps (0: of the weights that a run begins with): whatever `evaluate` returned; `best` when
-    its criterion is the lowest so far."""
+    """An evaluation after `step` steps; `best` if its criterion is the lowest so far."""
 
     step: int
-    figures: object
+    figures: ValidationFigures
     best: bool
     final: bool
 
 
 @dataclass
 class Due:
-    """Something the caller may do now, between two steps: "save" the resumable state, or draw a "sample"."""
+    """What the caller is to do between two steps: "save" the resume state, or draw a "sample"."""
 
     what: str
     step: int
 
 
+Event = Step | Validation | Due | Note
+
+
 def evaluations(budget: float, cost: float) -> int:
-    """How many evaluations a run has, the one at its end included: of a run of `budget` seconds (0: by steps) all of them,
-    each `cost` seconds, take a fifteenth."""
-    return min(EVALUATIONS, max(1, int(budget / 15 / max(cost, 1e-9)))) if budget else EVALUATIONS
+    """How many evaluations a run has, the last one included.
+
+    In a run of `budget` seconds (0: limited by steps) all of them, each `cost` seconds, take a
+    fifteenth of it.
+    """
+    if not budget:
+        return EVALUATIONS
+    return min(EVALUATIONS, max(1, int(budget / 15 / max(cost, 1e-9))))
 
 
 @dataclass
-class Run(Stepper):
-    """A training run. `elapsed()` is seconds since its start; set `stop` to end it after the current step.
+class Trainer:
+    """Repeats a train step until the budget is used up; evaluates, samples and saves between.
 
-    `evaluate()` returns figures with a `criterion` and reads `evaluation_tokens` tokens for it; `began` is the clock
-    (time.monotonic) when the command started.
+    `started_at` is the clock (time.monotonic) when the command started. Set `stop` to end after
+    the current step.
     """
 
-    evaluate: Callable[[], object]
-    began: float
-    evaluation_tokens: int = 0
+    train_step: TrainStep
+    evaluation: Evaluation
+    started_at: float
     stop: bool = False
+    _earlier_seconds: float = field(default=0.0, init=False)
+    _sampled_at: float = field(default=0.0, init=False)
+    _sample_seconds: float = field(default=0.3, init=False)  # until one has been timed
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self._before = self._sampled_at = 0.0
-        self._sample_seconds = 0.3  # until one has been timed
+        self.config, self.replicas = self.train_step.config, self.train_step.replicas
+
+    @property
+    def counters(self) -> Counters:
+        """Where the run stands."""
+        return self.train_step.counters
 
     def elapsed(self) -> float:
-        """Seconds spent on this run, earlier sittings included."""
-        return self._before + time.monotonic() - self.began
+        """Seconds spent on this run, those before a resume included."""
+        return self._earlier_seconds + time.monotonic() - self.started_at
 
-    def events(self) -> Iterator[Step | Validation | Due | Note]:
-        """Steps until a budget is used up or `stop` is set, with what is due between them; at the end a final Validation.
-        With `counters.look_first` the first event is a Validation as well.
+    def events(self) -> Iterator[Event]:
+        """Steps until a budget is used up or `stop` is set, and what is due between.
 
-        Where memory runs out a step is made again in smaller parts, after a Note. Raises UserError when not even a row
-        fits, and Diverged when loss or gradient become NaN or infinite or the loss explodes; weights are then as before
-        that step. Nothing is to be saved from weights that are not finite: that is Diverged as well. Processes that `follow`
-        make the same steps.
+        With `counters.look_first` the initial weights are evaluated first. Raises UserError if
+        memory is too small for one row; Diverged if loss, gradient or weights are not finite or
+        the loss explodes: the weights are then as before that step.
         """
-        self.team.tell(["begin", asdict(self.counters)])
-        yield from self._led_events()
-        self.team.tell(None)
-
-    def follow(self) -> Iterator[list]:
-        """Makes the leader's steps, and what else takes all processes, until it says that the run is over; what it asks for
-        that is not the loop's is handed on. Raises what `events` raises in a step."""
-        while (heard := self.team.hear()) is not None:
-            match heard:
-                case ["begin", counters]:
-                    self.counters = Counters(**counters)
-                    self.model.set_recompute(self.recompute)
-                case ["step", share]:
-                    for _ in self.step(share):
-                        pass  # the leader tells what there is to note
-                case ["measure"]:
-                    self._measured()
-                case ["finite"]:
-                    self.team.finite(self.model)
-                case ["swap"]:
-                    self.optimizer.swap_averages()
-                case ["whole"]:
-                    self.team.whole(self.model)
-                case _:
-                    yield heard
-
-    def _led_events(self) -> Iterator[Step | Validation | Due | Note]:
         counters = self.counters
-        self.model.set_recompute(self.recompute)
-        self._before = counters.seconds
+        self.replicas.broadcast(["begin", asdict(counters)])
+        self.train_step.begin(counters)
+        self._earlier_seconds = counters.seconds
+        # the initial model, with --from
         if counters.look_first:
             counters.look_first = False
-            yield from self._validated(final=False)
+            yield self._validate(final=False)
         counters.preparation += self.elapsed() - counters.seconds
         start = self.elapsed()
         share = first = self._share()
-        if counters.step and share < 1.0:  # resumed: the step before the stop may have left something due
-            yield from self._between(share)
-        while share < 1.0 and not self.stop and not self._patience_is_over():
-            self.team.tell(["step", share])
-            step = yield from self.step(share)
+        # resumed: something may be due after the step before the stop
+        if counters.step and share < 1.0:
+            yield from self._due_events(share)
+        # the steps
+        while share < 1.0 and not self.stop and not self._out_of_patience():
+            self.replicas.broadcast(["step", share])
+            gradients = yield from self.train_step.gradients()
+            step = self.train_step.update(gradients, share)
             share = self._share()
             counters.seconds = step.elapsed = self.elapsed()
             step.share = share
-            step.remaining = (1 - share) / (share - first) * (step.elapsed - start) if share > first else None
+            if share > first:
+                step.remaining = (1 - share) / (share - first) * (step.elapsed - start)
             yield step
             if share >= 1.0 or self.stop:
                 break
-            yield from self._between(share)
+            yield from self._due_events(share)
             counters.looked = share = max(share, self._share())
-        if self._patience_is_over() and counters.looked < 1.0:
-            yield Note(counters.step, f"{counters.stale} evaluations in a row were no better than step "
-                       f"{counters.best_step:,}: ended at {share:.0%} of the budget (train.patience)")
+        yield from self._last_events(share)
+        self.replicas.broadcast(None)
+
+    def follow(self) -> Iterator[list]:
+        """Makes the leader's steps and collective operations until the run is over.
+
+        Yields the commands that are not the loop's. Raises what `events` raises in a step.
+        """
+        while (command := self.replicas.receive()) is not None:
+            match command:
+                case ["begin", counters]:
+                    self.train_step.begin(Counters(**counters))
+                case ["step", share]:
+                    self._follow_step(share)
+                case ["measure"]:
+                    self._measure()
+                case ["all_finite"]:
+                    self.replicas.all_finite(self.train_step.model)
+                case ["swap"]:
+                    self.train_step.optimizer.swap_averages()
+                case ["gather"]:
+                    self.replicas.gather(self.train_step.model)
+                case _:
+                    yield command
+
+    def _follow_step(self, share: float) -> None:
+        making = self.train_step.gradients()
+        try:
+            while True:
+                next(making)  # notes are the leader's to report
+        except StopIteration as done:
+            self.train_step.update(done.value, share)
+
+    def _due_events(self, share: float) -> Iterator[Validation | Due]:
+        """What is due after the step that reached `share` of the budget.
+
+        Nothing is due twice at the same share, however often the run is stopped and resumed.
+        """
+        counters, config = self.counters, self.config
+        last, counters.looked = counters.looked, max(counters.looked, share)
+        if share <= last:
+            return
+        times = evaluations(config.time, self._evaluation_cost())
+        if self._is_due(config.eval_every, last, share, times):
+            with self._averaged_weights():
+                yield self._validate(final=False)
+        if self._is_due(config.sample_every, last, share) and self._worth_a_sample():
+            started = time.monotonic()
+            with self._averaged_weights():
+                yield Due("sample", counters.step)
+            self._sampled_at, self._sample_seconds = time.monotonic(), time.monotonic() - started
+        # doubtful states are not saved: they would replace sound ones
+        doubtful = self.train_step.steps_above_limit()
+        if self._is_due(config.save_every, last, share) and not doubtful:
+            counters.seconds = self.elapsed()
+            self._require_finite()
+            yield Due("save", counters.step)
+
+    def _last_events(self, share: float) -> Iterator[Event]:
+        """The final evaluation and save of a run that has ended at `share` of its budget."""
+        counters = self.counters
+        if self._out_of_patience() and counters.looked < 1.0:
+            yield Note(
+                counters.step,
+                f"{counters.stale} evaluations in a row were no better than step "
+                f"{counters.best_step:,}: ended at {share:.0%} of the budget (train.patience)",
+            )
             counters.looked = share = 1.0
         ended = share >= 1.0 and not self.stop
         if ended and (counters.looked < 1.0 or counters.best == math.inf):
             counters.looked = share
-            yield from self._with_averages(self._validated(final=True))
+            with self._averaged_weights():
+                yield self._validate(final=True)
         counters.seconds = self.elapsed()
         self._require_finite()
         if ended and counters.best == math.inf:
             raise self._diverged("no evaluation gave a number")
         yield Due("save", counters.step)
-        if counters.best == math.inf:  # no run is left with the weights it began with
-            yield Note(counters.step, "saved; stopped before any evaluation, it is measured now (Ctrl-C leaves that out)")
-            # the state knows nothing of this one, so that the run goes on as if never stopped
-            yield from self._with_averages(self._validated(final=False))
+        # a run stopped before any evaluation is evaluated now, so that it keeps trained weights;
+        # the state does not record this, so a resumed run is as if it had never stopped
+        if counters.best == math.inf:
+            yield Note(
+                counters.step,
+                "saved; stopped before any evaluation, it is measured now (Ctrl-C leaves that out)",
+            )
+            with self._averaged_weights():
+                yield self._validate(final=False)
 
-    def _between(self, share: float) -> Iterator[Validation | Due]:
-        """What is due after a step that brought the run to `share`: at most once there, however often the run is stopped."""
-        counters, config = self.counters, self.config
-        last, counters.looked = counters.looked, max(counters.looked, share)
-        if share <= last:
-            return
-        if self._due(config.eval_every, last, share, evaluations(config.time, self._evaluation_cost())):
-            yield from self._with_averages(self._validated(final=False))
-        if self._due(config.sample_every, last, share) and self._worth_a_sample():
-            started = time.monotonic()
-            yield from self._with_averages([Due("sample", counters.step)])
-            self._sampled_at, self._sample_seconds = time.monotonic(), time.monotonic() - started
-        if self._due(config.save_every, last, share) and not self._above():  # else the good ones would be pushed out
-            counters.seconds = self.elapsed()
-            self._require_finite()
-            yield Due("save", counters.step)
-
-    def budget_has_changed(self) -> None:
-        """To be called where a resumed run has another budget: it was looked at up to here, whatever share that is now."""
-        self._before = self.counters.seconds
+    def change_budget(self) -> None:
+        """Tells a resumed run that it has another budget: nothing is due at the present share."""
+        self._earlier_seconds = self.counters.seconds
         if (share := self._share()) < 1.0:
             self.counters.looked = share
 
-    def _patience_is_over(self) -> bool:
+    def _out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.counters.stale
 
     def _share(self) -> float:
-        c = self.counters
-        progress = schedules.Progress(c.step, c.tokens, c.rows / self.rows.rows_per_epoch, self.elapsed())
-        return progress.share(self.config, c.preparation, 1.1 * self._evaluation_cost() + 0.3)
+        counters = self.counters
+        epochs = counters.rows / self.train_step.rows.rows_per_epoch
+        progress = schedules.Progress(counters.step, counters.tokens, epochs, self.elapsed())
+        at_the_end = 1.1 * self._evaluation_cost() + 0.3
+        return progress.share(self.config, counters.preparation, at_the_end)
 
     def _evaluation_cost(self) -> float:
-        """Seconds of an evaluation: as timed, else by the speed of training, whose backward pass costs twice a forward; an
-        evaluation is float32, which takes twice as long as bfloat16."""
+        """Seconds of an evaluation: of the last one, else estimated from the speed of training.
+
+        A backward pass costs two forward passes; evaluations are float32, half as fast as bfloat16.
+        """
         if self.counters.evaluation_seconds:
             return self.counters.evaluation_seconds
-        if self.evaluation_tokens and self._speed:
-            return self.evaluation_tokens / ((3 if self.placement.dtype == torch.float32 else 1.5) * self._speed)
+        if self.evaluation.tokens and self.train_step.tokens_per_second:
+            ratio = 3 if self.train_step.device_config.dtype == torch.float32 else 1.5
+            return self.evaluation.tokens / (ratio * self.train_step.tokens_per_second)
         return 0.04 * self.config.time
 
-    def _due(self, every: int, last: float, share: float, times: int = EVALUATIONS) -> bool:
+    def _is_due(self, every: int, last: float, share: float, times: int = EVALUATIONS) -> bool:
+        """True after every so many steps; by default `times` in a run."""
         if every:
             return self.counters.step % every == 0
         return math.floor(last * times) < math.floor(share * times)
 
     def _worth_a_sample(self) -> bool:
-        """In a run by time, samples keep to a fiftieth of it."""
+        """False if samples would take more than a fiftieth of a run limited by time."""
         if self.config.sample_every or not self.config.time:
             return True
-        return time.monotonic() - (self._sampled_at or self.began) >= 50 * self._sample_seconds
+        since = time.monotonic() - (self._sampled_at or self.started_at)
+        return since >= 50 * self._sample_seconds
 
-    def _with_averages(self, events: Iterable[Validation | Due]) -> Iterator[Validation | Due]:
-        """Events while which the model has the mean of its weights, where there is one (Izmailov et al. 2018)."""
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Puts the mean of the last weights in place, if there is one (Izmailov et al. 2018)."""
+        self._swap_averages()
+        yield
+        self._swap_averages()
+
+    def _swap_averages(self) -> None:
         if self.counters.averaged:
-            self._swap()
-        yield from events
-        if self.counters.averaged:
-            self._swap()
+            self.replicas.run_on_all("swap")
+            self.train_step.optimizer.swap_averages()
 
-    def _swap(self) -> None:
-        self.team.ask("swap")
-        self.optimizer.swap_averages()
-
-    def _validated(self, final: bool) -> Iterator[Validation]:
+    def _validate(self, final: bool) -> Validation:
         counters, started = self.counters, time.monotonic()
-        figures = self._measured()
+        figures = self._measure()
         counters.evaluation_seconds = time.monotonic() - started
-        best = figures.criterion < counters.best and self.team.finite(self.model)
+        best = figures.criterion < counters.best
+        best = best and self.replicas.all_finite(self.train_step.model)
         counters.stale = 0 if best else counters.stale + 1
         if best:
             counters.best, counters.best_step = figures.criterion, counters.step
-        yield Validation(counters.step, figures, best, final)
+        return Validation(counters.step, figures, best, final)
 
-    def _measured(self) -> object:
-        self.team.ask("measure")
-        self.model.eval()
-        with self._enough_memory("an evaluation"), self.team.working():
-            figures = self.evaluate()
-        self.model.train()
-        self.team.settle(self.model)
+    def _measure(self) -> ValidationFigures:
+        model = self.train_step.model
+        self.replicas.run_on_all("measure")
+        model.eval()
+        with self.train_step.enough_memory("an evaluation"), self.replicas.peer_errors():
+            figures = self.evaluation.measure()
+        model.train()
+        self.replicas.reshard(model)
         return figures
 
     def _require_finite(self) -> None:
-        if not self.team.finite(self.model):
+        if not self.replicas.all_finite(self.train_step.model):
             raise self._diverged("weights are NaN or infinite")
 
     def _diverged(self, what: str) -> Diverged:
-        step = self.counters.step
-        return Diverged(f"{what} after step {step} ({self.placement})", self._remedy(), step + 1)
+        step, device = self.counters.step, self.train_step.device_config
+        return Diverged(f"{what} after step {step} ({device})", self.train_step.remedy(), step + 1)

@@ -1,112 +1,73 @@
-"""What a model is trained for: (model, batch) → hidden states at the targets, the head over them, and the targets."""
+"""The table of all objectives; which one a run has, and the data it is encoded into."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import replace
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from lmcli.config import TokenizerConfig
+from lmcli.data import corpus
+from lmcli.data.documents import DocumentFormat, first_row
+from lmcli.errors import UsageError
+from lmcli.text.tokenizer import Tokenizer
+from lmcli.training.datasets import Source, Split
+from lmcli.training.example_objectives import CLASSIFICATION, COMPLETION, SEQ2SEQ
+from lmcli.training.language_modeling import CAUSAL, MASKED
+from lmcli.training.objective import EncodingInput, FirstRow, Objective, TrainingData
+from lmcli.training.span_prediction import SPAN
 
-from lmcli.model.likelihood import summed_loss
-from lmcli.model.transformer import Transformer
-from lmcli.text.batches import IGNORED, Batch
-
-
-class Predictions(NamedTuple):
-    """Hidden states (N, C) from which `head` makes logits, and the N targets they are to predict."""
-
-    hidden: Tensor
-    head: Callable[[Tensor], Tensor]
-    targets: Tensor
+# of those with one shape, `auto` takes the first that recognizes the data
+OBJECTIVES = {row.name: row for row in (COMPLETION, CAUSAL, SEQ2SEQ, SPAN, CLASSIFICATION, MASKED)}
 
 
-def causal(model: Transformer, batch: Batch) -> Predictions:
-    """Every next token of packed rows."""
-    ids, targets, _ = _tensors(model, batch)
-    firsts = None if batch.firsts is None else _on(ids.device, batch.firsts)
-    return Predictions(model.hidden(ids, firsts=firsts).flatten(0, 1), model.head, targets.flatten())
+def resolve_objective(
+    source: Source, name: str, shape: str, note: Callable[[str], None], multi_label: bool = False
+) -> tuple[Objective, DocumentFormat]:
+    """The objective and how its rows are read; "auto" goes by the model's shape and the first row.
+
+    Raises UsageError if the objective needs another shape; UserError if fields are missing.
+    """
+    first = FirstRow(
+        first_row(source.files, source.doc_format) or {},
+        source.doc_format,
+        source.files[0],
+        multi_label,
+        note,
+    )
+    if name == "auto":
+        objective = next(
+            row for row in OBJECTIVES.values() if row.shape == shape and row.recognizes(first)
+        )
+    else:
+        objective = OBJECTIVES[name]
+    if objective.shape != shape:
+        raise UsageError(
+            f"objective {objective.name} needs the shape {objective.shape}, not {shape}",
+            where="train",
+            hint="choose a preset of that shape: encoder-small, seq2seq-small, small (a decoder)",
+        )
+    if source.shares and not objective.mixable:
+        raise UsageError(
+            f"--weights mixes text, and objective {objective.name} learns from single rows",
+            where="train",
+            hint="leave --weights out, or for a decoder --set train.objective=causal",
+        )
+    return objective, objective.document_format(replace(first, objective=objective.name))
 
 
-def completion(model: Transformer, batch: Batch) -> Predictions:
-    """Every token of what follows a given text, and its end."""
-    ids, targets, _ = _tensors(model, batch)
-    chosen = targets != IGNORED
-    return Predictions(model.hidden(ids)[chosen], model.head, targets[chosen])  # padding stands behind, where nothing looks
+def encode(
+    objective: Objective,
+    split: Split,
+    config: TokenizerConfig,
+    context: int,
+    tokenizer: Tokenizer | None,
+    note: Callable[[str], None],
+    labels: tuple[str, ...] = (),
+) -> TrainingData:
+    """The encoded training and validation sets; a tokenizer is learned if none is given.
 
-
-def masked(model: Transformer, batch: Batch) -> Predictions:
-    """The tokens that were masked (Devlin et al. 2019); the head runs on them alone."""
-    ids, targets, real = _tensors(model, batch)
-    chosen = targets != IGNORED
-    return Predictions(model.hidden(ids, real)[chosen], model.head, targets[chosen])
-
-
-def seq2seq(model: Transformer, batch: Batch) -> Predictions:
-    """Every token of the target and its end, given the source and the target before it (teacher forcing)."""
-    ids, targets, real = _tensors(model, batch)
-    decoder_ids = _on(ids.device, batch.decoder_ids)
-    hidden = model.hidden(decoder_ids, memory=model.encode(ids, real))  # what follows a token cannot change it: no mask
-    chosen = targets != IGNORED
-    return Predictions(hidden[chosen], model.head, targets[chosen])
-
-
-def classification(model: Transformer, batch: Batch) -> Predictions:
-    """The label of each text, or its labels: targets are then (N, labels), 0 or 1."""
-    ids, targets, real = _tensors(model, batch)
-    hidden = model.hidden(ids, real, token_type_ids=_types(model, batch))
-    return Predictions(model.pooled(hidden, real), model.head, targets)
-
-
-def span(model: Transformer, batch: Batch) -> Predictions:
-    """The first and the last token of each answer, among the candidates (Devlin et al. 2019, §4.2): a row of logits (2·B, T)
-    for each, those of the starts first."""
-    ids, targets, real = _tensors(model, batch)
-    hidden = model.hidden(ids, real, token_type_ids=_types(model, batch))
-    logits = model.head(hidden).float().movedim(-1, 0)  # (2, B, T)
-    if batch.candidates is not None:
-        logits = logits.masked_fill(~_on(ids.device, batch.candidates), float("-inf"))
-    return Predictions(logits.flatten(0, 1), nn.Identity(), targets.T.flatten())
-
-
-def _types(model: Transformer, batch: Batch) -> Tensor | None:
-    """Token types, where there are any and the model tells them apart."""
-    if batch.types is None or model.config.type_vocab_size < 2:
-        return None
-    return _on(model.embedding.weight.device, batch.types)
-
-
-def _tensors(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-    device = model.embedding.weight.device
-    return _on(device, batch.ids), _on(device, batch.targets), None if batch.real is None else _on(device, batch.real)
-
-
-def _on(device: torch.device, array: np.ndarray) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    # from pinned memory a GPU fetches it while it works; else the copy waits until it has no more work
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-@dataclass(frozen=True)
-class Objective:
-    """One objective: its function, the model's shape and head, and what one target is called."""
-
-    name: str
-    predict: Callable[[Transformer, Batch], Predictions]
-    shape: str
-    head: str
-    target: str
-
-
-OBJECTIVES = {objective.name: objective for objective in (
-    Objective("causal", causal, "decoder", "lm", "token"),
-    Objective("completion", completion, "decoder", "lm", "token"),
-    Objective("masked", masked, "encoder", "lm", "masked token"),
-    Objective("seq2seq", seq2seq, "encoder-decoder", "lm", "target token"),
-    Objective("classification", classification, "encoder", "sequence", "text"),
-    Objective("span", span, "encoder", "span", "position"))}
-
-
-def loss(objective: Objective, model: Transformer, batch: Batch, smoothing: float = 0.0) -> Tensor:
-    """The summed loss of a batch in nats; differentiable. There is no smoothing over positions, which are no words."""
-    return summed_loss(*objective.predict(model, batch), 0.0 if objective.name == "span" else smoothing)
+    `labels` are those of a model that is trained further. Raises UserError for too little text.
+    """
+    if tokenizer is None:
+        tokenizer = corpus.learn_tokenizer(
+            split.training, split.source.doc_format, config, note, objective.shape
+        )
+    return objective.encode(EncodingInput(objective, split, tokenizer, context, note, labels))

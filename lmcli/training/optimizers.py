@@ -1,4 +1,4 @@
-"""Which parameter is updated how: every one that is trained in exactly one group of exactly one optimizer."""
+"""AdamW and Muon: every trained parameter is in exactly one group of exactly one optimizer."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -9,62 +9,86 @@ import torch
 from torch import Tensor, nn
 
 from lmcli.config import TrainConfig
+from lmcli.distributed.data_parallel import SINGLE_PROCESS, ReplicaGroup, local_shard
 from lmcli.model.transformer import Transformer
-from lmcli.training.parallel import ALONE, Team, local
 
-# minimax on [0.01, 1] one after another; the first is steep at 1, where a bfloat16 error grows 20-fold: hence the 1.05
+# minimax on [0.01, 1], one after another; the first is steep at 1, where a bfloat16 error grows
+# 20-fold: hence the factor 1.05 in `orthogonal`
 QUINTICS = ((7.7116, -22.1159, 16.2503), (3.7871, -3.0655, 0.6532), (2.6687, -1.9833, 0.4533))
+
+State = dict[nn.Parameter, dict[str, Tensor]]
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters with one learning rate: `peak_rate` at the schedule's peak, `rate` now."""
+
+    parameters: list[nn.Parameter]
+    peak_rate: float
+    weight_decay: float
+    rate: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rate = self.peak_rate
+
+    def with_gradient(self) -> list[nn.Parameter]:
+        """Parameters with a gradient."""
+        return [parameter for parameter in self.parameters if parameter.grad is not None]
 
 
 class Optimizers:
-    """Rules that step together. Each has `groups` of parameters with a rate of their own, and a `state` by parameter."""
+    """One or two rules, AdamW and Muon, that step together."""
 
-    def __init__(self, rules: "list[AdamW | Muon]", team: Team = ALONE):
-        self.rules, self.team = rules, team
+    def __init__(self, rules: "list[AdamW | Muon]", replicas: ReplicaGroup = SINGLE_PROCESS):
+        self.rules, self.replicas = rules, replicas
 
     @property
-    def groups(self) -> "list[Group]":
+    def groups(self) -> list[ParameterGroup]:
         """The groups of all rules."""
         return [group for rule in self.rules for group in rule.groups]
 
     def set_factor(self, factor: float) -> None:
-        """Sets every group's learning rate to `factor` times its top."""
+        """Sets every group's learning rate to `factor` times its peak."""
         for group in self.groups:
-            group.rate = factor * group.top
+            group.rate = factor * group.peak_rate
 
-    def clip(self, most: float) -> float:
-        """Scales all gradients down together where their norm is above `most` (0: never); returns the norm before."""
-        gradients = [local(p.grad) for group in self.groups for p in group.parameters if p.grad is not None]
-        norm = self.team.norm(gradients)
-        if most and norm > most:
-            torch._foreach_mul_(gradients, most / (norm + 1e-6))
+    def clip(self, max_norm: float) -> float:
+        """Scales all gradients down to `max_norm` together (0: never); returns the norm before."""
+        gradients = [g for group in self.groups for g in _gradients(group.with_gradient())]
+        norm = self.replicas.gradient_norm(gradients)
+        if max_norm and norm > max_norm:
+            torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
         return norm
 
     def step(self) -> None:
-        """One update of every parameter."""
+        """Updates every parameter that has a gradient."""
         for rule in self.rules:
             rule.step()
 
     def average(self, count: int) -> None:
-        """Makes what is kept beside each weight the mean of its values after `count` steps, of which this was the last."""
+        """Updates the mean of each weight over the last `count` steps, this one included."""
         for state, parameter in self._states():
             if count == 1:
                 state["average"] = parameter.detach().clone()
             else:
-                local(state["average"]).lerp_(local(parameter.detach()), 1 / count)
+                local_shard(state["average"]).lerp_(local_shard(parameter.detach()), 1 / count)
 
     def swap_averages(self) -> None:
-        """Puts the means in place of the weights, and the weights where the means were."""
+        """Exchanges the weights and their means."""
         for state, parameter in self._states():
             if "average" in state:
-                weight, mean = local(parameter.detach()), local(state["average"])
-                held = mean.clone()
+                weight, mean = local_shard(parameter.detach()), local_shard(state["average"])
+                previous_mean = mean.clone()
                 mean.copy_(weight)
-                weight.copy_(held)
+                weight.copy_(previous_mean)
 
     def _states(self) -> Iterator[tuple[dict[str, Tensor], nn.Parameter]]:
-        return ((rule.state[parameter], parameter) for rule in self.rules for group in rule.groups
-                for parameter in group.parameters)
+        return (
+            (rule.state[parameter], parameter)
+            for rule in self.rules
+            for group in rule.groups
+            for parameter in group.parameters
+        )
 
     def zero_grad(self) -> None:
         """Drops all gradients."""
@@ -73,164 +97,200 @@ class Optimizers:
                 parameter.grad = None
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The state of one parameter, to be read or filled in place; empty before its first step, and of one that is not
-        trained."""
-        return next((rule.state[parameter] for rule in self.rules for group in rule.groups
-                     if any(parameter is known for known in group.parameters)), {})
-
-
-@dataclass
-class Group:
-    """Parameters with one learning rate: `top` at the top of the schedule, `rate` now."""
-
-    parameters: list[nn.Parameter]
-    top: float
-    weight_decay: float
-    rate: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.rate = self.top
-
-    def with_gradient(self) -> list[nn.Parameter]:
-        """Those that the last backward pass reached."""
-        return [parameter for parameter in self.parameters if parameter.grad is not None]
+        """The state of a parameter, which may be filled in place; {} if it is not trained."""
+        return next((state for state, trained in self._states() if trained is parameter), {})
 
 
 class AdamW:
-    """AdamW (Loshchilov & Hutter 2019), in one pass over memory, to the bit as torch.optim.AdamW with fused=True.
+    """AdamW (Loshchilov & Hutter 2019), equal to torch.optim.AdamW with fused=True to the bit.
 
-    That class is not used because making one imports torch's compiler, a second of every command.
+    That class is not used because creating one imports torch's compiler: a second per command.
     """
 
-    def __init__(self, groups: list[Group], betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8):
+    def __init__(
+        self,
+        groups: list[ParameterGroup],
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ):
         self.groups, self.betas, self.eps = groups, betas, eps
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
+        self.state: State = defaultdict(dict)
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         for group in self.groups:
             if not (parameters := group.with_gradient()):
                 continue
             for parameter in parameters:
                 if "step" not in self.state[parameter]:
-                    self.state[parameter] |= {"step": torch.zeros((), device=parameter.device),
-                                              "exp_avg": torch.zeros_like(parameter),
-                                              "exp_avg_sq": torch.zeros_like(parameter)}
-            means, squares, steps = ([local(self.state[parameter][key]) for parameter in parameters]
-                                     for key in ("exp_avg", "exp_avg_sq", "step"))
+                    self.state[parameter] |= {
+                        "step": torch.zeros((), device=parameter.device),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+            means, squares, steps = (
+                [local_shard(self.state[parameter][key]) for parameter in parameters]
+                for key in ("exp_avg", "exp_avg_sq", "step")
+            )
             torch._foreach_add_(steps, 1)
-            torch._fused_adamw_([local(p) for p in parameters], [local(p.grad) for p in parameters], means, squares, [],
-                                steps, lr=group.rate, beta1=self.betas[0], beta2=self.betas[1],
-                                weight_decay=group.weight_decay, eps=self.eps, amsgrad=False, maximize=False)
+            torch._fused_adamw_(
+                [local_shard(parameter) for parameter in parameters],
+                _gradients(parameters),
+                means,
+                squares,
+                [],
+                steps,
+                lr=group.rate,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                weight_decay=group.weight_decay,
+                eps=self.eps,
+                amsgrad=False,
+                maximize=False,
+            )
 
 
 class Muon:
-    """Momentum, made orthogonal (Jordan et al. 2024), as torch.optim.Muon; all matrices of one shape, lying or standing, in
-    one product.
+    """Muon (Jordan et al. 2024) as torch.optim.Muon: orthogonalized momentum.
 
-    The update of a matrix of R rows and C columns is scaled by √max(1, R/C). What makes it orthogonal runs in `dtype`.
+    All matrices of one shape, transposed or not, are one product in `dtype`. The update of a matrix
+    of R rows and C columns is scaled by √max(1, R/C).
     """
 
-    def __init__(self, groups: list[Group], momentum: float = 0.95, dtype: torch.dtype = torch.bfloat16,
-                 team: Team = ALONE):
-        self.groups, self.momentum, self.dtype, self.team = groups, momentum, dtype, team
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
+    def __init__(
+        self,
+        groups: list[ParameterGroup],
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.bfloat16,
+        replicas: ReplicaGroup = SINGLE_PROCESS,
+    ):
+        self.groups, self.momentum, self.dtype, self.replicas = groups, momentum, dtype, replicas
+        self.state: State = defaultdict(dict)
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every matrix that has a gradient."""
+        """Updates every matrix that has a gradient."""
         for group in self.groups:
-            alike: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
             for matrix in group.with_gradient():
-                alike[tuple(sorted(matrix.shape))].append(matrix)
-            for matrices in alike.values():
-                updates = self.team.on_whole(matrices, self._momentum(matrices), _made_orthogonal)
-                own = [local(matrix) for matrix in matrices]
-                torch._foreach_mul_(own, 1 - group.rate * group.weight_decay)
-                for (rows, columns), part, update in zip((matrix.shape for matrix in matrices), own, updates):
-                    part.add_(update, alpha=-group.rate * max(1.0, rows / columns) ** 0.5)
+                by_shape[tuple(sorted(matrix.shape))].append(matrix)
+            for matrices in by_shape.values():
+                updates = self.replicas.on_full_matrices(
+                    matrices, self._momentum(matrices), _orthogonalize
+                )
+                shards = [local_shard(matrix) for matrix in matrices]
+                torch._foreach_mul_(shards, 1 - group.rate * group.weight_decay)
+                for matrix, shard, update in zip(matrices, shards, updates):
+                    scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                    shard.add_(update, alpha=-group.rate * scale)
 
     def _momentum(self, matrices: list[nn.Parameter]) -> list[Tensor]:
-        """In `dtype`, what the running means of the gradients, looked at one step ahead, say (Nesterov)."""
-        gradients = [local(matrix.grad) for matrix in matrices]
+        """The running means of the gradients, one step ahead (Nesterov), in `dtype`."""
         for matrix in matrices:
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-        means = [local(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
+        gradients = _gradients(matrices)
+        means = [local_shard(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
         torch._foreach_lerp_(means, gradients, 1 - self.momentum)
-        return [ahead.to(self.dtype) for ahead in torch._foreach_lerp(gradients, means, self.momentum)]
+        ahead = torch._foreach_lerp(gradients, means, self.momentum)
+        return [matrix.to(self.dtype) for matrix in ahead]
 
 
-def _wide(matrix: Tensor) -> Tensor:
-    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [local_shard(p.grad) for p in parameters if p.grad is not None]
 
 
-def _made_orthogonal(matrices: list[Tensor]) -> list[Tensor]:
-    """`orthogonal` of matrices that lie or stand, all of one shape but for that."""
-    made = orthogonal(torch.stack([_wide(matrix) for matrix in matrices]))
-    return [update.T if len(matrix) > matrix.shape[1] else update for matrix, update in zip(matrices, made)]
+def _orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonal` of matrices that have one shape, transposed or not."""
+    tall = [matrix.shape[0] > matrix.shape[1] for matrix in matrices]
+    wide = [matrix.T if turn else matrix for matrix, turn in zip(matrices, tall)]
+    return [
+        update.T if turn else update for update, turn in zip(orthogonal(torch.stack(wide)), tall)
+    ]
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (…, R, C), R ≤ C, with their singular values brought near 1: those above a hundredth of the bound on the
-    largest end between 0.73 and 1.28 (in bfloat16 up to 1.6), smaller ones grow a hundredfold.
+    """Matrices (…, R, C), R ≤ C, with singular values near 1.
 
-    Each step is an odd quintic, the best one for the interval that the steps before it leave (Amsel et al. 2025, "Polar
-    Express"). The bound on the largest value comes from the Gram matrix that the first step needs anyway, and is so close
-    that three steps do what five do after division by the Frobenius norm (Jordan et al. 2024).
+    Values above a hundredth of the bound on the largest end between 0.73 and 1.28 (in bfloat16 up
+    to 1.6), smaller ones grow a hundredfold. Each step is an odd quintic, the best one for the
+    interval that the steps before leave (Amsel et al. 2025, "Polar Express"). The bound comes from
+    the Gram matrix that the first step needs anyway, and is so tight that three steps do what five
+    do after division by the Frobenius norm (Jordan et al. 2024).
     """
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     gram = x @ x.mT
     size = 1.05 * gram.norm(dim=(-2, -1), keepdim=True, dtype=torch.float32).sqrt().clamp(min=1e-7)
     x, gram = x / size.to(x.dtype), gram / size.square().to(x.dtype)
-    for linear, cubic, quintic in QUINTICS:
-        if gram is None:
+    for i, (linear, cubic, quintic) in enumerate(QUINTICS):
+        if i:
             gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic), x, beta=linear)
-        gram = None
+        polynomial = torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic)
+        x = torch.baddbmm(x, polynomial, x, beta=linear)
     return x
 
 
-def build(model: Transformer, config: TrainConfig, team: Team = ALONE) -> Optimizers:
-    """AdamW, or with optimizer "muon" AdamW beside Muon, which gets the blocks' matrices at `matrix_learning_rate` and
-    multiplies in the precision of the forward pass. LoRA's, whose factors are nothing to make orthogonal, are AdamW's.
+def build(
+    model: Transformer, config: TrainConfig, replicas: ReplicaGroup = SINGLE_PROCESS
+) -> Optimizers:
+    """AdamW, or with optimizer "muon" AdamW and Muon, which updates the blocks' matrices.
 
-    Matrices decay; norms, biases, tables of embeddings, and LoRA's, which stand for a change and start at none, do not.
-    Rates fall with depth by `layer_decay` (Clark et al. 2020, "ELECTRA").
+    Muon has `matrix_learning_rate` and the precision of the forward pass. Matrices decay; norms,
+    biases, embedding tables and LoRA's factors (which start a change at 0) do not, and AdamW
+    updates them. Rates fall with depth by `layer_decay` (Clark et al. 2020, "ELECTRA").
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    # what does not decay
+    modules = model.named_modules()
+    tables = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
     tables |= {name for name, _ in named if name.endswith((".lora_a", ".lora_b"))}
-    inner = [p for name, p in named if p.ndim == 2 and ".layers." in name and name not in tables]
-    outer = [p for name, p in named if p.ndim == 2 and ".layers." not in name and name not in tables]
-    kept = [p for name, p in named if p.ndim < 2 or name in tables]
-    assert len(inner) + len(outer) + len(kept) == len(named)
-    decay, rate, by_muon = config.weight_decay, config.learning_rate, config.optimizer == "muon"
-    grouped = partial(_groups, depths(model) if config.layer_decay < 1 else {}, config.layer_decay)
-    adamw = AdamW([*grouped(outer if by_muon else inner + outer, rate, decay), *grouped(kept, rate, 0.0)])
-    muon = Muon(grouped(inner, config.matrix_learning_rate, decay), dtype=model.training_dtype, team=team)
-    return Optimizers([adamw, muon] if by_muon else [adamw], team)
+    matrices = [(name, p) for name, p in named if p.ndim == 2 and name not in tables]
+    others = [p for name, p in named if p.ndim < 2 or name in tables]
+    inner = [p for name, p in matrices if ".layers." in name]
+    outer = [p for name, p in matrices if ".layers." not in name]
+    assert len(inner) + len(outer) + len(others) == len(named)
+    # the groups, by depth
+    muon, decay, rate = config.optimizer == "muon", config.weight_decay, config.learning_rate
+    groups = partial(_groups, depths(model) if config.layer_decay < 1 else {}, config.layer_decay)
+    adamw = AdamW(
+        [*groups(outer if muon else inner + outer, rate, decay), *groups(others, rate, 0.0)]
+    )
+    if not muon:
+        return Optimizers([adamw], replicas)
+    inner_groups = groups(inner, config.matrix_learning_rate, decay)
+    rule = Muon(inner_groups, dtype=model.training_dtype, replicas=replicas)
+    return Optimizers([adamw, rule], replicas)
 
 
-def _groups(depth: dict[nn.Parameter, int], decay: float, parameters: list[nn.Parameter], top: float,
-            weight_decay: float) -> list[Group]:
-    """Parameters in a group for each depth, with `top` times `decay` to its power."""
+def _groups(
+    depth: dict[nn.Parameter, int],
+    layer_decay: float,
+    parameters: list[nn.Parameter],
+    peak_rate: float,
+    weight_decay: float,
+) -> list[ParameterGroup]:
+    """Parameters in one group per depth d, with rate `peak_rate` · `layer_decay`^d."""
     levels: dict[int, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
         levels[depth.get(parameter, 0)].append(parameter)
-    return [Group(level, top * decay ** deep, weight_decay) for deep, level in sorted(levels.items())]
+    return [
+        ParameterGroup(level, peak_rate * layer_decay**d, weight_decay)
+        for d, level in sorted(levels.items())
+    ]
 
 
 def depths(model: Transformer) -> dict[nn.Parameter, int]:
-    """Through how many blocks a gradient has come when it reaches a parameter, the parameter's own among them: 0 in the head
-    and the last norm, one more than there are blocks in what the lowest one reads."""
+    """How many blocks a gradient has passed when it reaches a parameter, its own block included.
+
+    0 for the head and the last norm; one more than there are blocks for the input of the lowest.
+    """
     blocks = model.blocks()
-    found = dict.fromkeys(model.parameters(), len(blocks) + 1)
+    depth = dict.fromkeys(model.parameters(), len(blocks) + 1)
     for above, block in enumerate(reversed(blocks)):
-        found |= dict.fromkeys(block.parameters(), above + 1)
-    for stack in (model.encoder, model.decoder):
-        if stack is not None and stack.norm is not None:
-            own = found[next(stack.layers[-1].parameters())]
-            found |= dict.fromkeys(stack.norm.parameters(), own - 1)
-    return found | {p: 0 for p in model.head.parameters() if p is not model.embedding.weight}
+        depth |= dict.fromkeys(block.parameters(), above + 1)
+    for stack in model.stacks():
+        if stack.norm is not None:
+            last_block = depth[next(stack.layers[-1].parameters())]
+            depth |= dict.fromkeys(stack.norm.parameters(), last_block - 1)
+    return depth | {p: 0 for p in model.head.parameters() if p is not model.embedding.weight}

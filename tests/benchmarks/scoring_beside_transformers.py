@@ -1,74 +1,89 @@
-"""How fast lines and long texts are scored, beside loops around transformers, at the shape of GPT-2 small.
+"""Compares the speed of scoring with loops around transformers, at the size of GPT-2 small.
 
-python tests/benchmarks/scoring_beside_transformers.py TEXT --tokenizer FOLDER [--lines 256] [--tokens 8192] [--rounds 5]
-    [--dtype float32] [--threads N]
+python tests/benchmarks/scoring_beside_transformers.py TEXT --tokenizer FOLDER [--lines 256]
+    [--tokens 4096] [--rounds 5] [--dtype float32] [--threads N]
 
-Weights are random; both load the same folder. Lines are the sentences of TEXT (3 to 60 words). In each round all take their
-turn at the same work, so noise hits all alike: transformers, in a process of its own, one batch of 16 after another, padded,
-in the order of the text; the same sorted by length; its documented recipe for long texts (windows of 1,024 tokens, stride
-512); and ours, as `lm score` and `lm perplexity` do it. Printed are medians of lines or new tokens a second, and of each
-round's ratio, then what part of the rate of the work's own matrix products ours reaches, and how far bfloat16 is from
-float32.
+Both load the same folder with random weights. Lines are the sentences of TEXT (3 to 60 words). In
+each round all take turns at the same work, so other load slows all alike:
+
+- transformers, in another process: padded batches of 16 lines, in the order of the text;
+- the same, sorted by length;
+- transformers' documented recipe for long texts (windows of 1,024 tokens, stride 512);
+- lm, as `lm score` and `lm perplexity` do both.
+
+Prints medians of lines or new tokens per second and of the ratio in each round, then how lm's speed
+compares with its own matrix products, and the distance of --dtype from float32.
 """
 
 import argparse
 import multiprocessing
 import re
-import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import lmcli
-from lmcli.analysis.benchmark import ProductClock
-from lmcli.inference.scoring import Scorer
-from lmcli.model import cost
+from lmcli.api import Model
+from lmcli.model import flops
+from lmcli.planning.benchmark import ProductClock
+from lmcli.scoring.scorer import Scorer
 
 BATCH = 16
 
 
 def sentences(text: str, count: int) -> list[str]:
-    """Sentences of 3 to 60 words."""
-    found = (" ".join(part.split()) for part in re.split(r"(?<=[.!?]) |\n", text))
-    return [sentence for sentence in found if 3 <= len(sentence.split()) <= 60][:count]
+    """The first sentences of 3 to 60 words."""
+    pieces = (" ".join(piece.split()) for piece in re.split(r"(?<=[.!?]) |\n", text))
+    return [piece for piece in pieces if 3 <= len(piece.split()) <= 60][:count]
 
 
-class Theirs:
-    """Loops as people write them around transformers."""
+class Transformers:
+    """The usual loops around transformers."""
 
     def __init__(self, folder: Path, dtype: torch.dtype):
         from transformers import AutoModelForCausalLM, AutoTokenizer
+
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.tokenizer.pad_token = self.tokenizer.eos_token
 
     @torch.inference_mode()
     def lines(self, texts: list[str], in_order: bool) -> list[float]:
-        """The log-probability of each, the first token from the end-of-text token."""
-        order = list(range(len(texts))) if in_order else sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        found = [0.0] * len(texts)
+        """The log-probability of each text, the first token given the end-of-text token."""
+        order = list(range(len(texts)))
+        if not in_order:
+            order.sort(key=lambda i: len(texts[i]))
+        scores = [0.0] * len(texts)
         for start in range(0, len(order), BATCH):
-            chosen = order[start:start + BATCH]
-            rows = self.tokenizer([self.tokenizer.bos_token + texts[i] for i in chosen], return_tensors="pt", padding=True)
-            logprobs = self.model(**rows).logits[:, :-1].float().log_softmax(-1)
-            taken = logprobs.gather(-1, rows.input_ids[:, 1:, None])[..., 0] * rows.attention_mask[:, 1:]
-            for i, total in zip(chosen, taken.double().sum(1).tolist()):
-                found[i] = total
-        return found
+            chosen = order[start : start + BATCH]
+            batch = self.tokenizer(
+                [self.tokenizer.bos_token + texts[i] for i in chosen],
+                return_tensors="pt",
+                padding=True,
+            )
+            logprobs = self.model(**batch).logits[:, :-1].float().log_softmax(-1)
+            targets = batch.input_ids[:, 1:, None]
+            target_logprobs = logprobs.gather(-1, targets)[..., 0] * batch.attention_mask[:, 1:]
+            for i, total in zip(chosen, target_logprobs.double().sum(1).tolist()):
+                scores[i] = total
+        return scores
 
     @torch.inference_mode()
-    def windows(self, ids: list[int], context: int = 1024, stride: int = 512) -> float:
-        """The recipe of transformers' page on perplexity: the summed log-probability."""
-        ids, total, before = torch.tensor([ids]), 0.0, 0
+    def windows(self, tokens: list[int], context: int = 1024, stride: int = 512) -> float:
+        """The summed log-probability by the recipe of transformers' page on perplexity."""
+        ids, total, before = torch.tensor([tokens]), 0.0, 0
         for start in range(0, ids.shape[1], stride):
             end = min(start + context, ids.shape[1])
-            part, targets = ids[:, start:end], ids[:, start:end].clone()
-            targets[:, :before - end] = -100
-            new = (targets[:, 1:] != -100).sum().item()
-            total -= self.model(part, labels=targets).loss.item() * new
+            window, targets = ids[:, start:end], ids[:, start:end].clone()
+            targets[:, : before - end] = -100
+            new_tokens = (targets[:, 1:] != -100).sum().item()
+            total -= self.model(window, labels=targets).loss.item() * new_tokens
             before = end
             if end == ids.shape[1]:
                 break
@@ -76,62 +91,133 @@ class Theirs:
 
 
 def make(folder: Path, tokenizer: Path) -> None:
-    """GPT-2 small with random weights."""
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+    """Writes GPT-2 small with random weights."""
+    import transformers
+
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
-    known = AutoTokenizer.from_pretrained(tokenizer) if (tokenizer / "tokenizer.json").is_file() else GPT2TokenizerFast(
-        str(tokenizer / "vocab.json"), str(tokenizer / "merges.txt"))
-    known.save_pretrained(folder)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(folder)
+    if (tokenizer / "tokenizer.json").is_file():
+        transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    else:
+        files = str(tokenizer / "vocab.json"), str(tokenizer / "merges.txt")
+        transformers.GPT2Tokenizer(*files).save_pretrained(folder)
 
 
-class InItsOwnProcess:
-    """`Theirs` apart from ours, which sets up its memory to its own liking."""
+class TransformersProcess:
+    """`Transformers` in another process, since lm configures the memory of its process."""
 
-    def __init__(self, *arguments):
+    def __init__(self, folder: Path, dtype: torch.dtype):
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, torch.get_num_threads(), *arguments), daemon=True)
+        arguments = (other, torch.get_num_threads(), folder, dtype)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
 
-    def __call__(self, name: str, *arguments) -> object:
-        """What that method returns."""
-        self.pipe.send((name, arguments))
+    def __call__(self, method: str, *arguments: object) -> Any:
+        """The result of a method."""
+        self.pipe.send((method, arguments))
         return self.pipe.recv()
 
 
-def _serve(pipe, threads: int, *arguments) -> None:
+def _serve(pipe: Connection, threads: int, folder: Path, dtype: torch.dtype) -> None:
     torch.set_num_threads(threads)
-    theirs = Theirs(*arguments)
+    contestant = Transformers(folder, dtype)
     while True:
-        name, given = pipe.recv()
-        pipe.send(getattr(theirs, name)(*given))
+        method, arguments = pipe.recv()
+        pipe.send(getattr(contestant, method)(*arguments))
 
 
-def timed(job) -> tuple[float, object]:
+def timed(job: Callable[[], Any]) -> tuple[float, Any]:
     """(seconds, result)."""
     started = time.perf_counter()
     result = job()
     return time.perf_counter() - started, result
 
 
-def share_of_products(ours, lengths: list[int], seconds: float) -> float:
-    """FLOPs of reading rows of such lengths in so many seconds, against the rate of those products at their best size."""
-    config, batch = ours.model.config, Scorer(ours.model, ours.tokenizer, []).batch
+def share_of_products(loaded: Model, lengths: list[int], seconds: float) -> float:
+    """FLOP/s of scoring rows of these lengths, relative to their matrix products alone.
+
+    The products are timed at the size of a full batch.
+    """
+    config, batch = loaded.model.config, Scorer(loaded.model, loaded.tokenizer, []).batch
     rows = max(1, batch * len(lengths) // sum(lengths))
     mean = sum(lengths) // len(lengths)
-    made = [product for product in cost.products(config, cost.Passes(rows, 0, mean, rows * mean))
-            if product.kind in ("linear", "scores", "mixture")]
-    clock = ProductClock(made, ours.placement)
+    forward = flops.ForwardPass(rows, 0, mean, rows * mean)
+    products = [
+        product
+        for product in flops.products(config, forward)
+        if product.kind in ("linear", "scores", "mixture")
+    ]
+    clock = ProductClock(products, loaded.device_config)
     for _ in range(3):
-        clock.turn()
-    flops = sum(product.flops for product in made) / (rows * mean) * sum(lengths)
-    return flops / seconds / clock.rate()
+        clock.measure()
+    total = sum(product.flops for product in products) / (rows * mean) * sum(lengths)
+    return total / seconds / clock.rate()
+
+
+def measure(
+    jobs: dict[str, Callable[[], Any]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """(seconds of each job in each round, last result of each job)."""
+    for name in ("lines, transformers sorted", "lines, lm", "windows, lm"):
+        jobs[name]()  # kernels are prepared at the first call
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    results = {}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            elapsed, results[name] = timed(job)
+            seconds[name].append(elapsed)
+    return seconds, results
+
+
+def compare(folder: Path, options: argparse.Namespace) -> None:
+    """Measures both on the model in a folder and prints the table."""
+    text = options.text.read_text(encoding="utf-8")
+    texts = sentences(text, options.lines)
+    loaded = lmcli.load(folder, dtype=options.dtype, threads=options.threads)
+    transformers = TransformersProcess(folder, getattr(torch, options.dtype))
+    ids = loaded.encode(text)[: options.tokens]
+    lines, windows = loaded.scorer(bos=True), loaded.scorer(bos=False, context=1024, stride=512)
+    jobs: dict[str, Callable[[], Any]] = {
+        "lines, transformers in order": lambda: transformers("lines", texts, True),
+        "lines, transformers sorted": lambda: transformers("lines", texts, False),
+        "lines, lm": lambda: [score.logprob for score in lines.score(texts)],
+        "windows, transformers": lambda: transformers("windows", ids),
+        "windows, lm": lambda: float(windows.token_logprobs([ids])[0][1:].sum()),
+    }
+    seconds, results = measure(jobs, options.rounds)
+
+    # speed
+    for name, times in seconds.items():
+        kind = name.partition(",")[0]
+        count, unit = (len(texts), "lines") if kind == "lines" else (len(ids), "tokens")
+        ratios = [other / lm for other, lm in zip(times, seconds[f"{kind}, lm"])]
+        print(
+            f"{name:<30} {count / statistics.median(times):9.1f} {unit}/s  lm is "
+            f"{statistics.median(ratios):.2f} × as fast ({min(ratios):.2f} – {max(ratios):.2f})"
+        )
+    lengths = [len(tokens) + 1 for tokens in loaded.tokenizer.encode_batch(texts)]
+    share = share_of_products(loaded, lengths, statistics.median(seconds["lines, lm"]))
+    print(
+        f"{sum(lengths) / len(lengths):.1f} tokens per line; lm reaches {share:.0%} of the speed "
+        "of its matrix products on lines"
+    )
+
+    # accuracy
+    expected = lmcli.load(folder, dtype="float32").scorer(bos=True).score(texts)
+    for name in ("lines, lm", "lines, transformers in order"):
+        errors = [abs(logprob - score.logprob) for logprob, score in zip(results[name], expected)]
+        print(
+            f"{name}: differs from lm in float32 by {statistics.median(errors):.2g} nats per line "
+            f"(median), {max(errors):.2g} (largest)"
+        )
 
 
 def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Makes the model in a temporary folder and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--lines", type=int, default=256)
@@ -142,44 +228,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    text = options.text.read_text(encoding="utf-8")
-    texts = sentences(text, options.lines)
-    folder = Path(tempfile.mkdtemp())
-    try:
-        make(folder, options.tokenizer)
-        ours = lmcli.load(folder, dtype=options.dtype, threads=options.threads)
-        theirs = InItsOwnProcess(folder, getattr(torch, options.dtype))
-        ids = ours.encode(text)[:options.tokens]
-        lines, windows = ours.scorer(bos=True), ours.scorer(bos=False, context=1024, stride=512)
-        jobs = {"lines, theirs in order": lambda: theirs("lines", texts, True),
-                "lines, theirs sorted": lambda: theirs("lines", texts, False),
-                "lines, ours": lambda: [score.logprob for score in lines.score(texts)],
-                "windows, theirs": lambda: theirs("windows", ids),
-                "windows, ours": lambda: float(windows.token_logprobs([ids])[0][1:].sum())}
-        for name in ("lines, theirs sorted", "lines, ours", "windows, ours"):
-            jobs[name]()  # kernels are prepared at the first call
-        seconds: dict[str, list[float]] = {name: [] for name in jobs}
-        results = {}
-        for _ in range(options.rounds):
-            for name, job in jobs.items():
-                taken, results[name] = timed(job)
-                seconds[name].append(taken)
-        for name, taken in seconds.items():
-            kind = name.partition(",")[0]
-            ratios = [own / mine for own, mine in zip(taken, seconds[f"{kind}, ours"])]
-            work = len(texts) if kind == "lines" else len(ids)
-            print(f"{name:<24} {work / statistics.median(taken):9.1f} {'lines' if kind == 'lines' else 'tokens'}/s  ours is "
-                  f"{statistics.median(ratios):.2f} × as fast ({min(ratios):.2f} – {max(ratios):.2f})")
-        lengths = [len(found) + 1 for found in ours.tokenizer.encode_batch(texts)]
-        print(f"tokens a line {sum(lengths) / len(lengths):.1f}; ours reaches "
-              f"{share_of_products(ours, lengths, statistics.median(seconds['lines, ours'])):.0%} of its products on lines")
-        wanted = lmcli.load(folder, dtype="float32").scorer(bos=True).score(texts)
-        for name in ("lines, ours", "lines, theirs in order"):
-            apart = [abs(found - score.logprob) for found, score in zip(results[name], wanted)]
-            print(f"{name}: from ours in float32 by {statistics.median(apart):.2g} nats a line (median), {max(apart):.2g} "
-                  "(largest)")
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        make(Path(temporary), options.tokenizer)
+        compare(Path(temporary), options)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,39 @@
-"""Folders made by transformers: the independent other side of reading and writing a checkpoint."""
+"""Folders written by transformers, an independent implementation of reading and writing."""
 
 import pytest
 
 
 @pytest.fixture(scope="session")
 def reference(randomize, small_tokenizer):
-    """reference(folder, kind, seed, max_shard_size, dtype, **config): a random model of transformers, saved with our
-    small tokenizer; odd vocabulary, grouped heads, and heads whose width does not divide the model's."""
+    """reference(folder, kind, seed, max_shard_size, dtype, **config): saves and returns a model.
+
+    It is a random one of transformers, with our small tokenizer, an odd vocabulary, grouped heads,
+    and a head width that does not divide the model's.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     families = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
-    sizes = {"vocab_size": 409, "hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 3,
-             "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": 64,
-             "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    sizes = {
+        "vocab_size": 409,
+        "hidden_size": 36,
+        "intermediate_size": 50,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
 
     def build(folder, kind="llama", seed=0, max_shard_size="1GB", dtype=None, **options):
         config, model = families[kind]
-        made = randomize(model(config(**{**sizes, **options})), seed)
+        built = randomize(model(config(**{**sizes, **options})), seed)
         if dtype is not None:
-            made = made.to(dtype)
-        made.save_pretrained(folder, max_shard_size=max_shard_size)
+            built = built.to(dtype)
+        built.save_pretrained(folder, max_shard_size=max_shard_size)
         small_tokenizer.save(folder)
-        return made
+        return built
+
     return build

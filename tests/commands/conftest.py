@@ -1,4 +1,4 @@
-"""One small trained run for all command tests, and `lm` as a shell sees it."""
+"""One small trained run for all command tests, and functions that run `lm`."""
 
 import os
 import shutil
@@ -11,29 +11,45 @@ import pytest
 from lmcli.commands import run
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ("--preset", "tiny", "--set", "model.hidden_size=64", "--set", "model.num_hidden_layers=2",
-         "--set", "tokenizer.vocab_size=512", "--set", "train.context=64", "--set", "train.batch_tokens=512")
+SMALL = (
+    "--preset",
+    "tiny",
+    "--set",
+    "model.hidden_size=64",
+    "--set",
+    "model.num_hidden_layers=2",
+    "--set",
+    "tokenizer.vocab_size=512",
+    "--set",
+    "train.context=64",
+    "--set",
+    "train.batch_tokens=512",
+)
 
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory) -> dict:
-    """The environment of every `lm`: a cache of its own, one thread, no model by default."""
-    kept = {key: value for key, value in os.environ.items() if key != "LM_MODEL"}
-    return {**kept, "LM_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
+    """The environment of every `lm`: its own cache, one thread, no default model."""
+    variables = {key: value for key, value in os.environ.items() if key != "LM_MODEL"}
+    return {**variables, "LM_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
 def lm(environment):
     """lm(*arguments, stdin=b"", **options): the finished process, its output as bytes."""
+
     def call(*arguments, stdin: bytes = b"", **options) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "lmcli", *map(str, arguments)]
-        return subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=120, **options)
+        return subprocess.run(
+            command, input=stdin, capture_output=True, env=environment, timeout=120, **options
+        )
+
     return call
 
 
 @pytest.fixture
 def inside(environment, monkeypatch, capfdbinary, tmp_path):
-    """inside(*arguments, stdin=b""): as `lm`, in this process: for what needs neither signals nor pipes, and is fast."""
+    """inside(*arguments, stdin=b""): as `lm`, but fast, in this process; no signals or pipes."""
     monkeypatch.setenv("LM_CACHE", environment["LM_CACHE"])
     monkeypatch.delenv("LM_MODEL", raising=False)
 
@@ -45,12 +61,13 @@ def inside(environment, monkeypatch, capfdbinary, tmp_path):
             code = run([*map(str, arguments)])
         sys.stdout.flush()
         return subprocess.CompletedProcess(arguments, code, *capfdbinary.readouterr())
+
     return call
 
 
 @pytest.fixture(scope="session")
 def story(tmp_path_factory) -> Path:
-    """A text file of some 120 kB with documents in it."""
+    """A text file of about 120 kB with several documents."""
     path = tmp_path_factory.mktemp("text") / "story.txt"
     text = (ROOT / "data" / "stories.txt").read_text(encoding="utf-8")[:120_000]
     path.write_text(text.rpartition("<|endoftext|>")[0], encoding="utf-8")
@@ -68,7 +85,7 @@ def trained(lm, story, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def marian(tmp_path_factory, small_tokenizer):
-    """A small Marian of transformers that searches with 3 beams by its generation_config.json."""
+    """A small Marian model of transformers; its generation_config.json has 3 beams."""
     import torch
     from tokenizers import processors
     from transformers import MarianConfig, MarianMTModel
@@ -77,31 +94,58 @@ def marian(tmp_path_factory, small_tokenizer):
 
     folder = tmp_path_factory.mktemp("marian")
     torch.manual_seed(0)
-    model = MarianMTModel(MarianConfig(
-        vocab_size=410, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32, pad_token_id=409, eos_token_id=0,
-        decoder_start_token_id=409, init_std=0.6))
-    model.generation_config.update(num_beams=3, max_length=12, bad_words_ids=[[409]], forced_eos_token_id=0)
+    model = MarianMTModel(
+        MarianConfig(
+            vocab_size=410,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_position_embeddings=32,
+            pad_token_id=409,
+            eos_token_id=0,
+            decoder_start_token_id=409,
+            init_std=0.6,
+        )
+    )
+    model.generation_config.update(
+        num_beams=3, max_length=12, bad_words_ids=[[409]], forced_eos_token_id=0
+    )
     model.save_pretrained(folder)
     words = Tokenizer(type(small_tokenizer.core).from_str(small_tokenizer.core.to_str()))
     words.core.post_processor = processors.TemplateProcessing(
-        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
     words.save(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def berts(tmp_path_factory, shared):
-    """Folders of small random BERTs with MiniLM's tokenizer: with a masked-LM head, a classifier, a bare one."""
+    """Folders of small random BERTs with MiniLM's tokenizer, each with another head."""
     import torch
     import transformers
 
     folder = tmp_path_factory.mktemp("berts")
     torch.manual_seed(0)
-    for name, kind in (("masked", transformers.BertForMaskedLM), ("labels", transformers.BertForSequenceClassification),
-                       ("answers", transformers.BertForQuestionAnswering), ("bare", transformers.BertModel)):
-        kind(transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-                                     max_position_embeddings=24)).save_pretrained(folder / name)
+    for name, kind in (
+        ("masked", transformers.BertForMaskedLM),
+        ("labels", transformers.BertForSequenceClassification),
+        ("answers", transformers.BertForQuestionAnswering),
+        ("bare", transformers.BertModel),
+    ):
+        kind(
+            transformers.BertConfig(
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=16,
+                max_position_embeddings=24,
+            )
+        ).save_pretrained(folder / name)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(shared / "tokenizers" / "bert-minilm" / file, folder / name)
     return folder
@@ -109,18 +153,20 @@ def berts(tmp_path_factory, shared):
 
 @pytest.fixture
 def stopped_after_five(inside, monkeypatch):
-    """stopped_after_five(*arguments): `inside`, a run that is told to stop by its fifth step."""
+    """stopped_after_five(*arguments): `inside`, a run that stops after its fifth step."""
     from lmcli.training import loop
 
-    step = loop.Run.step
+    events = loop.Trainer.events
 
-    def stop(self, share):
-        made = yield from step(self, share)
-        self.stop = made.step == 5
-        return made
+    def stop(trainer):
+        for event in events(trainer):
+            if isinstance(event, loop.Step):
+                trainer.stop = event.step == 5
+            yield event
 
     def call(*arguments) -> subprocess.CompletedProcess:
         with monkeypatch.context() as patched:
-            patched.setattr(loop.Run, "step", stop)
+            patched.setattr(loop.Trainer, "events", stop)
             return inside(*arguments)
+
     return call

@@ -1,4 +1,4 @@
-"""`lm generate`: what is a prompt, how its continuation is written, and what ends it."""
+"""`lm generate`: prompts, how their continuations are written, and what ends them."""
 
 import json
 import os
@@ -12,48 +12,66 @@ import pytest
 
 @pytest.fixture
 def generate(inside, trained):
-    """generate(*arguments, stdin): the standard output, as text."""
+    """generate(*arguments, stdin): standard output as text."""
+
     def call(*arguments, stdin: bytes = b"") -> str:
         done = inside("generate", "-m", trained[0], "--seed", 7, *arguments, stdin=stdin)
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout.decode()
+
     return call
 
 
 def test_arguments_win_over_standard_input_unless_it_is_named(generate):
     assert generate("-n", 4, "The", stdin=b"unread\n") == generate("-n", 4, "The")
-    lines = [json.loads(line)["prompt"] for line in
-             generate("-n", 2, "--json", "first", "-", "last", stdin=b"piped\n\nmore").splitlines()]
+    lines = [
+        json.loads(line)["prompt"]
+        for line in generate(
+            "-n", 2, "--json", "first", "-", "last", stdin=b"piped\n\nmore"
+        ).splitlines()
+    ]
     assert lines == ["first", "piped", "", "more", "last"]
 
 
-def test_samples_stand_in_a_row_and_have_seeds_of_their_own(generate):
-    found = [json.loads(line) for line in generate("-n", 12, "--json", "--num-samples", 3, "The", "A").splitlines()]
-    assert [row["prompt"] for row in found] == ["The"] * 3 + ["A"] * 3
-    assert [row["seed"] for row in found] == [7, 8, 9, 10, 11, 12]
-    assert len({row["text"] for row in found}) > 3
+def test_samples_of_a_prompt_are_adjacent_and_have_their_own_seeds(generate):
+    rows = [
+        json.loads(line)
+        for line in generate("-n", 12, "--json", "--num-samples", 3, "The", "A").splitlines()
+    ]
+    assert [row["prompt"] for row in rows] == ["The"] * 3 + ["A"] * 3
+    assert [row["seed"] for row in rows] == [7, 8, 9, 10, 11, 12]
+    assert len({row["text"] for row in rows}) > 3
     alone = json.loads(generate("-n", 12, "--json", "--seed", 11, "A"))
-    assert alone["tokens"] == found[4]["tokens"]  # so one line of many can be drawn again
+    assert alone["tokens"] == rows[4]["tokens"]  # so one line of many can be drawn again
 
 
 def test_200_prompts_with_two_samples_are_400_lines(generate):
     assert generate("-n", 2, "--num-samples", 2, stdin=b"The baker\n\n" * 100).count("\n") == 400
 
 
-def test_seeds_count_on_over_however_many_prompts(generate):
+def test_seeds_continue_across_batches_of_prompts(generate):
     rows = map(json.loads, generate("-n", 1, "--json", stdin=b"The\n" * 600).splitlines())
     assert [row["seed"] for row in rows] == list(range(7, 607))
 
 
 def test_without_a_seed_each_run_differs_and_names_its_seed(inside, trained):
-    first, second = (json.loads(inside("generate", "-m", trained[0], "--json", "-n", 20, "The").stdout) for _ in range(2))
+    first, second = (
+        json.loads(inside("generate", "-m", trained[0], "--json", "-n", 20, "The").stdout)
+        for _ in range(2)
+    )
     assert first["seed"] != second["seed"] and first["tokens"] != second["tokens"]
-    again = json.loads(inside("generate", "-m", trained[0], "--json", "-n", 20, "--seed", first["seed"], "The").stdout)
+    again = json.loads(
+        inside(
+            "generate", "-m", trained[0], "--json", "-n", 20, "--seed", first["seed"], "The"
+        ).stdout
+    )
     assert again == first
 
 
-def test_temperature_0_takes_the_likeliest_whatever_the_seed(generate):
-    first, second = (generate("--temperature", 0, "--seed", seed, "-n", 20, "The") for seed in (1, 2))
+def test_temperature_0_is_greedy_whatever_the_seed(generate):
+    first, second = (
+        generate("--temperature", 0, "--seed", seed, "-n", 20, "The") for seed in (1, 2)
+    )
     assert first == second
     one = json.loads(generate("--temperature", 0, "-n", 5, "--json", "The"))
     assert one["tokens"] == json.loads(generate("--top-k", 1, "-n", 5, "--json", "The"))["tokens"]
@@ -63,8 +81,12 @@ def test_a_stop_text_ends_the_continuation_before_it(generate):
     whole = json.loads(generate("-n", 60, "--json", "The"))
     stop = whole["text"][5:8]
     cut = json.loads(generate("-n", 60, "--json", "--stop", stop, "--stop", "never said", "The"))
-    assert cut["text"] == whole["text"][:whole["text"].index(stop)] and cut["finish_reason"] == "stop"
-    assert generate("-n", 60, "--stop", stop, "The") == cut["text"] + "\n"  # streamed: no part of it was given away
+    assert (
+        cut["text"] == whole["text"][: whole["text"].index(stop)] and cut["finish_reason"] == "stop"
+    )
+    assert (
+        generate("-n", 60, "--stop", stop, "The") == cut["text"] + "\n"
+    )  # streamed: nothing of it was written
 
 
 def test_max_new_tokens_and_its_reason(generate):
@@ -82,7 +104,12 @@ def test_whole_takes_all_of_standard_input_as_one_prompt(generate):
 
 def test_nul_separates_prompts_and_results(generate):
     out = generate("-0", "--echo", "-n", 4, stdin=b"one\nline\0two")
-    assert out.endswith("\0") and len(out.split("\0")) == 3 and out.startswith("one\nline") and "\0two" in out
+    assert (
+        out.endswith("\0")
+        and len(out.split("\0")) == 3
+        and out.startswith("one\nline")
+        and "\0two" in out
+    )
 
 
 def test_an_echoed_prompt_is_escaped_like_its_continuation(generate):
@@ -98,17 +125,27 @@ def test_a_prompt_longer_than_the_context_is_cut_with_a_warning(inside, trained)
     assert inside("generate", "-m", trained[0], "-n", 3, "-q", long).stderr == b""
 
 
-def test_text_longer_than_the_context_goes_on(generate):
+def test_generation_continues_beyond_the_context(generate):
     rows = map(json.loads, generate("-n", 150, "--json", "--num-samples", 8, "The").splitlines())
-    assert max(len(row["tokens"]) for row in rows) == 150  # of eight, one at least meets no end of text
+    assert (
+        max(len(row["tokens"]) for row in rows) == 150
+    )  # of eight, one at least meets no end of text
 
 
-@pytest.mark.parametrize("arguments, told", [
-    (("--temperature", "-1", "a"), "--temperature"), (("--top-p", "1.5", "a"), "--top-p"), (("-n", "0", "a"), "-n"),
-    (("--stop", "", "a"), "--stop"), (("\udcff",), "UTF-8"), (("--num-samples", "3", "--num-beams", "2", "a"), "num-beams")])
-def test_impossible_options_are_usage(inside, trained, arguments, told):
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("--temperature", "-1", "a"), "--temperature"),
+        (("--top-p", "1.5", "a"), "--top-p"),
+        (("-n", "0", "a"), "-n"),
+        (("--stop", "", "a"), "--stop"),
+        (("\udcff",), "UTF-8"),
+        (("--num-samples", "3", "--num-beams", "2", "a"), "num-beams"),
+    ],
+)
+def test_impossible_options_are_usage_errors(inside, trained, arguments, expected):
     done = inside("generate", "-m", trained[0], *arguments)
-    assert done.returncode == 2 and told in done.stderr.decode() and done.stdout == b""
+    assert done.returncode == 2 and expected in done.stderr.decode() and done.stdout == b""
 
 
 def test_invalid_utf8_on_standard_input_is_named(inside, trained):
@@ -116,10 +153,26 @@ def test_invalid_utf8_on_standard_input_is_named(inside, trained):
     assert done.returncode == 1 and b"standard input, line 2" in done.stderr
 
 
-def test_text_comes_as_it_is_made(trained, environment):
-    command = [sys.executable, "-m", "lmcli", "generate", "-m", trained[0], "-n", "20000", "--stop", "never said",
-               "--temperature", "0", "--echo", "The baker"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
+def test_text_is_streamed(trained, environment):
+    command = [
+        sys.executable,
+        "-m",
+        "lmcli",
+        "generate",
+        "-m",
+        trained[0],
+        "-n",
+        "20000",
+        "--stop",
+        "never said",
+        "--temperature",
+        "0",
+        "--echo",
+        "The baker",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+    ) as process:
         assert select.select([process.stdout], [], [], 60)[0]
         assert os.read(process.stdout.fileno(), 100).startswith(b"The baker")
         time.sleep(0.1)
@@ -128,7 +181,10 @@ def test_text_comes_as_it_is_made(trained, environment):
 
 
 def test_head_ends_generation_quietly(trained, environment):
-    shell = (f"yes 'The baker' | head -2000 | {sys.executable} -m lmcli generate -m {trained[0]} -n 4 --seed 1 | head -1; "
-             "echo ${PIPESTATUS[2]}")
+    shell = (
+        f"yes 'The baker' | head -2000 | "
+        f"{sys.executable} -m lmcli generate -m {trained[0]} -n 4 --seed 1 | head -1; "
+        "echo ${PIPESTATUS[2]}"
+    )
     done = subprocess.run(["bash", "-c", shell], capture_output=True, env=environment, timeout=60)
     assert done.stdout.splitlines()[-1] == b"141" and done.stderr == b""

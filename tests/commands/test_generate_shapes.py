@@ -1,18 +1,23 @@
-"""`lm generate` with an encoder–decoder and an encoder, with models that cannot, and with bad lines."""
+"""`lm generate` with an encoder–decoder, an encoder, unable models, and bad lines."""
 
 import json
 
 import pytest
 
 
-def test_a_folders_beams_are_the_default_and_a_temperature_draws(inside, marian):
+def test_beams_of_the_folder_are_the_default_and_temperature_samples(inside, marian):
     def rows(*arguments):
-        done = inside("generate", "-m", marian, "--json", *arguments, stdin=b"the dog\nthe cat ran\n")
+        done = inside(
+            "generate", "-m", marian, "--json", *arguments, stdin=b"the dog\nthe cat ran\n"
+        )
         assert done.returncode == 0, done.stderr.decode()
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     best = rows()
-    assert best == rows("--num-beams", 3) and [row["prompt"] for row in best] == ["the dog", "the cat ran"]
+    assert best == rows("--num-beams", 3) and [row["prompt"] for row in best] == [
+        "the dog",
+        "the cat ran",
+    ]
     assert all(1 <= len(row["tokens"]) <= 11 for row in best)  # max_length counts the start token
     assert rows("--num-samples", 3)[0]["tokens"] == best[0]["tokens"]
     greedy = rows("--num-beams", 1)
@@ -20,79 +25,167 @@ def test_a_folders_beams_are_the_default_and_a_temperature_draws(inside, marian)
     drawn = rows("--temperature", 1.5, "--num-samples", 6, "--seed", 1)
     assert len({row["text"] for row in drawn[:6]}) > 1 and drawn[5]["seed"] == 6
     assert len(rows("--num-beams", 1, "-n", 3, "--min-new-tokens", 3)[0]["tokens"]) == 3
-    repeated = rows("-n", 25, "--no-repeat-ngram-size", 1, "--early-stopping", "never", "--min-new-tokens", 20)
+    repeated = rows(
+        "-n", 25, "--no-repeat-ngram-size", 1, "--early-stopping", "never", "--min-new-tokens", 20
+    )
     assert all(len(set(row["tokens"])) == len(row["tokens"]) >= 20 for row in repeated)
 
 
-def test_a_target_is_streamed_and_holds_no_special_tokens(inside, marian):
+def test_a_target_is_streamed_without_special_tokens(inside, marian):
     out = inside("generate", "-m", marian, "--num-beams", 1, "the dog").stdout.decode()
     row = json.loads(inside("generate", "-m", marian, "--num-beams", 1, "--json", "the dog").stdout)
     assert out == row["text"] + "\n" and "<|endoftext|>" not in out
 
 
-def test_a_source_longer_than_the_context_is_told(inside, marian):
+def test_a_source_longer_than_the_context_has_a_note(inside, marian):
     done = inside("generate", "-m", marian, "the baker went home " * 20)
-    assert done.returncode == 0 and b"longer than the context of 32 tokens; only the beginning is read" in done.stderr
+    assert (
+        done.returncode == 0
+        and b"longer than the context of 32 tokens; only the beginning is read" in done.stderr
+    )
 
 
 def test_masks_are_filled(inside, berts):
     text = b"Paris is the [MASK] of France.\nthe [MASK] [MASK]\n"
     done = inside("generate", "-m", berts / "masked", "--num-samples", 3, stdin=text)
     lines = done.stdout.decode().splitlines()
-    assert len(lines) == 6 and all(line.startswith("paris is the ") and line.endswith("of france.") for line in lines[:3])
+    assert len(lines) == 6 and all(
+        line.startswith("paris is the ") and line.endswith("of france.") for line in lines[:3]
+    )
     assert len(set(lines[:3])) == 3 and "[MASK]" not in done.stdout.decode()
-    row = json.loads(inside("generate", "-m", berts / "masked", "--json", "a [MASK] and [MASK]").stdout)
+    row = json.loads(
+        inside("generate", "-m", berts / "masked", "--json", "a [MASK] and [MASK]").stdout
+    )
     assert len(row["tokens"]) == len(row["token_logprobs"]) == 2 and row["finish_reason"] == "stop"
 
 
-def test_a_prompt_without_a_mask_is_told_and_may_be_left_blank_or_out(inside, berts):
+def test_a_prompt_without_a_mask_follows_on_error(inside, berts):
     text = b"a [MASK]\nno mask\n\nthe [MASK]\n"
     done = inside("generate", "-m", berts / "masked", stdin=text)
-    assert done.returncode == 1 and b"standard input, line 2: nothing to fill: the prompt has no [MASK]" in done.stderr
+    assert (
+        done.returncode == 1
+        and b"standard input, line 2: nothing to fill: the prompt has no [MASK]" in done.stderr
+    )
     blank = inside("generate", "-m", berts / "masked", "--on-error", "blank", stdin=text)
     lines = blank.stdout.decode().split("\n")
-    assert blank.returncode == 0 and len(lines) == 5 and lines[1:3] == ["", ""] and lines[0] and lines[3]
+    assert (
+        blank.returncode == 0
+        and len(lines) == 5
+        and lines[1:3] == ["", ""]
+        and lines[0]
+        and lines[3]
+    )
     left = inside("generate", "-m", berts / "masked", "--on-error", "skip", stdin=text)
-    assert left.stdout.decode().split("\n") == [lines[0], "", lines[3], ""] and b"1 bad line left out" in left.stderr
+    assert (
+        left.stdout.decode().split("\n") == [lines[0], "", lines[3], ""]
+        and b"1 bad line left out" in left.stderr
+    )
     one = inside("generate", "-m", berts / "masked", "no mask")
     assert one.returncode == 1 and b"[MASK]" in one.stderr and len(one.stderr.splitlines()) == 2
 
 
-@pytest.mark.parametrize(("kind", "what", "hint"), [
-    ("labels", "a classifier of texts (encoder), which lm generate cannot use", "lm classify"),
-    ("answers", "a question-answering model (encoder), which lm generate cannot use", "lm classify (finds answers"),
-    ("bare", "an encoder without a head, which lm generate cannot use", "logits")])
-def test_a_model_that_cannot_write_says_what_it_can(kind, what, hint, inside, berts):
+@pytest.mark.parametrize(
+    ("kind", "what", "hint"),
+    [
+        ("labels", "a classifier of texts (encoder), which lm generate cannot use", "lm classify"),
+        (
+            "answers",
+            "a question-answering model (encoder), which lm generate cannot use",
+            "lm classify (finds answers",
+        ),
+        ("bare", "an encoder without a head, which lm generate cannot use", "logits"),
+    ],
+)
+def test_the_error_of_a_model_that_cannot_generate_names_its_commands(
+    kind, what, hint, inside, berts
+):
     done = inside("generate", "-m", berts / kind, "a [MASK]")
-    told = done.stderr.decode()
-    assert done.returncode == 1 and what in told and hint in told and len(told.splitlines()) == 2
+    stderr = done.stderr.decode()
+    assert (
+        done.returncode == 1 and what in stderr and hint in stderr and len(stderr.splitlines()) == 2
+    )
 
 
-def test_an_empty_line_where_there_is_no_beginning_token_has_an_empty_result(inside, trained):
-    done = inside("generate", "-m", trained[0], "--no-bos", "-n", 3, "--seed", 1, stdin=b"The\n\nThe baker\n\n")
+def test_an_empty_line_without_a_bos_token_has_an_empty_result(inside, trained):
+    done = inside(
+        "generate",
+        "-m",
+        trained[0],
+        "--no-bos",
+        "-n",
+        3,
+        "--seed",
+        1,
+        stdin=b"The\n\nThe baker\n\n",
+    )
     lines = done.stdout.decode().split("\n")
-    assert done.returncode == 0 and len(lines) == 5 and lines[1] == lines[3] == "" and lines[0] and lines[2]
+    assert (
+        done.returncode == 0
+        and len(lines) == 5
+        and lines[1] == lines[3] == ""
+        and lines[0]
+        and lines[2]
+    )
     assert done.stderr.decode().count("\n") == 1 and "2 empty lines" in done.stderr.decode()
-    rows = inside("generate", "-m", trained[0], "--no-bos", "-n", 3, "--json", "--num-samples", 2, stdin=b"\nThe\n")
+    rows = inside(
+        "generate",
+        "-m",
+        trained[0],
+        "--no-bos",
+        "-n",
+        3,
+        "--json",
+        "--num-samples",
+        2,
+        stdin=b"\nThe\n",
+    )
     rows = [json.loads(row) for row in rows.stdout.splitlines()]
     assert [row["finish_reason"] for row in rows[:2]] == [None, None] and rows[3]["tokens"]
 
 
-def test_invalid_utf8_may_be_left_blank_or_out(inside, trained):
+def test_invalid_utf8_follows_on_error(inside, trained):
     def lines(how):
-        done = inside("generate", "-m", trained[0], "-n", 3, "--seed", 1, "--on-error", how, stdin=b"The\n\xff\nA\n")
+        done = inside(
+            "generate",
+            "-m",
+            trained[0],
+            "-n",
+            3,
+            "--seed",
+            1,
+            "--on-error",
+            how,
+            stdin=b"The\n\xff\nA\n",
+        )
         return done.returncode, done.stdout.decode().split("\n"), done.stderr.decode()
 
     code, blank, _ = lines("blank")
     assert code == 0 and len(blank) == 4 and blank[1] == "" and blank[2]
-    code, left, told = lines("skip")
-    assert code == 0 and len(left) == 3 and "1 bad line left out" in told
-    code, none, told = lines("stop")
-    assert code == 1 and none == [""] and "--on-error blank" in told
+    code, left, stderr = lines("skip")
+    assert code == 0 and len(left) == 3 and "1 bad line left out" in stderr
+    code, none, stderr = lines("stop")
+    assert code == 1 and none == [""] and "--on-error blank" in stderr
 
 
 def test_several_arguments_are_streamed_one_after_another(inside, trained):
-    texts = [json.loads(row)["text"] for row in inside("generate", "-m", trained[0], "-n", 9, "--seed", 5, "--json",
-                                                       "--num-samples", 2, "The", "A").stdout.splitlines()]
-    done = inside("generate", "-m", trained[0], "-n", 9, "--seed", 5, "--num-samples", 2, "The", "A")
+    texts = [
+        json.loads(row)["text"]
+        for row in inside(
+            "generate",
+            "-m",
+            trained[0],
+            "-n",
+            9,
+            "--seed",
+            5,
+            "--json",
+            "--num-samples",
+            2,
+            "The",
+            "A",
+        ).stdout.splitlines()
+    ]
+    done = inside(
+        "generate", "-m", trained[0], "-n", 9, "--seed", 5, "--num-samples", 2, "The", "A"
+    )
     assert done.stdout.decode() == "".join(f"{text}\n" for text in texts)

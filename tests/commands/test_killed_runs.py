@@ -1,4 +1,4 @@
-"""The short form of tests/acceptance/killed_runs.py: three kills, while saving, while evaluating and in the second epoch."""
+"""The short form of tests/acceptance/killed_runs.py: three kills at different moments."""
 
 import importlib.util
 import json
@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from lmcli.commands import run
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).resolve().parents[1] / "acceptance" / "killed_runs.py"
 
@@ -26,19 +28,20 @@ def killed_runs(monkeypatch):
 
 
 class Forked:
-    """As subprocess.Popen, for an `lm` in a process of its own that need not import torch first: three of them are to be
-    started, and that would take most of the time."""
+    """A subprocess.Popen for `lm` in a forked process, which need not import torch again."""
 
     def __init__(self, *arguments):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["lmcli.runs", "lmcli.display", "lmcli.commands.train"])
+        context.set_forkserver_preload(
+            ["lmcli.runs.start", "lmcli.display", "lmcli.commands.train"]
+        )
         self.process = context.Process(target=run, args=([*map(str, arguments)],))
         self.process.start()
         self.kill, self.wait = self.process.kill, self.process.join
 
     @property
     def returncode(self):
-        """None while it goes on; −9 once it was killed."""
+        """None while it runs; −9 after it was killed."""
         return self.process.exitcode
 
     def poll(self):
@@ -48,20 +51,24 @@ class Forked:
 
 @pytest.fixture
 def one_thread():
-    """Bits are the same at the same number of threads only; the options of the runs say 1, for the whole process."""
+    """One thread, as in the runs' options: results are bit-equal for the same number only."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_a_run_killed_three_times_is_the_run_left_in_peace(killed_runs, one_thread, inside, tmp_path):
+def test_a_run_killed_three_times_equals_an_uninterrupted_one(
+    killed_runs, one_thread, inside, tmp_path
+):
     arguments = killed_runs.arguments_for(tmp_path)
     assert inside("train", *arguments, "-o", tmp_path / "whole").returncode == 0
     killed = killed_runs.Run(tmp_path / "killed", arguments, Forked)
-    strikes = [killed.strike(aim, random.Random(0)) for aim in ("saving", "evaluating", "second epoch")]
-    assert None not in strikes and ".lock" in strikes[0].leftovers
-    assert 0 < strikes[0].step < strikes[1].step < strikes[2].step and strikes[2].step > killed_runs.EPOCH
+    moments = ("saving", "evaluating", "second epoch")
+    kills = [killed.kill_at(moment, random.Random(0)) for moment in moments]
+    assert None not in kills and ".lock" in kills[0].leftovers
+    assert 0 < kills[0].step < kills[1].step < kills[2].step
+    assert kills[2].step > killed_runs.EPOCH
     assert inside(*killed.next_arguments()).returncode == 0
     assert killed_runs.differences(tmp_path / "whole", killed.folder) == []
 
@@ -73,4 +80,8 @@ def test_a_run_killed_three_times_is_the_run_left_in_peace(killed_runs, one_thre
     with (killed.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 60}\n')
     assert killed_runs.differences(tmp_path / "whole", killed.folder) == [
-        f"state/{newest.name}/random.safetensors", "counters.json: rows", "metrics.jsonl", ".recipe.yaml.5.part"]
+        f"state/{newest.name}/random.safetensors",
+        "counters.json: rows",
+        "metrics.jsonl",
+        ".recipe.yaml.5.part",
+    ]

@@ -1,4 +1,4 @@
-"""A run that was stopped anywhere and resumed is the run that was never stopped: same weights, same best model, same log."""
+"""A run stopped at any point and resumed equals an uninterrupted one: weights, best model, log."""
 
 import json
 import os
@@ -11,8 +11,22 @@ import pytest
 
 from lmcli.display import TrainingView
 
-SMALL = ("--preset", "tiny", "--set", "model.hidden_size=32", "--set", "model.num_hidden_layers=1",
-         "--set", "tokenizer.vocab_size=300", "--set", "train.context=32", "--set", "train.batch_tokens=128")
+pytestmark = pytest.mark.slow
+
+SMALL = (
+    "--preset",
+    "tiny",
+    "--set",
+    "model.hidden_size=32",
+    "--set",
+    "model.num_hidden_layers=1",
+    "--set",
+    "tokenizer.vocab_size=300",
+    "--set",
+    "train.context=32",
+    "--set",
+    "train.batch_tokens=128",
+)
 STEPS = 20
 
 
@@ -26,7 +40,8 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """stop_at(steps, event="step", times=1): Ctrl-C when the display gets this event at one of these steps."""
+    """stop_at(steps, event="step", times=1): Ctrl-C when the display gets this event."""
+
     def arm(steps, event: str = "step", times: int = 1) -> None:
         shown, left = getattr(TrainingView, event), set(steps)
 
@@ -37,32 +52,59 @@ def stop_at(monkeypatch):
                 for _ in range(times):
                     os.kill(os.getpid(), signal.SIGINT)
                     time.sleep(0.01)
+
         monkeypatch.setattr(TrainingView, event, show)
+
     return arm
 
 
 def log(folder) -> list[dict]:
-    """What metrics.jsonl holds, but for the times."""
+    """The content of metrics.jsonl without its times."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in row.items() if key not in ("elapsed", "tokens_per_second")} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key not in ("elapsed", "tokens_per_second")}
+        for row in rows
+    ]
 
 
 def weights(folder) -> dict:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in
-            (folder / "model.safetensors", *(folder / "state" / f"step-{STEPS:09d}").glob("*.safetensors"))}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in (
+            folder / "model.safetensors",
+            *(folder / "state" / f"step-{STEPS:09d}").glob("*.safetensors"),
+        )
+    }
 
 
 VARIANTS = {
-    "plain": (), "accumulated": ("--set", "train.micro_batch_tokens=32", "--set", "train.dropout=0.2"),
-    "adamw, often looked at": ("--set", "train.optimizer=adamw", "--set", "train.eval_every=2",
-                               "--set", "train.save_every=3")}
+    "plain": (),
+    "accumulated": ("--set", "train.micro_batch_tokens=32", "--set", "train.dropout=0.2"),
+    "adamw, often looked at": (
+        "--set",
+        "train.optimizer=adamw",
+        "--set",
+        "train.eval_every=2",
+        "--set",
+        "train.save_every=3",
+    ),
+}
 
 
-# evaluations are due after steps 3, 5, 8, 10 … (every eighth of the budget), or 2, 4, 6 …; 1 is before the first of them
-@pytest.mark.parametrize("variant, stops", [
-    *(("plain", stops) for stops in ((1,), (3,), (5, 6), (10,), (19,), (20,))),
-    *((variant, stops) for variant in ("accumulated", "adamw, often looked at") for stops in ((5, 6), (10,)))], ids=str)
-def test_stopped_and_resumed_is_never_stopped(inside, text, tmp_path, stop_at, variant, stops):
+# evaluations are after steps 3, 5, 8, 10 … (every eighth of the budget), or 2, 4, 6 …
+@pytest.mark.parametrize(
+    "variant, stops",
+    [
+        *(("plain", stops) for stops in ((1,), (3,), (5, 6), (10,), (19,), (20,))),
+        *(
+            (variant, stops)
+            for variant in ("accumulated", "adamw, often looked at")
+            for stops in ((5, 6), (10,))
+        ),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(inside, text, tmp_path, stop_at, variant, stops):
     arguments = ("train", text, *SMALL, *VARIANTS[variant], "--steps", STEPS)
     done = inside(*arguments, "-o", tmp_path / "whole")
     assert done.returncode == 0, done.stderr.decode()
@@ -70,14 +112,17 @@ def test_stopped_and_resumed_is_never_stopped(inside, text, tmp_path, stop_at, v
     done = inside(*arguments, "-o", tmp_path / "stopped")
     for step in stops:
         assert done.returncode == 130 and f"stopped after step {step}" in done.stderr.decode()
-        assert f"lm train --resume {tmp_path / 'stopped'}" in done.stderr.decode() and done.stdout == b""
+        assert (
+            f"lm train --resume {tmp_path / 'stopped'}" in done.stderr.decode()
+            and done.stdout == b""
+        )
         done = inside("train", "--resume", tmp_path / "stopped")
     assert done.returncode == 0, done.stderr.decode()
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
     assert log(tmp_path / "stopped") == log(tmp_path / "whole")
 
 
-def test_a_stop_while_validating_keeps_the_evaluation_once(inside, text, tmp_path, stop_at):
+def test_a_stop_during_validation_logs_the_evaluation_once(inside, text, tmp_path, stop_at):
     arguments = ("train", text, *SMALL, "--steps", STEPS)
     assert inside(*arguments, "-o", tmp_path / "whole").returncode == 0
     stop_at({8}, "validation")
@@ -94,25 +139,32 @@ def test_a_stop_during_the_last_evaluation_is_a_finished_run(inside, text, tmp_p
 
 def test_resuming_a_finished_run_changes_nothing(inside, text, tmp_path):
     assert inside("train", text, *SMALL, "--steps", STEPS, "-o", tmp_path / "run").returncode == 0
-    logged, kept = (tmp_path / "run" / "metrics.jsonl").read_bytes(), weights(tmp_path / "run")
+    logged, saved = (tmp_path / "run" / "metrics.jsonl").read_bytes(), weights(tmp_path / "run")
     done = inside("train", "--resume", tmp_path / "run")
     assert done.returncode == 0 and done.stdout.decode() == f"{tmp_path / 'run'}\n"
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == logged and weights(tmp_path / "run") == kept
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == logged and weights(
+        tmp_path / "run"
+    ) == saved
 
 
-def test_a_second_ctrl_c_ends_at_once_and_the_older_state_serves(inside, text, tmp_path, stop_at):
+def test_a_second_ctrl_c_ends_at_once_and_the_older_state_is_used(inside, text, tmp_path, stop_at):
     arguments = ("train", text, *SMALL, "--steps", STEPS)
     assert inside(*arguments, "-o", tmp_path / "whole").returncode == 0
     stop_at({9}, times=2)
     done = inside(*arguments, "-o", tmp_path / "stopped")
     assert done.returncode == 130 and b"Traceback" not in done.stderr
-    assert sorted(path.name for path in (tmp_path / "stopped" / "state").iterdir()) == ["step-000000005", "step-000000008"]
+    assert sorted(path.name for path in (tmp_path / "stopped" / "state").iterdir()) == [
+        "step-000000005",
+        "step-000000008",
+    ]
     assert inside("train", "--resume", tmp_path / "stopped").returncode == 0
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
     assert log(tmp_path / "stopped") == log(tmp_path / "whole")
 
 
-def test_a_damaged_newest_state_is_named_and_the_one_before_it_serves(inside, text, tmp_path, stop_at):
+def test_a_damaged_newest_state_is_named_and_the_one_before_it_is_used(
+    inside, text, tmp_path, stop_at
+):
     arguments = ("train", text, *SMALL, "--steps", STEPS)
     assert inside(*arguments, "-o", tmp_path / "whole").returncode == 0
     stop_at({12})
@@ -122,7 +174,11 @@ def test_a_damaged_newest_state_is_named_and_the_one_before_it_serves(inside, te
     with (tmp_path / "stopped" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "los')  # what a machine that lost its power leaves
     done = inside("train", "--resume", tmp_path / "stopped")
-    assert done.returncode == 0 and b"step-000000012" in done.stderr and b"going on after step 10" in done.stderr
+    assert (
+        done.returncode == 0
+        and b"step-000000012" in done.stderr
+        and b"going on after step 10" in done.stderr
+    )
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
     assert log(tmp_path / "stopped") == log(tmp_path / "whole")
 
@@ -132,15 +188,24 @@ def test_no_readable_state_is_an_error(inside, text, tmp_path):
     for state in (tmp_path / "run" / "state").iterdir():
         (state / "counters.json").write_text("{")
     done = inside("train", "--resume", tmp_path / "run")
-    assert done.returncode == 1 and b"counters.json is damaged" in done.stderr and done.stdout == b""
+    assert (
+        done.returncode == 1 and b"counters.json is damaged" in done.stderr and done.stdout == b""
+    )
 
 
-@pytest.mark.parametrize("arguments, told", [
-    (("more.txt",), "leave data out"), (("--steps", "9"), "leave --steps out"), (("-o", "x"), "leave -o out"),
-    (("--set", "train.seed=1"), "leave --set out"), (("--overwrite",), "leave --overwrite out")])
-def test_resume_needs_nothing_else(inside, arguments, told):
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("more.txt",), "--resume and DATA exclude each other"),
+        (("--steps", "9"), "--resume and --steps exclude each other"),
+        (("-o", "x"), "--resume and -o exclude each other"),
+        (("--set", "train.seed=1"), "--set train.seed=1 cannot be changed on resume"),
+        (("--overwrite",), "--resume and --overwrite exclude each other"),
+    ],
+)
+def test_resume_refuses_other_options(inside, arguments, expected):
     done = inside("train", "--resume", "run", *arguments)
-    assert done.returncode == 2 and told in done.stderr.decode()
+    assert done.returncode == 2 and expected in done.stderr.decode()
 
 
 @pytest.mark.parametrize("folder", ["missing", "."])
@@ -150,7 +215,7 @@ def test_only_runs_can_be_resumed(inside, tmp_path, folder):
     assert not (tmp_path / "missing").exists()
 
 
-def test_data_that_is_gone_is_named(inside, tmp_path, text):
+def test_missing_data_is_named(inside, tmp_path, text):
     copy = tmp_path / "copy.txt"
     copy.write_bytes(text.read_bytes())
     assert inside("train", copy, *SMALL, "--steps", 2, "-o", tmp_path / "run").returncode == 0
@@ -159,33 +224,55 @@ def test_data_that_is_gone_is_named(inside, tmp_path, text):
     assert done.returncode == 1 and str(copy) in done.stderr.decode()
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(inside, text, tmp_path, monkeypatch):
-    from lmcli.training import objectives
-    true, calls = objectives.loss, []
+def test_a_nan_loss_stops_before_the_update(inside, text, tmp_path, monkeypatch):
+    from lmcli.training.objective import Objective
+
+    true, calls = Objective.loss, []
 
     def broken(*arguments):
         calls.append(1)
         loss = true(*arguments)
         return loss * float("nan") if len(calls) == 10 else loss
+
     assert inside("train", text, *SMALL, "--steps", STEPS, "-o", tmp_path / "whole").returncode == 0
-    monkeypatch.setattr(objectives, "loss", broken)
+    monkeypatch.setattr(Objective, "loss", broken)
     done = inside("train", text, *SMALL, "--steps", STEPS, "-o", tmp_path / "run")
-    told = done.stderr.decode()
-    assert done.returncode == 1 and "lm: error: training: loss is nan" in told and "at step 10" in told and "step 8" in told
-    assert done.stdout == b"" and "Traceback" not in told
+    stderr = done.stderr.decode()
+    assert (
+        done.returncode == 1
+        and "lm: error: training: loss is nan" in stderr
+        and "at step 10" in stderr
+        and "step 8" in stderr
+    )
+    assert done.stdout == b"" and "Traceback" not in stderr
     assert max(row["step"] for row in log(tmp_path / "run")) == 9
     assert inside("perplexity", "-m", tmp_path / "run", "--validation").returncode == 0
-    done = inside("train", "--resume", tmp_path / "run")  # the eleventh call on is sound: the state was too
+    done = inside(
+        "train", "--resume", tmp_path / "run"
+    )  # the eleventh call on is sound: the state was too
     assert done.returncode == 0 and weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
 def test_ctrl_c_before_the_first_step_leaves_nothing(environment, story, tmp_path):
     large = tmp_path / "large.txt"
     large.write_bytes(story.read_bytes() * 100)
-    command = [sys.executable, "-m", "lmcli", "train", large, "-o", tmp_path / "new" / "run", *SMALL, "--steps", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "lmcli",
+        "train",
+        large,
+        "-o",
+        tmp_path / "new" / "run",
+        *SMALL,
+        "--steps",
+        "5",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as process:
-        assert b"documents" in process.stderr.readline()  # surveyed; now it learns a tokenizer and encodes
+        assert (
+            b"documents" in process.stderr.readline()
+        )  # surveyed; now it learns a tokenizer and encodes
         process.send_signal(signal.SIGINT)
-        told = process.stderr.read()
-    assert process.returncode == 130 and b"Traceback" not in told
+        stderr = process.stderr.read()
+    assert process.returncode == 130 and b"Traceback" not in stderr
     assert not (tmp_path / "new").exists()

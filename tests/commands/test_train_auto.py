@@ -1,4 +1,4 @@
-"""lm train without a preset: what it says it chose, what it stores, and that what the user sets goes first."""
+"""lm train with preset auto: what it reports and stores; settings of the user override it."""
 
 import json
 
@@ -9,27 +9,49 @@ def recipe(folder):
     return yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
 
 
-def test_three_lines_tell_the_choice_and_the_recipe_keeps_it(inside, story, tmp_path):
+def test_the_choice_is_three_notes_and_stored_in_the_recipe(inside, story, tmp_path):
     done = inside("train", story, "-o", tmp_path / "run", "--steps", 3)
     assert done.returncode == 0
-    told = [line.removeprefix(b"lm: auto: ").decode() for line in done.stderr.splitlines() if line.startswith(b"lm: auto: ")]
+    stderr = [
+        line.removeprefix(b"lm: auto: ").decode()
+        for line in done.stderr.splitlines()
+        if line.startswith(b"lm: auto: ")
+    ]
     stored = recipe(tmp_path / "run")
-    assert stored["choice"] == told and len(told) == 3
-    assert f"{stored['model']['num_hidden_layers']} layers × {stored['model']['hidden_size']}" in told[0]
-    assert "vocabulary" in told[1] and f"batches of {stored['train']['batch_tokens']:,} tokens" in told[2]
+    assert stored["choice"] == stderr and len(stderr) == 3
+    assert (
+        f"{stored['model']['num_hidden_layers']} layers × {stored['model']['hidden_size']}"
+        in stderr[0]
+    )
+    assert (
+        "vocabulary" in stderr[1]
+        and f"batches of {stored['train']['batch_tokens']:,} tokens" in stderr[2]
+    )
 
 
-def test_what_the_user_sets_goes_first_and_is_named(inside, story, tmp_path):
-    done = inside("train", story, "-o", tmp_path / "run", "--steps", 2, "--set", "model.hidden_size=48",
-                  "--set", "model.num_attention_heads=4", "--set", "train.dropout=0.3")
+def test_settings_of_the_user_override_auto_and_are_named(inside, story, tmp_path):
+    done = inside(
+        "train",
+        story,
+        "-o",
+        tmp_path / "run",
+        "--steps",
+        2,
+        "--set",
+        "model.hidden_size=48",
+        "--set",
+        "model.num_attention_heads=4",
+        "--set",
+        "train.dropout=0.3",
+    )
     assert done.returncode == 0
     stored = recipe(tmp_path / "run")
     assert stored["model"]["hidden_size"] == 48 and stored["train"]["dropout"] == 0.3
-    assert stored["choice"][-1].startswith("but for what you set yourself: model.hidden_size")
+    assert stored["choice"][-1].startswith("overridden by your settings: model.hidden_size")
     assert "train.dropout" in stored["choice"][-1]
 
 
-def test_a_resumed_run_keeps_the_choice_and_a_given_tokenizer_its_size(inside, story, trained, tmp_path):
+def test_a_resumed_run_keeps_the_choice_and_tokenizer_its_size(inside, story, trained, tmp_path):
     done = inside("train", story, "-o", tmp_path / "run", "--steps", 2, "--tokenizer", trained[0])
     assert done.returncode == 0
     before = recipe(tmp_path / "run")
@@ -41,5 +63,5 @@ def test_a_resumed_run_keeps_the_choice_and_a_given_tokenizer_its_size(inside, s
 
 def test_with_a_time_budget_the_machine_is_measured(lm, story, tmp_path):
     done = lm("train", story, "-o", tmp_path / "run", "--time", "10s")
-    assert done.returncode == 0 and b"GFLOP/s, as measured here" in done.stderr
+    assert done.returncode == 0 and b"GFLOP/s (measured)" in done.stderr
     assert recipe(tmp_path / "run")["train"]["time"] == 10.0

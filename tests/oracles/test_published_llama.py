@@ -1,4 +1,4 @@
-"""stories260K, a Llama that others trained: published text, and transformers' figures on real lines."""
+"""stories260K, a published Llama: its published text, and transformers on real lines."""
 
 import json
 import math
@@ -29,61 +29,83 @@ def theirs(folder):
 @pytest.fixture(scope="module")
 def lines(shared):
     text = (shared / "text" / "tinystories-sample.txt").read_text(encoding="utf-8")
-    return [*[line for line in text.splitlines() if line][:495], "", " ", "却说 \U0001f600", "a", "tab\there"]
+    return [
+        *[line for line in text.splitlines() if line][:495],
+        "",
+        " ",
+        "却说 \U0001f600",
+        "a",
+        "tab\there",
+    ]
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_greedy_text_is_the_published_one(ours, folder, use_cache):
+def test_greedy_text_equals_the_published_text(ours, folder, use_cache):
     expected = json.loads((folder / "expected_greedy.json").read_text())
     decoder = ours.decoder(temperature=0, max_new_tokens=len(expected["greedy_ids"]) - 1)
     decoder.use_cache = use_cache
-    found = decoder.generate([ours.prompt("")], [0])[0]
-    assert [1, *found.tokens] == expected["greedy_ids"]
-    assert found.text == expected["greedy_text"]
+    result = decoder.generate([ours.prompt("")], [0])[0]
+    assert [1, *result.tokens] == expected["greedy_ids"]
+    assert result.text == expected["greedy_text"]
 
 
 @pytest.fixture(scope="module")
 def expected(ours, theirs, lines):
     """(tokens, log-probability) of each line."""
-    found = []
+    scores = []
     for line in lines:
         ids = torch.tensor([ours.prompt(line)])
         with torch.no_grad():
             logprobs = theirs(ids).logits[0, :-1].log_softmax(-1)
-        found.append((ids.shape[1] - 1, logprobs.gather(1, ids[0, 1:, None]).sum().item()))
-    return found
+        scores.append((ids.shape[1] - 1, logprobs.gather(1, ids[0, 1:, None]).sum().item()))
+    return scores
 
 
 @pytest.mark.parametrize("batch", [64, 4096])
 def test_logprobs_of_500_lines_equal_a_plain_loop(ours, lines, expected, batch):
-    found = ours.scorer(batch=batch).score(lines)
-    for line, (tokens, logprob), score in zip(lines, expected, found, strict=True):
+    scores = ours.scorer(batch=batch).score(lines)
+    for line, (tokens, logprob), score in zip(lines, expected, scores, strict=True):
         assert score.tokens == tokens and score.bytes == len(line.encode())
         assert score.logprob == pytest.approx(logprob, abs=1e-4 * max(1, tokens / 10))
-    assert found[495].logprob == 0 and found[495].bits_per_byte is None
+    assert scores[495].logprob == 0 and scores[495].bits_per_byte is None
 
 
 @pytest.mark.parametrize("beams, penalty", [(2, 1.0), (4, 1.0), (4, 0.5), (4, 2.0), (3, 0.0)])
-def test_beams_are_those_of_transformers(ours, theirs, beams, penalty):
+def test_beam_search_equals_that_of_transformers(ours, theirs, beams, penalty):
     for prompt in ("Once upon a time", "The big dog"):
         ids = torch.tensor([ours.prompt(prompt)])
         expected = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), num_beams=beams, do_sample=False, max_new_tokens=24,
-            length_penalty=penalty, num_return_sequences=beams, pad_token_id=0)
-        found = ours.generate(prompt, num_samples=beams, num_beams=beams, length_penalty=penalty, max_new_tokens=24)
-        assert [row[ids.shape[1]:].tolist()[:len(f.tokens)] for row, f in zip(expected, found)] == [f.tokens for f in found]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            num_beams=beams,
+            do_sample=False,
+            max_new_tokens=24,
+            length_penalty=penalty,
+            num_return_sequences=beams,
+            pad_token_id=0,
+        )
+        found = ours.generate(
+            prompt, num_samples=beams, num_beams=beams, length_penalty=penalty, max_new_tokens=24
+        )
+        assert [
+            row[ids.shape[1] :].tolist()[: len(f.tokens)] for row, f in zip(expected, found)
+        ] == [f.tokens for f in found]
 
 
 def test_text_does_not_depend_on_the_batch(ours):
     prompts = ["Once upon a time", "The", "Lily and Tom went to the park. They saw", "A big", ""]
-    together = ours.generate(prompts, seed=4, max_new_tokens=40)
-    for i, (prompt, result) in enumerate(zip(prompts, together, strict=True)):
+    batched = ours.generate(prompts, seed=4, max_new_tokens=40)
+    for i, (prompt, result) in enumerate(zip(prompts, batched, strict=True)):
         alone = ours.generate(prompt, seed=4 + i, max_new_tokens=40)[0]
-        assert (alone.tokens, alone.text, alone.finish_reason) == (result.tokens, result.text, result.finish_reason)
+        assert (alone.tokens, alone.text, alone.finish_reason) == (
+            result.tokens,
+            result.text,
+            result.finish_reason,
+        )
         torch.testing.assert_close(alone.token_logprobs, result.token_logprobs, atol=1e-4, rtol=0)
 
 
-def test_text_goes_on_past_the_context(ours):
+def test_text_continues_past_the_context(ours):
     decoder = ours.decoder(temperature=0, max_new_tokens=560)
     decoder.stops = []
     cached = decoder.generate([ours.prompt("Once")], [0])[0]
@@ -92,12 +114,16 @@ def test_text_goes_on_past_the_context(ours):
     assert decoder.generate([ours.prompt("Once")], [0])[0].tokens == cached.tokens
 
 
-def test_stop_strings_end_the_text_before_them(ours):
+def test_text_ends_before_a_stop_string(ours):
     whole = ours.generate("Once upon a time", temperature=0, max_new_tokens=60)[0].text
     cut = ours.generate("Once upon a time", temperature=0, max_new_tokens=60, stop=("named Li",))[0]
-    assert cut.finish_reason == "stop" and cut.text == whole[:whole.index("named Li")]
-    pieces = list(ours.stream("Once upon a time", temperature=0, max_new_tokens=60, stop=("named Li",)))
-    assert "".join(piece.text for piece in pieces) == cut.text and pieces[-1].result.text == cut.text
+    assert cut.finish_reason == "stop" and cut.text == whole[: whole.index("named Li")]
+    pieces = list(
+        ours.stream("Once upon a time", temperature=0, max_new_tokens=60, stop=("named Li",))
+    )
+    assert (
+        "".join(piece.text for piece in pieces) == cut.text and pieces[-1].result.text == cut.text
+    )
 
 
 def test_perplexity_of_windows_equals_a_plain_loop(ours, theirs, shared):
@@ -107,10 +133,12 @@ def test_perplexity_of_windows_equals_a_plain_loop(ours, theirs, shared):
     while first < len(ids):
         start = max(0, end - context)
         with torch.no_grad():
-            logprobs = theirs(torch.tensor([[1, *ids[start:end - 1]]])).logits[0].log_softmax(-1)
+            logprobs = theirs(torch.tensor([[1, *ids[start : end - 1]]])).logits[0].log_softmax(-1)
         total += sum(logprobs[i - start, ids[i]].item() for i in range(first, end))
         first, end = end, min(end + stride, len(ids))
-    found = ours.perplexity(text, context=context, stride=stride)
-    assert found.tokens == len(ids)
-    assert found.perplexity == pytest.approx(math.exp(-total / len(ids)), rel=1e-4)
-    assert found.bits_per_byte == pytest.approx(-total / math.log(2) / len(text.encode()), rel=1e-4)
+    result = ours.perplexity(text, context=context, stride=stride)
+    assert result.tokens == len(ids)
+    assert result.perplexity == pytest.approx(math.exp(-total / len(ids)), rel=1e-4)
+    assert result.bits_per_byte == pytest.approx(
+        -total / math.log(2) / len(text.encode()), rel=1e-4
+    )

@@ -1,10 +1,11 @@
-"""Each sampling filter beside transformers' own, and the draw beside its probabilities."""
+"""Sampling filters against transformers, and draws against their probabilities."""
 
 import pytest
 import torch
 
 from lmcli.config import GenerateConfig
-from lmcli.inference import sampling
+from lmcli.generation import sampling
+from lmcli.generation.constraints import Constraints, sequence_state
 
 processors = pytest.importorskip("transformers.generation.logits_process")
 
@@ -39,26 +40,37 @@ def test_repetition_penalty(logits, value):
     torch.testing.assert_close(sampling.apply_repetition_penalty(logits, seen, value), expected)
 
 
-def test_all_together_in_transformers_order(logits):
+def test_all_filters_in_transformers_order(logits):
     seen = torch.tensor([[1, 2, 3]] * 3)
-    config = GenerateConfig(temperature=0.7, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.3)
-    steps = [processors.RepetitionPenaltyLogitsProcessor(1.3), processors.TemperatureLogitsWarper(0.7),
-             processors.TopKLogitsWarper(20), processors.TopPLogitsWarper(0.8), processors.MinPLogitsWarper(0.05)]
+    config = GenerateConfig(
+        temperature=0.7, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.3
+    )
+    steps = [
+        processors.RepetitionPenaltyLogitsProcessor(1.3),
+        processors.TemperatureLogitsWarper(0.7),
+        processors.TopKLogitsWarper(20),
+        processors.TopPLogitsWarper(0.8),
+        processors.MinPLogitsWarper(0.05),
+    ]
     expected = logits
     for step in steps:
         expected = step(seen, expected)
-    torch.testing.assert_close(sampling.filtered(logits, config, seen), expected)
+    state = sequence_state(seen.tolist(), [[]] * 3, [9] * 3, logits.device)
+    penalized = Constraints(config, [], 50, logits.device).apply(logits, state)
+    torch.testing.assert_close(sampling.apply_filters(penalized, config), expected)
 
 
-def test_the_draw_is_the_inverse_of_the_running_sum():
+def test_the_draw_is_the_inverse_of_the_cumulative_sum():
     logits = torch.tensor([0.0, 0.2, 0.5, 0.0, 0.3]).log().expand(6, 5)
-    chance = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 1 - 1e-12], dtype=torch.float64)
-    assert sampling.draw(logits, chance).tolist() == [1, 1, 2, 2, 4, 4]
+    uniform = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 1 - 1e-12], dtype=torch.float64)
+    assert sampling.draw(logits, uniform).tolist() == [1, 1, 2, 2, 4, 4]
 
 
-def test_draws_come_as_often_as_they_are_likely():
+def test_frequencies_follow_the_probabilities():
     logits = torch.randn(12, generator=torch.Generator().manual_seed(1))
-    chance = torch.rand(40_000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    counts = sampling.draw(logits.expand(40_000, 12), chance).bincount(minlength=12).double()
+    uniform = torch.rand(40_000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    counts = sampling.draw(logits.expand(40_000, 12), uniform).bincount(minlength=12).double()
     expected = 40_000 * logits.double().softmax(-1)
-    assert ((counts - expected) ** 2 / expected).sum() < 31.3  # chi-square, 11 degrees of freedom, p = 0.001
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 31.3  # chi-square, 11 degrees of freedom, p = 0.001

@@ -1,4 +1,4 @@
-"""Schedules, optimizers and states: the arithmetic of a training step and of resuming it."""
+"""Schedules, optimizers and states: the arithmetic of a step and of resuming."""
 
 from dataclasses import replace
 
@@ -8,15 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcli.config import ModelConfig, TrainConfig
-from lmcli.first_model import choose_trained
+from lmcli.data.batches import Batch
+from lmcli.kernels.fast_path import build_model
 from lmcli.model.transformer import Transformer
-from lmcli.text.batches import Batch
-from lmcli.training import objectives, optimizers, schedules, state
+from lmcli.runs.initial_model import set_trainable
+from lmcli.training import optimizers, resume_state, schedules
 from lmcli.training.objectives import OBJECTIVES
 
 SHARES = st.floats(0, 1)
-TINY = ModelConfig(vocab_size=40, max_position_embeddings=16, hidden_size=16, num_hidden_layers=2,
-                   num_attention_heads=2).complete()
+TINY = ModelConfig(
+    vocab_size=40,
+    max_position_embeddings=16,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+).complete()
 
 
 @given(SHARES, st.floats(0, 0.9), st.sampled_from(["linear", "cosine", "constant"]))
@@ -47,213 +53,290 @@ def packed(rows: torch.Tensor) -> Batch:
 
 
 def model(**options) -> Transformer:
-    made = Transformer(replace(TINY, **options))
-    made.initialize(0)
-    return made
+    trained = build_model(replace(TINY, **options))
+    trained.initialize(0)
+    return trained
 
 
 def test_every_parameter_is_in_exactly_one_group():
     for rule in ("adamw", "muon"):
-        made = model()
-        built = optimizers.build(made, TrainConfig(optimizer=rule))
-        held = [id(p) for group in built.groups for p in group.parameters]
-        assert sorted(held) == sorted(id(p) for p in made.parameters())
-        decayed = {id(p) for group in built.groups if group.weight_decay for p in group.parameters}
-        assert decayed == {id(p) for name, p in made.named_parameters() if p.ndim == 2 and name != "embedding.weight"}
+        trained = model()
+        optimizer_ = optimizers.build(trained, TrainConfig(optimizer=rule))
+        grouped = [id(p) for group in optimizer_.groups for p in group.parameters]
+        assert sorted(grouped) == sorted(id(p) for p in trained.parameters())
+        decayed = {
+            id(p) for group in optimizer_.groups if group.weight_decay for p in group.parameters
+        }
+        assert decayed == {
+            id(p)
+            for name, p in trained.named_parameters()
+            if p.ndim == 2 and name != "embedding.weight"
+        }
 
 
 @pytest.mark.parametrize("rule", ["adamw", "muon"])
-@pytest.mark.parametrize("options", [
-    {}, {"tie_word_embeddings": False}, {"shape": "encoder", "head": "sequence", "labels": ("a", "b")},
-    {"shape": "encoder-decoder", "num_encoder_layers": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"shape": "encoder", "head": "sequence", "labels": ("a", "b")},
+        {"shape": "encoder-decoder", "num_encoder_layers": 3},
+    ],
+    ids=str,
+)
 def test_rates_fall_with_depth(rule, options):
-    made = model(**options)
-    blocks = [f"{stack}.layers.{i}." for stack in ("encoder", "decoder") if getattr(made, stack) is not None
-              for i in range(len(getattr(made, stack).layers))]
-    built = optimizers.build(made, TrainConfig(optimizer=rule, learning_rate=1.0, matrix_learning_rate=2.0, layer_decay=0.5))
-    rates = {id(p): group.top for group in built.groups for p in group.parameters}
-    for name, parameter in made.named_parameters():
+    trained = model(**options)
+    blocks = [
+        f"{stack}.layers.{i}."
+        for stack in ("encoder", "decoder")
+        if getattr(trained, stack) is not None
+        for i in range(len(getattr(trained, stack).layers))
+    ]
+    optimizer_ = optimizers.build(
+        trained,
+        TrainConfig(optimizer=rule, learning_rate=1.0, matrix_learning_rate=2.0, layer_decay=0.5),
+    )
+    rates = {id(p): group.peak_rate for group in optimizer_.groups for p in group.parameters}
+    for name, parameter in trained.named_parameters():
         full = 2.0 if rule == "muon" and parameter.ndim == 2 and ".layers." in name else 1.0
         if name.startswith("head.") or name == f"{blocks[-1].partition('.')[0]}.norm.weight":
             depth = 0
         elif name == "encoder.norm.weight":  # of two stacks
-            depth = len(made.decoder.layers)
+            depth = len(trained.decoder.layers)
         else:
-            depth = next((len(blocks) - i for i, block in enumerate(blocks) if name.startswith(block)), len(blocks) + 1)
-        assert rates.pop(id(parameter)) == full * 0.5 ** depth, name
+            depth = next(
+                (len(blocks) - i for i, block in enumerate(blocks) if name.startswith(block)),
+                len(blocks) + 1,
+            )
+        assert rates.pop(id(parameter)) == full * 0.5**depth, name
     assert not rates
 
 
-def test_what_is_not_trained_is_in_no_group_and_loras_matrices_are_adamws():
-    made = model()
-    choose_trained(made, TrainConfig(lora_rank=3, frozen_layers=1))
-    built = optimizers.build(made, TrainConfig(optimizer="muon", learning_rate=0.5, matrix_learning_rate=0.7))
-    held = {id(p) for group in built.groups for p in group.parameters if group.top == 0.5 and not group.weight_decay}
-    wanted = {id(p) for name, p in made.named_parameters() if name.endswith((".lora_a", ".lora_b"))}
-    assert held == wanted and len(wanted) == 2 * 7
-    assert sum(len(group.parameters) for group in built.groups) == len(wanted)
-    assert built.state_of(made.embedding.weight) == {}
+def test_frozen_weights_are_in_no_group_and_adamw_trains_lora():
+    trained = model()
+    set_trainable(trained, TrainConfig(lora_rank=3, frozen_layers=1))
+    optimizer_ = optimizers.build(
+        trained, TrainConfig(optimizer="muon", learning_rate=0.5, matrix_learning_rate=0.7)
+    )
+    grouped = {
+        id(p)
+        for group in optimizer_.groups
+        for p in group.parameters
+        if group.peak_rate == 0.5 and not group.weight_decay
+    }
+    expected = {
+        id(p) for name, p in trained.named_parameters() if name.endswith((".lora_a", ".lora_b"))
+    }
+    assert grouped == expected and len(expected) == 2 * 7
+    assert sum(len(group.parameters) for group in optimizer_.groups) == len(expected)
+    assert optimizer_.state_of(trained.embedding.weight) == {}
 
 
-def test_adapters_of_embedding_and_head_are_adamws_and_do_not_decay():
-    made = model(tie_word_embeddings=False)
-    choose_trained(made, TrainConfig(lora_rank=3, lora_targets=("embedding", "head")))
-    (group,) = (group for group in optimizers.build(made, TrainConfig()).groups if group.parameters)
-    adapters = (made.embedding, made.head.output)
+def test_adamw_trains_adapters_of_embedding_and_head_without_decay():
+    trained = model(tie_word_embeddings=False)
+    set_trainable(trained, TrainConfig(lora_rank=3, lora_targets=("embedding", "head")))
+    (group,) = (
+        group for group in optimizers.build(trained, TrainConfig()).groups if group.parameters
+    )
+    adapters = (trained.embedding, trained.head.output)
     assert group.weight_decay == 0.0 and {id(p) for p in group.parameters} == {
-        id(p) for adapter in adapters for p in (adapter.lora_a, adapter.lora_b)}
+        id(p) for adapter in adapters for p in (adapter.lora_a, adapter.lora_b)
+    }
 
 
 @pytest.mark.parametrize("targets", [("all",), ("all", "embedding", "head")], ids=str)
-def test_a_state_with_adapters_comes_back(targets, tmp_path):
-    made = [model(tie_word_embeddings=False) for _ in range(2)]
+def test_a_state_with_adapters_is_restored(targets, tmp_path):
+    trained = [model(tie_word_embeddings=False) for _ in range(2)]
     optimizer = []
-    for one in made:
-        choose_trained(one, TrainConfig(lora_rank=3, lora_targets=targets))
-        optimizer.append(optimizers.build(one, TrainConfig()))
+    for first_model in trained:
+        set_trainable(first_model, TrainConfig(lora_rank=3, lora_targets=targets))
+        optimizer.append(optimizers.build(first_model, TrainConfig()))
     batch = packed(torch.arange(34).view(2, 17) % 40)
     for _ in range(2):
-        objectives.loss(OBJECTIVES["causal"], made[0], batch).backward()
+        OBJECTIVES["causal"].loss(trained[0], batch).backward()
         optimizer[0].step()
         optimizer[0].zero_grad()
-    state.save(tmp_path, state.Counters(step=2), made[0], optimizer[0])
-    assert state.newest(tmp_path, print).restore(made[1], optimizer[1]).step == 2
-    for one, build in zip(made, optimizer):
-        objectives.loss(OBJECTIVES["causal"], one, batch).backward()
+    resume_state.save(tmp_path, resume_state.Counters(step=2), trained[0], optimizer[0])
+    assert resume_state.newest(tmp_path, print).restore(trained[1], optimizer[1]).step == 2
+    for first_model, build in zip(trained, optimizer):
+        OBJECTIVES["causal"].loss(first_model, batch).backward()
         build.step()
-    for (name, one), other in zip(made[0].named_parameters(), made[1].parameters()):
-        assert torch.equal(one, other), name
+    for (name, first_model), other in zip(trained[0].named_parameters(), trained[1].parameters()):
+        assert torch.equal(first_model, other), name
 
 
 def test_one_adamw_step_equals_torch_written_out():
-    made = model()
-    built = optimizers.build(made, TrainConfig(optimizer="adamw", learning_rate=0.01, weight_decay=0.1))
+    trained = model()
+    optimizer_ = optimizers.build(
+        trained, TrainConfig(optimizer="adamw", learning_rate=0.01, weight_decay=0.1)
+    )
     batch = packed(torch.arange(34).view(2, 17) % 40)
-    (objectives.loss(OBJECTIVES["causal"], made, batch) / batch.count).backward()
-    weight = made.get_parameter("decoder.layers.0.mlp.gate.weight")
+    (OBJECTIVES["causal"].loss(trained, batch) / batch.count).backward()
+    weight = trained.get_parameter("decoder.layers.0.mlp.gate.weight")
     before, gradient = weight.detach().clone(), weight.grad.clone()
-    built.set_factor(0.5)
-    built.step()
+    optimizer_.set_factor(0.5)
+    optimizer_.step()
     rate = 0.005
     # at the first step both bias corrections cancel: m̂ = g, v̂ = g²
     expected = before * (1 - rate * 0.1) - rate * gradient / (gradient.abs() + 1e-8)
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_the_objective_is_transformers_cross_entropy():
-    made, rows = model(), torch.arange(34).view(2, 17) % 40
-    loss = objectives.loss(OBJECTIVES["causal"], made, packed(rows))
-    expected = torch.nn.functional.cross_entropy(made(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+def test_the_causal_loss_is_cross_entropy():
+    trained, rows = model(), torch.arange(34).view(2, 17) % 40
+    loss = OBJECTIVES["causal"].loss(trained, packed(rows))
+    expected = torch.nn.functional.cross_entropy(
+        trained(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
+    )
     torch.testing.assert_close(loss, expected)
     assert packed(rows).count == packed(rows).tokens == 32
 
 
-def stepped(made, built, count: int) -> None:
+def stepped(trained, optimizer_, count: int) -> None:
     for _ in range(count):
-        built.zero_grad()
+        optimizer_.zero_grad()
         batch = packed(torch.randint(40, (2, 17)))
-        (objectives.loss(OBJECTIVES["causal"], made, batch) / batch.count).backward()
-        built.step()
+        (OBJECTIVES["causal"].loss(trained, batch) / batch.count).backward()
+        optimizer_.step()
 
 
-def test_a_restored_state_goes_on_to_the_same_bits(tmp_path):
+def test_a_restored_state_continues_to_the_same_bits(tmp_path):
     torch.manual_seed(0)
     first = model()
-    built = optimizers.build(first, TrainConfig())
-    stepped(first, built, 3)
-    state.save(tmp_path, state.Counters(step=3, rows=6), first, built)
-    stepped(first, built, 3)
+    optimizer_ = optimizers.build(first, TrainConfig())
+    stepped(first, optimizer_, 3)
+    resume_state.save(tmp_path, resume_state.Counters(step=3, rows=6), first, optimizer_)
+    stepped(first, optimizer_, 3)
 
-    second = Transformer(TINY)
+    second = build_model(TINY)
     again = optimizers.build(second, TrainConfig())
     torch.manual_seed(99)
-    assert state.newest(tmp_path, print).restore(second, again) == state.Counters(step=3, rows=6)
+    assert resume_state.newest(tmp_path, print).restore(second, again) == resume_state.Counters(
+        step=3, rows=6
+    )
     stepped(second, again, 3)
     for name, weight in first.named_parameters():
         assert torch.equal(weight, second.get_parameter(name)), name
 
 
-def test_two_states_are_kept_and_a_damaged_newest_is_told(tmp_path):
-    made = model()
-    built = optimizers.build(made, TrainConfig())
+def test_two_states_are_kept_and_a_note_names_a_damaged_one(tmp_path):
+    trained = model()
+    optimizer_ = optimizers.build(trained, TrainConfig())
     for step in (1, 2, 3):
-        stepped(made, built, 1)
-        state.save(tmp_path, state.Counters(step=step), made, built)
+        stepped(trained, optimizer_, 1)
+        resume_state.save(tmp_path, resume_state.Counters(step=step), trained, optimizer_)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002", "step-000000003"]
     (tmp_path / "step-000000003" / "weights.safetensors").write_bytes(b"broken")
     notes = []
-    assert state.newest(tmp_path, notes.append).restore(made, built).step == 2
+    assert resume_state.newest(tmp_path, notes.append).restore(trained, optimizer_).step == 2
     assert len(notes) == 1 and "step-000000003" in notes[0]
 
 
 def test_adamw_is_that_of_torch_to_the_bit():
-    ours, theirs = ([torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
-                     for i, shape in enumerate(((8, 12), (7,), (1, 3)))] for _ in range(2))
-    built = optimizers.AdamW([optimizers.Group(ours[:2], 0.01, 0.1), optimizers.Group(ours[2:], 0.02, 0.0)])
-    known = torch.optim.AdamW([{"params": theirs[:2], "weight_decay": 0.1}, {"params": theirs[2:], "lr": 0.02}], lr=0.01,
-                              betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    ours, theirs = (
+        [
+            torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
+            for i, shape in enumerate(((8, 12), (7,), (1, 3)))
+        ]
+        for _ in range(2)
+    )
+    optimizer_ = optimizers.AdamW(
+        [
+            optimizers.ParameterGroup(ours[:2], 0.01, 0.1),
+            optimizers.ParameterGroup(ours[2:], 0.02, 0.0),
+        ]
+    )
+    reference = torch.optim.AdamW(
+        [{"params": theirs[:2], "weight_decay": 0.1}, {"params": theirs[2:], "lr": 0.02}],
+        lr=0.01,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=True,
+    )
     for _ in range(3):
         for mine, its in zip(ours, theirs):
             mine.grad = torch.randn(mine.shape)
             its.grad = mine.grad.clone()
-        built.step()
-        known.step()
+        optimizer_.step()
+        reference.step()
     assert all(torch.equal(mine, its) for mine, its in zip(ours, theirs))
 
 
 def test_clipping_is_that_of_torch():
     for most in (0.0, 0.5, 100.0):
         ours, theirs = model(), model()
-        for made in (ours, theirs):
-            (objectives.loss(OBJECTIVES["causal"], made, packed(torch.arange(34).view(2, 17))) / 32).backward()
+        for trained in (ours, theirs):
+            (
+                OBJECTIVES["causal"].loss(trained, packed(torch.arange(34).view(2, 17))) / 32
+            ).backward()
         norm = optimizers.build(ours, TrainConfig()).clip(most)
-        known = torch.nn.utils.clip_grad_norm_(theirs.parameters(), most or float("inf"))
-        assert abs(norm - float(known)) < 1e-6 * norm
+        reference = torch.nn.utils.clip_grad_norm_(theirs.parameters(), most or float("inf"))
+        assert abs(norm - float(reference)) < 1e-6 * norm
         for mine, its in zip(ours.parameters(), theirs.parameters()):
             torch.testing.assert_close(mine.grad, its.grad)
 
 
-def test_muon_is_that_of_torch_but_for_how_it_makes_matrices_orthogonal(monkeypatch):
+def test_muon_is_that_of_torch_except_for_orthogonalization(monkeypatch):
     from torch.optim import _muon
 
-    monkeypatch.setattr(optimizers, "orthogonal", lambda matrices: torch.stack([
-        _muon._zeropower_via_newtonschulz(matrix, (3.4445, -4.775, 2.0315), 5, 1e-7) for matrix in matrices]))
-    ours, theirs = ([torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
-                     for i, shape in enumerate(((8, 12), (12, 8), (8, 12), (16, 4)))] for _ in range(2))
-    built, known = optimizers.Muon([optimizers.Group(ours, 0.02, 0.1)]), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
+    monkeypatch.setattr(
+        optimizers,
+        "orthogonal",
+        lambda matrices: torch.stack(
+            [
+                _muon._zeropower_via_newtonschulz(matrix, (3.4445, -4.775, 2.0315), 5, 1e-7)
+                for matrix in matrices
+            ]
+        ),
+    )
+    ours, theirs = (
+        [
+            torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
+            for i, shape in enumerate(((8, 12), (12, 8), (8, 12), (16, 4)))
+        ]
+        for _ in range(2)
+    )
+    optimizer_, reference = (
+        optimizers.Muon([optimizers.ParameterGroup(ours, 0.02, 0.1)]),
+        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1),
+    )
     generator = torch.Generator().manual_seed(9)
     for _ in range(3):
         for mine, its in zip(ours, theirs):
             mine.grad = torch.randn(mine.shape, generator=generator)
             its.grad = mine.grad.clone()
-        built.step()
-        known.step()
+        optimizer_.step()
+        reference.step()
     for mine, its in zip(ours, theirs):
-        assert ((mine - its).norm() / (0.06 * its.numel() ** 0.5)).item() < 0.01  # bfloat16 products in another order
+        assert (
+            (mine - its).norm() / (0.06 * its.numel() ** 0.5)
+        ).item() < 0.01  # bfloat16 products in another order
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_muon_multiplies_in_the_precision_of_the_forward_pass(monkeypatch, dtype):
-    made, seen, whole = model(), set(), optimizers.orthogonal
+def test_muon_computes_in_the_precision_of_the_forward_pass(monkeypatch, dtype):
+    trained, seen, whole = model(), set(), optimizers.orthogonal
 
     def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
         seen.add(matrices.dtype)
         return whole(matrices)
+
     monkeypatch.setattr(optimizers, "orthogonal", orthogonal)
-    made.training_dtype = dtype
-    objectives.loss(OBJECTIVES["causal"], made, packed(torch.arange(34).view(2, 17))).backward()
-    optimizers.build(made, TrainConfig(optimizer="muon")).step()
+    trained.set_training_dtype(dtype)
+    OBJECTIVES["causal"].loss(trained, packed(torch.arange(34).view(2, 17))).backward()
+    optimizers.build(trained, TrainConfig(optimizer="muon")).step()
     assert seen == {dtype}
 
 
-def test_orthogonal_updates_lie_near_the_polar_factor():
+def test_orthogonal_updates_are_near_the_polar_factor():
     for shape in ((3, 24, 24), (1, 8, 40), (2, 192, 512)):
         matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        found = optimizers.orthogonal(matrices.bfloat16()).float()
+        updates = optimizers.orthogonal(matrices.bfloat16()).float()
         left, values, right = torch.linalg.svd(matrices, full_matrices=False)
-        assert (found - left @ right).norm() / (left @ right).norm() < 0.28
+        assert (updates - left @ right).norm() / (left @ right).norm() < 0.28
         # a square one has values near 0; bfloat16 adds to 1.28
-        grown = torch.linalg.svdvals(found)[values > 0.02 * values[:, :1]]
+        grown = torch.linalg.svdvals(updates)[values > 0.02 * values[:, :1]]
         assert grown.min() > 0.65 and grown.max() < 1.65
 
 

@@ -1,0 +1,192 @@
+"""A checkpoint family is a row of data: the keys of its `config.json`, the names of its tensors.
+
+The rows stand in `families.py` and `encoder_families.py`; `lm help families` shows how to add one.
+`config_json.py`, `weights.py` and `folder.py` read and write every family by its row alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+# the values of ModelConfig's options in a family whose row does not mention them
+DEFAULT_OPTIONS = {
+    "query_key_norm": False,
+    "attention_bias": "none",
+    "scale_attention": True,
+    "positions": "rotary",
+    "position_offset": 0,
+    "rotary_fraction": 1.0,
+    "norm": "rms",
+    "norm_bias": True,
+    "post_norm": False,
+    "parallel_block": False,
+    "first_attention_norm": True,
+    "embedding_norm": False,
+    "hidden_act": "silu",
+    "gated_mlp": True,
+    "mlp_bias": False,
+    "scale_embedding": False,
+    "scale_logits": False,
+    "type_vocab_size": 0,
+    "head_dense": False,
+    "head_dense_bias": True,
+    "head_norm": False,
+    "head_bias": False,
+    "sliding_window": 0,
+    "multi_label": False,
+}
+
+# a key of config.json → each value it may have and the options that value stands for, default first
+Choices = Mapping[str, Sequence[tuple[Any, Mapping[str, Any]]]]
+
+
+class TensorMap(NamedTuple):
+    """A module (or one tensor) of a file and our modules that it holds; `{}` is the layer number.
+
+    `layout` is "plain", "flat" (reshaped), "columns" (stored transposed), "rows" (several modules
+    concatenated) or "heads" (several modules concatenated within each head). With `when`, the entry
+    applies only if that option has that value.
+    """
+
+    file_name: str
+    modules: tuple[str, ...]
+    layout: str = "plain"
+    when: tuple[str, bool] | None = None
+
+
+def tensors(table: str, prefix: str = "") -> tuple[TensorMap, ...]:
+    """The TensorMaps of a table: in each line a file's module, ours, and a layout or a condition.
+
+    >>> tensors("attn.qkv attention.[query,key] rows")[0].modules
+    ('attention.query', 'attention.key')
+    >>> tensors("wi mlp.up unless=gated_mlp", prefix="t5.")[0]
+    TensorMap(file_name='t5.wi', modules=('mlp.up',), layout='plain', when=('gated_mlp', False))
+    """
+    return tuple(_tensor_map(prefix, *line.split()) for line in table.strip().splitlines())
+
+
+def _tensor_map(prefix: str, file_name: str, module: str, *rest: str) -> TensorMap:
+    start, _, names = module.removesuffix("]").partition("[")
+    layout, when = "plain", None
+    for word in rest:
+        condition, is_condition, option = word.partition("=")
+        if is_condition:
+            when = (option, condition == "if")
+        else:
+            layout = word
+    modules = tuple(f"{start}{name}" for name in names.split(","))
+    return TensorMap(f"{prefix}{file_name}", modules, layout, when)
+
+
+class LayerPattern(NamedTuple):
+    """Which layers have full attention where config.json has no `layer_types`.
+
+    `key` names a number, at least `low`, from which `is_full(layer, number)` follows. `number(layer
+    types, window)` is what lm writes under the key; nothing where it is None.
+    """
+
+    key: str
+    low: int
+    is_full: Callable[[int, int], bool]
+    number: Callable[[Sequence[str], int], int | None]
+
+
+class WindowRule(NamedTuple):
+    """How config.json states the width of the sliding window (`key`) and the layers that have one.
+
+    The width counts the tokens on one or both `sides`; a model without a window is written with
+    `off`. Without a `pattern` every layer has the window. `written` are the keys that lm writes.
+    """
+
+    key: str
+    written: tuple[str, ...]
+    sides: int = 1
+    off: int | None = None
+    pattern: LayerPattern | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family: its `model_type`, its shape, its heads with their architectures, and these rules.
+
+    config.json:
+      keys             our option → its key
+      options          options that the family fixes; `head_options` those that depend on the head
+      defaults         values of keys that config.json may leave out
+      fixed            keys with one supported value: always written, others are an error
+      choices          keys whose value stands for some of our options
+      fallbacks        a key that may be missing → the key whose value it takes then
+      architectures    further architectures whose files hold all that one of the heads needs → head
+      window           how the sliding window is stated; None for families without one
+      rope_keys        keys of the rotary base of full and of sliding layers, where there are two
+      padding_first    learned positions start behind the padding id and are counted with those rows
+
+    Tensors:
+      prefix           begins all names but those of a head; a bare model's file leaves it out
+      tensors          names of the stacks' tensors; `head_tensors` those of each head
+      embedding_copies modules that repeat the embedding in some files
+      duplicates       a tensor that is stored a second time → the one lm reads
+      optional         tensors that are zero when a file lacks them
+      other_heads      modules of heads that lm does not have
+      peft_names       a module's name in files → its name in transformers and PEFT, if different
+      ignored          pattern of tensors that some files carry and no forward pass needs
+    """
+
+    model_type: str
+    shape: str
+    heads: Mapping[str, str]  # the first is taken when a file names no architecture
+    keys: Mapping[str, str]
+    tensors: tuple[TensorMap, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    head_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    choices: Choices = field(default_factory=dict)
+    fallbacks: Mapping[str, str] = field(default_factory=dict)
+    architectures: Mapping[str, str] = field(default_factory=dict)
+    window: WindowRule | None = None
+    rope_keys: tuple[str, str] | None = None
+    padding_first: bool = False
+    prefix: str = ""
+    head_tensors: Mapping[str, tuple[TensorMap, ...]] = field(default_factory=dict)
+    embedding_copies: tuple[str, ...] = ()
+    duplicates: Mapping[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    other_heads: tuple[str, ...] = ()
+    peft_names: Mapping[str, str] = field(default_factory=dict)
+    ignored: str = r"rotary_emb\.inv_freq$"
+
+    def options_for(self, head: str) -> dict[str, Any]:
+        """Every option that the family fixes for a head."""
+        return {**DEFAULT_OPTIONS, **self.options, **self.head_options.get(head, {})}
+
+    def file_module(self, module: str) -> str:
+        """The name in files of a module of ours: "embedding", or a decoder's "head.output"."""
+        entries = (*self.tensors, *self.head_tensors.get("lm", ()))
+        return next(entry.file_name for entry in entries if entry.modules == (module,))
+
+
+def same(*names: str) -> dict[str, str]:
+    """Options whose keys in config.json have the same name."""
+    return {name: name for name in names}
+
+
+def choice(option: str, off: Any = False, on: Any = True, default: bool = False) -> Sequence:
+    """The choices of a true-or-false key: the values of `option` that false and true stand for."""
+    choices = [(False, {option: off}), (True, {option: on})]
+    return choices[::-1] if default else choices
+
+
+# keys that most families share
+IDS = same("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+SHAPE_KEYS = same(
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "hidden_act",
+)
+# options of families with a bias in every matrix of the blocks
+ALL_BIASES = {"attention_bias": "all", "mlp_bias": True}
+LM_HEAD = {"lm": tensors("lm_head head.output")}

@@ -1,0 +1,476 @@
+"""Files → documents, the validation split, and the text of documents again, piece by piece.
+
+A document is a byte range of a file, found in one pass. So a corpus larger than memory is a list of
+numbers, and the validation split can be stored (`recipe.yaml`) and measured again later.
+"""
+
+import codecs
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import chain, islice
+from typing import Any, BinaryIO, NamedTuple
+
+from lmcli.data.byte_ranges import Document, Documents
+from lmcli.data.files import open_bytes
+from lmcli.data.rows import (
+    CHUNK_BYTES,
+    TABLES,
+    bad_record,
+    display_name,
+    file_format,
+    parse_header,
+    parse_row,
+    split_lines,
+)
+from lmcli.data.schema import PairSchema, SquadExample, pair_schema, row_labels, row_text
+from lmcli.data.schema import squad_example as row_squad_example
+from lmcli.errors import UsageError, UserError
+from lmcli.storage import cache_folder, user_errors
+from lmcli.text.splitting import PIECE_CHARS, SAFE_CUT
+
+SEPARATOR = b"<|endoftext|>"
+
+
+# -- how files hold documents
+
+
+@dataclass(frozen=True)
+class DocumentFormat:
+    """How files hold documents: each is a file, line or paragraph ("blank") of text, or a row.
+
+    `format` and `fields` are those of RowReader. `label` names the field of labels, of which a row
+    has one or, with `multi_label`, any number. `paired`: `fields` are those of a PairSchema, and
+    neither text may be blank. `answers` names the field of answers to questions; `fields` are then
+    the context and the question. `on_error` is stop or skip.
+    """
+
+    documents: str = "file"
+    format: str = "auto"
+    fields: tuple[str, ...] = ()
+    on_error: str = "stop"
+    label: str = ""
+    multi_label: bool = False
+    paired: bool = False
+    answers: str = ""
+
+    def has_rows(self, file: str) -> bool:
+        """True if the file is JSON Lines, TSV or CSV."""
+        return file_format(file, self.format) != "text"
+
+    @property
+    def pair_schema(self) -> PairSchema:
+        """The PairSchema of `fields`. Raises UsageError when they are none."""
+        if (schema := pair_schema(self.fields)) is None:
+            raise UsageError(f"{len(self.fields)} fields are no pair of texts", where="--fields")
+        return schema
+
+    def text(self, row: dict) -> str:
+        """The text of a row, of a pair both texts joined. Raises ValueError when it has none."""
+        if not self.paired:
+            return row_text(row, self.fields)
+        return self.pair_schema.separator.join(self.pair(row))
+
+    def pair(self, row: dict) -> tuple[str, str]:
+        """The source and the target text of a row. Raises ValueError when a field is missing."""
+        return self.pair_schema.texts(row)
+
+    def labels(self, row: dict) -> tuple[str, ...]:
+        """The labels of a row. Raises ValueError when it has none."""
+        return row_labels(row, self.label, self.multi_label)
+
+    def squad_example(self, row: dict) -> SquadExample:
+        """The question of a row with its answers. Raises ValueError when it is incomplete."""
+        context, question = self.fields
+        return row_squad_example(row, context, question, self.answers)
+
+    def is_blank(self, row: dict) -> bool:
+        """True if a text of the row is blank. Raises ValueError when one of the fields is bad."""
+        texts = self.pair(row) if self.paired else (self.text(row),)
+        if self.label:
+            self.labels(row)
+        if self.answers:
+            self.squad_example(row)
+        return not all(text.strip() for text in texts)
+
+
+def _row_parser(file: str, doc_format: DocumentFormat) -> Callable[[bytes], dict[str, Any]]:
+    """Parses lines of a file of rows; of a table it reads the header first."""
+    format, columns = file_format(file, doc_format.format), []
+    if format in TABLES:
+        header = next((line for _, _, line in _lines(file)), b"")
+        columns = parse_header(header, format, file)
+
+    def parse(line: bytes) -> dict[str, Any]:
+        row = parse_row(line.decode("utf-8"), format, columns)
+        assert isinstance(row, dict)  # the format is not text
+        return row
+
+    return parse
+
+
+# -- finding documents
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over files found: `documents`, and the SHA-256 of each file.
+
+    `skipped` counts bad rows (on_error="skip"), `empty` rows with a blank text; both are left out.
+    """
+
+    documents: Documents
+    hashes: dict[str, str]
+    skipped: int = 0
+    empty: int = 0
+
+
+def survey(files: Iterable[str], doc_format: DocumentFormat) -> Survey:
+    """Reads every byte of the files once, checks that it is UTF-8, and returns what is in them.
+
+    Blank documents are left out. Raises UserError naming file and line for invalid UTF-8, bad rows
+    and missing fields, and UserError when there are no documents.
+    """
+    files = list(files)
+    hashes: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    documents = Documents.of(_scan(files, doc_format, hashes, counts))
+    if not documents:
+        raise UserError(
+            "no text in it",
+            where=", ".join(display_name(file) for file in files[:3]),
+            hint="give a file with text, or pipe some in",
+        )
+    return Survey(documents, hashes, counts["skipped"], counts["empty"])
+
+
+def find_documents(files: Iterable[str], doc_format: DocumentFormat) -> Iterator[Document]:
+    """The documents of `survey`, as they are found."""
+    return _scan(files, doc_format, {}, Counter())
+
+
+def first_row(files: Iterable[str], doc_format: DocumentFormat) -> dict[str, Any] | None:
+    """The first valid row of the first files that hold rows, or None."""
+    for file in filter(doc_format.has_rows, files):
+        with user_errors(file, "read"):
+            parse = _row_parser(file, doc_format)
+            for _, _, line in _row_lines(file, doc_format):
+                with suppress(ValueError):
+                    return parse(line)
+    return None
+
+
+def _row_lines(
+    file: str, doc_format: DocumentFormat, digest: "hashlib._Hash | None" = None
+) -> Iterator[tuple[int, int, bytes]]:
+    """The `_lines` of a file of rows, without a table's header."""
+    has_header = file_format(file, doc_format.format) in TABLES
+    return islice(_lines(file, digest), int(has_header), None)
+
+
+def _scan(
+    files: Iterable[str], doc_format: DocumentFormat, hashes: dict[str, str], counts: Counter[str]
+) -> Iterator[Document]:
+    """The documents as they are found; `hashes` and `counts` are filled on the way."""
+    for file in files:
+        digest = hashlib.sha256()
+        with user_errors(file, "read"):
+            if doc_format.has_rows(file):
+                yield from _scan_rows(file, doc_format, digest, counts)
+            elif doc_format.documents == "file":
+                yield from _scan_texts(file, digest)
+            else:
+                yield from _scan_lines(file, doc_format.documents == "line", digest)
+        hashes[file] = digest.hexdigest()
+
+
+def _scan_rows(
+    file: str, doc_format: DocumentFormat, digest: "hashlib._Hash", counts: Counter[str]
+) -> Iterator[Document]:
+    parse = _row_parser(file, doc_format)
+    for number, start, line in _row_lines(file, doc_format, digest):
+        try:
+            blank = doc_format.is_blank(parse(line))
+        except ValueError as error:
+            if doc_format.on_error == "stop":
+                raise bad_record(error, file, number) from error
+            counts["skipped"] += 1
+            continue
+        if blank:
+            counts["empty"] += 1
+        else:
+            yield Document(file, start, start + len(line))
+
+
+def _scan_lines(file: str, single: bool, digest: "hashlib._Hash") -> Iterator[Document]:
+    """Ranges of the lines that are not blank, `single` or joined to paragraphs."""
+    begin, end = -1, 0
+    for number, start, line in _lines(file, digest):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise bad_record(error, file, number) from error
+        if single and line.strip():
+            yield Document(file, start, start + len(line))
+        elif line.strip():
+            begin, end = start if begin < 0 else begin, start + len(line)
+        elif begin >= 0:
+            yield Document(file, begin, end)
+            begin = -1
+    if begin >= 0:
+        yield Document(file, begin, end)
+
+
+def _scan_texts(file: str, digest: "hashlib._Hash") -> Iterator[Document]:
+    """Ranges between <|endoftext|> marks; line ends right after a mark belong to the mark."""
+    begin = position = 0
+    buffer, blank, after_mark = b"", True, False
+    for chunk in _checked_chunks(file, digest):
+        buffer += chunk
+        while True:
+            if after_mark:  # and still so, when more line ends may come with the next chunk
+                rest = buffer.lstrip(b"\r\n")
+                begin = position = position + len(buffer) - len(rest)
+                buffer, blank, after_mark = rest, True, not rest
+            if (at := buffer.find(SEPARATOR)) < 0:
+                break
+            if not (blank and not buffer[:at].strip()):
+                yield Document(file, begin, position + at)
+            consumed = at + len(SEPARATOR)
+            buffer, position, after_mark = buffer[consumed:], position + consumed, True
+        # what may be the beginning of a mark waits for the next chunk
+        tail = len(SEPARATOR) - 1
+        blank = blank and not buffer[:-tail].strip()
+        position += max(0, len(buffer) - tail)
+        buffer = buffer[-tail:]
+    if not (blank and not buffer.strip()):
+        yield Document(file, begin, position + len(buffer))
+
+
+def _chunks(file: str, digest: "hashlib._Hash | None" = None) -> Iterator[bytes]:
+    with open_bytes(file) as handle:
+        while chunk := handle.read(CHUNK_BYTES):
+            if digest is not None:
+                digest.update(chunk)
+            yield chunk
+
+
+def _lines(file: str, digest: "hashlib._Hash | None" = None) -> Iterator[tuple[int, int, bytes]]:
+    """(line number from 1, byte offset, line without its \\n)"""
+    number = offset = 0
+    for lines in split_lines(_chunks(file, digest)):
+        for line, _ in lines:
+            number += 1
+            yield number, offset, line
+            offset += len(line) + 1
+
+
+def _checked_chunks(file: str, digest: "hashlib._Hash") -> Iterator[bytes]:
+    """The chunks of a file. Raises UserError, which names the line, where it is not UTF-8."""
+    decoder, lines = codecs.getincrementaldecoder("utf-8")(), 1
+    for chunk in chain(_chunks(file, digest), [b""]):  # b"": the end
+        try:
+            decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            number = lines + error.object[: error.start].count(b"\n")
+            raise UserError(
+                "invalid UTF-8",
+                where=f"{display_name(file)}, line {number}",
+                hint="only UTF-8 text can be read; iconv -f LATIN1 -t UTF-8 converts one",
+            ) from error
+        lines += chunk.count(b"\n")
+        if chunk:
+            yield chunk
+
+
+# -- the text of documents
+
+
+class Piece(NamedTuple):
+    """Part of a document's text, cut where no token can span the cut; `last` on the last piece."""
+
+    text: str
+    document: Document
+    last: bool
+
+
+def read_pieces(documents: Iterable[Document], doc_format: DocumentFormat) -> Iterator[Piece]:
+    """The text of the documents in order, in pieces of about PIECE_CHARS characters."""
+    parser = cache(partial(_row_parser, doc_format=doc_format))
+    for document, chunks in _contents(documents):
+        if doc_format.has_rows(document.file):
+            row = parser(document.file)(b"".join(chunks))
+            chunks = iter([doc_format.text(row).encode("utf-8")])
+        yield from _cut(chunks, document)
+
+
+def read_rows(
+    documents: Iterable[Document], doc_format: DocumentFormat
+) -> Iterator[tuple[Document, dict[str, Any]]]:
+    """Each document with its row, in order; all documents must be rows."""
+    parser = cache(partial(_row_parser, doc_format=doc_format))
+    for document, chunks in _contents(documents):
+        yield document, parser(document.file)(b"".join(chunks))
+
+
+def _contents(documents: Iterable[Document]) -> Iterator[tuple[Document, Iterator[bytes]]]:
+    """Each document with chunks of its bytes, to be read before the next document is taken."""
+    handle: BinaryIO | None = None
+    file, position = None, 0
+    try:
+        for document in documents:
+            with user_errors(document.file, "read"):
+                if handle is None or document.file != file or document.start < position:
+                    if handle:
+                        handle.close()
+                    handle, file, position = open_bytes(document.file), document.file, 0
+                if document.start != position:
+                    handle.seek(document.start)
+                yield document, _range_chunks(handle, document)
+                position = document.end
+    finally:
+        if handle:
+            handle.close()
+
+
+def _range_chunks(handle: BinaryIO, document: Document) -> Iterator[bytes]:
+    remaining = document.end - document.start
+    while remaining:
+        chunk = handle.read(min(CHUNK_BYTES, remaining))
+        if not chunk:
+            raise UserError(
+                "is shorter than when it was first read", where=document.file, hint="start again"
+            )
+        remaining -= len(chunk)
+        yield chunk
+
+
+def _cut(chunks: Iterable[bytes], document: Document) -> Iterator[Piece]:
+    decoder, text, searched = codecs.getincrementaldecoder("utf-8")(), "", 0
+    for chunk in chunks:
+        text += decoder.decode(chunk)
+        start = 0
+        while cut := SAFE_CUT.search(text, max(start + PIECE_CHARS, searched)):
+            yield Piece(text[start : cut.start()], document, False)
+            start = cut.start()
+        text = text[start:]
+        searched = max(0, len(text) - 1)  # a text without a cut is searched once, not once a chunk
+    yield Piece(text + decoder.decode(b"", final=True), document, True)
+
+
+def line_number(file: str, at: int) -> int:
+    """The number of the line, counted from 1, that contains byte `at` of a file."""
+    lines = 1
+    with user_errors(file, "read"), open_bytes(file) as handle:
+        while at and (chunk := handle.read(min(CHUNK_BYTES, at))):
+            lines, at = lines + chunk.count(b"\n"), at - len(chunk)
+    return lines
+
+
+# -- choosing among documents
+
+
+def split(documents: Documents, doc_format: DocumentFormat) -> tuple[Documents, Documents]:
+    """(training, validation): every tenth of 20 or more documents, else the last 10 % of each.
+
+    Texts are cut at a line end. Rows are not cut: of fewer than 20 rows the last one is held out.
+    Raises UserError when nothing would be left on one side.
+    """
+    if len(documents) >= 20:
+        training = (document for i, document in enumerate(documents) if i % 10 != 9)
+        return Documents.of(training), documents[9::10]
+    rows = [document for document in documents if doc_format.has_rows(document.file)]
+    kept: list[Document] = []
+    held_out: list[Document] = []
+    for document in documents:
+        if document in rows:
+            last = document == rows[-1] and len(documents) > 1
+            (held_out if last else kept).append(document)
+            continue
+        cut = _line_end(document, document.start + (document.end - document.start) * 9 // 10)
+        kept += [document._replace(end=cut)] if cut > document.start else []
+        held_out += [document._replace(start=cut)] if cut < document.end else []
+    if not kept or not held_out:
+        raise UserError(
+            "too little text for a 10 % validation split",
+            where=display_name(documents[0].file),
+            hint="give more text, or --val FILE",
+        )
+    return Documents.of(kept), Documents.of(held_out)
+
+
+def limit(documents: Documents, doc_format: DocumentFormat, max_bytes: int) -> Documents:
+    """About `max_bytes` of the documents, from all over them: the beginning of each, or every k-th.
+
+    Where sizes differ much every k-th may still be too much: then texts are cut as well.
+    """
+    total = documents.bytes
+    if total <= max_bytes:
+        return documents
+    if len(documents) >= 20 or any(doc_format.has_rows(document.file) for document in documents):
+        documents = documents[:: -(-total // max_bytes)]
+        total = documents.bytes
+        if total <= 2 * max_bytes:
+            return documents
+    return Documents.of(_beginnings(documents, doc_format, max_bytes, total))
+
+
+def _beginnings(
+    documents: Documents, doc_format: DocumentFormat, max_bytes: int, total: int
+) -> Iterator[Document]:
+    for document in documents:
+        if doc_format.has_rows(document.file):
+            yield document
+            continue
+        size = (document.end - document.start) * max_bytes // total
+        end = _line_end(document, document.start + size)
+        if end > document.start:
+            yield document._replace(end=end)
+
+
+def _line_end(document: Document, at: int) -> int:
+    """The first line end from byte `at` on; without one nearby the next space or character."""
+    with open_bytes(document.file) as handle:
+        handle.seek(at)
+        text = handle.read(min(1 << 16, document.end - at))
+    for mark in (b"\n", b" "):
+        if 0 <= (offset := text.find(mark)) < len(text) - 1:
+            return at + offset + 1
+    continuation = next((i for i, byte in enumerate(text) if byte & 0xC0 != 0x80), len(text))
+    return at + continuation
+
+
+# -- copies of input that can be read again
+
+
+def pin_stdin() -> str:
+    """Copies standard input into the cache, named by its content, so that a run can be resumed."""
+    action = "keep standard input"
+    with user_errors(cache_folder() / "stdin", action), open_bytes("-") as source:
+        chunks = iter(lambda: source.read(CHUNK_BYTES), b"")
+        return write_pinned("stdin", ".txt", action, chunks)
+
+
+def write_pinned(folder_name: str, suffix: str, action: str, chunks: Iterable[bytes]) -> str:
+    """Writes chunks to a file in a folder of the cache, named by its content; returns the path.
+
+    Raises UserError, which names the `action`, when it cannot be written.
+    """
+    folder, digest = cache_folder() / folder_name, hashlib.sha256()
+    part = folder / f".{os.getpid()}.part"
+    with user_errors(folder, action):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as out:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    out.write(chunk)
+            target = folder / f"{digest.hexdigest()[:16]}{suffix}"
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+    return str(target)

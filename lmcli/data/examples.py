@@ -1,0 +1,461 @@
+"""Rows with two sides (source and target, or text and label) → token ids in mapped arrays."""
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmcli.data.batches import IGNORED, Batch, padded, token_mask
+from lmcli.data.byte_ranges import Document
+from lmcli.data.documents import DocumentFormat, line_number, read_rows, write_pinned
+from lmcli.data.rows import RowReader, display_name
+from lmcli.data.schema import SOURCE_TARGET, row_field
+from lmcli.errors import UsageError, UserError
+from lmcli.storage import cached
+from lmcli.text.tokenizer import Tokenizer
+
+ROWS_AT_ONCE = 2048
+# how the files of `pin_parallel_files` are read
+PARALLEL_FORMAT: dict[str, Any] = {"format": "jsonl", "fields": SOURCE_TARGET}
+
+
+# -- arrays in the cache
+
+
+class ArrayWriter:
+    """Writes a .npy file row by row; the array is complete when the block ends."""
+
+    def __init__(self, file: Path, dtype: type, *width: int):
+        self.dtype, self.width, self.rows = np.dtype(dtype), width, 0
+        self.out = file.open("wb")
+        self._write_header()
+
+    def _write_header(self) -> None:
+        """NumPy pads the header, so that its size does not depend on the number of rows."""
+        self.out.seek(0)
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": (self.rows, *self.width),
+        }
+        np.lib.format.write_array_header_1_0(self.out, header)
+
+    def extend(self, rows: Sequence | np.ndarray) -> None:
+        """Appends rows."""
+        array = np.asarray(rows, dtype=self.dtype)
+        self.out.write(array.tobytes())
+        self.rows += len(array)
+
+    def __enter__(self) -> "ArrayWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.out:
+            self._write_header()
+
+
+class Texts:
+    """Token ids of many texts in one array; `texts[i]` are the ids of text i."""
+
+    def __init__(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
+        self.ids, self.starts, self.lengths = ids, starts, lengths
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.ids[self.starts[i] : self.starts[i] + self.lengths[i]]
+
+    def select(self, chosen: np.ndarray) -> "Texts":
+        """The texts with these indices."""
+        return Texts(self.ids, self.starts[chosen], self.lengths[chosen])
+
+    @staticmethod
+    def writer(
+        stack: ExitStack, folder: Path, name: str, dtype: type
+    ) -> Callable[[Iterable[Sequence[int]]], None]:
+        """A function that appends texts to files of the cache, which `stack` closes."""
+        ids = stack.enter_context(ArrayWriter(folder / f"{name}.ids.npy", dtype))
+        lengths = stack.enter_context(ArrayWriter(folder / f"{name}.lengths.npy", np.int64))
+
+        def extend(texts: Iterable[Sequence[int]]) -> None:
+            arrays: list[np.ndarray] = [np.asarray(text, dtype=dtype) for text in texts]
+            ids.extend(np.concatenate(arrays))
+            lengths.extend([len(array) for array in arrays])
+
+        return extend
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> "Texts":
+        """The texts that `writer` wrote; their ids are memory-mapped."""
+        lengths = np.load(folder / f"{name}.lengths.npy")
+        # an empty file cannot be mapped
+        ids = np.load(folder / f"{name}.ids.npy", mmap_mode="r" if lengths.any() else None)
+        return cls(ids, np.cumsum(lengths) - lengths, lengths)
+
+
+def id_type(tokenizer: Tokenizer) -> type:
+    """The smallest integer type that holds the ids of a tokenizer."""
+    return np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
+
+
+def fingerprint(documents: Sequence[Document], hashes: dict[str, str], settings: tuple) -> str:
+    """A cache key of these documents in files with these hashes, and of settings."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for document in documents:
+        digest.update(f"{hashes[document.file]} {document.start} {document.end}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+# -- rows to examples
+
+
+@dataclass
+class Examples:
+    """Encoded examples: sources with targets, or texts (`sources`) with labels.
+
+    A pair of texts with labels is in `sources` and `targets`. labels: (N,) int64 indices into the
+    label names, or (N, labels) float32 of 0 and 1 if multi-label. sizes: (N,) UTF-8 bytes of target
+    text, with labels of all text.
+    """
+
+    sources: Texts
+    targets: Texts | None
+    labels: np.ndarray | None
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @property
+    def bytes(self) -> int:
+        """Total of `sizes`."""
+        return int(self.sizes.sum())
+
+    @property
+    def tokens(self) -> int:
+        """Number of ids of both sides."""
+        return int(self.sources.lengths.sum() + (self.targets.lengths.sum() if self.targets else 0))
+
+    def select(self, chosen: np.ndarray) -> "Examples":
+        """The examples with these indices."""
+        return Examples(
+            self.sources.select(chosen),
+            self.targets and self.targets.select(chosen),
+            None if self.labels is None else self.labels[chosen],
+            self.sizes[chosen],
+        )
+
+
+def label_names(documents: Sequence[Document], doc_format: DocumentFormat) -> tuple[str, ...]:
+    """The labels in rows, sorted; whole numbers by value."""
+    rows = (row for _, row in read_rows(documents, doc_format))
+    names = {label for row in rows for label in doc_format.labels(row)}
+    return tuple(
+        sorted(names, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
+    )
+
+
+def build(
+    documents: Sequence[Document],
+    hashes: dict[str, str],
+    doc_format: DocumentFormat,
+    tokenizer: Tokenizer,
+    labels: tuple[str, ...] = (),
+    joined: bool = False,
+) -> Examples:
+    """The examples of these rows in order, from the cache when they are there.
+
+    hashes: the SHA-256 of each file's content. labels: names of the labels; without them rows are
+    sources and targets. `joined` sides are encoded as one text: a token across their border is the
+    target's. Raises UserError for an unknown label, and when the cache cannot be written.
+    """
+    settings = (
+        4,
+        tokenizer.hash,
+        doc_format.fields,
+        doc_format.label,
+        doc_format.multi_label,
+        doc_format.format,
+        labels,
+        joined,
+    )
+    folder = cached(
+        "examples",
+        fingerprint(documents, hashes, settings),
+        lambda part: _write(part, documents, doc_format, tokenizer, labels, joined),
+    )
+    has_targets = not labels or len(doc_format.fields) == 2
+    return Examples(
+        Texts.load(folder, "source"),
+        Texts.load(folder, "target") if has_targets else None,
+        np.load(folder / "labels.npy") if labels else None,
+        np.load(folder / "sizes.npy"),
+    )
+
+
+def _write(
+    folder: Path,
+    documents: Sequence[Document],
+    doc_format: DocumentFormat,
+    tokenizer: Tokenizer,
+    labels: tuple[str, ...],
+    joined: bool,
+) -> None:
+    multi_label, rows = doc_format.multi_label, read_rows(documents, doc_format)
+    with ExitStack() as stack:
+
+        def writer(name: str, dtype: type, *width: int) -> ArrayWriter:
+            return stack.enter_context(ArrayWriter(folder / f"{name}.npy", dtype, *width))
+
+        add_sources = Texts.writer(stack, folder, "source", id_type(tokenizer))
+        add_targets = Texts.writer(stack, folder, "target", id_type(tokenizer))
+        width = (len(labels),) if multi_label else ()
+        indices = writer("labels", np.float32 if multi_label else np.int64, *width)
+        sizes = writer("sizes", np.int64)
+        while batch := list(islice(rows, ROWS_AT_ONCE)):
+            if labels:
+                indices.extend(
+                    [
+                        _label_indices(document, doc_format.labels(row), labels, multi_label)
+                        for document, row in batch
+                    ]
+                )
+                sides = [_texts(row, doc_format) for _, row in batch]
+                sized = ["".join(texts) for texts in sides]
+            else:
+                sides = [doc_format.pair(row) for _, row in batch]
+                sized = [target for _, target in sides]
+            sizes.extend([len(text.encode("utf-8")) for text in sized])
+            separator = doc_format.pair_schema.separator if joined else None
+            sources, targets = _encode(sides, tokenizer, separator, bool(labels))
+            add_sources(sources)
+            add_targets(targets)
+        (folder / "facts.json").write_text(json.dumps({"examples": sizes.rows}))
+
+
+def _texts(row: dict, doc_format: DocumentFormat) -> tuple[str, str]:
+    """The text of a row with labels ("" as the second), or its two texts."""
+    if len(doc_format.fields) != 2:
+        return doc_format.text(row), ""
+    first, second = doc_format.fields
+    return row_field(row, first), row_field(row, second)
+
+
+def _encode(
+    sides: list[tuple[str, str]], tokenizer: Tokenizer, separator: str | None, labeled: bool
+) -> tuple[list[list[int]], list[list[int]]]:
+    """(ids of the sources, of the targets); with a separator both sides are encoded as one text."""
+    firsts, seconds = map(list, zip(*sides))
+    if separator is None:
+        target_tokenizer = tokenizer if labeled else tokenizer.target
+        return tokenizer.encode_batch(firsts), target_tokenizer.encode_batch(seconds)
+    sources, targets = [], []
+    encoded = tokenizer.encode_with_ends([separator.join(pair) for pair in sides])
+    for source, (ids, ends) in zip(firsts, encoded):
+        border = bisect_right(ends, len((source + separator).encode("utf-8")))
+        sources.append(ids[:border])
+        targets.append(ids[border:])
+    return sources, targets
+
+
+def _label_indices(
+    document: Document, labels: tuple[str, ...], names: tuple[str, ...], multi_label: bool
+) -> int | list[int]:
+    for label in labels:
+        if label not in names:
+            raise UserError(
+                f"label {label!r} is none of the model's labels, nor of the training set's",
+                where=f"{document.file}, line {line_number(document.file, document.start)}",
+                hint=f"labels: {', '.join(names[:20])}; "
+                "--set train.new_head=true takes the labels of the data",
+            )
+    return [int(name in labels) for name in names] if multi_label else names.index(labels[0])
+
+
+# -- examples to batches
+
+
+def truncate_pair(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
+    """A pair cut to `room` ids together: the end of the longer first, as in `tokenizers`."""
+    short = min(len(first), len(second))
+    if len(first) + len(second) <= room:
+        return first, second
+    if 2 * short <= room:
+        rest = room - short
+        return (first[:rest], second) if len(first) > short else (first, second[:rest])
+    half, more = room // 2, room - room // 2
+    if len(first) > len(second):
+        return first[:more], second[:half]
+    return first[:half], second[:more]
+
+
+@dataclass(frozen=True)
+class ExampleCollator:
+    """Makes batches of examples: the template around a text, and special ids.
+
+    An encoder–decoder's decoder reads `decoder_start` and the target; a decoder alone reads source
+    and target `joined`. `eos` ends a target. `join_pair` puts a pair of texts into its template and
+    returns (ids, token types).
+    """
+
+    prefix: list[int]
+    suffix: list[int]
+    context: int
+    padding: int
+    decoder_start: int = 0
+    eos: int | None = None
+    joined: bool = False
+    join_pair: Callable[[list[int], list[int]], tuple[list[int], list[int]]] | None = None
+
+    def source(self, ids: np.ndarray) -> np.ndarray:
+        """A text inside its template, cut to the context."""
+        room = self.context - len(self.prefix) - len(self.suffix)
+        return np.concatenate([self.prefix, ids[:room], self.suffix]).astype(np.int64)
+
+    def target(self, ids: np.ndarray) -> np.ndarray:
+        """A target and `eos`, cut to the context."""
+        if self.eos is None:
+            return ids[: self.context].astype(np.int64)
+        return np.concatenate([ids[: self.context - 1], [self.eos]]).astype(np.int64)
+
+    def lengths(self, examples: Examples) -> np.ndarray:
+        """Tokens of each example's sides within the context, (N, 1 or 2)."""
+        return np.minimum(np.stack(self._full_lengths(examples), axis=1), self.context)
+
+    def truncated_tokens(self, examples: Examples) -> np.ndarray:
+        """(N,): tokens of each example that do not fit into the context."""
+        return sum(np.maximum(side - self.context, 0) for side in self._full_lengths(examples))
+
+    def _full_lengths(self, examples: Examples) -> tuple[np.ndarray, ...]:
+        """Tokens of each side of each example, without a limit."""
+        sources, targets = examples.sources.lengths, examples.targets
+        if targets is None:
+            return (sources + len(self.prefix) + len(self.suffix),)
+        if examples.labels is not None:
+            return (sources + targets.lengths + self._pair_template_length(),)
+        ends = int(self.eos is not None)
+        if self.joined:  # the last token is a target, not an input
+            return (sources + len(self.prefix) + targets.lengths + ends - 1,)
+        return (sources + len(self.prefix) + len(self.suffix), targets.lengths + ends)
+
+    def _pair_template_length(self) -> int:
+        assert self.join_pair is not None  # set wherever texts have labels
+        return len(self.join_pair([], [])[0])
+
+    def batch(self, examples: Examples, chosen: np.ndarray) -> Batch:
+        """The Batch of the examples with these indices."""
+        if examples.targets is None:
+            batch = self._sources(examples, chosen)
+            assert examples.labels is not None  # there is something to predict
+            return replace(batch, targets=examples.labels[chosen])
+        if examples.labels is not None:
+            return self._pairs(examples, examples.targets, examples.labels[chosen], chosen)
+        if self.joined:
+            return self._joined(examples, examples.targets, chosen)
+        targets = [self.target(examples.targets[i]) for i in chosen]
+        inputs = [np.concatenate([[self.decoder_start], target[:-1]]) for target in targets]
+        return replace(
+            self._sources(examples, chosen),
+            targets=padded(targets, IGNORED),
+            decoder_ids=padded(inputs, self.padding),
+        )
+
+    def _sources(self, examples: Examples, chosen: np.ndarray) -> Batch:
+        sources = [self.source(examples.sources[i]) for i in chosen]
+        no_targets = np.zeros(0, dtype=np.int64)
+        return Batch(padded(sources, self.padding), no_targets, token_mask(sources))
+
+    def _pairs(
+        self, examples: Examples, seconds: Texts, labels: np.ndarray, chosen: np.ndarray
+    ) -> Batch:
+        room = max(0, self.context - self._pair_template_length())
+        assert self.join_pair is not None
+        ids, types = [], []
+        for i in chosen:
+            pair = truncate_pair(examples.sources[i].tolist(), seconds[i].tolist(), room)
+            row_ids, row_types = self.join_pair(*pair)
+            ids.append(np.asarray(row_ids, dtype=np.int64))
+            types.append(np.asarray(row_types, dtype=np.int64))
+        return Batch(padded(ids, self.padding), labels, token_mask(ids), types=padded(types, 0))
+
+    def _joined(self, examples: Examples, targets: Texts, chosen: np.ndarray) -> Batch:
+        """Source and target in one row; the source loses its beginning where both do not fit."""
+        inputs, labels = [], []
+        for i in chosen:
+            target = self.target(targets[i])
+            room = self.context + 1 - len(self.prefix) - len(target)
+            source = examples.sources[i][-room:] if room > 0 else np.zeros(0, dtype=np.int64)
+            row = np.concatenate([self.prefix, source, target]).astype(np.int64)
+            row = row[-self.context - 1 :]
+            is_target = np.arange(len(row)) >= len(row) - len(target)
+            inputs.append(row[:-1])
+            labels.append(np.where(is_target, row, IGNORED)[1:])
+        return Batch(padded(inputs, self.padding), padded(labels, IGNORED), token_mask(inputs))
+
+
+def unigram_entropy(targets: Iterator[np.ndarray]) -> float:
+    """The entropy of single targets in nats: the loss of a model that knows their counts only.
+
+    Multi-label targets, (N, labels) float32, have the sum of the entropies of all labels.
+    """
+    counts, rows = np.zeros(0, dtype=np.int64), 0
+    for batch in targets:
+        if batch.dtype == np.float32:  # multi-label
+            rows += len(batch)
+            new = batch.sum(0).astype(np.int64)
+        else:
+            new = np.bincount(batch[batch != IGNORED])
+        size = max(len(new), len(counts))
+        counts = np.pad(counts, (0, size - len(counts))) + np.pad(new, (0, size - len(new)))
+    if rows:
+        shares = np.stack([counts, rows - counts]) / rows
+    else:
+        shares = counts[None] / max(1, counts.sum())
+    return float(-(shares * np.log(np.where(shares > 0, shares, 1))).sum())
+
+
+# -- parallel files
+
+
+def pin_parallel_files(sources: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Copies each source and target file into one file of rows, named by its content, in the cache.
+
+    Raises UsageError when there are not as many files of each, UserError when one has more lines
+    than the other.
+    """
+    if len(sources) != len(targets):
+        raise UsageError(
+            f"{len(sources)} files of sources and {len(targets)} of targets",
+            where="--target",
+            hint="one --target for each FILE, one --val-target for each --val, in the same order",
+        )
+    paths = []
+    for source, target in zip(sources, targets):
+        rows = (json.dumps(row, ensure_ascii=False) for row in _parallel_rows(source, target))
+        lines = (row.encode("utf-8") + b"\n" for row in rows)
+        paths.append(write_pinned("aligned", ".jsonl", "keep parallel lines", lines))
+    return paths
+
+
+def _parallel_rows(source: str, target: str) -> Iterator[dict[str, str]]:
+    for number, (left, right) in enumerate(zip_longest(_lines(source), _lines(target)), 1):
+        if left is None or right is None:
+            ended, other = (source, target) if left is None else (target, source)
+            raise UserError(
+                f"ends after line {number - 1:,}, {display_name(other)} does not",
+                where=display_name(ended),
+                hint="line N of one file belongs to line N of the other",
+            )
+        yield {"source": left, "target": right}
+
+
+def _lines(file: str) -> Iterator[str]:
+    return (record.text for batch in RowReader("text").batches([file]) for record in batch)

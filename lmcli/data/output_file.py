@@ -1,0 +1,89 @@
+"""Results of a command: in input order, flushed when ready, resumable, complete or not there."""
+
+import os
+import sys
+from pathlib import Path
+
+from lmcli.errors import UsageError, UserError
+from lmcli.storage import user_errors
+
+# for text that must stay on one line of a TSV or of piped output
+ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
+
+
+def escaped(text: str) -> str:
+    """The text with backslash, newline, CR and tab written as \\\\, \\n, \\r and \\t."""
+    return text.translate(ESCAPES)
+
+
+class OutputFile:
+    """Writes results to standard output or to a file, which appears under its name at the end.
+
+    An interrupted file stays as FILE.part; with `resume` its complete lines are kept and counted in
+    `resumed_lines`. Raises ClosedPipe when the reader is gone, UserError when writing fails.
+    """
+
+    def __init__(self, path: str | None = None, resume: bool = False):
+        self.path = Path(path) if path and path != "-" else None
+        self.resumed_lines = 0
+        if self.path is None:
+            if resume:
+                raise UsageError("--continue needs -o FILE")
+            self.file = open(sys.stdout.fileno(), "wb", buffering=1 << 16, closefd=False)
+            return
+        if self.path.is_dir():
+            raise UserError("is a directory", where=str(path), hint="-o takes a file")
+        part = _part(self.path)
+        with user_errors(str(path), "write"):
+            if part.is_symlink():
+                part.unlink()  # nothing is written through a link
+            if resume and part.is_file():
+                self.resumed_lines = _cut_to_whole_lines(part)
+            self.file = open(part, "ab" if resume else "wb")
+
+    def write(self, text: str) -> None:
+        """Appends text as UTF-8."""
+        # a JSON field may hold a lone surrogate: \ud800, as in the input
+        data = text.encode("utf-8", "backslashreplace")
+        with user_errors(self.path or "standard output", "write"):
+            self.file.write(data)
+
+    def flush(self) -> None:
+        """Makes everything written so far visible to the reader."""
+        with user_errors(self.path or "standard output", "write"):
+            self.file.flush()
+
+    def __enter__(self) -> "OutputFile":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self.flush()
+            if self.path:
+                with user_errors(self.path, "write"):
+                    self.file.close()
+                    if (part := _part(self.path)) != self.path:
+                        os.replace(part, self.path)
+            return
+        try:
+            self.file.close()
+        except OSError:
+            pass  # the error that ended the block is the one to report
+
+
+def _part(path: Path) -> Path:
+    """Where a file is written until it is complete; a device or pipe itself."""
+    return path if path.exists() and not path.is_file() else path.with_name(path.name + ".part")
+
+
+def _cut_to_whole_lines(part: Path) -> int:
+    """Drops an incomplete last line of the file; returns the number of the other lines."""
+    count = whole = position = 0
+    with part.open("rb+") as file:
+        while chunk := file.read(1 << 20):
+            count += chunk.count(b"\n")
+            if (newline := chunk.rfind(b"\n")) >= 0:
+                whole = position + newline + 1
+            position += len(chunk)
+        file.truncate(whole)
+    return count

@@ -1,0 +1,73 @@
+"""Joins the process group of torchrun or `--nproc`, sends JSON messages, reports lost processes.
+
+Processes find each other by torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+MASTER_PORT); `--nproc` sets the same. Messages are JSON: nothing is ever unpickled.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from lmcli.errors import ProcessLost, UsageError
+
+
+def world_size() -> int:
+    """World size, from torchrun's environment; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine, from torchrun's environment; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def join(timeout: timedelta, backend: str = "gloo") -> tuple[int, int]:
+    """Initializes the process group; returns (rank, world size). Each process takes its own GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun's store still holds the keys and addresses of processes from before a restart
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    return rank, size
+
+
+def require_gpus(processes: int, device: torch.device, hint: str) -> None:
+    """Raises UsageError if there are more processes than GPUs: each process needs its own."""
+    if processes > 1 and device.type == "cuda" and processes > torch.cuda.device_count():
+        raise UsageError(
+            f"{processes} processes on {torch.cuda.device_count()} GPUs", where="--nproc", hint=hint
+        )
+
+
+def send_json(message: Any, send: Callable[[Tensor], object]) -> None:
+    """Sends a message as JSON in two tensors, its size and its bytes, each by a call of `send`."""
+    data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+    send(torch.tensor([len(data)]))
+    send(data)
+
+
+def recv_json(receive: Callable[[Tensor], object]) -> Any:
+    """Receives a message of `send_json`; `receive` fills the tensor it is called with."""
+    size = torch.zeros(1, dtype=torch.int64)
+    receive(size)
+    data = torch.empty(int(size), dtype=torch.uint8)
+    receive(data)
+    return json.loads(data.numpy().tobytes())
+
+
+@contextmanager
+def peer_errors(where: str = "", hint: str = "start the command again") -> Iterator[None]:
+    """Raises ProcessLost when communication in this context fails: another process has exited."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLost("another process of this run has exited early", where, hint) from error

@@ -1,0 +1,152 @@
+"""From the options of `lm evaluate` to the records, their task, and a survey of all records."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lmcli.checkpoints import folder, hub
+from lmcli.config import ModelConfig
+from lmcli.data.documents import pin_stdin
+from lmcli.errors import UserError
+from lmcli.evaluation.predictions import EvalDataset, EvalRecord, first_record
+from lmcli.evaluation.systems import LabelCounts, TextCounts
+from lmcli.evaluation.tasks import Task, find_task
+from lmcli.evaluation.text_metrics import select_text_metrics
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """The options of `lm evaluate`, without files, models and the device."""
+
+    task: str = "auto"
+    metrics: tuple[str, ...] = ()
+    references: str | None = None
+    by: str | None = None
+    format: str = "auto"
+    fields: tuple[str, ...] = ()
+    reference_field: str | None = None
+    prediction_field: str | None = None
+    bleu_tokenizer: str = "13a"
+    stemmer: bool = False
+    max_new_tokens: int | None = None
+    num_beams: int | None = None
+    stop: tuple[str, ...] = ()
+    batch_tokens: int = 0
+    resamples: int = 1000
+    seed: int = 0
+
+
+def model_configs(models: Sequence[str]) -> dict[str, ModelConfig]:
+    """The configuration of each model, by its name; no weights are read."""
+    return {name: folder.load_config(hub.find(name)) for name in models}
+
+
+def open_dataset(
+    options: EvaluationOptions, files: Sequence[str], configs: Mapping[str, ModelConfig]
+) -> tuple[EvalDataset, Task]:
+    """The records of files and their task. Standard input is stored, so it can be read again.
+
+    Raises UserError if there is no record and UsageError if nothing shows the task.
+    """
+    references = options.references
+    stdin = pin_stdin() if "-" in (*files, references) else ""
+    names = {stdin: "standard input"} if stdin else {}
+    paths = [stdin if name == "-" else name for name in files]
+    reference_path = stdin if references == "-" else references
+
+    # the file with the references shows the task
+    sources = [reference_path] if reference_path else paths
+    where = ", ".join(names.get(name, name) for name in sources[:3])
+    first = first_record(sources, "auto" if references and files else options.format)
+    if first is None:
+        hint = "give a file with records and their labels or references, or pipe some in"
+        raise UserError("no records in it", where=where, hint=hint)
+    kinds = [(config.shape, config.head) for config in configs.values()]
+    task = find_task(options.task, first, where, kinds[0] if kinds else None, options.metrics)
+
+    # a list of labels, in the first record or as a model gives them, means any number of labels
+    row, name = first.fields or {}, options.reference_field
+    label_field = name or next((name for name in task.schema.references if name in row), "")
+    fields = options.fields
+    paired = len(fields) == 1 and fields[0].count(",") == 1
+    dataset = EvalDataset(
+        files=paths,
+        schema=task.schema,
+        format=options.format,
+        references=reference_path,
+        fields=tuple(fields[0].split(",")) if paired else fields,
+        paired=paired,
+        reference=name,
+        prediction=options.prediction_field,
+        multi_label=isinstance(row.get(label_field), list)
+        or any(config.multi_label for config in configs.values()),
+        by=options.by,
+        names=names,
+    )
+    return dataset, task
+
+
+@dataclass
+class DatasetSurvey:
+    """Facts of all records: their number, groups (by the field `by`) and how many lack a text.
+
+    `unanswerable` says whether some question has no answer.
+    """
+
+    records: int = 0
+    groups: list[str] = field(default_factory=list)
+    empty_references: int = 0
+    unanswerable: bool = False
+
+
+def survey_dataset(
+    task: Task, dataset: EvalDataset, configs: Mapping[str, ModelConfig]
+) -> DatasetSurvey:
+    """Reads all records once, so that errors in them come before the work.
+
+    Raises UserError for a bad record, for one without an input for a model, and for a label that
+    a model does not have.
+    """
+    survey = DatasetSurvey()
+    for record in dataset:
+        survey.records += 1
+        if dataset.by:
+            value = record.row[dataset.by]
+            name = value if isinstance(value, str) else json.dumps(value)
+            survey.groups.append("NA" if value is None else name)
+        if configs and not record.inputs:
+            raise _no_input(task, record)
+        survey.unanswerable |= not record.references
+        if task.schema.kind == "texts" and not any(text.strip() for text in record.references):
+            survey.empty_references += 1
+        for name, config in configs.items():
+            for label in record.references if config.head == "sequence" else ():
+                if label not in config.labels:
+                    raise UserError(
+                        f"label {label!r} is not one of the model's labels",
+                        where=record.location,
+                        hint=f"the labels of {name} are {', '.join(config.labels[:20])}",
+                    )
+    return survey
+
+
+def _no_input(task: Task, record: EvalRecord) -> UserError:
+    if not record.row:
+        problem = "this plain line is the reference"
+        hint = "give FILE with the inputs, and this file as --references FILE"
+    else:
+        names = " or ".join(repr(" and ".join(names)) for names in task.schema.inputs)
+        problem, hint = f"no field {names}", "name another with --field, or use --predictions"
+    return UserError(f"no input for the model: {problem}", where=record.location, hint=hint)
+
+
+def new_counts(
+    options: EvaluationOptions, dataset: EvalDataset, figures: Sequence[str], survey: DatasetSurvey
+) -> LabelCounts | TextCounts:
+    """Empty counts for a system. Raises UserError if a metric's library is not installed."""
+    if dataset.schema.kind == "labels":
+        return LabelCounts(dataset.multi_label)
+    squad_version = 2 if survey.unanswerable else 1
+    return TextCounts(
+        select_text_metrics(figures, options.bleu_tokenizer, options.stemmer, squad_version)
+    )

@@ -1,0 +1,122 @@
+"""Samples for each of many prompts, in batches of similar length, with results in input order."""
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple
+from itertools import chain
+from typing import Any, NamedTuple, TypeGuard
+
+from lmcli.data.length_batching import group_by_length, tokens_per_forward
+from lmcli.distributed.work_queue import LOCAL_POOL, RemoteTask, WorkerPool
+from lmcli.errors import UsageError
+from lmcli.generation.decoding import Decoder, Generated
+from lmcli.generation.mask_filling import MaskFiller
+
+TextGenerator = Decoder | MaskFiller
+Batch = tuple[Any, list[list[int]], int]  # any value, prompts (ids), the seed of the first sample
+
+
+def new_seed() -> int:
+    """A random seed of 31 bits, short enough to be typed."""
+    return random.SystemRandom().getrandbits(31)
+
+
+def can_stream(generator: TextGenerator) -> TypeGuard[Decoder]:
+    """True if text comes token by token: not from a beam search or a mask filler."""
+    return generator.one_row_per_sample
+
+
+class PromptRow(NamedTuple):
+    """A prompt (ids) and the seeds of the results that one row gives."""
+
+    prompt: list[int]
+    seeds: list[int]
+
+
+class PromptGroup(NamedTuple):
+    """Rows for one call of the model: those at `positions` of a batch's `total` rows."""
+
+    rows: list[PromptRow]
+    positions: list[int]
+    total: int
+    batch: Any = None
+
+
+def generate_all(
+    generator: TextGenerator,
+    prompts: list[list[int]],
+    num_samples: int = 1,
+    seed: int | None = None,
+    batch_tokens: int = 0,
+) -> list[list[Generated]]:
+    """`num_samples` results for each prompt (ids), in order.
+
+    Sample k of prompt i is drawn from seed + i · num_samples + k, which its `seed` holds.
+    """
+    batch = None, prompts, new_seed() if seed is None else seed
+    return next(generate_batches(generator, [batch], num_samples, batch_tokens))[1]
+
+
+def generate_batches(
+    generator: TextGenerator,
+    batches: Iterable[Batch],
+    num_samples: int = 1,
+    batch_tokens: int = 0,
+    pool: WorkerPool = LOCAL_POOL,
+) -> Iterator[tuple[Any, list[list[Generated]]]]:
+    """Yields (value, results of each prompt) for each Batch, as `generate_all`; a pool works."""
+    rows_per_prompt = num_samples if generator.one_row_per_sample else 1
+    results: dict[int, list[Generated]] = {}
+    groups = _groups(generator, batches, num_samples, batch_tokens)
+    for group, group_results in pool.map_in_order(groups, remote_task(generator)):
+        results.update(zip(group.positions, group_results))
+        if len(results) == group.total:
+            starts = range(0, group.total, rows_per_prompt)
+            samples = ([results[k] for k in range(i, i + rows_per_prompt)] for i in starts)
+            yield group.batch, [list(chain(*of_prompt)) for of_prompt in samples]
+            results = {}
+
+
+def remote_task(generator: TextGenerator) -> RemoteTask:
+    """The generation of a PromptGroup: the results of each of its rows."""
+
+    def work(group: PromptGroup) -> list[list[Generated]]:
+        if not group.rows:
+            return []
+        return generator.complete(
+            [row.prompt for row in group.rows], [row.seeds for row in group.rows]
+        )
+
+    return RemoteTask(
+        work,
+        encode=lambda group: group.rows,
+        decode=lambda rows: PromptGroup([PromptRow(*row) for row in rows], [], 0),
+        encode_result=lambda results: [[astuple(result) for result in row] for row in results],
+        decode_result=lambda results: [[Generated(*values) for values in row] for row in results],
+    )
+
+
+def _groups(
+    generator: TextGenerator, batches: Iterable[Batch], num_samples: int, batch_tokens: int
+) -> Iterator[PromptGroup]:
+    width = generator.config.num_beams
+    if isinstance(generator, Decoder) and 1 < width < num_samples:
+        raise UsageError(
+            f"--num-samples {num_samples} is more than --num-beams {width}",
+            hint=f"set --num-beams {num_samples}, or draw samples with --temperature 1",
+        )
+    model = generator.model
+    max_tokens = min(
+        4 * tokens_per_forward(model.embedding.weight.device.type, batch_tokens),
+        64 * model.config.max_position_embeddings,
+    )
+    for batch, prompts, first in batches:
+        rows = [
+            PromptRow(prompt, [first + i * num_samples + k for k in range(num_samples)])
+            for i, prompt in enumerate(prompts)
+        ]
+        if generator.one_row_per_sample:
+            rows = [PromptRow(row.prompt, [seed]) for row in rows for seed in row.seeds]
+        costs = [generator.cost(row.prompt, num_samples) for row in rows]
+        for positions in group_by_length(costs, max_tokens) if rows else ([],):
+            yield PromptGroup([rows[i] for i in positions], positions, len(rows), batch)

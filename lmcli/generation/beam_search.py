@@ -1,0 +1,179 @@
+"""Beam search over several prompts at once: one forward pass a step for all beams of all prompts.
+
+The score of a text is its log-probability divided by its length to the power `length_penalty`.
+Which beams are kept, and when a search ends, follows transformers: equal models give equal tokens.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmcli.config import GenerateConfig
+from lmcli.generation.constraints import Constraints, SequenceState
+from lmcli.model.cached_forward import DecodingState
+
+WORST = -1.0e9  # score of a beam that does not exist
+
+
+class Hypothesis(NamedTuple):
+    """A finished text; `logprobs` are the model's own, the search ranks by `score`."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    score: float
+
+
+@dataclass
+class _Beams:
+    """K beams of each of P prompts, best first; `valid` (P, K) is False for missing beams.
+
+    `scores` (P, K): log-probabilities of open beams, ranking scores of finished ones. `tokens` and
+    `logprobs` (P, K, n); tokens are −1 after the end.
+    """
+
+    scores: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    valid: Tensor
+
+    def take(self, scores: Tensor, indices: Tensor) -> "_Beams":
+        """The beams at `indices` (P, k) of each prompt, with new scores (P, k)."""
+        columns = indices[:, :, None].expand(-1, -1, self.tokens.shape[2])
+        return _Beams(
+            scores,
+            self.tokens.gather(1, columns),
+            self.logprobs.gather(1, columns),
+            self.valid.gather(1, indices),
+        )
+
+    def extend(self, tokens: Tensor, logprobs: Tensor) -> "_Beams":
+        """The beams with one more token (P, K) each."""
+        tokens = torch.cat([self.tokens, tokens[:, :, None]], 2)
+        logprobs = torch.cat([self.logprobs, logprobs[:, :, None]], 2)
+        return _Beams(self.scores, tokens, logprobs, self.valid)
+
+    def best(self, others: "_Beams", count: int) -> "_Beams":
+        """The best `count` of these beams and others."""
+        pairs = zip(vars(self).values(), vars(others).values())
+        both = _Beams(*(torch.cat(pair, 1) for pair in pairs))
+        return both.take(*both.scores.topk(count))
+
+    def prompts(self, rows: Tensor) -> "_Beams":
+        """The beams of these prompts (P', int64)."""
+        return _Beams(*(tensor[rows] for tensor in vars(self).values()))
+
+    def hypotheses(self, prompt: int) -> list[Hypothesis]:
+        """The finished texts of a prompt, best first."""
+        texts = []
+        rows = zip(*(tensor[prompt].tolist() for tensor in vars(self).values()))
+        for score, tokens, logprobs, valid in rows:
+            length = tokens.index(-1) if -1 in tokens else len(tokens)
+            if valid:
+                texts.append(Hypothesis(tokens[:length], logprobs[:length], score))
+        return texts
+
+
+def search(
+    decoding: DecodingState, state: SequenceState, config: GenerateConfig, stop_ids: list[int]
+) -> list[list[Hypothesis]]:
+    """The best texts of each prompt, best first, at most `config.num_beams`.
+
+    `decoding` has read the prompts, a row each; the search turns it into prompts × beams.
+    """
+    width, device = config.num_beams, decoding.logits.device
+    candidate_count = max(2, 1 + len(stop_ids)) * width  # enough that `width` of them continue
+    rules = Constraints(config, stop_ids, decoding.logits.shape[1], device)
+    ends = torch.tensor(stop_ids, dtype=torch.long, device=device)
+    results: dict[int, list[Hypothesis]] = {}
+    prompts, limits = torch.arange(len(state.limits), device=device), state.limits
+    prompt_columns = decoding.length
+    running, finished = _first_beams(len(prompts), width, device)
+    while True:
+        logprobs = decoding.logits.log_softmax(-1)  # (rows, V)
+        allowed = rules.apply(logprobs, state) if rules.active else logprobs
+        if not state.count:  # the first step: from a row per prompt to a row per beam
+            repeated = torch.arange(len(prompts), device=device).repeat_interleave(width)
+            logprobs, allowed, state = logprobs[repeated], allowed[repeated], state.select(repeated)
+            decoding.keep(repeated)
+        # extend the beams; candidates that end here become finished texts
+        length = state.count + 1
+        parents, candidates = _candidates(running, allowed, logprobs, candidate_count)
+        final = torch.isin(candidates.tokens[:, :, -1], ends)  # (P, candidates)
+        final |= (length >= limits)[:, None]
+        best = (candidates.scores + final * WORST).topk(width)
+        running = candidates.take(*best)
+        finished = _with_finished(finished, candidates, final, length, config)
+        # collect the prompts that are done
+        done = final.all(1) | _unbeatable(running, finished, length, limits, config)
+        for row in done.nonzero()[:, 0].tolist():
+            results[int(prompts[row])] = finished.hypotheses(row)
+        if done.all():
+            return [results[i] for i in range(len(results))]
+        # move cache rows to the beams that continue, then read their new tokens
+        first_rows = torch.arange(len(prompts), device=device)[:, None] * width
+        source = first_rows + parents.gather(1, best.indices)  # (P, K)
+        if done.any():
+            open_rows = (~done).nonzero()[:, 0]
+            running, finished = running.prompts(open_rows), finished.prompts(open_rows)
+            prompts, limits, source = prompts[open_rows], limits[open_rows], source[open_rows]
+            decoding.keep(source.flatten())
+        else:
+            decoding.reorder(source.flatten(), prompt_columns)
+        tokens = running.tokens[:, :, -1].flatten()
+        state = state.select(source.flatten(), tokens)
+        decoding.add(tokens)
+
+
+def _first_beams(prompts: int, width: int, device: torch.device) -> tuple[_Beams, _Beams]:
+    """(running, finished) before the first step."""
+    empty = torch.zeros(prompts, width, 0, device=device)
+    valid = torch.ones(prompts, width, dtype=torch.bool, device=device)
+    scores = torch.full((prompts, width), WORST, device=device)
+    running = _Beams(scores.clone(), empty.long(), empty, valid)
+    running.scores[:, 0] = 0  # all beams of a prompt are equal: only the first may branch
+    return running, _Beams(scores, empty.long(), empty, ~valid)
+
+
+def _candidates(
+    running: _Beams, allowed: Tensor, logprobs: Tensor, count: int
+) -> tuple[Tensor, _Beams]:
+    """(beams continued, new beams) of the best `count` continuations of each prompt.
+
+    `allowed` (P · K, V) ranks them; `logprobs` (P · K, V) are the model's.
+    """
+    size = allowed.shape[1]
+    prompts, width = running.scores.shape
+    totals = (running.scores[:, :, None] + allowed.view(prompts, width, size)).flatten(1)
+    scores, index = totals.topk(min(count, totals.shape[1]))
+    parents, tokens = index // size, index % size
+    token_logprobs = logprobs.view(prompts, -1).gather(1, index)
+    return parents, running.take(scores, parents).extend(tokens, token_logprobs)
+
+
+def _with_finished(
+    finished: _Beams, candidates: _Beams, final: Tensor, length: int, config: GenerateConfig
+) -> _Beams:
+    """The best finished texts, with those of the best `width` candidates that end here."""
+    width = finished.scores.shape[1]
+    ended = final.clone()
+    ended[:, width:] = False
+    scores = candidates.scores / length**config.length_penalty + ~ended * WORST
+    new = _Beams(scores, candidates.tokens, candidates.logprobs, ended)
+    padding = torch.full_like(finished.scores, -1, dtype=torch.long)
+    return finished.extend(padding, padding.float()).best(new, width)
+
+
+def _unbeatable(
+    running: _Beams, finished: _Beams, length: int, limits: Tensor, config: GenerateConfig
+) -> Tensor:
+    """(P,) True for prompts whose finished texts are the best by the rule of `early_stopping`."""
+    power, full = config.length_penalty, finished.valid.all(1)
+    if config.early_stopping == "never" and power > 0:  # at the longest text a beam could become
+        divisors = torch.tensor([limit**power for limit in limits.tolist()], device=limits.device)
+        reachable = running.scores[:, 0] / divisors
+    else:
+        reachable = running.scores[:, 0] / length**power
+    beaten = ~(reachable > finished.scores.amin(1))
+    return full & (beaten | (config.early_stopping == "true"))

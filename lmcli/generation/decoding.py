@@ -1,0 +1,260 @@
+"""Prompts → text, token by token: a prefill, then steps with a key–value cache, in batches.
+
+A decoder continues its prompt. Past the model's context the window slides: it keeps the bos token
+and the newer half. An encoder–decoder reads its prompt as the source and generates a target.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmcli.config import GenerateConfig
+from lmcli.generation import sampling
+from lmcli.generation.beam_search import Hypothesis, search
+from lmcli.generation.constraints import Constraints, sequence_state
+from lmcli.model.cached_forward import DecodingState
+from lmcli.model.transformer import Transformer
+from lmcli.text.stream_decoder import StreamDecoder
+from lmcli.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Generated:
+    """One continuation; `token_logprobs` are natural logs under the model, before any filter."""
+
+    text: str
+    finish_reason: str  # "stop": a stop token or stop string; "length": the limit was reached
+    tokens: list[int]
+    token_logprobs: list[float]
+    seed: int
+
+
+class TextChunk(NamedTuple):
+    """New text of prompt number `row`, with its result once it is finished."""
+
+    row: int
+    text: str
+    result: Generated | None
+
+
+@dataclass
+class Decoder:
+    """A decoder or encoder–decoder: `bos` starts a context, `stop_ids`, `stop_strings` end a text.
+
+    `decoder_start` begins the target of an encoder–decoder (None: as config.json says).
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    bos: list[int]
+    stop_ids: list[int]
+    config: GenerateConfig
+    stop_strings: tuple[str, ...] = ()
+    use_cache: bool = True
+    decoder_start: int | None = None
+
+    def __post_init__(self) -> None:
+        config = self.model.config
+        self.has_encoder = config.shape == "encoder-decoder"
+        starts = (self.decoder_start, config.decoder_start_token_id, config.bos_token_id, 0)
+        self.target_start = next(token for token in starts if token is not None)
+        self.rules = Constraints(self.config, self.stop_ids, config.vocab_size, self._device)
+
+    @property
+    def context(self) -> int:
+        """Tokens the model attends to."""
+        return self.model.config.max_position_embeddings
+
+    @property
+    def max_source(self) -> int | None:
+        """Tokens read of a source, special tokens included; None (no limit): relative positions."""
+        return None if self.model.config.positions == "relative" else self.context
+
+    @property
+    def one_row_per_sample(self) -> bool:
+        """True if each sample is drawn by itself, token by token; a beam search finds several."""
+        return self.config.num_beams == 1
+
+    def cost(self, prompt: list[int], num_samples: int) -> int:
+        """Tokens that a row may fill; a target is rarely twice as long as its source."""
+        tokens, limit = len(prompt), self._limit(prompt)
+        if self.has_encoder:
+            return (tokens + min(limit, 2 * tokens + 32)) * self.config.num_beams
+        return (min(tokens, self.context) + limit) * self.config.num_beams
+
+    def complete(self, prompts: list[list[int]], seeds: list[list[int]]) -> list[list[Generated]]:
+        """The results of each prompt (ids): one for its only seed, or with beams one per seed."""
+        if not self.one_row_per_sample:
+            return self.beams(prompts, len(seeds[0]))
+        return [[result] for result in self.generate(prompts, [seed for (seed,) in seeds])]
+
+    @torch.inference_mode()
+    def stream(self, prompts: list[list[int]], seeds: list[int]) -> Iterator[TextChunk]:
+        """Yields a chunk per row and step; row i continues `prompts[i]` (ids), drawn by `seeds[i]`.
+
+        The text of a row depends on its prompt and seed only, not on other rows (up to rounding).
+        """
+        pairs = enumerate(zip(prompts, seeds, strict=True))
+        rows = [self._row(i, prompt, seed) for i, (prompt, seed) in pairs]
+        state = None
+        while rows:
+            # full: the longest row reaches the context, or did so before it ended
+            if state is None or state.full:
+                state = self._prefill(rows)
+            else:
+                state.add(torch.tensor([row.window[-1] for row in rows], device=self._device))
+            yield from self._choose(rows, state.logits)
+            unfinished = [i for i, row in enumerate(rows) if row.finish_reason is None]
+            if not self.use_cache:
+                state = None
+            elif 0 < len(unfinished) < len(rows):
+                state.keep(torch.tensor(unfinished, device=self._device))
+            rows = [rows[i] for i in unfinished]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.embedding.weight.device
+
+    def _row(self, number: int, prompt: list[int], seed: int) -> "_Row":
+        window, source = list(prompt), []
+        if self.has_encoder:
+            window, source = [self.target_start], self._source(prompt)
+        return _Row(number, window, seed, self, self._limit(prompt), source)
+
+    def _limit(self, prompt: list[int]) -> int:
+        """The most new tokens; a target ends at the context too, a decoder's window slides."""
+        config = self.config
+        length = 1 if self.has_encoder else len(prompt)
+        limit = max(1, config.max_length - length) if config.max_length else config.max_new_tokens
+        return min(limit, self.context) if self.has_encoder and self.max_source else limit
+
+    def _source(self, ids: list[int]) -> list[int]:
+        """A source cut to `max_source` tokens; its last special tokens stay."""
+        most, end = self.max_source, self.tokenizer.suffix
+        return ids if most is None or len(ids) <= most else ids[: most - len(end)] + end
+
+    def _prefill(self, rows: list["_Row"]) -> DecodingState:
+        """Reads the windows of all rows."""
+        for row in rows:
+            if len(row.window) > self.context and not self.has_encoder:
+                newest = max(1, self.context // 2 - len(self.bos))
+                row.window = self.bos + row.window[-newest:]
+        new_tokens = max(row.limit - len(row.tokens) for row in rows)
+        capacity = max(len(row.window) for row in rows) + new_tokens
+        return self._state(rows, capacity if self.has_encoder else min(self.context, capacity))
+
+    def _state(self, rows: list["_Row"], capacity: int) -> DecodingState:
+        sources = [row.source for row in rows] if self.has_encoder else None
+        return DecodingState(self.model, [row.window for row in rows], sources, capacity)
+
+    def _choose(self, rows: list["_Row"], logits: Tensor) -> Iterator[TextChunk]:
+        """Chooses the next token of every row from logits (B, V)."""
+        allowed = logits
+        if self.rules.active:
+            tokens, limits = [row.tokens for row in rows], [row.limit for row in rows]
+            state = sequence_state([row.prompt for row in rows], tokens, limits, logits.device)
+            allowed = self.rules.apply(logits, state)
+        allowed = sampling.apply_filters(allowed, self.config)
+        if self.config.temperature:
+            uniform = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
+            chosen = sampling.draw(allowed, uniform).to(logits.device)
+        else:
+            chosen = allowed.argmax(-1)
+        logprobs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
+        for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist()):
+            text = row.add(token, logprob)
+            yield TextChunk(row.number, text, row.result() if row.finish_reason else None)
+
+    def generate(self, prompts: list[list[int]], seeds: list[int]) -> list[Generated]:
+        """The finished continuations of `stream`, in order."""
+        results = {chunk.row: chunk.result for chunk in self.stream(prompts, seeds) if chunk.result}
+        return [results[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def beams(self, prompts: list[list[int]], count: int) -> list[list[Generated]]:
+        """The `count` best continuations of each prompt by beam search, best first.
+
+        Deterministic: temperature and filters are not used. A decoder's text ends at the context.
+        """
+        rows = [self._row(i, prompt, 0) for i, prompt in enumerate(prompts)]
+        for row in rows if not self.has_encoder else ():
+            if len(row.window) >= self.context:
+                row.window = self.bos + row.window[len(self.bos) :][-self.context // 2 :]
+            row.limit = min(row.limit, self.context - len(row.window))
+        limits = [row.limit for row in rows]
+        state = self._state(rows, max(len(row.window) for row in rows) + max(limits))
+        written: list[list[int]] = [[] for _ in rows]
+        sequences = sequence_state([row.prompt for row in rows], written, limits, self._device)
+        by_prompt = search(state, sequences, self.config, self.stop_ids)
+        return [
+            [self._result(prompt, hypothesis) for hypothesis in hypotheses[:count]]
+            for prompt, hypotheses in zip(prompts, by_prompt)
+        ]
+
+    def _result(self, prompt: list[int], hypothesis: Hypothesis) -> Generated:
+        row = self._row(0, prompt, 0)
+        for token, logprob in zip(hypothesis.tokens, hypothesis.logprobs):
+            if row.finish_reason is None:
+                row.add(token, logprob)
+        row.finish_reason = row.finish_reason or "length"
+        return row.result()
+
+
+@dataclass
+class _Row:
+    """One text while it is generated."""
+
+    number: int
+    window: list[int]  # ids the model attends to
+    seed: int
+    decoder: Decoder
+    limit: int  # most new tokens
+    source: list[int] = field(default_factory=list)  # ids for the encoder
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.prompt = list(self.window)
+        self._stream = StreamDecoder(self.decoder.tokenizer, self.window)
+        self._emitted = 0  # characters of `text` returned so far
+
+    def add(self, token: int, logprob: float) -> str:
+        """Adds one token; returns the text that is certain with it."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.window.append(token)
+        if token in self.decoder.stop_ids:
+            self.finish_reason = "stop"
+            return self._emit("")
+        if len(self.tokens) == self.limit:
+            self.finish_reason = "length"
+        return self._emit(self._stream.push(token))
+
+    def _emit(self, new: str) -> str:
+        """Appends text and cuts it at a stop string; an end that may become one is held back."""
+        checked = len(self.text)
+        self.text += new
+        for stop in self.decoder.stop_strings:
+            at = self.text.find(stop, max(0, checked - len(stop)))
+            if at >= 0:
+                self.text, self.finish_reason = self.text[:at], "stop"
+        held_back = 0 if self.finish_reason else self._partial_stop()
+        start, self._emitted = self._emitted, max(self._emitted, len(self.text) - held_back)
+        return self.text[start : self._emitted]
+
+    def _partial_stop(self) -> int:
+        """Characters of the longest end of the text that begins a stop string."""
+        starts = (stop[:n] for stop in self.decoder.stop_strings for n in range(1, len(stop)))
+        return max((len(start) for start in starts if self.text.endswith(start)), default=0)
+
+    def result(self) -> Generated:
+        """The finished text."""
+        reason = self.finish_reason or "length"
+        return Generated(self.text, reason, self.tokens, self.logprobs, self.seed)

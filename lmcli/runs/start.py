@@ -1,0 +1,319 @@
+"""Starts a new training run: from the options of `lm train` to the first step."""
+
+import os
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from lmcli.checkpoints import adapter_base, hub
+from lmcli.checkpoints import folder as checkpoints
+from lmcli.checkpoints.folder import Checkpoint
+from lmcli.config import Recipe, TrainConfig
+from lmcli.data.documents import DocumentFormat, read_pieces
+from lmcli.distributed.data_parallel import SINGLE_PROCESS, ReplicaGroup
+from lmcli.errors import UsageError
+from lmcli.model.device import DeviceConfig
+from lmcli.model.transformer import Transformer
+from lmcli.recipes import refuse_partial_training, require_budget
+from lmcli.runs import forgetting, initial_model, memory_fit, parallelism, run_folder
+from lmcli.runs.run import TrainingRun, make_train_step, make_trainer
+from lmcli.runs.run_record import RunRecord
+from lmcli.text import tokenizer as tokenizers
+from lmcli.text.tokenizer import Tokenizer
+from lmcli.training import datasets, learning_rate_search, lora_init, objectives
+from lmcli.training.datasets import Split
+from lmcli.training.objective import Objective, TrainingData
+from lmcli.training.train_step import Note, TrainStep
+
+NoteSink = Callable[[str], None]
+
+
+class RecipeChooser(Protocol):
+    """The choices of preset `auto`, which give way to the user's; see planning.auto_preset."""
+
+    def for_text(
+        self, texts: Iterable[str], size: int, device_config: DeviceConfig, vocab_size: int
+    ) -> tuple[Recipe, list[str]]:
+        """(recipe, reasons) for texts of `size` bytes and a tokenizer (0: none is given)."""
+
+    def for_finetuning(self, preset: str) -> tuple[Recipe, list[str]]:
+        """(recipe, reasons) for a model of --from."""
+
+    def learning_rates(self, preset: str, train: TrainConfig) -> tuple[float, ...]:
+        """The learning rates to try, the default first; () if none are to be tried."""
+
+    def best_rate(
+        self, losses: Mapping[float, float], target: str, steps: int
+    ) -> tuple[float, str]:
+        """(learning rate, reason) by the losses after so many steps at each."""
+
+    def adjusted(self, adjust: Callable[[Recipe], Recipe]) -> "RecipeChooser":
+        """A chooser whose recipes are adjusted."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of `lm train` for a new run; `auto` chooses the recipe of preset auto."""
+
+    recipe: Recipe
+    data: tuple[str, ...]
+    output: str | None
+    val: tuple[str, ...]
+    include: str | None
+    doc_format: DocumentFormat
+    origin: str | None
+    tokenizer: str | None
+    overwrite: bool
+    device: str
+    threads: int
+    auto: RecipeChooser | None = None
+    on_long: str = "truncate"
+    targets: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # of DATA and of --val
+    remember: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    shard: bool | None = None  # None: if one process cannot hold the model
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model of --from and a given tokenizer.
+
+    `base` is what an adapter records of its model; `remember` are the files of --remember.
+    """
+
+    checkpoint: Checkpoint | None
+    tokenizer: Tokenizer | None
+    base: dict[str, str]
+    remember: list[str]
+
+
+def start(
+    request: Request, started_at: float, note: NoteSink, replicas: ReplicaGroup = SINGLE_PROCESS
+) -> TrainingRun:
+    """A new run whose folder is claimed and loadable, ready for its first step.
+
+    `note` gets what was chosen and left out. Raises UsageError or UserError for mistakes that the
+    user can correct; nothing is left behind then.
+    """
+    _check(request)
+    device_config = parallelism.select_device(request.device, request.recipe, request.threads)
+    origin = _load_origin(request)
+    folder = run_folder.claim(request.output, _run_name(request), request.overwrite)
+    try:
+        objective, split = _open_data(request, origin, note)
+        recipe, reasons = _choose_recipe(request, origin, objective, split, device_config, note)
+        data = _encode(request, origin, recipe, objective, split, note)
+        recipe, model = _build_model(origin, recipe, data, device_config, note)
+        replicas = parallelism.choose(replicas, request.shard, recipe, device_config, note)
+        train_step = make_train_step(
+            model,
+            data,
+            recipe.train,
+            device_config,
+            replicas.sharded,
+            look_first=bool(origin.checkpoint and model is origin.checkpoint.model),
+        )
+        memory_fit.fit(train_step, replicas, note)
+        _initialize_adapters(train_step, replicas, note)
+        if request.auto and origin.checkpoint:
+            train_step = _choose_learning_rate(request.auto, train_step, reasons, note)
+        recipe = replace(recipe, train=train_step.config)
+        remembered = _measure_before(origin, model, note)
+        record = RunRecord(
+            folder, recipe, data, split.source, device_config, reasons, origin.base, remembered
+        )
+        record.create(train_step)
+        train_step = parallelism.start_workers(train_step, replicas, folder.path, resumed=False)
+        run = TrainingRun(record, make_trainer(train_step, data, started_at))
+    except BaseException:
+        folder.abandon()
+        raise
+    for text in run.opening_lines():
+        note(text)
+    return run
+
+
+def _check(request: Request) -> None:
+    """Raises UsageError for options that contradict each other."""
+    if request.origin and request.tokenizer:
+        raise UsageError("--from brings its own tokenizer: leave --tokenizer out")
+    require_budget(request.recipe, "train")
+    if not request.origin:
+        refuse_partial_training(request.recipe)
+        if request.remember:
+            raise UsageError(
+                "--remember measures what a model that is trained further forgets",
+                hint="name that model with --from",
+            )
+
+
+def _load_origin(request: Request) -> Origin:
+    if not request.origin:
+        tokenizer = None
+        if request.tokenizer:
+            tokenizer = tokenizers.load(hub.find(request.tokenizer, weights=False))
+        request.recipe.model.complete()  # impossible sizes are reported before any work
+        return Origin(None, tokenizer, {}, [])
+    folder = Path(hub.find(request.origin))
+    # before anything is read: the folder may be replaced meanwhile
+    base = _adapter_base(request, folder) if request.recipe.train.lora_rank else {}
+    checkpoint = checkpoints.load(folder)
+    remember = forgetting.require_files(request.remember, checkpoint.model.config.shape)
+    return Origin(checkpoint, checkpoint.tokenizer, base, remember)
+
+
+def _adapter_base(request: Request, folder: Path) -> dict[str, str]:
+    """What an adapter records of its base model: name and fingerprint.
+
+    Raises UsageError if the adapter would replace its base, or the base is an adapter itself.
+    """
+    if request.output and folder.resolve() == Path(request.output).resolve():
+        raise UsageError(
+            "is the base that the adapter needs",
+            where=request.output,
+            hint="choose another folder with -o",
+        )
+    if adapter_base.is_adapter(folder):
+        raise UsageError(
+            "is an adapter itself, and an adapter needs a whole model",
+            where=request.origin,
+            hint=f"lm export {request.origin} --merge -o DIR makes one of it",
+        )
+    on_hub = str(folder) != request.origin
+    name = str(request.origin) if on_hub else str(folder.resolve())
+    return {"model": name, "weights": adapter_base.fingerprint(folder)}
+
+
+def _run_name(request: Request) -> str:
+    """The name of the run's folder without -o: that of the first file."""
+    if not request.data or request.data[0] == "-":
+        return "stdin"
+    return Path(os.path.abspath(request.data[0])).stem or "run"
+
+
+def _open_data(request: Request, origin: Origin, note: NoteSink) -> tuple[Objective, Split]:
+    """The objective, and the documents to train and to validate on."""
+    source = datasets.open_sources(
+        request.data,
+        request.val,
+        request.doc_format,
+        request.include,
+        note,
+        request.on_long,
+        request.targets,
+        request.weights,
+    )
+    train = request.recipe.train
+    config = origin.checkpoint.model.config if origin.checkpoint else request.recipe.model
+    objective, doc_format = objectives.resolve_objective(
+        source, train.objective, config.shape, note, config.multi_label
+    )
+    source = replace(source, doc_format=doc_format)
+    return objective, datasets.split(source, train.validation_bytes, note)
+
+
+def _choose_recipe(
+    request: Request,
+    origin: Origin,
+    objective: Objective,
+    split: Split,
+    device_config: DeviceConfig,
+    note: NoteSink,
+) -> tuple[Recipe, list[str]]:
+    """The recipe and, with preset auto, the reasons for it."""
+    recipe = request.recipe
+    reasons: list[str] = []
+    if request.auto and origin.checkpoint:
+        recipe, reasons = request.auto.for_finetuning(objective.finetune_preset)
+    elif request.auto and objective.auto_sizes:
+        pieces = read_pieces(split.training, split.source.doc_format)
+        texts, size = (piece.text for piece in pieces), split.training.bytes
+        vocab_size = origin.tokenizer.size if origin.tokenizer else 0
+        recipe, reasons = request.auto.for_text(texts, size, device_config, vocab_size)
+    for reason in reasons:
+        note(f"auto: {reason}")
+    return recipe, reasons
+
+
+def _encode(
+    request: Request,
+    origin: Origin,
+    recipe: Recipe,
+    objective: Objective,
+    split: Split,
+    note: NoteSink,
+) -> TrainingData:
+    """The encoded data, in a context that the model of --from has."""
+    context = recipe.train.context
+    config = origin.checkpoint.model.config if origin.checkpoint else recipe.model
+    if origin.checkpoint and context > config.max_position_embeddings:
+        context = config.max_position_embeddings
+        note(f"context is {context} tokens, all that {request.origin} has")
+    labels = () if recipe.train.new_head else config.labels
+    return objectives.encode(
+        objective, split, recipe.tokenizer, context, origin.tokenizer, note, labels
+    )
+
+
+def _build_model(
+    origin: Origin, recipe: Recipe, data: TrainingData, device_config: DeviceConfig, note: NoteSink
+) -> tuple[Recipe, Transformer]:
+    """(the recipe with all that is now known, the model to train)."""
+    train = replace(recipe.train, context=data.context, objective=data.objective.name)
+    recipe = replace(recipe, train=train)
+    if origin.checkpoint:
+        model = initial_model.from_pretrained(origin.checkpoint.model, recipe, data, note)
+    else:
+        model = initial_model.from_scratch(recipe, data, device_config)
+    return replace(recipe, model=model.config), model
+
+
+def _initialize_adapters(train_step: TrainStep, replicas: ReplicaGroup, note: NoteSink) -> None:
+    """With lora_init=gradient, starts adapters at the first gradient."""
+    if not train_step.config.lora_rank or train_step.config.lora_init != "gradient":
+        return
+    if replicas.sharded:
+        raise UsageError(
+            "lora_init=gradient does not work with --shard", where="train", hint="lora_init: random"
+        )
+    _drain_notes(lora_init.gradient_init(train_step), note)
+
+
+def _choose_learning_rate(
+    auto: RecipeChooser, train_step: TrainStep, reasons: list[str], note: NoteSink
+) -> TrainStep:
+    """The step at a rate that suits the model, unless the user gave one; adds the reason."""
+    objective, config = train_step.objective, train_step.config
+    rates = auto.learning_rates(objective.finetune_preset, config)
+    if not rates:
+        return train_step
+    losses: dict[float, float] = {}
+    if train_step.counters.look_first:
+        losses = _drain_notes(learning_rate_search.search(train_step, rates), note)
+    rate, reason = rates[0], f"learning rate {rates[0]:g}: the budget is too small to try others"
+    if losses:
+        rate, reason = auto.best_rate(losses, objective.target, learning_rate_search.STEPS)
+    note(f"auto: {reason}")
+    reasons.append(reason)
+    return replace(train_step, config=replace(config, learning_rate=rate))
+
+
+def _drain_notes(events: Generator[Note, None, Any], note: NoteSink) -> Any:
+    """The result of a generator of Notes, each of which is passed on."""
+    while True:
+        try:
+            note(next(events).text)
+        except StopIteration as done:
+            return done.value
+
+
+def _measure_before(origin: Origin, model: Transformer, note: NoteSink) -> list[dict[str, Any]]:
+    """Bits per byte of the texts of --remember before training."""
+    entries: list[dict[str, Any]] = []
+    for file in origin.remember:
+        assert origin.tokenizer is not None
+        note(forgetting.progress_line(file))
+        before = forgetting.bits_per_byte(model, origin.tokenizer, file)
+        entries.append({"file": file, "before": before, "after": None})
+    return entries

@@ -1,0 +1,457 @@
+"""Tokenizers in any folder: tokenizer.json, vocab.txt, vocab.json + merges.txt, SentencePiece.
+
+A folder names a tokenizer class (or a model type, which implies one). The class decides more than
+the files say: how text is normalized and split, which tokens are special, what the template is.
+`TOKENIZER_CLASSES` has these rules, as `AutoTokenizer` of transformers 5 applies them. For a class
+that is not listed the files are used as they are.
+"""
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from lmcli.errors import UserError
+from lmcli.storage import read_json, user_errors
+from lmcli.text import sentencepiece
+from lmcli.text.sentencepiece import SPACE, MarianSide, SentencePieceModel
+
+Core = tokenizers.Tokenizer
+Settings = dict[str, Any]
+Pieces = SentencePieceModel | None
+
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+END_OF_TEXT = "<|endoftext|>"
+GENERIC_CLASS = "PreTrainedTokenizerFast"  # uses tokenizer.json as it is
+MARIAN_CLASS = "MarianTokenizer"
+MARIAN_FILES = ("source.spm", "target.spm", "vocab.json")
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CLASS_OF_MODEL_TYPE = {
+    "gpt2": "GPT2Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "mistral": GENERIC_CLASS,
+    "gpt_neox": "GPTNeoXTokenizer",
+    "bert": "BertTokenizer",
+    "distilbert": "BertTokenizer",
+    "roberta": "RobertaTokenizer",
+    "bart": "RobertaTokenizer",
+    "t5": "T5Tokenizer",
+    "marian": MARIAN_CLASS,
+}
+DECLARATION_IGNORED = ("mistral", "qwen2")  # model types whose class does not depend on the folder
+CLASS_OF_FILE = {
+    "vocab.txt": "BertTokenizer",
+    "merges.txt": "GPT2Tokenizer",
+    "spiece.model": "T5Tokenizer",
+    "source.spm": MARIAN_CLASS,
+}
+
+
+class FolderTokenizer(NamedTuple):
+    """A folder's tokenizer, that of the target language if it has one, settings, files to keep."""
+
+    core: Core | MarianSide
+    settings: Settings
+    target: MarianSide | None
+    files: dict[str, bytes]
+
+
+class TokenizerClass(NamedTuple):
+    """What a tokenizer class decides.
+
+    `special` are its special tokens; `set_up` installs the steps around the vocabulary; `template`
+    makes the template. `from_pieces` makes a tokenizer of a SentencePiece file, `fill_in` completes
+    the settings.
+    """
+
+    special: dict[str, str]
+    set_up: Callable[[Core, Settings, Pieces], None]
+    template: Callable[[Core, Settings], Any] | None = None
+    from_pieces: Callable[[SentencePieceModel, Settings], Core] | None = None
+    fill_in: Callable[[Settings], Settings] | None = None
+
+
+def read(path: Path) -> FolderTokenizer:
+    """The tokenizer of a folder, or of a tokenizer.json and the files next to it.
+
+    Raises UserError if there is none, or naming the file that cannot be read.
+    """
+    folder, saved = (path.parent, path) if path.is_file() else (path, path / "tokenizer.json")
+    # the class
+    config, settings = _json(folder / "config.json"), read_settings(folder)
+    declared = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    name = class_name(config.get("model_type"), declared, saved)
+    if name not in TOKENIZER_CLASSES and not saved.is_file():
+        files = (file for file in CLASS_OF_FILE if (folder / file).is_file())
+        name = next((CLASS_OF_FILE[file] for file in files), name)
+    if name == MARIAN_CLASS and not path.is_file() and (folder / "source.spm").is_file():
+        return _read_marian(folder, settings)
+    rules = TOKENIZER_CLASSES.get(name or "")
+    # the settings
+    names_nothing = not (config or settings)
+    if rules:
+        settings = {**rules.special, **settings, "tokenizer_class": name}
+        settings = rules.fill_in(settings) if rules.fill_in else settings
+    else:
+        settings = {**settings, "tokenizer_class": GENERIC_CLASS}
+    # the vocabulary, and the steps around it
+    core, pieces = _read_core(folder, saved, settings, rules)
+    if pieces and not rules:
+        settings = {**pieces.special, **settings}
+    elif names_nothing and core.token_to_id(END_OF_TEXT) is not None:
+        settings.setdefault("eos_token", END_OF_TEXT)
+    where = folder / "tokenizer_config.json"
+    with _parsing(where if where.is_file() else saved):
+        _set_up(core, settings, saved, rules, pieces)
+    return FolderTokenizer(core, settings, None, {})
+
+
+def _set_up(
+    core: Core, settings: Settings, saved: Path, rules: TokenizerClass | None, pieces: Pieces
+) -> None:
+    """Installs the steps that the class and the settings say around a vocabulary."""
+    if saved.is_file():  # a tokenizer.json has a template of its own
+        ignored = ("add_bos_token", "add_eos_token")
+        settings = {key: value for key, value in settings.items() if key not in ignored}
+    if rules:
+        rules.set_up(core, settings, pieces)
+    _add_special_tokens(core, settings, saved.parent, pieces)
+    if rules and rules.template:
+        core.post_processor = rules.template(core, settings)
+    elif not saved.is_file():
+        core.post_processor = _bos_eos_template(core, settings)
+
+
+def class_name(model_type: str | None, declared: str | None, saved: Path) -> str | None:
+    """The class that AutoTokenizer uses, without "Fast" in its name; None if nothing names one."""
+    registered = CLASS_OF_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
+    if not isinstance(declared, str):
+        return registered
+    name = declared.removesuffix("Fast").replace("BartTokenizer", "RobertaTokenizer")
+    if name == "LlamaTokenizer" and saved.is_file() and _is_byte_level(saved):
+        return GENERIC_CLASS  # Llama 3, declared as if it were Llama 2
+    if name == registered or model_type in DECLARATION_IGNORED:
+        return registered
+    return name if name in TOKENIZER_CLASSES or name == MARIAN_CLASS else GENERIC_CLASS
+
+
+def _is_byte_level(file: Path) -> bool:
+    with user_errors(file, "read"):
+        return b'"ByteLevel"' in file.read_bytes()
+
+
+def read_settings(folder: Path) -> Settings:
+    """`tokenizer_config.json`, with the special tokens of an older folder's special_tokens_map."""
+    settings = _json(folder / "tokenizer_config.json")
+    if not settings.get("extra_special_tokens") and "additional_special_tokens" in settings:
+        settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
+    if "added_tokens_decoder" not in settings:
+        settings |= _json(folder / "special_tokens_map.json")
+    for key, value in settings.items():
+        if key.endswith("_token") and isinstance(value, dict):
+            settings[key] = {**value, "__type": "AddedToken"}  # transformers requires the type
+    return settings
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; an empty one if there is no file."""
+    return read_json(file) if file.is_file() else {}
+
+
+@contextmanager
+def _parsing(file: Path) -> Iterator[None]:
+    """Turns whatever the library raises for a file that it cannot parse into a UserError."""
+    with user_errors(file, "read"):
+        try:
+            yield
+        except (OSError, UserError):
+            raise
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"is no tokenizer: {error}", where=str(file)) from error
+
+
+def _read_core(
+    folder: Path, saved: Path, settings: Settings, rules: TokenizerClass | None
+) -> tuple[Core, Pieces]:
+    """The vocabulary with the steps in its files, and the SentencePiece model if it is from one."""
+    if saved.is_file():
+        with _parsing(saved):
+            return Core.from_file(str(saved)), None
+    merges = folder / "merges.txt"
+    if (file := folder / "vocab.txt").is_file():
+        with _parsing(file):
+            return Core(_wordpiece(file, settings)), None
+    if (file := folder / "vocab.json").is_file() and merges.is_file():
+        with _parsing(file):
+            return Core(models.BPE.from_file(str(file), str(merges))), None
+    for file in (folder / "spiece.model", folder / "tokenizer.model"):
+        if file.is_file():
+            with _parsing(file):
+                pieces = sentencepiece.parse(file.read_bytes())
+                if rules and rules.from_pieces:
+                    return rules.from_pieces(pieces, settings), pieces
+                return sentencepiece.generic_tokenizer(pieces), pieces
+    raise UserError(
+        "holds no tokenizer",
+        where=str(folder),
+        hint="a folder needs tokenizer.json, vocab.txt, vocab.json and merges.txt, spiece.model, "
+        "tokenizer.model, or Marian's source.spm, target.spm and vocab.json",
+    )
+
+
+def _wordpiece(file: Path, settings: Settings) -> models.WordPiece:
+    vocabulary, unknown = models.WordPiece.read_file(str(file)), _content(settings["unk_token"])
+    if unknown not in vocabulary:
+        raise ValueError(f"it lacks {unknown}")
+    return models.WordPiece(vocabulary, unk_token=unknown)
+
+
+def _read_marian(folder: Path, settings: Settings) -> FolderTokenizer:
+    settings = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>", **settings}
+    if settings.get("separate_vocabs"):
+        raise UserError(
+            "has a vocabulary for each language, which is not supported", where=str(folder)
+        )
+    files, models_by_side = {}, []
+    for name in MARIAN_FILES:
+        with user_errors(folder / name, "read"):
+            files[name] = (folder / name).read_bytes()
+    special = {role: _content(settings[role]) for role in ROLES if settings.get(role)}
+    for name in MARIAN_FILES[:2]:
+        with _parsing(folder / name):
+            models_by_side.append(sentencepiece.parse(files[name]))
+    ids = _json(folder / "vocab.json")
+    with _parsing(folder / "vocab.json"):
+        source, target = (MarianSide(pieces, ids, special) for pieces in models_by_side)
+    return FolderTokenizer(source, {**settings, "tokenizer_class": MARIAN_CLASS}, target, files)
+
+
+def _content(token: Any) -> str:
+    """The spelling of a special token, which settings give as a string or as an object."""
+    return token.get("content", "") if isinstance(token, dict) else token
+
+
+def _added_token(value: str | dict[str, Any], special: bool) -> AddedToken:
+    if isinstance(value, str):
+        return AddedToken(value, special=special, normalized=not special)
+    keys = ("lstrip", "rstrip", "normalized", "single_word")
+    options = {key: value[key] for key in keys if key in value}
+    return AddedToken(value["content"], special=special, **options)
+
+
+def _add_special_tokens(core: Core, settings: Settings, folder: Path, pieces: Pieces) -> None:
+    """Adds the tokens in the settings as tokens that are never split, with new ids if needed."""
+    listed = settings.get("added_tokens_decoder")
+    special = {_content(value) for key, value in settings.items() if key.endswith("_token")}
+    if listed is None:
+        file = folder / "added_tokens.json"
+        with _parsing(file):
+            listed = {int(index): token for token, index in _json(file).items()}
+        special |= {
+            _content(value) for value in _extra_tokens(settings.get("extra_special_tokens"))
+        }
+    # tokens with a description of their own, then those that are only named
+    described = {}
+    for _, value in sorted(listed.items(), key=lambda item: int(item[0])):
+        text = _content(value)
+        is_special = text in special or (isinstance(value, dict) and value.get("special", False))
+        described[text] = _added_token(value, is_special)
+    described |= {token.content: token for token in (pieces.added if pieces else [])}
+    known = {*described, *(token.content for token in core.get_added_tokens_decoder().values())}
+    named = [token for text, token in _named_tokens(settings).items() if text not in known]
+    core.add_tokens([*described.values(), *named])
+
+
+def _extra_tokens(tokens: dict[str, Any] | list | None) -> list:
+    return list(tokens.values() if isinstance(tokens, dict) else tokens or [])
+
+
+def _named_tokens(settings: Settings) -> dict[str, AddedToken]:
+    """Special tokens by their spelling, in the order of new ids: first those with a role."""
+    further = [key for key in settings if key.endswith("_token") and key not in ROLES]
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+    values = [*(settings.get(key) for key in (*ROLES, *further)), *_extra_tokens(extra)]
+    return {
+        _content(value): _added_token(value, True)
+        for value in values
+        if value and isinstance(value, str | dict)
+    }
+
+
+# templates ----------------------------------------------------------------------------------------
+
+
+def _bos_eos_template(core: Core, settings: Settings) -> processors.TemplateProcessing:
+    """The template of `add_bos_token` and `add_eos_token`."""
+    bos, eos = (
+        [_content(settings[f"{name}_token"])]
+        if settings.get(f"add_{name}_token") and settings.get(f"{name}_token")
+        else []
+        for name in ("bos", "eos")
+    )
+    first, second = (
+        " ".join(f"{item}:{i}" for item in (*bos, text, *eos))
+        for i, text in enumerate(("$A", "$B"))
+    )
+    return _template(core, first, f"{first} {second}", *bos, *eos)
+
+
+def _template(core: Core, single: str, pair: str, *special: str) -> processors.TemplateProcessing:
+    ids = [(token, core.token_to_id(token)) for token in dict.fromkeys(special)]
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
+
+
+def _roberta_template(core: Core, settings: Settings) -> processors.RobertaProcessing:
+    sep, cls = (_content(settings[role]) for role in ("sep_token", "cls_token"))
+    return processors.RobertaProcessing(
+        (sep, core.token_to_id(sep)),  # type: ignore[arg-type]  # both are in the vocabulary
+        (cls, core.token_to_id(cls)),  # type: ignore[arg-type]
+        settings.get("trim_offsets", True),
+        bool(settings.get("add_prefix_space")),
+    )
+
+
+def _bert_template(core: Core, settings: Settings) -> processors.TemplateProcessing:
+    cls, sep = (_content(settings[role]) for role in ("cls_token", "sep_token"))
+    return _template(core, f"{cls}:0 $A:0 {sep}:0", f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1", cls, sep)
+
+
+def _t5_template(core: Core, settings: Settings) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=["$A", "</s>"],
+        pair=["$A", "</s>", "$B", "</s>"],
+        special_tokens=[("</s>", core.token_to_id(_content(settings["eos_token"])))],
+    )
+
+
+# normalizers, pre-tokenizers and decoders of each class -------------------------------------------
+
+
+def _gpt2(core: Core, settings: Settings, pieces: Pieces) -> None:
+    core.normalizer, core.decoder = None, decoders.ByteLevel()
+    prefix = bool(settings.get("add_prefix_space"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+
+
+def _gpt_neox(core: Core, settings: Settings, pieces: Pieces) -> None:
+    _gpt2(core, settings, pieces)
+    core.normalizer = normalizers.NFC()
+
+
+def _qwen2(core: Core, settings: Settings, pieces: Pieces) -> None:
+    core.normalizer, core.decoder = normalizers.NFC(), decoders.ByteLevel()
+    prefix = bool(settings.get("add_prefix_space"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False),
+        ]
+    )
+
+
+def _bert(core: Core, settings: Settings, pieces: Pieces) -> None:
+    core.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        strip_accents=settings.get("strip_accents"),
+        lowercase=settings.get("do_lower_case", True),
+    )
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece(prefix="##")
+
+
+def _t5(core: Core, settings: Settings, pieces: Pieces) -> None:
+    charsmap = pieces.charsmap if pieces else _charsmap(core)
+    core.normalizer = normalizers.Precompiled(charsmap) if charsmap else None
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always", split=True),
+        ]
+    )
+    core.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always", split=True)
+
+
+def _charsmap(core: Core) -> bytes:
+    """SentencePiece's character table in a tokenizer.json; T5's class keeps no other step."""
+    normalizer = json.loads(core.to_str())["normalizer"] or {}
+    for step in normalizer.get("normalizers", [normalizer]):
+        if step.get("type") == "Precompiled":
+            return base64.b64decode(step["precompiled_charsmap"])
+    return b""
+
+
+def _t5_pieces(pieces: SentencePieceModel, settings: Settings) -> Core:
+    vocabulary = [(piece.text, piece.score) for piece in pieces.pieces]
+    vocabulary += [(token, 0.0) for token in _sentinels(settings)]
+    return Core(models.Unigram(vocabulary, 2, False))
+
+
+def _t5_settings(settings: Settings) -> Settings:
+    if settings.get("extra_special_tokens") or settings.get("additional_special_tokens"):
+        return settings
+    return {**settings, "extra_special_tokens": _sentinels(settings)[::-1]}
+
+
+def _sentinels(settings: Settings) -> list[str]:
+    """T5's <extra_id_99> … <extra_id_0>, the last tokens of its vocabulary."""
+    count = settings.get("extra_ids", 100)
+    return [f"<extra_id_{i}>" for i in reversed(range(count if isinstance(count, int) else 100))]
+
+
+def _llama(core: Core, settings: Settings, pieces: Pieces) -> None:
+    prefix = settings.get("add_prefix_space") is not False
+    scheme = ("always" if settings.get("legacy") else "first") if prefix else "never"
+    core.normalizer = None
+    core.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=SPACE, prepend_scheme=scheme, split=False
+    )
+    steps: list = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        steps.append(decoders.Strip(content=" ", left=1))
+    core.decoder = decoders.Sequence(steps)
+
+
+def _llama_pieces(pieces: SentencePieceModel, settings: Settings) -> Core:
+    return Core(sentencepiece.bpe(pieces, byte_fallback=True))
+
+
+_BERT_TOKENS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+_LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_ROBERTA_TOKENS = {
+    **_LLAMA_TOKENS,
+    "sep_token": "</s>",
+    "cls_token": "<s>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
+_GPT2_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+_QWEN2_TOKENS = dict.fromkeys(("unk_token", "eos_token", "pad_token"), END_OF_TEXT)
+_T5_TOKENS = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+_NEOX_TOKENS = {**_GPT2_TOKENS, "pad_token": "<|padding|>"}
+TOKENIZER_CLASSES = {
+    "GPT2Tokenizer": TokenizerClass(_GPT2_TOKENS, _gpt2),
+    "GPTNeoXTokenizer": TokenizerClass(_NEOX_TOKENS, _gpt_neox, _bos_eos_template),
+    "Qwen2Tokenizer": TokenizerClass(_QWEN2_TOKENS, _qwen2),
+    "RobertaTokenizer": TokenizerClass(_ROBERTA_TOKENS, _gpt2, _roberta_template),
+    "BertTokenizer": TokenizerClass(_BERT_TOKENS, _bert, _bert_template),
+    "DistilBertTokenizer": TokenizerClass(_BERT_TOKENS, _bert, _bert_template),
+    "T5Tokenizer": TokenizerClass(_T5_TOKENS, _t5, _t5_template, _t5_pieces, _t5_settings),
+    "LlamaTokenizer": TokenizerClass(_LLAMA_TOKENS, _llama, from_pieces=_llama_pieces),
+}

@@ -1,0 +1,319 @@
+"""From files to documents: the sources of a run, their mixture, and the validation split."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+
+from lmcli.config import TrainConfig
+from lmcli.data import documents, examples
+from lmcli.data.byte_ranges import Document, Documents
+from lmcli.data.documents import DocumentFormat
+from lmcli.data.files import expand
+from lmcli.data.samplers import MixtureSampler
+from lmcli.errors import UsageError, UserError
+
+MIN_SHARE = 1e-5  # the smallest weight of a source, as a share of all weights
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """One source of a mixture: the user's name for it, its number of files, its weight."""
+
+    name: str
+    files: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run's text comes from, as `recipe.yaml` stores it: absolute files and their format.
+
+    `hashes` is the SHA-256 of each file once they have been read. `on_long` says what happens to
+    examples longer than the context: truncate, skip or error. With `shares` the files belong to
+    several sources, one after the other, from which rows are drawn by weight.
+    """
+
+    files: list[str]
+    validation_files: list[str]
+    doc_format: DocumentFormat
+    hashes: dict[str, str] = field(default_factory=dict)
+    on_long: str = "truncate"
+    shares: list[SourceShare] = field(default_factory=list)
+
+    def facts(self) -> dict:
+        """Plain values for `recipe.yaml`."""
+        return {
+            "files": self.files,
+            "validation_files": self.validation_files,
+            "documents": self.doc_format.documents,
+            "format": self.doc_format.format,
+            "fields": list(self.doc_format.fields),
+            "label": self.doc_format.label,
+            "several": self.doc_format.multi_label,
+            "paired": self.doc_format.paired,
+            "answers": self.doc_format.answers,
+            "on_error": self.doc_format.on_error,
+            "on_long": self.on_long,
+            "sha256": self.hashes,
+            **({"shares": [asdict(share) for share in self.shares]} if self.shares else {}),
+        }
+
+    def files_by_share(self) -> list[list[str]]:
+        """The files of each source; all in one list if there is no mixture."""
+        remaining = iter(self.files)
+        return [[next(remaining) for _ in range(share.files)] for share in self.shares] or [
+            self.files
+        ]
+
+
+def source_from_facts(facts: dict) -> Source:
+    """The Source that `facts` came from."""
+    doc_format = DocumentFormat(
+        facts["documents"],
+        facts["format"],
+        tuple(facts["fields"]),
+        facts["on_error"],
+        facts.get("label", ""),
+        facts.get("several", False),
+        facts.get("paired", False),
+        facts.get("answers", ""),
+    )
+    return Source(
+        list(facts["files"]),
+        list(facts["validation_files"]),
+        doc_format,
+        dict(facts["sha256"]),
+        facts.get("on_long", "truncate"),
+        [SourceShare(**share) for share in facts.get("shares", [])],
+    )
+
+
+def open_sources(
+    arguments: tuple[str, ...],
+    val: tuple[str, ...],
+    doc_format: DocumentFormat,
+    include: str | None,
+    note: Callable[[str], None],
+    on_long: str = "truncate",
+    targets: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
+    weights: tuple[float, ...] = (),
+) -> Source:
+    """The Source of DATA… and --val; `note` gets what is left out.
+
+    Standard input is copied to the cache, and so are parallel files, whose `targets` belong to
+    DATA… and to --val. With `weights`, one for each of DATA…, rows are drawn in that proportion.
+    """
+    # the files
+    if weights:
+        files, skipped, shares = _expand_mixture(arguments, weights, include)
+    else:
+        (files, skipped), shares = expand(arguments, include), []
+    if skipped:
+        note(f"{skipped} files that are not UTF-8 text left out")
+    validation_files = expand(val)[0] if val else []
+    # parallel files
+    if any(targets):
+        files, validation_files = (
+            examples.pin_parallel_files(sources, target_files)
+            for sources, target_files in zip((files, validation_files), targets)
+        )
+        doc_format = replace(doc_format, **examples.PARALLEL_FORMAT)
+    return Source(
+        [documents.pin_stdin() if file == "-" else str(Path(file).absolute()) for file in files],
+        [str(Path(file).absolute()) for file in validation_files],
+        doc_format,
+        on_long=on_long,
+        shares=shares,
+    )
+
+
+def _expand_mixture(
+    arguments: tuple[str, ...], weights: tuple[float, ...], include: str | None
+) -> tuple[list[str], int, list[SourceShare]]:
+    """(files, how many were left out as not text, the shares) of DATA… with a weight each.
+
+    Raises UsageError unless there is one weight for each source, none of them tiny.
+    """
+    if len(weights) != len(arguments):
+        raise UsageError(
+            f"{len(weights)} weights for {len(arguments)} sources of data",
+            where="--weights",
+            hint="give one for each DATA, in order: lm train a.txt b.jsonl --weights 3,1",
+        )
+    if min(weights) < MIN_SHARE * sum(weights):
+        raise UsageError(
+            f"{min(weights):g} is less than {MIN_SHARE:g} of all weights",
+            where="--weights",
+            hint="leave that source out, or give it more",
+        )
+    expanded = [expand((argument,), include) for argument in arguments]
+    shares = [
+        SourceShare(argument, len(files), weight)
+        for argument, weight, (files, _) in zip(arguments, weights, expanded)
+    ]
+    return [file for files, _ in expanded for file in files], sum(n for _, n in expanded), shares
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training and the validation documents; of these `measured` are evaluated.
+
+    `source` has the hash of each file. With a mixture, `per_source` has the training documents of
+    each of its sources.
+    """
+
+    source: Source
+    training: Documents
+    validation: Documents
+    measured: Documents
+    per_source: list[Documents] = field(default_factory=list)
+
+
+def split(source: Source, validation_bytes: int, note: Callable[[str], None]) -> Split:
+    """Reads all files once and splits their documents; about `validation_bytes` are evaluated.
+
+    Raises UserError for empty text, and if a file differs from what `source.hashes` records.
+    """
+    doc_format = source.doc_format
+    surveys: list[documents.Survey] = []
+    training, validation = [], []
+    # each source has its own validation split
+    for files in source.files_by_share():
+        surveys.append(documents.survey(files, doc_format))
+        if source.validation_files:
+            training.append(surveys[-1].documents)
+        else:
+            rest, held_out = documents.split(surveys[-1].documents, doc_format)
+            training.append(rest)
+            validation.append(held_out)
+    if source.validation_files:
+        surveys.append(documents.survey(source.validation_files, doc_format))
+        validation.append(surveys[-1].documents)
+    hashes = {file: sha256 for survey in surveys for file, sha256 in survey.hashes.items()}
+    _require_unchanged(source.hashes, hashes)
+    # what was skipped, and the sizes
+    if skipped := sum(survey.skipped for survey in surveys):
+        note(f"{skipped} bad records left out")
+    if empty := sum(survey.empty for survey in surveys):
+        note(f"{empty:,} rows with an empty {'side' if doc_format.paired else 'text'} left out")
+    held_out = _concatenated(validation)
+    result = Split(
+        replace(source, hashes=hashes),
+        _concatenated(training),
+        held_out,
+        documents.limit(held_out, doc_format, validation_bytes),
+        training if source.shares else [],
+    )
+    note(_sizes(result, doc_format))
+    return result
+
+
+def _concatenated(lists: list[Documents]) -> Documents:
+    return lists[0] if len(lists) == 1 else Documents.of(chain.from_iterable(lists))
+
+
+def _require_unchanged(known: dict[str, str], hashes: dict[str, str]) -> None:
+    for file, sha256 in known.items():
+        if hashes.get(file) != sha256:
+            raise UserError(
+                "has changed since the run began",
+                where=file,
+                hint="a run resumes on the same data; use --from to train further on other data",
+            )
+
+
+def _sizes(split: Split, doc_format: DocumentFormat) -> str:
+    held_out, measured = split.validation.bytes, split.measured.bytes
+    text = (
+        f"{len(split.training):,} {_kind(doc_format)}, {split.training.bytes:,} bytes to train on; "
+        f"{held_out:,} bytes held out"
+    )
+    if measured < held_out:
+        text += f", {measured:,} of them measured (train.validation_bytes)"
+    return text
+
+
+def _kind(doc_format: DocumentFormat) -> str:
+    """What the documents of a format are called, with the fields that are read."""
+    if doc_format.paired:
+        return f"pairs ({' + '.join(doc_format.fields)})"
+    if doc_format.label:
+        return f"labelled texts ({' + '.join((*doc_format.fields, doc_format.label))})"
+    if doc_format.answers:
+        return f"questions ({' + '.join((*doc_format.fields, doc_format.answers))})"
+    return "documents"
+
+
+def ranges(documents_: Documents) -> list[dict]:
+    """Documents as `recipe.yaml` stores them: for each file its byte ranges, "0-120 240-360"."""
+    by_file: dict[str, list[str]] = {}
+    for document in documents_:
+        by_file.setdefault(document.file, []).append(f"{document.start}-{document.end}")
+    return [{"file": file, "ranges": " ".join(spans)} for file, spans in by_file.items()]
+
+
+def from_ranges(stored: list[dict]) -> Documents:
+    """The documents that `ranges` stored."""
+    return Documents.of(
+        Document(entry["file"], *map(int, span.split("-")))
+        for entry in stored
+        for span in entry["ranges"].split()
+    )
+
+
+def validation_documents(facts: dict, stored: list[dict]) -> tuple[Documents, DocumentFormat]:
+    """The validation documents that a run's `recipe.yaml` names, with their format.
+
+    Raises UserError if a file is missing or has changed.
+    """
+    source = source_from_facts(facts)
+    files = [entry["file"] for entry in stored]
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError("the validation text no longer exists", where=file)
+    hashes = documents.survey(files, source.doc_format).hashes
+    _require_unchanged({file: source.hashes[file] for file in files}, hashes)
+    return from_ranges(stored), source.doc_format
+
+
+def planned_rows(train: TrainConfig, per_epoch: int) -> int:
+    """How many rows a run will read by its budgets; 0 if only time limits it."""
+    rows_per_step = max(1, train.batch_tokens // train.context)
+    budgets = [
+        train.steps * rows_per_step if train.steps else 0,
+        -(-train.tokens // train.context) if train.tokens else 0,
+        round(train.epochs * per_epoch) if train.epochs else 0,
+    ]
+    return min((rows for rows in budgets if rows), default=0)
+
+
+def _mixture_sampler(rows: object) -> MixtureSampler | None:
+    sampler = getattr(rows, "sampler", None)
+    return sampler if isinstance(sampler, MixtureSampler) else None
+
+
+def drawn_rows(shares: Sequence[SourceShare], rows: object, count: int) -> list[dict]:
+    """Rows and epochs of each source of a mixture in the first `count` rows of a run."""
+    if (sampler := _mixture_sampler(rows)) is None:
+        return []
+    return [
+        {"name": share.name, "rows": drawn, "epochs": round(drawn / spans.per_epoch, 3)}
+        for share, spans, drawn in zip(shares, sampler.samplers, sampler.counts(count))
+    ]
+
+
+def mixture_lines(shares: Sequence[SourceShare], rows: object, count: int) -> Iterator[str]:
+    """A line for each source of a mixture: its share, its epochs in `count` rows (0: unknown)."""
+    if (sampler := _mixture_sampler(rows)) is None:
+        return
+    total = sum(share.weight for share in shares)
+    for share, spans, drawn in zip(shares, sampler.samplers, drawn_rows(shares, rows, count)):
+        per_epoch = spans.per_epoch * total / share.weight
+        epochs = (
+            f"{drawn['epochs']:.3g} epochs" if count else f"every {per_epoch:,.0f} rows an epoch"
+        )
+        yield (
+            f"{share.name}: {100 * share.weight / total:.3g} % of the rows, {epochs} "
+            f"of its {len(spans.ids):,} tokens"
+        )

@@ -1,0 +1,351 @@
+"""The objectives that learn from rows: completion, sequence to sequence, classification."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lmcli.config import ModelConfig, TrainConfig
+from lmcli.data import diagnostics
+from lmcli.data import examples as data_examples
+from lmcli.data.batches import Batch, ExampleRows
+from lmcli.data.byte_ranges import Documents
+from lmcli.data.documents import DocumentFormat, line_number
+from lmcli.data.examples import ExampleCollator, Examples
+from lmcli.data.rows import display_name
+from lmcli.data.schema import (
+    PAIR_SCHEMAS,
+    TEXT_FIELDS,
+    TEXT_LABEL_FIELDS,
+    PairSchema,
+    find_pair_schema,
+    pair_schema,
+)
+from lmcli.errors import UserError
+from lmcli.model.transformer import Transformer
+from lmcli.training.language_modeling import random_packed
+from lmcli.training.objective import (
+    EVALUATION_BATCH_TOKENS,
+    CardText,
+    EncodingInput,
+    Evaluation,
+    FirstRow,
+    Objective,
+    PerplexityEvaluation,
+    Predictions,
+    SamplePrompt,
+    TargetFigures,
+    TrainingData,
+    batch_tensors,
+    evaluation_on,
+    predictions_at_targets,
+    target_table,
+    vocabulary_size,
+)
+
+BENCHMARK_EXAMPLES = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleData(TrainingData):
+    """Examples to train and to validate on; `collator` turns them into batches."""
+
+    examples: Examples
+    validation: Examples
+    collator: ExampleCollator
+
+    def batches(self, train: TrainConfig, model: ModelConfig) -> ExampleRows:
+        """The training examples, batched by length."""
+        return self._rows(self.examples, model, train.seed)
+
+    def _rows(self, examples: Examples, model: ModelConfig, seed: int = 0) -> ExampleRows:
+        collator = replace(self.collator, decoder_start=model.decoder_start_token_id or 0)
+        lengths = collator.lengths(examples)
+        return ExampleRows(lengths, lambda chosen: collator.batch(examples, chosen), seed)
+
+    def evaluation(
+        self, model: Transformer, train: TrainConfig, perplexity: PerplexityEvaluation
+    ) -> Evaluation:
+        """Loss and accuracy on the validation examples."""
+        rows = self._rows(self.validation, model.config)
+        figures = self._figures(train.metric)
+        return evaluation_on(
+            self.objective, model, lambda: rows.in_order(EVALUATION_BATCH_TOKENS), figures
+        )
+
+    def _figures(self, metric: str) -> TargetFigures:
+        return TargetFigures(self.objective.target, metric=metric)
+
+
+class PairData(ExampleData):
+    """Sources with their targets."""
+
+    def _figures(self, metric: str) -> TargetFigures:
+        end, size = self.collator.eos, self.validation.bytes
+        return TargetFigures(self.objective.target, end=end, bytes=size, metric=metric)
+
+    def sample_prompt(self, step: int, model: ModelConfig) -> SamplePrompt:
+        """A source of the validation set, another one at every step."""
+        ids = self.validation.sources[step % len(self.validation)]
+        prompt = self.collator.source(ids).tolist()
+        if self.collator.joined:
+            prompt = [*self.collator.prefix, *ids.tolist()]
+        eos = [] if model.eos_token_id is None else [model.eos_token_id]
+        return SamplePrompt(prompt, eos, greedy=True, text=self.tokenizer.decode(ids.tolist()))
+
+
+def predict_completion(model: Transformer, batch: Batch) -> Predictions:
+    """Every token of the target and its end, given the source before it."""
+    tensors = batch_tensors(model, batch)
+    # no mask: padding comes last, where no token of a causal model attends
+    return predictions_at_targets(model, model.hidden(tensors.ids), tensors.targets)
+
+
+def predict_seq2seq(model: Transformer, batch: Batch) -> Predictions:
+    """Every token of the target and its end, given the source (teacher forcing)."""
+    tensors = batch_tensors(model, batch)
+    assert tensors.decoder_ids is not None
+    encoded = model.encode(tensors.ids, tensors.mask)
+    # no mask for the decoder: a later token cannot change an earlier one
+    hidden = model.hidden(tensors.decoder_ids, encoder_output=encoded)
+    return predictions_at_targets(model, hidden, tensors.targets)
+
+
+def predict_labels(model: Transformer, batch: Batch) -> Predictions:
+    """The label of each text, or with several labels (N, labels) targets of 0 and 1."""
+    tensors = batch_tensors(model, batch)
+    hidden = model.hidden(tensors.ids, tensors.mask, token_type_ids=tensors.types)
+    return Predictions(model.pooled(hidden, tensors.mask), model.head, tensors.targets)
+
+
+def encode_labels(request: EncodingInput) -> TrainingData:
+    """Texts with the numbers of their labels: those given, else all of the training set.
+
+    Raises UserError if all rows have the same label.
+    """
+    split, source = request.split, request.split.source
+    labels = request.labels or data_examples.label_names(split.training, source.doc_format)
+    if len(labels) < 2 and not source.doc_format.multi_label:
+        raise UserError(
+            f"all rows have the same label {labels[0]!r}",
+            where=display_name(source.files[0]),
+            hint=f"are labels in {source.doc_format.label!r}? --fields TEXT,LABEL names others",
+        )
+    collator = _collator(request)
+    training, validation = _encoded(request, labels, collator)
+    return ExampleData(
+        **request.common(training),
+        labels=labels,
+        multi_label=source.doc_format.multi_label,
+        collator=collator,
+        examples=training,
+        validation=validation,
+    )
+
+
+def encode_completion(request: EncodingInput) -> PairData:
+    """Sources and targets, encoded as one text."""
+    return _encode_pairs(request, joined=True)
+
+
+def encode_seq2seq(request: EncodingInput) -> PairData:
+    """Sources and targets, encoded separately."""
+    return _encode_pairs(request, joined=False)
+
+
+def _encode_pairs(request: EncodingInput, joined: bool) -> PairData:
+    eos = request.tokenizer.special_id("eos_token")
+    collator = replace(_collator(request), eos=eos, joined=joined)
+    training, validation = _encoded(request, (), collator)
+    return PairData(
+        **request.common(training), collator=collator, examples=training, validation=validation
+    )
+
+
+def _collator(request: EncodingInput) -> ExampleCollator:
+    tokenizer, padding = request.tokenizer, request.tokenizer.special_id("pad_token") or 0
+    prefix, suffix = tokenizer.prefix, tokenizer.suffix
+    return ExampleCollator(
+        prefix, suffix, request.context, padding, join_pair=tokenizer.with_template
+    )
+
+
+def _encoded(
+    request: EncodingInput, labels: tuple[str, ...], collator: ExampleCollator
+) -> tuple[Examples, Examples]:
+    """(training, validation) examples that fit the context; notes what is worth knowing of them."""
+    split, tokenizer = request.split, request.tokenizer
+    doc_format = split.source.doc_format
+    training, validation = (
+        data_examples.build(
+            documents, split.source.hashes, doc_format, tokenizer, labels, collator.joined
+        )
+        for documents in (split.training, split.measured)
+    )
+    for text in diagnostics.findings(training, validation, labels):
+        request.note(text)
+    training = _limit_lengths(training, split.training, "training", collator, request)
+    return training, _limit_lengths(validation, split.measured, "validation", collator, request)
+
+
+def _limit_lengths(
+    examples: Examples,
+    documents: Documents,
+    kind: str,
+    collator: ExampleCollator,
+    request: EncodingInput,
+) -> Examples:
+    """The examples that fit the context, by --on-long: truncate, skip or error.
+
+    Raises UserError with "error" (it names the first long example), and if none is left.
+    """
+    context, on_long = request.context, request.split.source.on_long
+    lost = collator.truncated_tokens(examples)
+    long = np.flatnonzero(lost)
+    if not len(long):
+        return examples
+    if on_long == "error":
+        first = documents[int(long[0])]
+        raise UserError(
+            f"longer than the context of {context} tokens, and so are {len(long) - 1:,} others",
+            where=f"{first.file}, line {line_number(first.file, first.start)}",
+            hint="--on-long truncate or skip, or a larger --set train.context",
+        )
+    count, too_long = f"{len(long):,} of {len(examples):,}", f"longer than the context of {context}"
+    if on_long == "truncate":
+        share = lost.sum() / (lost.sum() + collator.lengths(examples).sum())
+        if kind == "training":
+            request.note(
+                f"{count} examples are {too_long} tokens: {int(lost.sum()):,} tokens ({share:.1%}) "
+                "are cut off; --on-long skip or error, or a larger train.context"
+            )
+        return examples
+    request.note(f"{count} {kind} examples are {too_long} tokens: left out")
+    if len(long) == len(examples):
+        hint = "a larger --set train.context"
+        raise UserError("no example is left", where="--on-long skip", hint=hint)
+    return examples.select(np.flatnonzero(lost == 0))
+
+
+def _pair_fields(first: FirstRow) -> PairSchema | None:
+    """The fields of the two texts: those named, else well-known ones, unless the row has `text`."""
+    if first.doc_format.fields:
+        return pair_schema(first.doc_format.fields)
+    return None if TEXT_FIELDS[0][0] in first.row else find_pair_schema(first.row)
+
+
+def _is_completion(first: FirstRow) -> bool:
+    pair = None if first.doc_format.fields else _pair_fields(first)
+    return pair is not None and pair.fields != PAIR_SCHEMAS[0].fields
+
+
+def _has_label(first: FirstRow) -> bool:
+    if first.doc_format.fields:
+        return first.doc_format.fields[-1] == TEXT_LABEL_FIELDS[-1]
+    return set(TEXT_LABEL_FIELDS) <= first.row.keys()
+
+
+def pair_format(first: FirstRow) -> DocumentFormat:
+    """Rows with two texts. Raises UserError if the row has none."""
+    pair = _pair_fields(first)
+    if pair is None:
+        fields = f"; fields: {', '.join(first.row)}" if first.row else ", and there are none"
+        raise UserError(
+            f"objective {first.objective} learns from rows with two texts{fields}",
+            where=display_name(first.file),
+            hint="JSON Lines or TSV with source and target, or name the two: --fields a,b",
+        )
+    return replace(first.doc_format, fields=pair.fields, paired=True)
+
+
+def completion_format(first: FirstRow) -> DocumentFormat:
+    """As `pair_format`; notes that only the second text is learned."""
+    doc_format = pair_format(first)
+    first.note(
+        f"the loss is on what follows {doc_format.fields[0]!r} alone; "
+        "--set train.objective=causal learns both"
+    )
+    return doc_format
+
+
+def label_format(first: FirstRow) -> DocumentFormat:
+    """Rows with one or two texts and a label, or several labels if the first row has a list."""
+    *fields, label = first.doc_format.fields or TEXT_LABEL_FIELDS
+    return replace(
+        first.doc_format,
+        fields=tuple(fields) or ("text",),
+        label=label,
+        multi_label=first.multi_label or isinstance(first.row.get(label), list),
+    )
+
+
+def random_pairs(model: ModelConfig, train: TrainConfig) -> ExampleRows:
+    """Full examples of random ids for an encoder–decoder."""
+    generator = np.random.default_rng(train.seed)
+
+    def make(chosen: np.ndarray) -> Batch:
+        source, target, decoder_ids = generator.integers(
+            model.vocab_size, size=(3, len(chosen), train.context)
+        )
+        return Batch(source, target, decoder_ids=decoder_ids)
+
+    # as in training, an example counts for its source and its target
+    return ExampleRows(np.full(BENCHMARK_EXAMPLES, 2 * train.context), make, train.seed)
+
+
+COMPLETION = Objective(
+    "completion",
+    shape="decoder",
+    head="lm",
+    target="token",
+    recognizes=_is_completion,
+    document_format=completion_format,
+    encode=encode_completion,
+    predict=predict_completion,
+    choices=vocabulary_size,
+    card=CardText(
+        "text-generation",
+        "lm generate -m DIR < PROMPTS",
+        "AutoModelForCausalLM",
+        target_table("tokens of completions, each given the ones before it"),
+    ),
+    plotted="val_bits_per_byte",
+    random_rows=random_packed,
+)
+
+SEQ2SEQ = Objective(
+    "seq2seq",
+    shape="encoder-decoder",
+    head="lm",
+    target="target token",
+    recognizes=lambda first: True,
+    document_format=pair_format,
+    encode=encode_seq2seq,
+    predict=predict_seq2seq,
+    choices=vocabulary_size,
+    card=CardText(
+        "text2text-generation",
+        "lm generate -m DIR < SOURCES",
+        "AutoModelForSeq2SeqLM",
+        target_table("target tokens, each given the ones before it"),
+    ),
+    random_rows=random_pairs,
+)
+
+CLASSIFICATION = Objective(
+    "classification",
+    shape="encoder",
+    head="sequence",
+    target="text",
+    recognizes=_has_label,
+    document_format=label_format,
+    encode=encode_labels,
+    predict=predict_labels,
+    choices=lambda model, train: len(model.labels),
+    card=CardText(
+        "text-classification",
+        "lm classify -m DIR FILE",
+        "AutoModelForSequenceClassification",
+        target_table("texts"),
+    ),
+    finetune_preset="finetune-classify",
+)

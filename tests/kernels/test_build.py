@@ -1,0 +1,232 @@
+"""Building the kernels: once per machine, safe with several processes, with a clear error."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmcli.kernels import build
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILT = (build.library, build.problem, build._loaded)
+COMPILER = build._compiler()
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or not COMPILER, reason="no C compiler, or not Linux"
+)
+
+
+@pytest.fixture
+def unloaded(monkeypatch, tmp_path):
+    """An empty cache folder and nothing loaded; returns a function that unloads again."""
+
+    def unload() -> None:
+        for function in BUILT:
+            function.cache_clear()
+
+    monkeypatch.setenv("LM_CACHE", str(tmp_path / "cache"))
+    for name in ("LM_KERNELS", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    unload()
+    yield unload
+    unload()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    """A library built by the compiler."""
+    file = tmp_path_factory.mktemp("compiled") / "kernels.so"
+    build._compile(file)
+    return file
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """compiler(output, version) makes CC a program that copies the file `output` as its result.
+
+    Returns the log of its compilations. Without an output it fails as a compiler does.
+    """
+
+    def make(output: Path | None, version: str = "1") -> Path:
+        program, log = tmp_path / "compiler", tmp_path / "log"
+        log.touch()
+        build = (
+            f'cp {output} "$2"'
+            if output
+            else 'echo "kernels.c:1: error: too old" >&2; echo stopped >&2; exit 1'
+        )
+        program.write_text(
+            f'#!/bin/sh\n[ "$1" = --version ] && echo {version} && exit\n'
+            f'echo compiled >> {log}\nwhile [ "$1" != -o ]; do shift; done\n{build}\n'
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("CC", str(program))
+        return log
+
+    return make
+
+
+def compilations(log: Path) -> int:
+    return log.read_text().count("compiled")
+
+
+def cached_files() -> list[Path]:
+    """All files in the cache folder."""
+    return sorted((Path(os.environ["LM_CACHE"]) / "kernels").iterdir())
+
+
+def works() -> bool:
+    """True if a kernel computes correctly: 3 and 4 have a root mean square of √12.5."""
+    y = torch.empty(2)
+    build.run("rms_norm", torch.float32, torch.tensor([3.0, 4]), torch.ones(2), y, 1, 2, 0.0)
+    return y.tolist() == pytest.approx([3 / 12.5**0.5, 4 / 12.5**0.5])
+
+
+def unusable(reason: str) -> bool:
+    return build.problem() == reason and build.library() is None and not build.usable(torch.ones(1))
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="kernels are built on Linux alone")
+
+
+@linux
+def test_no_compiler(unloaded, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert unusable("no C compiler (cc, gcc, clang) was found")
+
+
+@linux
+def test_a_missing_cc_is_not_replaced(unloaded, monkeypatch):
+    monkeypatch.setenv("CC", "/nonexistent -O1")
+    assert unusable("CC=/nonexistent -O1 was not found")
+
+
+@linux
+def test_a_failing_compiler_is_quoted(unloaded, compiler, monkeypatch):
+    log = compiler(None)
+    assert unusable(f"{log.with_name('compiler')} fails: kernels.c:1: error: too old")
+    assert cached_files() == []
+    unloaded()
+    monkeypatch.setenv("CC", "false")
+    assert unusable(f"{shutil.which('false')} fails: exit code 1")
+
+
+@linux
+def test_a_compiler_that_cannot_run(unloaded, monkeypatch, tmp_path):
+    program = tmp_path / "cc"
+    program.write_bytes(b"\x7fELF and no more")
+    program.chmod(0o755)
+    monkeypatch.setenv("CC", str(program))
+    assert unusable(f"{program}: cannot run: Exec format error")
+
+
+def test_kernels_can_be_switched_off(unloaded, monkeypatch):
+    monkeypatch.setenv("LM_KERNELS", "0")
+    assert unusable("LM_KERNELS=0")
+
+
+@needs_compiler
+def test_a_cache_folder_that_cannot_be_written(unloaded, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LM_CACHE", str(tmp_path / "file"))  # permissions would not stop root
+    assert unusable(f"{tmp_path / 'file' / 'kernels'}: cannot write: Not a directory")
+
+
+@needs_compiler
+def test_kernels_are_compiled_once_per_compiler(unloaded, compiler, compiled):
+    log = compiler(compiled)
+    for _ in range(2):
+        assert build.problem() == "" and works()
+        assert len(cached_files()) == compilations(log) == 1
+        unloaded()
+    compiler(compiled, version="2")
+    assert build.problem() == "" and works()
+    assert len(cached_files()) == compilations(log) == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["empty", "text", "half", "one bit"])
+def test_a_damaged_file_in_the_cache_is_built_again(damage, unloaded, compiler, compiled):
+    log, whole = compiler(compiled), compiled.read_bytes()
+    middle = len(whole) // 2
+    file = build._library_file()
+    file.parent.mkdir(parents=True)
+    file.write_bytes(
+        {
+            "empty": b"",
+            "text": b"hello",
+            "half": whole[:middle],
+            "one bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        }[damage]
+    )
+    assert build.problem() == "" and works()
+    assert cached_files() == [file] and compilations(log) == 1
+
+
+@linux
+def test_a_library_that_does_not_load(unloaded, compiler, tmp_path):
+    (tmp_path / "text").write_text("hello")
+    log = compiler(tmp_path / "text")
+    assert "file too short" in build.problem() and build.library() is None
+    assert compilations(log) == 2
+
+
+@needs_compiler
+def test_cc_may_have_options(unloaded, compiler, compiled, monkeypatch):
+    log = compiler(compiled)
+    monkeypatch.setenv("CC", f"env {os.environ['CC']}")
+    assert build.problem() == "" and works() and compilations(log) == 1
+
+
+@needs_compiler
+def test_two_processes_can_build_at_once(tmp_path):
+    script = (
+        "import torch; from lmcli.kernels import build; assert not build.problem()\n"
+        "x, y = torch.ones(2), torch.empty(2)\n"
+        "build.run('rms_norm', torch.float32, x, x, y, 1, 2, 0.0); print(y.tolist())"
+    )
+    environment = {**os.environ, "LM_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("LM_KERNELS", None)
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        assert process.communicate(timeout=120) == ("[1.0, 1.0]\n", "")
+        assert process.returncode == 0
+    assert [file.suffix for file in (tmp_path / "kernels").iterdir()] == [".so"]
+
+
+@needs_compiler
+def test_the_source_has_no_warnings():
+    done = subprocess.run(
+        [*COMPILER, "-fopenmp", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", str(build.SOURCE)],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_source_is_in_the_wheel(tmp_path):
+    assert build.SOURCE.parent == Path(build.__file__).parent
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"][
+        "targets"
+    ]["wheel"]
+    assert (
+        wheel["packages"] == ["lmcli"] and not {"only-include", "include", "exclude"} & wheel.keys()
+    )
+    if git := shutil.which("git"):  # hatch leaves out what git ignores
+        ignored = subprocess.run(
+            [git, "check-ignore", "-q", str(build.SOURCE)], cwd=ROOT, stderr=subprocess.DEVNULL
+        )
+        assert ignored.returncode
