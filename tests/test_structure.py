@@ -54,6 +54,7 @@ NEVER = {
     "__main__": {"rich", "click", "torch"},
 }
 HEAVY = ("torch", "numpy", "tokenizers", "transformers", "safetensors", "rich")
+COMPILER = ("torch._dynamo", "torch._inductor", "sympy")  # takes as long as torch itself
 
 
 def module_name(file):
@@ -158,7 +159,7 @@ class TestImports:
 
 def loaded_after(program, folder=None, **options):
     """(heavy libraries that a fresh Python has loaded after a program, what it printed)."""
-    names = f"(name for name in {HEAVY} if name in sys.modules)"
+    names = f"(name for name in {HEAVY + COMPILER} if name in sys.modules)"
     script = f"import sys\n{program}\nprint('loaded:', *{names})"
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -203,6 +204,26 @@ class TestLazyImports:
             run_command("tokenize", "--train", "-o", str(tmp_path / "tok"), str(tmp_path / "a.txt"))
         )
         assert (tmp_path / "tok" / "tokenizer.json").is_file() and "torch" not in names
+
+    def test_no_command_loads_torchs_compiler(self, tmp_path):
+        text, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"
+        text.write_text("one two\nthree\n" * 40)
+        rows.write_text("".join(f'{{"text": "{n}", "label": "l{n % 2}"}}\n' for n in range(8)))
+        decoder, labels = str(tmp_path / "decoder"), str(tmp_path / "labels")
+        small = ("--set", "tokenizer.vocab_size=261", "--set", "model.num_hidden_layers=1")
+        small = (*small, "--steps", "1", "--threads", "1")
+        commands = (
+            ("train", str(text), "--preset", "tiny", "-o", decoder, *small),
+            ("train", str(rows), "--preset", "classify", "-o", labels, *small),
+            ("generate", "-m", decoder, "-n", "2", "Once"),
+            ("score", "-m", decoder, str(text)),
+            ("perplexity", "-m", decoder, str(text)),
+            ("classify", "-m", labels, str(text)),
+            ("info", decoder),
+        )
+        names, output = loaded_after("\n".join(run_command(*each) for each in commands))
+        assert "torch" in names and not {*COMPILER} & {*names}
+        assert {"one two", "three"} < {line.split("\t")[-1] for line in output.splitlines()}
 
     def test_importing_the_package_loads_no_torch(self):
         assert loaded_after("import lmcli\nassert 'load' not in vars(lmcli)")[0] == []

@@ -16,6 +16,7 @@ from lmcli.config import GenerateConfig, ModelConfig, check
 from lmcli.errors import UserError
 from lmcli.kernels.fast_path import build_model
 from lmcli.model.device import dtype_name
+from lmcli.model.initialization import meta_device
 from lmcli.model.lora import adapters_of
 from lmcli.model.transformer import Transformer
 from lmcli.storage import read_json, read_tensors, user_errors, write_tensors, write_text
@@ -77,7 +78,7 @@ def load(
     tensors = current_names(_read_weights(weights, family.heads[config.head]))
     if adapter:
         tensors = adapter_folder.merge(adapter, family, config, tensors)
-    with torch.device("meta"):  # no memory for weights that the file already holds
+    with meta_device():  # no memory for weights that the file already holds
         model = build_model(config_for_tensors(config, family, tensors))
     unused = load_tensors(model, family, tensors, str(weights))
     generation_file = find_file(folder, base, "generation_config.json")

@@ -77,6 +77,15 @@ def join_tensors(parameters: Sequence[Tensor], layout: str, heads: int) -> Tenso
     return joined.T if layout == "columns" and joined.ndim == 2 else joined
 
 
+def joined_shape(parameters: Sequence[Tensor], layout: str) -> tuple[int, ...]:
+    """The shape of `join_tensors`, without its operations: on "meta" they load torch's compiler."""
+    first, rows = parameters[0], sum(len(parameter) for parameter in parameters)
+    if layout == "flat":
+        return (1, first.numel())
+    shape = (rows, *first.shape[1:])
+    return shape[::-1] if layout == "columns" and len(shape) == 2 else shape
+
+
 def split_tensor(tensor: Tensor, sizes: list[int], layout: str, heads: int) -> list[Tensor]:
     """Our parameters, with `sizes` rows each, from one stored tensor."""
     if layout == "flat":
@@ -103,7 +112,7 @@ def load_tensors(
     used = set()
     for stored in stored_tensors(family, model):
         parameters = [model.get_parameter(name) for name in stored.parameters]
-        shape = tuple(join_tensors(parameters, stored.layout, heads).shape)
+        shape = joined_shape(parameters, stored.layout)
         name = _name_in_file(stored.name, family, config, tensors)
         if name is None and stored.name in family.optional:
             name = stored.name

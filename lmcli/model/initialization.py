@@ -1,9 +1,34 @@
 """Initial weights of a new model, or of a new head."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """The functions of torch.nn.init return their tensor as it is."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Modules made in the block have shapes but no memory, for weights that are read afterwards.
+
+    As `torch.device("meta")`, but without drawing initial values, which a meta tensor cannot hold:
+    torch would import its compiler for that, which doubles the start of a command.
+    """
+    with torch.device("meta"), _NoInitialValues():
+        yield
 
 
 def initialize(

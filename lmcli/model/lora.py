@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lmcli.config import LORA_TARGETS
 from lmcli.errors import UsageError
 from lmcli.model.heads import LanguageHead
+from lmcli.model.initialization import meta_device
 from lmcli.model.layers import Linear
 from lmcli.model.transformer import Transformer
 
@@ -222,7 +223,7 @@ def take_off(model: Transformer, merge: bool = False) -> None:
     """Replaces all adapters by plain modules; `merge` adds the updates to their weights."""
     for name, adapter in adapters_of(model).items():
         plain: nn.Embedding | Linear
-        with torch.device("meta"):
+        with meta_device():
             if isinstance(adapter, LoraEmbedding):
                 plain = nn.Embedding(*adapter.weight.shape)
             else:

@@ -18,6 +18,7 @@ from lmcli.checkpoints.file_names import TOKENIZER_FILES, WEIGHTS_FILE, WEIGHTS_
 from lmcli.checkpoints.weights import load_tensors, stored_tensors
 from lmcli.config import ModelConfig
 from lmcli.errors import UserError
+from lmcli.model.initialization import meta_device
 from lmcli.model.transformer import Transformer
 from lmcli.output.facts import Summary
 from lmcli.output.file_facts import (
@@ -173,7 +174,7 @@ def _check_tensors(
     has_pooler = header is None or any("pooler." in name for name in header)
     if config.head == "none" and not has_pooler:
         config = replace(config, head_dense=False)
-    with torch.device("meta"):
+    with meta_device():
         model = Transformer(config)
         tensors = {
             name: torch.empty(shape, dtype=getattr(torch, SAFETENSORS_DTYPES.get(dtype, "uint8")))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lmcli.checkpoints import folder as checkpoints
+from lmcli.checkpoints import weights
 from lmcli.config import GenerateConfig
 
 IDS = torch.randint(0, 409, (3, 17), generator=torch.Generator().manual_seed(1))
@@ -222,3 +223,12 @@ def test_bos_follows_the_template(reference, tmp_path):
         json.dumps({**settings, "add_bos_token": False})
     )
     assert checkpoints.load(tmp_path).bos == []
+
+
+@pytest.mark.parametrize("layout", ["plain", "flat", "columns", "rows", "heads"])
+@pytest.mark.parametrize("size", [(8, 3), (8,)])
+def test_the_shape_of_a_stored_tensor_is_that_of_its_parameters_joined(layout, size):
+    count = 2 if layout in ("rows", "heads") else 1
+    parameters = [torch.zeros(size)] * count
+    joined = weights.join_tensors(parameters, layout, heads=4)
+    assert weights.joined_shape(parameters, layout) == tuple(joined.shape)

@@ -8,6 +8,7 @@ import torch
 from lmcli.config import ModelConfig
 from lmcli.kernels import fused_block
 from lmcli.kernels.fast_path import build_model, can_pack, compile_blocks, packed_hidden
+from lmcli.model.initialization import meta_device
 from lmcli.model.transformer import Transformer
 
 SMALL = ModelConfig(
@@ -24,6 +25,21 @@ def new_model(seed: int, **options) -> Transformer:
     model = Transformer(dataclasses.replace(SMALL, **options))
     model.initialize(seed)
     return model
+
+
+def test_a_model_without_memory_draws_no_values():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with meta_device():
+        empty = build_model(SMALL)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {(weight.device.type, weight.dtype) for weight in empty.parameters()} == {
+        ("meta", torch.float32)
+    }
+    shapes = {name: weight.shape for name, weight in build_model(SMALL).state_dict().items()}
+    assert {name: weight.shape for name, weight in empty.state_dict().items()} == shapes
+    # outside the block values are drawn as ever
+    assert torch.nn.Linear(4, 4).weight.abs().sum() > 0
 
 
 def test_the_seed_determines_initial_weights():
