@@ -13,6 +13,7 @@ from lmcli.config import GenerateConfig, ModelConfig, Recipe, TokenizerConfig, T
 from lmcli.errors import UsageError, UserError
 
 Values = dict[str, dict[str, Any]]  # section → key → value
+Given = dict[str, tuple[Any, str]]  # section.key → its value, and the option that gives it
 
 SECTIONS: dict[str, type] = {
     "tokenizer": TokenizerConfig,
@@ -31,6 +32,10 @@ OPENING_TOKENS = (
     yaml.BlockMappingStartToken,
 )
 CLOSING_TOKENS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+
+
+# keys of `train` whose option has another name
+OPTIONS = {"lora_rank": "--lora", "frozen_layers": "--freeze", "precision": "--dtype"}
 
 
 def preset_folder() -> Path:
@@ -55,7 +60,8 @@ def resolve(
     Applied in this order: `defaults` (section.key → value), `sets` ("section.key=value"), `train`
     (key → value; None: not set). A budget (time, tokens, steps, epochs) set here replaces all
     budgets of the preset. Raises UsageError for an unknown preset, key or value; it names the
-    file, the key and the nearest valid one.
+    file, the key and the nearest valid one. Raises it too for a key that `sets` and `train` give
+    two values.
     """
     settings = [*(f"{key}={value}" for key, value in defaults.items()), *sets]
     options = {key: value for key, value in train.items() if value is not None}
@@ -64,11 +70,31 @@ def resolve(
     changed_keys |= {f"train.{key}" for key in options}
     if changed_keys & {f"train.{budget}" for budget in BUDGETS}:
         values["train"].update(dict.fromkeys(BUDGETS, 0))
-    for setting in settings:
-        _set(values, setting)
+    for key, value in defaults.items():
+        _set(values, f"{key}={value}")
+    given = _set_once(values, sets)
     for key, value in options.items():
-        _put(values, "train", key, value, f"--{key}")
+        option = OPTIONS.get(key, f"--{key}")
+        _put(values, "train", key, value, option)
+        _refuse_second(given, f"train.{key}", values["train"][key], f"{option} {value}")
     return _recipe(values)
+
+
+def _set_once(values: Values, sets: Iterable[str]) -> Given:
+    """Applies "section.key=value" settings; returns them by key. UsageError for two of one key."""
+    given: Given = {}
+    for setting in sets:
+        section, key = _set(values, setting)
+        _refuse_second(given, f"{section}.{key}", values[section][key], f"--set {setting}")
+    return given
+
+
+def _refuse_second(given: Given, key: str, value: Any, source: str) -> None:
+    first, first_source = given.setdefault(key, (value, source))
+    if value != first:
+        raise UsageError(
+            f"{key} is given two values: {first_source} and {source}", hint="give one of them"
+        )
 
 
 def _recipe(values: Values) -> Recipe:
@@ -87,10 +113,10 @@ def require_budget(recipe: Recipe, where: str) -> None:
 
 def refuse_partial_training(recipe: Recipe) -> None:
     """Raises UsageError for a recipe that trains only some weights: that needs --from."""
-    for key, option in (("lora_rank", "--lora"), ("frozen_layers", "--freeze")):
+    for key in ("lora_rank", "frozen_layers"):
         if getattr(recipe.train, key):
             raise UsageError(
-                f"{option} (train.{key}) needs a model to fine-tune",
+                f"{OPTIONS[key]} (train.{key}) needs a model to fine-tune",
                 where="train",
                 hint="name that model with --from",
             )
@@ -99,12 +125,12 @@ def refuse_partial_training(recipe: Recipe) -> None:
 def with_settings(recipe: Recipe, sets: Iterable[str]) -> Recipe:
     """The recipe with "section.key=value" settings on top; UsageError as in `resolve`."""
     values = {name: dict(vars(getattr(recipe, name))) for name in SECTIONS}
-    for setting in sets:
-        _set(values, setting)
+    _set_once(values, sets)
     return _recipe(values)
 
 
-def _set(values: Values, setting: str) -> None:
+def _set(values: Values, setting: str) -> tuple[str, str]:
+    """Applies one "section.key=value"; returns its section and key."""
     name, equals, text = setting.partition("=")
     section, dot, key = name.strip().partition(".")
     if not equals or not dot:
@@ -118,6 +144,7 @@ def _set(values: Values, setting: str) -> None:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{setting!r} has no readable value", where="--set") from error
     _put(values, section, key, value, "--set")
+    return section, key
 
 
 def from_values(document: dict[str, Any], where: str) -> Recipe:
@@ -133,6 +160,20 @@ def to_yaml(recipe: Recipe, **facts: Any) -> str:
     """A `recipe.yaml`: the four sections in full, then the facts of the run."""
     document = {**dataclasses.asdict(recipe), **facts}
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _SingleKeys(yaml.SafeLoader):
+    """Refuses a mapping with a key twice, of which PyYAML takes the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if key.value in names:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value} is there twice", problem_mark=key.start_mark
+                )
+            names.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -157,7 +198,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
                     f"is nested more than {MOST_DEPTH} deep",
                     where=f"{path}, line {token.start_mark.line + 1}",
                 )
-        document = yaml.safe_load(text)
+        document = yaml.load(text, _SingleKeys)
     except OSError as error:
         raise UserError(f"cannot read: {error.strerror}", where=str(path)) from error
     # a ValueError is text that is not UTF-8, or a date like 2024-99-99

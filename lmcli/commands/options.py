@@ -31,9 +31,48 @@ def command(examples: str) -> Callable[[Callable[[Arguments], Any]], click.Comma
         def callback(**values: Any) -> Any:
             return function(Arguments(**values))
 
-        return click.command(epilog=f"\b\nExamples:\n{examples.strip(chr(10))}")(callback)
+        epilog = f"\b\nExamples:\n{examples.strip(chr(10))}"
+        return click.command(cls=Command, epilog=epilog)(callback)
 
     return decorate
+
+
+class Command(click.Command):
+    """A command that refuses two values of an option; click would take the last one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """The arguments that are left over; UsageError naming the first option given twice."""
+        given = list(args)  # click empties `args`
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:  # shell completion
+            self._refuse_two_values(ctx, given)
+        return rest
+
+    def _refuse_two_values(self, ctx: click.Context, args: list[str]) -> None:
+        single = [
+            option
+            for option in self.get_params(ctx)
+            if isinstance(option, click.Option) and not (option.multiple or option.count)
+        ]
+        for option in single:
+            option.multiple = True  # the parser then keeps all values
+        try:
+            given, _, _ = self.make_parser(ctx).parse_args(args)
+        finally:
+            for option in single:
+                option.multiple = False
+        for option in single:
+            texts = list(dict.fromkeys(given.get(option.name or "") or ()))
+            # 90 and 90s are one value
+            values = [option.type_cast_value(ctx, text) for text in texts]
+            if any(value != values[0] for value in values):
+                name = max(option.opts, key=len)
+                if option.is_flag:
+                    texts = [(option.opts if text else option.secondary_opts)[0] for text in texts]
+                raise UsageError(
+                    f"{name} is given {len(texts)} values: {' and '.join(map(str, texts))}",
+                    hint="give one of them",
+                )
 
 
 class Duration(click.ParamType):
@@ -194,6 +233,17 @@ header = click.option(
 FIELDS_KEY = "lmcli.fields"  # where --fields, which is parsed first, leaves its names for --field
 
 
+def _all_fields(ctx: click.Context, _: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    listed = ctx.meta.get(FIELDS_KEY)
+    if listed and names and listed != names:
+        raise UsageError(
+            f"--fields {','.join(listed)} and --field {' --field '.join(names)} name different "
+            "fields",
+            hint="give one of them",
+        )
+    return listed or names
+
+
 def _keep_fields(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
     if value:
         ctx.meta[FIELDS_KEY] = tuple(name.strip() for name in value.split(","))
@@ -213,7 +263,7 @@ input_format = _all_of(
         "fields",
         metavar="NAME",
         help="Field of a JSON, TSV or CSV row to read; may be repeated.",
-        callback=lambda ctx, _, names: ctx.meta.get(FIELDS_KEY) or names,
+        callback=_all_fields,
     ),
     click.option(
         "--fields",

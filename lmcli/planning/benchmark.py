@@ -27,24 +27,24 @@ from lmcli.training.train_step import TrainStep, micro_batch_tokens
 # Reference workloads, smallest first, since the peak of memory is that of the process so far.
 # The MLP of S has the same products, within 0.5 %, as an ungated one of 4 × 128.
 REFERENCES = {
-    "S": (
-        "model.hidden_size=128",
-        "model.num_hidden_layers=4",
-        "model.num_attention_heads=4",
-        "model.vocab_size=65",
-        "model.intermediate_size=344",
-        "train.context=64",
-        "train.batch_tokens=768",
-    ),
-    "R": (
-        "model.hidden_size=384",
-        "model.num_hidden_layers=6",
-        "model.num_attention_heads=6",
-        "model.vocab_size=4096",
-        "model.intermediate_size=1024",
-        "train.context=256",
-        "train.batch_tokens=4096",
-    ),
+    "S": {
+        "model.hidden_size": 128,
+        "model.num_hidden_layers": 4,
+        "model.num_attention_heads": 4,
+        "model.vocab_size": 65,
+        "model.intermediate_size": 344,
+        "train.context": 64,
+        "train.batch_tokens": 768,
+    },
+    "R": {
+        "model.hidden_size": 384,
+        "model.num_hidden_layers": 6,
+        "model.num_attention_heads": 6,
+        "model.vocab_size": 4096,
+        "model.intermediate_size": 1024,
+        "train.context": 256,
+        "train.batch_tokens": 4096,
+    },
 }
 WARM_UP_STEPS = 3
 MIN_STEPS = 3
@@ -79,8 +79,8 @@ def reference(
     name: str, sets: Iterable[str] = (), train: Mapping[str, Any] = MappingProxyType({})
 ) -> Recipe:
     """The recipe of reference workload "R" or "S", with AdamW; `sets` as in `recipes.resolve`."""
-    sets = (*REFERENCES[name], "train.optimizer=adamw", "train.dropout=0", *sets)
-    return recipes.resolve("tiny", sets, train)
+    defaults = {**REFERENCES[name], "train.optimizer": "adamw", "train.dropout": 0}
+    return recipes.resolve("tiny", sets, train, defaults)
 
 
 class TrainingWorkload:

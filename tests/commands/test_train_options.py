@@ -518,6 +518,8 @@ def test_no_data_on_a_terminal_is_a_usage_error(inside, monkeypatch):
         (("--time", "0.1s"), 1, "were over before the first step"),
         (
             (
+                "--preset",
+                "tiny",
                 "--steps",
                 1,
                 "--set",
@@ -533,6 +535,7 @@ def test_no_data_on_a_terminal_is_a_usage_error(inside, monkeypatch):
 def test_a_run_without_time_for_one_step_is_an_error_and_leaves_nothing(
     inside, text, tmp_path, arguments, code, expected
 ):
-    done = inside("train", text, "-o", tmp_path / "run", *SMALL, *arguments)
+    arguments = arguments if "--preset" in arguments else (*SMALL, *arguments)
+    done = inside("train", text, "-o", tmp_path / "run", *arguments)
     assert done.returncode == code and expected in done.stderr.decode() and done.stdout == b""
     assert not (tmp_path / "run").exists()

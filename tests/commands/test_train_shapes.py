@@ -121,9 +121,7 @@ def test_examples_longer_than_the_context_have_a_note(rows, inside, tmp_path):
         tmp_path / "r",
         "--preset",
         "seq2seq-small",
-        *SMALL,
-        "--set",
-        "train.context=8",
+        *[value.replace("context=32", "context=8") for value in SMALL],
         "--steps",
         1,
     )
