@@ -26,7 +26,9 @@ def with_gradient(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Te
     logprobs = logits.to(ACCUMULATED[logits.dtype]).log_softmax(-1)
     losses = -logprobs.gather(1, targets[:, None])[:, 0]
     if smoothing:
-        losses = losses.lerp(-logprobs.mean(-1), smoothing)
+        spread = -logprobs.mean(-1)
+        # infinite with any impossible token; between two infinities lerp is NaN
+        losses = losses.lerp(spread, smoothing).where(spread.isfinite(), spread)
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     expected = smoothing / logits.shape[1]
     gradient = logprobs.exp() - expected - (1 - smoothing) * is_target.to(logprobs.dtype)
@@ -38,7 +40,11 @@ def _with_gradient_by_kernels(
 ) -> tuple[Tensor, Tensor]:
     """The same; the gradient overwrites the logits."""
     losses = torch.empty(len(logits), dtype=ACCUMULATED[logits.dtype])
-    build.run("cross_entropy", logits.dtype, logits, targets, losses, *logits.shape, smoothing)
+    arrays = logits, targets, losses
+    if smoothing:
+        build.run("smoothed_cross_entropy", logits.dtype, *arrays, *logits.shape, smoothing)
+    else:
+        build.run("cross_entropy", logits.dtype, *arrays, *logits.shape)
     return losses, logits
 
 

@@ -139,6 +139,10 @@ void NAME(rms_norm_backward)(IN x, WEIGHTS weight, IN dy, IN residual, OUT dx, S
     }
 }
 
+/* `value` is x sigmoid(x ...); so far from 0 that powers of x may be infinite, its limit: 0 or x. Minus infinity gives
+   NaN. */
+INLINE A NAME(bounded)(A x, A value) { return x < -10000 ? x * 0 : x > 10000 ? x : value; }
+
 /* out = act(gate) * up, of rows [gate, up]; act(x) = x sigmoid(x (a + b x^2)): SiLU, and GELU by its tanh formula */
 void NAME(gated)(IN gate_up, OUT out, long rows, long F, A a, A b, long chunks) {
     FOR_CHUNKS FOR_ROWS(rows) {
@@ -146,8 +150,19 @@ void NAME(gated)(IN gate_up, OUT out, long rows, long F, A a, A b, long chunks) 
         OUT y = out + row * F;
         for (long i = 0; i < F; i++) {
             A g = LOAD(gate[i]);
-            y[i] = STORE(g / (1 + EXP(-g * (a + b * g * g))) * LOAD(up[i]));
+            y[i] = STORE(NAME(bounded)(g, g / (1 + EXP(-g * (a + b * g * g)))) * LOAD(up[i]));
         }
+    }
+}
+
+/* As gated_row, for numbers so far from 0 that the sigmoid is 0 or 1. Not inline: they are rare. */
+static __attribute__((noinline)) void NAME(gated_far)(IN gate, IN up, IN dy, OUT y, OUT dgate, OUT dup, long F) {
+    for (long i = 0; i < F; i++) {
+        A g = LOAD(gate[i]), u = LOAD(up[i]), d = LOAD(dy[i]), s = g > 0 ? 1 : 0;
+        if (!(g < -10000 || g > 10000)) continue;
+        y[i] = STORE(g * s * u);
+        dup[i] = STORE(d * (g * s));
+        dgate[i] = STORE(d * u * s * (1 + g * 0));
     }
 }
 
@@ -158,6 +173,9 @@ static void NAME(gated_row)(IN gate, IN up, IN dy, OUT y, OUT dgate, OUT dup, lo
         dup[i] = STORE(d * g * s);
         dgate[i] = STORE(d * u * s * (1 + g * (1 - s) * (a + 3 * b * g * g)));
     }
+    int far = 0;
+    for (long i = 0; i < F; i++) { A g = LOAD(gate[i]); far |= (g < -10000) | (g > 10000); }
+    if (far) NAME(gated_far)(gate, up, dy, y, dgate, dup, F);
 }
 
 /* The gradient, and the result of the forward pass again. */
@@ -234,7 +252,7 @@ void NAME(gelu_tanh)(OUT values, long rows, long size, long chunks) {
         OUT x = values + row * size;
         for (long i = 0; i < size; i++) {
             A v = LOAD(x[i]);
-            x[i] = STORE(v / (1 + EXP((A)-1.5957691216057308 * v * (1 + (A)0.044715 * v * v))));
+            x[i] = STORE(NAME(bounded)(v, v / (1 + EXP((A)-1.5957691216057308 * v * (1 + (A)0.044715 * v * v)))));
         }
     }
 }
@@ -391,12 +409,26 @@ void NAME(attention)(IN query, IN key, IN value, OUT mixed, const int64_t *strid
     }
 }
 
-/* losses[row] = -log p(target), with smoothing mixed with the mean of all; logits become their gradient. */
-void NAME(cross_entropy)(OUT logits, const int64_t *targets, SUMS losses, long rows, long size, A smoothing, long chunks) {
+/* losses[row] = -log p(target); logits become their gradient. A logit of minus infinity is an impossible token. */
+void NAME(cross_entropy)(OUT logits, const int64_t *targets, SUMS losses, long rows, long size, long chunks) {
+    FOR_CHUNKS FOR_ROWS(rows) {
+        OUT x = logits + row * size;
+        A most = NAME(largest)(x, size), sum = 0, target = LOAD(x[targets[row]]);
+        /* relative to the largest: a logit of 1e4 would leave a float no digits for the loss */
+        for (long i = 0; i < size; i++) sum += EXP(LOAD(x[i]) - most);
+        A r = 1 / sum;
+        losses[row] = log(sum) - (target - most);
+        for (long i = 0; i < size; i++) x[i] = STORE(EXP(LOAD(x[i]) - most) * r);
+        x[targets[row]] = STORE(EXP(target - most) * r - 1);
+    }
+}
+
+/* The same, the loss mixed with the mean over all tokens, which is infinite if one is impossible. */
+void NAME(smoothed_cross_entropy)(OUT logits, const int64_t *targets, SUMS losses, long rows, long size, A smoothing,
+                                  long chunks) {
     FOR_CHUNKS FOR_ROWS(rows) {
         OUT x = logits + row * size;
         A most = NAME(largest)(x, size), sum = 0, total = 0, target = LOAD(x[targets[row]]);
-        /* relative to the largest: a logit of 1e4 would leave a float no digits for the loss */
         for (long i = 0; i < size; i++) { A v = LOAD(x[i]) - most; sum += EXP(v); total += v; }
         A r = 1 / sum, spread = smoothing / size;
         losses[row] = log(sum) - (1 - smoothing) * (target - most) - spread * total;

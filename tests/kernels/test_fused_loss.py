@@ -109,6 +109,55 @@ def test_impossible_tokens_and_logits_that_are_not_finite(words, monkeypatch):
     assert fused_loss.target_losses(hidden, weight, bias, targets).isnan().all()
 
 
+INF, NAN = float("inf"), float("nan")
+# logits of one row, of which torch's loss and gradient are known; the target is the first
+STRANGE_LOGITS = {
+    "impossible": [0.5, -INF, 2.0, -1.0, -INF, 0.0],
+    "impossible target": [-INF, 0.5, 2.0, -1.0, -INF, 0.0],
+    "only the target": [2.0, -INF, -INF, -INF, -INF, -INF],
+    "nothing": [-INF] * 6,
+    "infinite": [0.5, INF, 2.0, -1.0, 0.0, 1.0],
+    "infinite target": [INF, 0.5, 2.0, -1.0, 0.0, 1.0],
+    "not a number": [0.5, NAN, 2.0, -1.0, 0.0, 1.0],
+    "huge": [0.5, 3e38, -3e38, -1.0, 0.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("by_kernels", [pytest.param(True, marks=needs_kernels), False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", STRANGE_LOGITS)
+def test_losses_and_gradients_of_strange_logits_equal_torch(name, smoothing, dtype, by_kernels):
+    # rows of one and of many vectors; in the second the target is the last
+    rows = [torch.tensor(STRANGE_LOGITS[name], dtype=dtype)]
+    rows.append(torch.cat([torch.linspace(-1, 1, 35).to(dtype), rows[0].flip(0)]))
+    for logits, target in zip(rows, (0, 40)):
+        targets = torch.tensor([target])
+        known = logits[None].to(build.ACCUMULATED[dtype]).requires_grad_()
+        expected = F.cross_entropy(known, targets, reduction="none", label_smoothing=smoothing)
+        expected.sum().backward()
+        compute = fused_loss._with_gradient_by_kernels if by_kernels else fused_loss.with_gradient
+        losses, gradient = compute(logits[None].clone(), targets, smoothing)
+        np.testing.assert_allclose(losses, expected.detach(), rtol=1e-5, atol=1e-6)
+        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+        np.testing.assert_allclose(gradient.double(), known.grad.double(), atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_impossible_token_leaves_the_training_loss_finite(dtype):
+    hidden, weight, bias, targets = (part[:33] for part in head_case(33, dtype))
+    bias[5], targets = -INF, torch.where(targets[:33] == 5, 6, targets[:33])
+    parts = [part.float().requires_grad_() for part in (hidden, weight, bias)]
+    expected = F.cross_entropy(F.linear(*parts), targets, reduction="sum")
+    right = torch.autograd.grad(expected, parts)
+    parts = [part.requires_grad_() for part in (hidden, weight, bias)]
+    result = fused_loss.cross_entropy(*parts, targets)
+    assert result.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(result, parts), right):
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours.float(), theirs, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_losses_of_large_logits_equal_torch(dtype, smoothing):
