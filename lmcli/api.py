@@ -16,11 +16,12 @@ from lmcli.config import ModelConfig
 from lmcli.data.corpus import encode_text
 from lmcli.errors import UsageError, UserError
 from lmcli.generation.batch_generation import can_stream, generate_all, new_seed
-from lmcli.generation.decoding import Decoder, Generated, TextChunk
+from lmcli.generation.decoding import NOT_FINITE, Decoder, Generated, TextChunk
 from lmcli.generation.mask_filling import MaskFiller, mask_id
 from lmcli.generation.options import check_forced_ids, check_stop_strings, generation_config
 from lmcli.generation.prompts import encode_prompt
 from lmcli.model.device import DeviceConfig, select_device
+from lmcli.model.finite import not_finite
 from lmcli.scoring.classifier import Classification, Classifier
 from lmcli.scoring.perplexity import Perplexity, measure_perplexity
 from lmcli.scoring.question_answering import Answer, QuestionAnswerer
@@ -242,7 +243,23 @@ class Model:
         decoder = self.decoder(stop, bos, **options)
         ids = [self.prompt(text, bos) for text in prompts]
         results = generate_all(decoder, ids, num_samples, seed, batch)
-        return [result for samples in results for result in samples]
+        return [
+            self.checked(result, f"text {i + 1}")
+            for i, samples in enumerate(results)
+            for result in samples
+        ]
+
+    def checked(self, result: Generated, where: str) -> Generated:
+        """The result for the prompt at a place in the input; raises UserError for a problem."""
+        if result.problem == NOT_FINITE:
+            raise self.not_finite("a log-probability", where)
+        if result.problem:
+            raise UserError(result.problem, where=where, hint="ask for fewer, or give more beams")
+        return result
+
+    def not_finite(self, what: str, where: str) -> UserError:
+        """The error of a result for a place in the input that is NaN or infinite."""
+        return not_finite(self.model, self.name, what, where)
 
     def stream(
         self,
@@ -256,9 +273,16 @@ class Model:
         decoder = self.decoder(stop, bos, **options)
         ids, seed = self.prompt(prompt, bos), new_seed() if seed is None else seed
         if can_stream(decoder):
-            return decoder.stream([ids], [seed])
-        ((result,),) = generate_all(decoder, [ids], 1, seed)
-        return iter([TextChunk(0, result.text, result)])
+            chunks = decoder.stream([ids], [seed])
+        else:
+            ((result,),) = generate_all(decoder, [ids], 1, seed)
+            chunks = iter([TextChunk(0, result.text, result)])
+        return map(self._checked_chunk, chunks)
+
+    def _checked_chunk(self, chunk: TextChunk) -> TextChunk:
+        if chunk.result:
+            self.checked(chunk.result, "the text")
+        return chunk
 
     def scorer(
         self,

@@ -11,6 +11,7 @@ from lmcli.commands import options
 from lmcli.errors import ClosedPipe, UsageError
 
 if TYPE_CHECKING:
+    from lmcli.api import Model
     from lmcli.data.output_file import OutputFile
     from lmcli.output.generate import GenerationFormat
 
@@ -114,9 +115,9 @@ def generate(args: options.Arguments) -> None:
     batches = prompts.batches(args.prompts, args.whole, args.zero)
     with OutputFile() as out:
         if from_arguments and not args.as_json and batch_generation.can_stream(decoder):
-            _stream(out, decoder, batches, seed, args)
+            _stream(out, model, decoder, batches, seed, args)
         else:
-            _write(out, decoder, batches, seed, style, args)
+            _write(out, model, decoder, batches, seed, style, args)
     prompts.report_skipped()
 
 
@@ -137,6 +138,7 @@ def _check(args: options.Arguments) -> None:
 
 def _write(
     out: "OutputFile",
+    model: "Model",
     decoder: Any,
     batches: Iterable[Any],
     seed: int,
@@ -147,16 +149,22 @@ def _write(
     from lmcli.generation import batch_generation
     from lmcli.generation.decoding import Generated
 
-    count = args.num_samples
+    count, number = args.num_samples, 0
     empty = [Generated("", None, [], [], None)] * count  # type: ignore[arg-type]  # no text at all
     for batch, results in batch_generation.generate_batches(
         decoder, _seeded(batches, seed, count), count, args.batch_tokens or 0, args.pool
     ):
         remaining = iter(results)
         for text, ids in batch:
+            number += 1
             for result in next(remaining) if ids else empty:
-                out.write(style.format(text, result))
+                out.write(style.format(text, model.checked(result, _place(number, text))))
         out.flush()
+
+
+def _place(number: int, prompt: str) -> str:
+    """How messages name a prompt."""
+    return f"prompt {number:,} ({prompt[:40]!r})"
 
 
 def _seeded(batches: Iterable[Any], seed: int, count: int) -> Iterator[tuple[Any, Any, int]]:
@@ -167,7 +175,12 @@ def _seeded(batches: Iterable[Any], seed: int, count: int) -> Iterator[tuple[Any
 
 
 def _stream(
-    out: "OutputFile", decoder: Any, batches: Iterable[Any], seed: int, args: options.Arguments
+    out: "OutputFile",
+    model: "Model",
+    decoder: Any,
+    batches: Iterable[Any],
+    seed: int,
+    args: options.Arguments,
 ) -> None:
     """Writes each text while it is generated."""
     prompts = (prompt for batch in batches for prompt in batch for _ in range(args.num_samples))
@@ -178,6 +191,8 @@ def _stream(
                 if chunk.text:
                     out.write(chunk.text)
                     out.flush()
+                if chunk.result:
+                    model.checked(chunk.result, _place(1 + number // args.num_samples, prompt))
         finally:
             try:  # after Ctrl-C too the shell's prompt starts on a new line
                 out.write("\n")

@@ -83,9 +83,10 @@ def remote_task(generator: TextGenerator) -> RemoteTask:
     def work(group: PromptGroup) -> list[list[Generated]]:
         if not group.rows:
             return []
-        return generator.complete(
+        results = generator.complete(
             [row.prompt for row in group.rows], [row.seeds for row in group.rows]
         )
+        return [_as_many(of_row, row.seeds) for of_row, row in zip(results, group.rows)]
 
     return RemoteTask(
         work,
@@ -94,6 +95,15 @@ def remote_task(generator: TextGenerator) -> RemoteTask:
         encode_result=lambda results: [[astuple(result) for result in row] for row in results],
         decode_result=lambda results: [[Generated(*values) for values in row] for row in results],
     )
+
+
+def _as_many(results: list[Generated], seeds: list[int]) -> list[Generated]:
+    """The results, followed by a problem if there are fewer than seeds."""
+    if len(results) == len(seeds) or any(result.problem for result in results):
+        return results
+    found = f"{len(results)} text{'s' if len(results) != 1 else ''}"
+    problem = f"only {found} found, fewer than --num-samples {len(seeds)}"
+    return [*results, Generated("", "stop", [], [], seeds[0], problem)]
 
 
 def _groups(

@@ -4,6 +4,7 @@ The score of a text is its log-probability divided by its length to the power `l
 Which beams are kept, and when a search ends, follows transformers: equal models give equal tokens.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from lmcli.config import GenerateConfig
 from lmcli.generation.constraints import Constraints, SequenceState
 from lmcli.model.cached_forward import DecodingState
 
-WORST = -1.0e9  # score of a beam that does not exist
+WORST = -1.0e9  # score of a beam that does not exist or has ended, below those that go on
+NOTHING = -torch.inf  # score of a finished text that does not exist, below all that do
 
 
 class Hypothesis(NamedTuple):
@@ -25,9 +27,15 @@ class Hypothesis(NamedTuple):
     score: float
 
 
+UNDEFINED = Hypothesis([], [], math.nan)
+
+
 @dataclass
 class _Beams:
-    """K beams of each of P prompts, best first; `valid` (P, K) is False for missing beams.
+    """K beams of each of P prompts, best first; `valid` (P, K) is False for those that are none.
+
+    That is places without a beam, copies of the first one before the first step, beams that have
+    ended, and beams with a forbidden token.
 
     `scores` (P, K): log-probabilities of open beams, ranking scores of finished ones. `tokens` and
     `logprobs` (P, K, n); tokens are −1 after the end.
@@ -80,7 +88,10 @@ def search(
 ) -> list[list[Hypothesis]]:
     """The best texts of each prompt, best first, at most `config.num_beams`.
 
-    `decoding` has read the prompts, a row each; the search turns it into prompts × beams.
+    `decoding` has read the prompts, a row each; the search turns it into prompts × beams. A text
+    after which no token is allowed ends there. There are fewer texts only if no more exist: a
+    vocabulary of 3 has 3 texts of one token. A prompt for which the model's numbers are NaN has
+    the text UNDEFINED.
     """
     width, device = config.num_beams, decoding.logits.device
     candidate_count = max(2, 1 + len(stop_ids)) * width  # enough that `width` of them continue
@@ -97,6 +108,8 @@ def search(
             repeated = torch.arange(len(prompts), device=device).repeat_interleave(width)
             logprobs, allowed, state = logprobs[repeated], allowed[repeated], state.select(repeated)
             decoding.keep(repeated)
+        if rules.active:
+            finished = _with_dead_ends(finished, running, allowed, state.count, config)
         # extend the beams; candidates that end here become finished texts
         length = state.count + 1
         parents, candidates = _candidates(running, allowed, logprobs, candidate_count)
@@ -104,11 +117,15 @@ def search(
         final |= (length >= limits)[:, None]
         best = (candidates.scores + final * WORST).topk(width)
         running = candidates.take(*best)
+        running.valid &= ~final.gather(1, best.indices)
         finished = _with_finished(finished, candidates, final, length, config)
         # collect the prompts that are done
-        done = final.all(1) | _unbeatable(running, finished, length, limits, config)
+        undefined = candidates.scores.isnan().any(1)
+        done = undefined | ~running.valid.any(1)
+        done |= _unbeatable(running, finished, length, limits, config)
         for row in done.nonzero()[:, 0].tolist():
-            results[int(prompts[row])] = finished.hypotheses(row)
+            texts = [UNDEFINED] if undefined[row] else finished.hypotheses(row)
+            results[int(prompts[row])] = texts
         if done.all():
             return [results[i] for i in range(len(results))]
         # move cache rows to the beams that continue, then read their new tokens
@@ -129,11 +146,12 @@ def search(
 def _first_beams(prompts: int, width: int, device: torch.device) -> tuple[_Beams, _Beams]:
     """(running, finished) before the first step."""
     empty = torch.zeros(prompts, width, 0, device=device)
-    valid = torch.ones(prompts, width, dtype=torch.bool, device=device)
+    valid = torch.zeros(prompts, width, dtype=torch.bool, device=device)
     scores = torch.full((prompts, width), WORST, device=device)
-    running = _Beams(scores.clone(), empty.long(), empty, valid)
-    running.scores[:, 0] = 0  # all beams of a prompt are equal: only the first may branch
-    return running, _Beams(scores, empty.long(), empty, ~valid)
+    running = _Beams(scores, empty.long(), empty, valid.clone())
+    # all beams of a prompt are equal: only the first may branch
+    running.scores[:, 0], running.valid[:, 0] = 0, True
+    return running, _Beams(torch.full_like(scores, NOTHING), empty.long(), empty, valid)
 
 
 def _candidates(
@@ -149,7 +167,27 @@ def _candidates(
     scores, index = totals.topk(min(count, totals.shape[1]))
     parents, tokens = index // size, index % size
     token_logprobs = logprobs.view(prompts, -1).gather(1, index)
-    return parents, running.take(scores, parents).extend(tokens, token_logprobs)
+    candidates = running.take(scores, parents).extend(tokens, token_logprobs)
+    candidates.valid &= scores > -torch.inf
+    return parents, candidates
+
+
+def _with_dead_ends(
+    finished: _Beams, running: _Beams, allowed: Tensor, length: int, config: GenerateConfig
+) -> _Beams:
+    """The best finished texts, with those of the running ones that no token may follow."""
+    shape = running.scores.shape
+    ended = running.valid & (allowed.amax(-1) == -torch.inf).view(shape)
+    if not ended.any():
+        return finished
+    scores = _ranking(running.scores, max(1, length), config).masked_fill(~ended, NOTHING)
+    return finished.best(_Beams(scores, running.tokens, running.logprobs, ended), shape[1])
+
+
+def _ranking(scores: Tensor, length: int, config: GenerateConfig) -> Tensor:
+    """Log-probabilities divided by length to the power of `length_penalty`."""
+    # a strong penalty may divide by 0; the text is still better than none
+    return (scores / length**config.length_penalty).clamp(min=torch.finfo(scores.dtype).min)
 
 
 def _with_finished(
@@ -157,9 +195,9 @@ def _with_finished(
 ) -> _Beams:
     """The best finished texts, with those of the best `width` candidates that end here."""
     width = finished.scores.shape[1]
-    ended = final.clone()
+    ended = final & candidates.valid
     ended[:, width:] = False
-    scores = candidates.scores / length**config.length_penalty + ~ended * WORST
+    scores = _ranking(candidates.scores, length, config).masked_fill(~ended, NOTHING)
     new = _Beams(scores, candidates.tokens, candidates.logprobs, ended)
     padding = torch.full_like(finished.scores, -1, dtype=torch.long)
     return finished.extend(padding, padding.float()).best(new, width)

@@ -4,6 +4,7 @@ A decoder continues its prompt. Past the model's context the window slides: it k
 and the newer half. An encoder–decoder reads its prompt as the source and generates a target.
 """
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,23 +15,30 @@ from torch import Tensor
 
 from lmcli.config import GenerateConfig
 from lmcli.generation import sampling
-from lmcli.generation.beam_search import Hypothesis, search
+from lmcli.generation.beam_search import UNDEFINED, Hypothesis, search
 from lmcli.generation.constraints import Constraints, sequence_state
 from lmcli.model.cached_forward import DecodingState
 from lmcli.model.transformer import Transformer
 from lmcli.text.stream_decoder import StreamDecoder
 from lmcli.text.tokenizer import Tokenizer
 
+NOT_FINITE = "its log-probabilities are NaN or infinite"  # a problem of the model
+
 
 @dataclass
 class Generated:
-    """One continuation; `token_logprobs` are natural logs under the model, before any filter."""
+    """One continuation; `token_logprobs` are natural logs under the model, before any filter.
+
+    `finish_reason` is "stop" after a stop token, a stop string, or where no token is allowed;
+    "length" where the limit was reached. With a `problem` there is no such text.
+    """
 
     text: str
-    finish_reason: str  # "stop": a stop token or stop string; "length": the limit was reached
+    finish_reason: str
     tokens: list[int]
     token_logprobs: list[float]
     seed: int
+    problem: str = ""
 
 
 class TextChunk(NamedTuple):
@@ -165,8 +173,10 @@ class Decoder:
         else:
             chosen = allowed.argmax(-1)
         logprobs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
-        for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist()):
-            text = row.add(token, logprob)
+        dead_ends = allowed.gather(1, chosen[:, None])[:, 0] == sampling.FORBIDDEN
+        chosen_now = chosen.tolist(), logprobs.tolist(), dead_ends.tolist()
+        for row, token, logprob, dead_end in zip(rows, *chosen_now):
+            text = row.end() if dead_end else row.add(token, logprob)
             yield TextChunk(row.number, text, row.result() if row.finish_reason else None)
 
     def generate(self, prompts: list[list[int]], seeds: list[int]) -> list[Generated]:
@@ -183,7 +193,8 @@ class Decoder:
         rows = [self._row(i, prompt, 0) for i, prompt in enumerate(prompts)]
         for row in rows if not self.has_encoder else ():
             if len(row.window) >= self.context:
-                row.window = self.bos + row.window[len(self.bos) :][-self.context // 2 :]
+                kept = min((self.context + 1) // 2, self.context - len(self.bos) - 1)
+                row.window = self.bos + row.window[len(self.bos) :][-max(1, kept) :]
             row.limit = min(row.limit, self.context - len(row.window))
         limits = [row.limit for row in rows]
         state = self._state(rows, max(len(row.window) for row in rows) + max(limits))
@@ -191,16 +202,19 @@ class Decoder:
         sequences = sequence_state([row.prompt for row in rows], written, limits, self._device)
         by_prompt = search(state, sequences, self.config, self.stop_ids)
         return [
-            [self._result(prompt, hypothesis) for hypothesis in hypotheses[:count]]
-            for prompt, hypotheses in zip(prompts, by_prompt)
+            [self._result(prompt, hypothesis, limit) for hypothesis in hypotheses[:count]]
+            for prompt, hypotheses, limit in zip(prompts, by_prompt, limits)
         ]
 
-    def _result(self, prompt: list[int], hypothesis: Hypothesis) -> Generated:
+    def _result(self, prompt: list[int], hypothesis: Hypothesis, limit: int) -> Generated:
         row = self._row(0, prompt, 0)
         for token, logprob in zip(hypothesis.tokens, hypothesis.logprobs):
             if row.finish_reason is None:
                 row.add(token, logprob)
-        row.finish_reason = row.finish_reason or "length"
+        if hypothesis is UNDEFINED:
+            row.end(NOT_FINITE)
+        elif len(row.tokens) < limit:
+            row.end()
         return row.result()
 
 
@@ -218,6 +232,7 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
+    problem: str = ""
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -227,6 +242,8 @@ class _Row:
 
     def add(self, token: int, logprob: float) -> str:
         """Adds one token; returns the text that is certain with it."""
+        if not math.isfinite(logprob):
+            return self.end(NOT_FINITE)
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.window.append(token)
@@ -236,6 +253,11 @@ class _Row:
         if len(self.tokens) == self.limit:
             self.finish_reason = "length"
         return self._emit(self._stream.push(token))
+
+    def end(self, problem: str = "") -> str:
+        """Ends the text where no token can follow; returns what was held back."""
+        self.finish_reason, self.problem = self.finish_reason or "stop", problem
+        return self._emit("")
 
     def _emit(self, new: str) -> str:
         """Appends text and cuts it at a stop string; an end that may become one is held back."""
@@ -257,4 +279,4 @@ class _Row:
     def result(self) -> Generated:
         """The finished text."""
         reason = self.finish_reason or "length"
-        return Generated(self.text, reason, self.tokens, self.logprobs, self.seed)
+        return Generated(self.text, reason, self.tokens, self.logprobs, self.seed, self.problem)

@@ -4,6 +4,7 @@ Devlin et al. 2019. Masks are filled one at a time, the most confident first, ea
 pass (Wang & Cho 2019; order by confidence: Ghazvininejad et al. 2019).
 """
 
+import math
 import random
 from dataclasses import dataclass, field
 from itertools import chain
@@ -14,7 +15,7 @@ from torch import Tensor
 from lmcli.config import GenerateConfig
 from lmcli.errors import UserError
 from lmcli.generation import sampling
-from lmcli.generation.decoding import Generated
+from lmcli.generation.decoding import NOT_FINITE, Generated
 from lmcli.model.cached_forward import pad
 from lmcli.model.transformer import Transformer
 from lmcli.text.tokenizer import Tokenizer
@@ -123,10 +124,12 @@ class MaskFiller:
 
     def _result(self, state: FillState) -> Generated:
         positions = sorted(state.filled)
+        finite = all(map(math.isfinite, state.filled.values()))
         return Generated(
             self.tokenizer.decode(state.ids, special=False),
             "stop",
             [state.ids[i] for i in positions],
             [state.filled[i] for i in positions],
             state.seed,
+            "" if finite else NOT_FINITE,
         )

@@ -31,6 +31,24 @@ def test_beams_of_the_folder_are_the_default_and_temperature_samples(inside, mar
     assert all(len(set(row["tokens"])) == len(row["tokens"]) >= 20 for row in repeated)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_lines_of_beams_stay_in_step_with_prompts(inside, marian, count):
+    prompts = b"the dog\na\n\n \n" + b"the baker went home " * 9 + b"\nthe cat ran\n"
+    options = "-m", marian, "--length-penalty", -10, "--early-stopping", "true"
+    done = inside("generate", *options, "--num-samples", count, stdin=prompts)
+    assert done.returncode == 0 and len(done.stdout.decode().splitlines()) == 6 * count
+    rows = inside("generate", *options, "--num-samples", count, "--json", stdin=prompts).stdout
+    named = [json.loads(line)["prompt"] for line in rows.splitlines()]
+    assert named == [line for line in prompts.decode().splitlines() for _ in range(count)]
+
+
+def test_more_samples_than_texts_are_refused(inside, berts):
+    """A mask cannot be filled in more ways than there are tokens."""
+    done = inside("generate", "-m", berts / "masked", "--num-samples", 31_000, "a [MASK]")
+    assert done.returncode == 1
+    assert b"prompt 1 ('a [MASK]'): only " in done.stderr and b" texts found" in done.stderr
+
+
 def test_a_target_is_streamed_without_special_tokens(inside, marian):
     out = inside("generate", "-m", marian, "--num-beams", 1, "the dog").stdout.decode()
     row = json.loads(inside("generate", "-m", marian, "--num-beams", 1, "--json", "the dog").stdout)

@@ -1,11 +1,14 @@
 """Beam search against transformers: the same sequences with the same scores."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import GenerateConfig
+from lmcli.generation.batch_generation import generate_all
 
 
 def theirs(model, prompt: list[int], decoder, count: int) -> list[tuple[list[int], float]]:
@@ -165,3 +168,96 @@ def test_stop_strings_cut_beams_too(pair, decoder):
     stop = free.text[3:5]
     result = decoder(ours, num_beams=4, stop_strings=[stop]).beams([[0, 5]], 1)[0][0]
     assert (result.text, result.finish_reason) == (free.text[: free.text.index(stop)], "stop")
+
+
+def every_text(model, prompt: list[int], stop: int, steps: int) -> dict[tuple[int, ...], float]:
+    """All texts of at most `steps` tokens that end with `stop` or there, with log-probability."""
+    texts, unfinished = {}, {(): 0.0}
+    for step in range(steps):
+        longer = {}
+        for text, logprob in unfinished.items():
+            with torch.no_grad():
+                logprobs = model(torch.tensor([[*prompt, *text]]))[0, -1].log_softmax(-1)
+            for token, value in enumerate(logprobs.tolist()):
+                done = token == stop or step == steps - 1
+                (texts if done else longer)[*text, token] = logprob + value
+        unfinished = longer
+    return texts
+
+
+@pytest.mark.parametrize("early_stopping", ["false", "true", "never"])
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, -2.0, -10.0, 10.0])
+def test_more_beams_than_texts_give_every_text_once(
+    length_penalty, early_stopping, decoder, small_model
+):
+    model = small_model(vocab_size=4, max_position_embeddings=16)
+    lm = decoder(
+        model,
+        stop_ids=[2],
+        num_beams=50,
+        max_new_tokens=3,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+    )
+    expected = {
+        text: logprob / len(text) ** length_penalty
+        for text, logprob in every_text(model, [0, 3], 2, 3).items()
+    }
+    assert len(expected) == 1 + 3 + 9 * 4
+    results = [tuple(result.tokens) for result in lm.beams([[0, 3]], 50)[0]]
+    assert set(results) == set(expected) and len(results) == len(expected)
+    scores = [expected[text] for text in results]
+    assert all(a >= b - 1e-5 * abs(b) for a, b in pairwise(scores))
+    asked = generate_all(lm, [[0, 3], [0, 1]], 50, seed=0)
+    assert [len(texts) for texts in asked] == [41, 41]  # a 41st that says what is wrong
+    assert {texts[-1].problem for texts in asked} == {
+        "only 40 texts found, fewer than --num-samples 50"
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"length_penalty": -10.0},  # scores far below -1e9
+        {"length_penalty": -10.0, "max_new_tokens": 1},
+        {"length_penalty": 10.0, "early_stopping": "never"},
+        {"min_new_tokens": 30},  # more than may come
+        {"no_repeat_ngram_size": 1, "max_new_tokens": 60},  # no token is left
+        {"suppress_tokens": tuple(range(8))},
+        {"suppress_tokens": tuple(range(7)), "no_repeat_ngram_size": 2},
+        {"suppress_tokens": tuple(range(8)), "forced_eos_token_id": 2},
+        {"bad_words_ids": tuple((token,) for token in range(8))},
+        {"repetition_penalty": 100.0},
+        {"max_length": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("beams", [1, 2, 12])
+def test_every_prompt_has_its_text_whatever_is_forbidden(options, beams, decoder, small_model):
+    model = small_model(vocab_size=8, max_position_embeddings=16)
+    prompts = [[0], [0, 5], [0, 5, 2, 7, 6], [3] * 40]
+    options = {"max_new_tokens": 6, **options}
+    lm = decoder(model, stop_ids=[2], num_beams=beams, **options)
+    ((first,), (second,), (third,), (fourth,)) = generate_all(lm, prompts, 1, seed=0)
+    forbidden = {*options.get("suppress_tokens", ())} | {
+        word[0] for word in options.get("bad_words_ids", ())
+    }
+    forbidden -= {options.get("forced_eos_token_id"), 2 if "bad_words_ids" in options else None}
+    for prompt, result in zip(prompts, (first, second, third, fourth)):
+        assert not result.problem and result.finish_reason in ("stop", "length")
+        assert len(result.tokens) == len(result.token_logprobs) <= options["max_new_tokens"]
+        assert not forbidden & set(result.tokens) and 2 not in result.tokens[:-1]
+        if options.get("no_repeat_ngram_size") == 1:
+            assert not set(prompt[-15:]) & set(result.tokens)
+            assert len(set(result.tokens)) == len(result.tokens)
+    if options.get("suppress_tokens") == tuple(range(8)) and "forced_eos_token_id" not in options:
+        assert [first.tokens, first.text, first.finish_reason] == [[], "", "stop"]
+
+
+@pytest.mark.parametrize("context", [2, 3, 4])
+def test_the_smallest_contexts_have_texts(context, decoder, small_model):
+    model = small_model(max_position_embeddings=context)
+    lm = decoder(model, num_beams=3, max_new_tokens=5)
+    for prompt in ([0], [0, 5], [0, 5, 6, 7, 8, 9]):
+        ((result,),) = generate_all(lm, [prompt], 1, seed=0)
+        assert 1 <= len(result.tokens) < context and not result.problem
