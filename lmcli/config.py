@@ -302,7 +302,9 @@ class TrainConfig:
         "steps between evaluations; 0: an eighth of the budget, more if they took over 1/15 of it",
         0,
     )
-    save_every: int = knob(0, "steps between resumable states; 0: an eighth of the budget", 0)
+    save_every: int = knob(
+        0, "steps between resumable states, 10 minutes at most; 0: an eighth of the budget", 0
+    )
     sample_every: int = knob(0, "steps between sample texts; 0: an eighth of the budget", 0)
     metric: str = knob(
         "loss",

@@ -37,7 +37,7 @@ class UsageError(UserError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, after the work so far was saved (exit code 130); says how to resume."""
+    """Ctrl-C, SIGTERM or SIGHUP, once the work so far is saved (exit code 130); how to resume."""
 
 
 class ClosedPipe(Exception):

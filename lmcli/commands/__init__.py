@@ -3,13 +3,12 @@
 import errno
 import importlib
 import os
-import signal
 import sys
 import time
 
 import click
 
-from lmcli import __version__, errors
+from lmcli import __version__, errors, signals
 
 STARTED_AT = time.monotonic()  # for `lm train --time`
 COMMANDS = {
@@ -113,12 +112,16 @@ def _write_error(error: OSError) -> int:
 
 def main() -> None:
     """The entry point. Exits without cleaning up: unloading torch would take most of a second."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up, exit 130
+    signals.interrupt_once()
+    signals.outlive_terminal()
     # OpenMP threads that spin long lose 5 to 20 times their speed when another program uses a
     # core; with this limit they lose half, and nothing on an idle machine (4 × 128 training, two
     # cores). Must be set before torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    code = run()
+    try:
+        code = run()
+    except KeyboardInterrupt:  # a second Ctrl-C, while the first one was cleaned up after
+        code = errors.EXIT_INTERRUPTED
     try:
         sys.stdout.flush()
     except OSError as error:

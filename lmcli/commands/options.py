@@ -328,9 +328,7 @@ def multiprocess(command: Callable[[Arguments], Any]) -> Callable[[Arguments], A
         if not launcher.is_distributed():
             args.pool = work_queue.LOCAL_POOL
             return command(args)
-        if launcher.is_leader():
-            launcher.interrupt_once()
-        else:
+        if not launcher.is_leader():
             launcher.ignore_signals_in_worker()
             args.quiet, args.verbose = True, False
         with launcher.report_loss_once(), work_queue.join() as args.pool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lmcli.commands import STARTED_AT, options
-from lmcli.errors import EXIT_FAILED, Interrupted, ProcessLost, UsageError
+from lmcli.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from lmcli.config import Recipe
@@ -125,7 +125,8 @@ def train(args: options.Arguments) -> None:
     or from rows with context, question and answers; an encoder–decoder from rows with source and
     target. Without --tokenizer a byte-level BPE is learned first, on the training set only.
     The run ends at the first budget reached of --time, --steps, --tokens and --epochs; any of them
-    replaces the preset's budgets. Ctrl-C saves the run and prints how to resume it.
+    replaces the preset's budgets. Ctrl-C, SIGTERM or a closed terminal
+    save the run; how to resume it is printed.
     """
     _check(args)
     from lmcli import display
@@ -135,12 +136,21 @@ def train(args: options.Arguments) -> None:
     if args.nproc > 1 and not launcher.is_distributed():
         click.get_current_context().exit(launcher.run_processes(args.nproc, sys.argv[1:], note))
     from lmcli.distributed import data_parallel  # torch, which the launching process leaves out
+
+    with launcher.report_loss_once():
+        replicas = data_parallel.join()
+        if replicas.is_leader:
+            _lead(args, replicas, note)
+        else:
+            _work(args, replicas)
+
+
+def _lead(args: options.Arguments, replicas: "ReplicaGroup", note: Callable[[str], None]) -> None:
+    """Trains as the leader, or as the only process, and prints the folder."""
+    from lmcli.distributed import launcher
     from lmcli.runs import resume_check, start
     from lmcli.runs.resume import ResumeRequest, resume
 
-    replicas = data_parallel.join()
-    if not replicas.is_leader:
-        return _work(args, replicas)
     if replicas.size > 1:
         args.output, args.resume, args.overwrite = launcher.restart_options(
             args.output, args.resume, args.overwrite
@@ -227,13 +237,11 @@ def _work(args: options.Arguments, replicas: "ReplicaGroup") -> None:
     import signal
 
     from lmcli.runs import worker
+    from lmcli.signals import stop_signals
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
-    try:
-        worker.work(replicas, args.device, args.threads or 0)
-    except ProcessLost:
-        click.get_current_context().exit(EXIT_FAILED)
+    worker.work(replicas, args.device, args.threads or 0)
 
 
 def _check(args: options.Arguments) -> None:

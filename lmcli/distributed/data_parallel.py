@@ -15,15 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmcli.distributed import process_group
+from lmcli.distributed.launcher import RESUME_HINT
 from lmcli.model.transformer import Transformer
 
 BUCKET_BYTES = 64 << 20  # gradients per all-reduce
 # an evaluation of the leader may take hours; a process that has exited is noticed at once
 EVALUATION_TIMEOUT = timedelta(days=1)
 Item = TypeVar("Item")
-peer_errors = partial(
-    process_group.peer_errors, "training", "lm train --resume continues from the last state"
-)
+peer_errors = partial(process_group.peer_errors, "training", RESUME_HINT)
 
 
 class ReplicaGroup:

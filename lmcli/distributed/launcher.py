@@ -12,15 +12,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from lmcli.errors import EXIT_FAILED, ProcessLost, UsageError
+from lmcli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, ProcessLost, UsageError
+from lmcli.signals import stop_signals
 
 RESTARTS = 3
 SECONDS_TO_END = 10  # for the other processes once one has ended
-SECONDS_TO_REPORT = 3  # for the leader to report a failed worker and exit
+SECONDS_TO_REPORT = 3  # for the leader to keep its results and exit after a worker has ended
+# exit code of a leader that has lost a worker: `run_processes` or torchrun reports or restarts
+EXIT_LOST_WORKER = 75
+RESUME_HINT = "lm train --resume continues from the last state"
+LOOPBACK_INTERFACES = ("lo", "lo0")  # Linux, macOS
+# path of a file by which processes of one machine find each other
+STORE_FILE_VARIABLE = "LM_STORE_FILE"
 # path of a file to which the leader writes its run folder, for restarted processes
 FOLDER_FILE_VARIABLE = "LM_RUN_FOLDER_FILE"
+MAX_RESTARTS_VARIABLE = "TORCHELASTIC_MAX_RESTARTS"  # torchrun's
 
 
 def is_distributed() -> bool:
@@ -43,34 +52,28 @@ def _restart_count() -> int:
 
 
 def ignore_signals_in_worker() -> None:
-    """Ignores SIGINT and SIGTERM in a worker: the leader decides when it exits.
+    """Ignores the signals that stop a command in a worker: the leader decides when it exits.
 
-    Not a SIGTERM from torchrun, which is meant for the worker itself.
+    Not a SIGTERM or SIGHUP from torchrun, which is meant for the worker itself.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if is_supervised() else signal.SIG_DFL)
-
-
-def interrupt_once() -> None:
-    """Lets SIGTERM interrupt the leader once: sent to a process group, it arrives twice."""
-
-    def interrupt(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in stop_signals():
+        for_itself = number != signal.SIGINT and not is_supervised()
+        signal.signal(number, signal.SIG_DFL if for_itself else signal.SIG_IGN)
 
 
 @contextmanager
 def report_loss_once() -> Iterator[None]:
-    """Lets only one process report ProcessLost: `run_processes` if it can, else the leader."""
+    """Lets only one process report ProcessLost: whoever started them if it can, else the leader.
+
+    Nothing is reported where all are restarted, since the run then goes on.
+    """
     try:
         yield
     except ProcessLost:
         if not is_leader():
             os._exit(EXIT_FAILED)
-        if is_supervised():
-            time.sleep(SECONDS_TO_REPORT / 2)
+        if is_supervised() or _restart_count() < int(os.environ.get(MAX_RESTARTS_VARIABLE, "0")):
+            os._exit(EXIT_LOST_WORKER)
         raise
 
 
@@ -106,28 +109,73 @@ def record_run_folder(folder: Path) -> None:
         Path(file).write_text(str(folder.resolve()), encoding="utf-8")
 
 
+@dataclass
+class _Stop:
+    """The signal that ends all processes, if one has come. SIGTERM and SIGHUP go to the leader.
+
+    A terminal sends Ctrl-C to all processes by itself.
+    """
+
+    number: int = 0
+    leader: subprocess.Popen | None = None
+
+    def receive(self, number: int, frame: object) -> None:
+        """Handles a signal; a leader that has not started yet gets it then."""
+        self.number = number
+        self.forward()
+
+    def start(self, leader: subprocess.Popen) -> None:
+        """Sets the leader, and sends it the signal that came while it was started."""
+        self.leader = leader
+        self.forward()
+
+    def forward(self) -> None:
+        """Sends the leader the signal that has come."""
+        if self.leader and self.number not in (0, signal.SIGINT):
+            self.leader.send_signal(self.number)
+
+
 def run_processes(
     count: int, arguments: list[str], note: Callable[[str], None], advice: str = ""
 ) -> int:
     """Runs `lm ARGUMENTS` as `count` processes; returns the exit code of the leader.
 
     When a process is killed or crashes, all are restarted, up to RESTARTS times; with `advice` the
-    note ends in it instead, and workers end with the leader. The leader handles Ctrl-C and SIGTERM.
+    note ends in it instead, and workers end with the leader. Nothing is restarted after Ctrl-C,
+    SIGTERM or SIGHUP, which the leader handles. Raises ProcessLost if a worker has failed.
     """
     attempts = 1 if advice else RESTARTS + 1
-    with tempfile.TemporaryDirectory(prefix="lm-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="lm-") as scratch, _stop_handled() as stop:
         for attempt in range(1, attempts + 1):
-            processes = _start(count, arguments, attempt - 1, Path(scratch) / "folder")
-            with _signals_to(processes[0]):
-                lost = _wait(processes, 0 if advice else SECONDS_TO_END)
+            processes = _start(count, arguments, attempt - 1, Path(scratch))
+            stop.start(processes[0])
+            lost = _wait(processes, 0 if advice else SECONDS_TO_END)
+            leader_code = processes[0].returncode
+            if lost is None and leader_code != EXIT_LOST_WORKER:
+                return leader_code
+            if leader_code in (EXIT_DONE, EXIT_INTERRUPTED):  # it did not need that worker any more
+                return leader_code
             if lost is None:
-                return processes[0].returncode
-            code = processes[lost].returncode
-            killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""
+                raise ProcessLost(_failure(processes), hint=advice or RESUME_HINT)
             plan = f"restarting all from the last state ({attempt} of {RESTARTS})"
             plan = plan if attempt < attempts else advice or "giving up"
-            note(f"process {lost} of {count} {killed or f'failed (exit code {code})'}: {plan}")
-    return 1
+            plan = "interrupted" if stop.number else plan
+            note(f"{_ending(processes, lost)}: {plan}")
+            if stop.number:
+                return EXIT_INTERRUPTED
+    return EXIT_FAILED
+
+
+@contextmanager
+def _stop_handled() -> Iterator[_Stop]:
+    """Keeps this process alive while it hands stop signals on."""
+    stop = _Stop()
+    before = {number: signal.signal(number, stop.receive) for number in stop_signals()}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def threads_per_process(count: int) -> int:
@@ -136,18 +184,9 @@ def threads_per_process(count: int) -> int:
 
 
 def _start(
-    count: int, arguments: list[str], restarts: int, folder_file: Path
+    count: int, arguments: list[str], restarts: int, scratch: Path
 ) -> list[subprocess.Popen]:
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": str(threads_per_process(count) or os.environ["OMP_NUM_THREADS"]),
-        "TORCHELASTIC_RESTART_COUNT": str(restarts),
-        FOLDER_FILE_VARIABLE: str(folder_file),
-    }
+    environment = _environment(count, restarts, scratch)
     return [
         subprocess.Popen(
             [sys.executable, "-m", "lmcli", *arguments],
@@ -158,23 +197,42 @@ def _start(
     ]
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _environment(count: int, restarts: int, scratch: Path) -> dict[str, str]:
+    """The variables of all processes, which share the folder `scratch`."""
+    return {
+        **os.environ,
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": str(threads_per_process(count) or os.environ["OMP_NUM_THREADS"]),
+        "TORCHELASTIC_RESTART_COUNT": str(restarts),
+        **_loopback_only(),
+        STORE_FILE_VARIABLE: str(scratch / f"store-{restarts}"),
+        FOLDER_FILE_VARIABLE: str(scratch / "folder"),
+    }
 
 
-@contextmanager
-def _signals_to(leader: subprocess.Popen) -> Iterator[None]:
-    """Forwards SIGTERM, which this process alone gets; a terminal sends Ctrl-C to all processes."""
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    terminate = signal.signal(signal.SIGTERM, lambda number, _: leader.send_signal(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, terminate)
+def _loopback_only() -> dict[str, str]:
+    """Variables that keep the sockets of gloo and NCCL on the loopback interface.
+
+    They would listen on the address of this machine's name.
+    """
+    names = [name for _, name in socket.if_nameindex() if name in LOOPBACK_INTERFACES]
+    return dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), names[0]) if names else {}
+
+
+def _ending(processes: list[subprocess.Popen], rank: int) -> str:
+    """How a process that was lost has ended."""
+    code = processes[rank].returncode
+    how = (
+        f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed (exit code {code})"
+    )
+    return f"process {rank} of {len(processes)} {how}"
+
+
+def _failure(processes: list[subprocess.Popen]) -> str:
+    """Which worker has failed, so that the leader has ended."""
+    failed = (rank for rank, process in enumerate(processes) if rank and process.returncode)
+    return _ending(processes, next(failed, 0))
 
 
 def _wait(processes: list[subprocess.Popen], seconds: float) -> int | None:
@@ -183,8 +241,13 @@ def _wait(processes: list[subprocess.Popen], seconds: float) -> int | None:
     Returns the rank of a process that was killed or failed, which ends the others, or None.
     """
     lost = _first_lost(processes)
+    # a leader that has lost a worker notices by itself, and keeps its results
+    if lost:
+        _has_ended(processes[0], SECONDS_TO_REPORT)
+    if processes[0].returncode != EXIT_DONE:
+        seconds = min(seconds, 1)
     for process in processes:
-        if not _has_ended(process, seconds if lost is None else 0):
+        if not _has_ended(process, seconds):
             process.kill()
             process.wait()
     return lost

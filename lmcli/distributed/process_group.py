@@ -1,7 +1,8 @@
 """Joins the process group of torchrun or `--nproc`, sends JSON messages, reports lost processes.
 
-Processes find each other by torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-MASTER_PORT); `--nproc` sets the same. Messages are JSON: nothing is ever unpickled.
+Processes have torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK). They find each other by those of
+torchrun (MASTER_ADDR, MASTER_PORT), with `--nproc` by a file that only this user can read: nothing
+listens for them. Messages are JSON: nothing is ever unpickled.
 """
 
 import json
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from lmcli.distributed.launcher import STORE_FILE_VARIABLE
 from lmcli.errors import ProcessLost, UsageError
 
 
@@ -33,11 +35,19 @@ def join(timeout: timedelta, backend: str = "gloo") -> tuple[int, int]:
     """Initializes the process group; returns (rank, world size). Each process takes its own GPU."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    store, rank, size = next(rendezvous("env://"))
+    store, rank, size = _store()
     # torchrun's store still holds the keys and addresses of processes from before a restart
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     return rank, size
+
+
+def _store() -> tuple[dist.Store, int, int]:
+    """(the store in which processes find each other, rank, world size)."""
+    if file := os.environ.get(STORE_FILE_VARIABLE):
+        size = world_size()
+        return dist.FileStore(file, size), int(os.environ["RANK"]), size
+    return next(rendezvous("env://"))
 
 
 def require_gpus(processes: int, device: torch.device, hint: str) -> None:

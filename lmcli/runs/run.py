@@ -21,6 +21,7 @@ from lmcli.runs import forgetting
 from lmcli.runs.run_record import RunRecord
 from lmcli.scoring.perplexity import measure_perplexity
 from lmcli.scoring.scorer import Scorer
+from lmcli.signals import stop_signals
 from lmcli.text.tokenizer import Tokenizer
 from lmcli.training import datasets, resume_state
 from lmcli.training.divergence import Diverged
@@ -250,14 +251,17 @@ class TrainingRun:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Lets Ctrl-C and SIGTERM end the run after the current step; a second one, at once."""
+        """Lets Ctrl-C, SIGTERM and SIGHUP end the run after the current step.
+
+        A second Ctrl-C ends it at once. SIGTERM and SIGHUP often arrive twice: once is enough.
+        """
 
         def stop(number: int, frame: object) -> None:
-            if self.trainer.stop:
+            if self.trainer.stop and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.trainer.stop = True
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, stop) for number in stop_signals()}
         try:
             yield
         finally:

@@ -15,6 +15,7 @@ from lmcli.training.resume_state import Counters
 from lmcli.training.train_step import Note, Step, TrainStep
 
 EVALUATIONS = 8  # of a run unless eval_every is set; as many saves and sample texts
+SECONDS_BETWEEN_SAVES = 600.0  # at most, however long the run is
 
 
 @dataclass
@@ -62,6 +63,8 @@ class Trainer:
     started_at: float
     stop: bool = False
     _earlier_seconds: float = field(default=0.0, init=False)
+    _saved_at: float = field(default=0.0, init=False)
+    _looked_at: float = field(default=0.0, init=False)  # when it was last checked what is due
     _sampled_at: float = field(default=0.0, init=False)
     _sample_seconds: float = field(default=0.3, init=False)  # until one has been timed
 
@@ -88,6 +91,7 @@ class Trainer:
         self.replicas.broadcast(["begin", asdict(counters)])
         self.train_step.begin(counters)
         self._earlier_seconds = counters.seconds
+        self._saved_at = self._looked_at = time.monotonic()
         # the initial model, with --from
         if counters.look_first:
             counters.look_first = False
@@ -152,11 +156,18 @@ class Trainer:
         Nothing is due twice at the same share, however often the run is stopped and resumed.
         """
         counters, config = self.counters, self.config
-        last, counters.looked = counters.looked, max(counters.looked, share)
+        last = counters.looked
         if share <= last:
             return
         times = evaluations(config.time, self._evaluation_cost())
-        if self._is_due(config.eval_every, last, share, times):
+        evaluates = self._is_due(config.eval_every, last, share, times)
+        # doubtful states are not saved: they would replace sound ones
+        doubtful = self.train_step.steps_above_limit()
+        # before `looked` changes: a run that resumes there makes the evaluation
+        if self._is_save_overdue(evaluates) and not doubtful:
+            yield self._save()
+        counters.looked = share
+        if evaluates:
             with self._averaged_weights():
                 yield self._validate(final=False)
         if self._is_due(config.sample_every, last, share) and self._worth_a_sample():
@@ -164,12 +175,22 @@ class Trainer:
             with self._averaged_weights():
                 yield Due("sample", counters.step)
             self._sampled_at, self._sample_seconds = time.monotonic(), time.monotonic() - started
-        # doubtful states are not saved: they would replace sound ones
-        doubtful = self.train_step.steps_above_limit()
         if self._is_due(config.save_every, last, share) and not doubtful:
-            counters.seconds = self.elapsed()
-            self._require_finite()
-            yield Due("save", counters.step)
+            yield self._save()
+        self._looked_at = time.monotonic()
+
+    def _is_save_overdue(self, evaluates: bool) -> bool:
+        """True if SECONDS_BETWEEN_SAVES would be over after an evaluation, if any, and a step."""
+        now = time.monotonic()
+        pause = now - self._looked_at + evaluates * self.counters.evaluation_seconds
+        return now - self._saved_at + pause >= SECONDS_BETWEEN_SAVES
+
+    def _save(self) -> Due:
+        """The event of a save, for which the counters are made ready."""
+        self.counters.seconds = self.elapsed()
+        self._require_finite()
+        self._saved_at = time.monotonic()
+        return Due("save", self.counters.step)
 
     def _last_events(self, share: float) -> Iterator[Event]:
         """The final evaluation and save of a run that has ended at `share` of its budget."""
@@ -183,14 +204,15 @@ class Trainer:
             counters.looked = share = 1.0
         ended = share >= 1.0 and not self.stop
         if ended and (counters.looked < 1.0 or counters.best == math.inf):
+            if self._is_save_overdue(True) and not self.train_step.steps_above_limit():
+                yield self._save()
             counters.looked = share
             with self._averaged_weights():
                 yield self._validate(final=True)
-        counters.seconds = self.elapsed()
-        self._require_finite()
+        save = self._save()
         if ended and counters.best == math.inf:
             raise self._diverged("no evaluation gave a number")
-        yield Due("save", counters.step)
+        yield save
         # a run stopped before any evaluation is evaluated now, so that it keeps trained weights;
         # the state does not record this, so a resumed run is as if it had never stopped
         if counters.best == math.inf:

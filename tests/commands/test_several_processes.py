@@ -121,6 +121,7 @@ def test_a_run_restarts_from_the_last_state_when_a_process_is_killed(
         in err
     )
     assert "going on after step" in err and out == f"{tmp_path / 'run'}\n"
+    assert "error" not in err and "--resume" not in err  # nothing is left to do
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
 
 

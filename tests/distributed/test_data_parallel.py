@@ -5,12 +5,14 @@ Whole runs of several processes are in commands/test_several_processes.py.
 
 import multiprocessing
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from lmcli.distributed import data_parallel
+from lmcli.distributed import data_parallel, launcher
 from lmcli.distributed.data_parallel import SINGLE_PROCESS, ReplicaGroup
 from lmcli.errors import ProcessLost
 
@@ -38,10 +40,20 @@ def test_buckets_keep_order_and_dtype():
     assert list(data_parallel._buckets([])) == []
 
 
-def run_rank(rank: int, port: int, queue) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+def listening_addresses() -> set[str]:
+    """The local addresses at which this process listens, as /proc/net shows them."""
+    links = (os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+    inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
+    lines = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {line[1].split(":")[0] for line in lines if line[3] == "0A" and line[9] in inodes}
+
+
+def run_rank(rank: int, environment: dict, queue) -> None:
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     data_parallel.BUCKET_BYTES = 16  # several buckets
     replicas = data_parallel.join()
@@ -62,6 +74,7 @@ def run_rank(rank: int, port: int, queue) -> None:
         "second": second.bias.grad.tolist(),
         "unused": unused.weight.grad,
         "any": (replicas.any_rank(rank == 1), replicas.any_rank(False)),
+        "listening": listening_addresses() if sys.platform == "linux" else set(),
     }
     if replicas.is_leader:
         replicas.broadcast("go on")
@@ -75,12 +88,13 @@ def run_rank(rank: int, port: int, queue) -> None:
             queue.put((rank, str(error)))
 
 
-def test_two_processes_sum_gradients_and_report_a_lost_leader():
-    from lmcli.distributed.launcher import free_port
-
-    context, port = multiprocessing.get_context("spawn"), free_port()
+def test_two_processes_sum_gradients_and_report_a_lost_leader(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    environment = launcher._environment(2, 0, tmp_path)
     queue = context.Queue()
-    processes = [context.Process(target=run_rank, args=(rank, port, queue)) for rank in range(2)]
+    processes = [
+        context.Process(target=run_rank, args=(rank, environment, queue)) for rank in range(2)
+    ]
     for process in processes:
         process.start()
     answers = [queue.get(timeout=60) for _ in range(3)]
@@ -91,6 +105,7 @@ def test_two_processes_sum_gradients_and_report_a_lost_leader():
         assert results[rank]["weights"] == {1.0} and results[rank]["loss"] == 30.0
         assert results[rank]["first"] == [3.0] and results[rank]["second"] == [1.0, 1.0]
         assert results[rank]["unused"] is None and results[rank]["any"] == (True, False)
+        assert results[rank]["listening"] <= {"0100007F"}  # 127.0.0.1
     assert results[1]["received"] == "go on"
     assert answers[2][0] == 1 and "another process of this run has exited early" in answers[2][1]
 

@@ -11,6 +11,7 @@ import torch
 
 from lmcli.config import ModelConfig, TrainConfig
 from lmcli.distributed import data_parallel, sharding
+from lmcli.distributed.launcher import STORE_FILE_VARIABLE
 from lmcli.distributed.sharding import ShardedGroup
 from lmcli.errors import UserError
 from lmcli.kernels import fast_path
@@ -62,10 +63,9 @@ def build_model() -> Transformer:
     return model
 
 
-def run_rank(rank: int, port: int, folder, queue) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(SIZE), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+def run_rank(rank: int, folder, queue) -> None:
+    store = str(folder / "store")
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(SIZE), STORE_FILE_VARIABLE: store})
     torch.set_num_threads(1)
     data_parallel.join()
     replicas, result = ShardedGroup(rank, SIZE), {}
@@ -138,12 +138,10 @@ def _shard(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def test_three_processes_hold_one_model(tmp_path):
-    from lmcli.distributed.launcher import free_port
-
-    context, port = multiprocessing.get_context("spawn"), free_port()
+    context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     processes = [
-        context.Process(target=run_rank, args=(rank, port, tmp_path, queue)) for rank in range(SIZE)
+        context.Process(target=run_rank, args=(rank, tmp_path, queue)) for rank in range(SIZE)
     ]
     for process in processes:
         process.start()

@@ -286,3 +286,30 @@ def test_an_infinite_gradient_stops_the_run_before_the_update(run):
         for name, value in trainer.train_step.model.state_dict().items()
     )
     assert trainer.counters.step == 1
+
+
+def test_saves_are_never_more_than_ten_minutes_apart(run, clock):
+    """2.5 hours in steps of 50 s; an eighth of the budget is 19 minutes."""
+    trainer, saved = run(steps=180, evaluation_seconds=200.0), [clock.now]
+    for event in trainer.events():
+        if isinstance(event, loop.Step):
+            clock.now += 50.0
+        elif isinstance(event, loop.Due) and event.what == "save":
+            saved.append(clock.now)
+    apart = np.diff(saved)
+    assert apart.max() <= 600.0 + 1 and len(saved) < 40
+    assert np.median(apart) > 250.0  # and not much closer, although each eighth is saved as well
+
+
+def test_a_state_saved_by_the_clock_resumes_with_the_evaluation_that_was_due(run, clock):
+    """An evaluation that lasts longer than the pause between saves is made after a save."""
+    whole = [event.step for event in run(steps=16).events() if isinstance(event, loop.Validation)]
+    trainer = run(steps=16, evaluation_seconds=1000.0, save_every=100)
+    for event in trainer.events():
+        if isinstance(event, loop.Due) and event.what == "save" and event.step == 4:
+            break
+    assert trainer.counters.looked == 3 / 16
+    again = run(steps=16, save_every=100)
+    again.train_step.begin(trainer.counters)
+    events = [event for event in again.events() if isinstance(event, loop.Validation)]
+    assert [event.step for event in events] == [step for step in whole if step > 2]

@@ -1,0 +1,59 @@
+"""Signals that end a command, and standard error of a terminal that has been closed."""
+
+import errno
+import io
+import os
+import signal
+import sys
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """SIGINT, SIGTERM and SIGHUP; the last one unless it is ignored, as under nohup.
+
+    SIGHUP comes when a terminal is closed or a connection is lost; Windows does not have it.
+    """
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:
+        return signal.SIGINT, signal.SIGTERM
+    return signal.SIGINT, signal.SIGTERM, hangup
+
+
+def interrupt_once() -> None:
+    """Lets the first SIGTERM or SIGHUP raise KeyboardInterrupt, as Ctrl-C does, and no later one.
+
+    Both often arrive twice: from a supervisor and as a member of a process group. A second
+    KeyboardInterrupt would end what saves the work.
+    """
+    numbers = [number for number in stop_signals() if number != signal.SIGINT]
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        signal.signal(number, interrupt)
+
+
+class _Terminal(io.FileIO):
+    """A file whose writes are dropped once its terminal has been closed."""
+
+    def write(self, data) -> int:  # type: ignore[no-untyped-def, override]  # a buffer
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(data)
+
+
+def outlive_terminal() -> None:
+    """Keeps notes and progress from failing once the terminal they are written to is closed."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(_Terminal(os.dup(sys.stderr.fileno()), "wb")),
+        encoding=sys.stderr.encoding,
+        errors="backslashreplace",
+        line_buffering=True,
+    )
