@@ -19,6 +19,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # started in the background of a script, which ignores SIGINT: tests send Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+os.fsync = lambda handle: None  # it takes a third of a short run, and no test cuts the power
+
 # a busy machine is no failure
 hypothesis.settings.register_profile("no deadline", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("no deadline")

@@ -4,6 +4,7 @@ contributing.md states them for people; every check lists all offenders.
 """
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -69,9 +70,15 @@ def part(module):
 MODULES = {module_name(file): file for file in FILES}
 
 
+@functools.cache
+def tree_of(file):
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports(file):
     """(imported module, whether it is late: in a function or for types only) of every import."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = tree_of(file)
     functions = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
     late = {
         inner
@@ -242,7 +249,7 @@ class TestLazyImports:
 
 
 def functions(file):
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = tree_of(file)
     return [
         node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
@@ -301,7 +308,7 @@ class TestSizes:
 
     def test_what_is_public_says_what_it_does(self):
         def check(file):
-            tree = ast.parse(file.read_text(encoding="utf-8"))
+            tree = tree_of(file)
             yield from (name for name, node in public(tree.body) if not ast.get_docstring(node))
             if file.name not in ("__init__.py", "__main__.py") and not ast.get_docstring(tree):
                 yield "the file itself"
@@ -323,7 +330,7 @@ class TestRules:
     def test_a_class_or_constant_name_stands_once(self):
         files = defaultdict(list)
         for file in FILES:
-            for name in set(assigned_constants(ast.parse(file.read_text(encoding="utf-8")))):
+            for name in set(assigned_constants(tree_of(file))):
                 files[name].append(str(file.relative_to(PACKAGE)))
         assert {name: where for name, where in files.items() if len(where) > 1} == {}
 
@@ -378,7 +385,7 @@ class TestRules:
     def test_no_field_of_a_run_is_set_from_outside(self):
         def check(file):
             if part(module_name(file)) in ("runs", "training", "commands", "planning"):
-                tree = ast.parse(file.read_text(encoding="utf-8"))
+                tree = tree_of(file)
                 for node in ast.walk(tree):
                     targets = node.targets if isinstance(node, ast.Assign) else []
                     for target in targets:

@@ -24,6 +24,8 @@ SMALL = (
     "train.context=64",
     "--set",
     "train.batch_tokens=512",
+    "--set",
+    "train.sample_every=1000000",
 )
 
 

@@ -28,6 +28,8 @@ SMALL = (
     "train.context=32",
     "--set",
     "train.dropout=0.2",
+    "--set",
+    "train.sample_every=1000000",
 )
 
 

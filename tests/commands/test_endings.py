@@ -25,6 +25,8 @@ SMALL = (
     "train.context=32",
     "--set",
     "train.batch_tokens=128",
+    "--set",
+    "train.sample_every=1000000",
 )
 
 

@@ -18,6 +18,8 @@ SMALL = (
     "train.context=32",
     "--set",
     "train.batch_tokens=256",
+    "--set",
+    "train.sample_every=1000000",
 )
 
 

@@ -24,6 +24,8 @@ SMALL = (
     "train.context=32",
     "--set",
     "train.batch_tokens=128",
+    "--set",
+    "train.sample_every=1000000",
 )
 # many heads: attention weights take memory, and hardly any time
 ROOMY = (

@@ -37,6 +37,8 @@ SMALL = (
     "train.eval_every=10",
     "--set",
     "train.averaging=0.6",
+    "--set",
+    "train.sample_every=1000000",
 )
 
 

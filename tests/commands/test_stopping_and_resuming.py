@@ -26,6 +26,8 @@ SMALL = (
     "train.context=32",
     "--set",
     "train.batch_tokens=128",
+    "--set",
+    "train.sample_every=1000000",
 )
 STEPS = 20
 

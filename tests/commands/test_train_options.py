@@ -21,6 +21,8 @@ SMALL = (
     "train.context=32",
     "--set",
     "train.batch_tokens=128",
+    "--set",
+    "train.sample_every=1000000",
 )
 LINES = [f"The baker of village {i} sold {i % 7} loaves and went home.\n" for i in range(200)]
 
