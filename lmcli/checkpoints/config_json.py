@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from lmcli.checkpoints.families import FAMILIES
 from lmcli.checkpoints.family import Family, WindowRule
 from lmcli.config import ModelConfig, check
+from lmcli.data.schema import label_text
 from lmcli.errors import UsageError, UserError
 
 # the largest sizes accepted from a file; a file cannot ask by 0 for a derived size, as a preset can
@@ -276,9 +277,15 @@ def _read_labels(document: dict[str, Any], where: str) -> dict[str, Any]:
             hint="use problem_type: single_label_classification or multi_label_classification",
         )
     return {
-        "labels": tuple(str(names[str(i)]) for i in range(len(names))),
+        "labels": tuple(_label_name(names[str(i)]) for i in range(len(names))),
         "multi_label": problem == "multi_label_classification",
     }
+
+
+def _label_name(value: Any) -> str:
+    """A label as rows of data are read: true and false in small letters, 1.0 as 1."""
+    text = label_text(value)
+    return str(value) if text is None or isinstance(value, str) else text
 
 
 def family_of(config: ModelConfig) -> Family:

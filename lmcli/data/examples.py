@@ -16,7 +16,7 @@ from lmcli.data.batches import IGNORED, Batch, padded, token_mask
 from lmcli.data.byte_ranges import Document
 from lmcli.data.documents import DocumentFormat, line_number, read_rows, write_pinned
 from lmcli.data.rows import RowReader, display_name
-from lmcli.data.schema import SOURCE_TARGET, row_field
+from lmcli.data.schema import SOURCE_TARGET, matching_label, row_field, sort_labels
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import cached
 from lmcli.text.tokenizer import Tokenizer
@@ -158,9 +158,7 @@ def label_names(documents: Sequence[Document], doc_format: DocumentFormat) -> tu
     """The labels in rows, sorted; whole numbers by value."""
     rows = (row for _, row in read_rows(documents, doc_format))
     names = {label for row in rows for label in doc_format.labels(row)}
-    return tuple(
-        sorted(names, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
-    )
+    return tuple(sort_labels(names))
 
 
 def build(
@@ -170,12 +168,14 @@ def build(
     tokenizer: Tokenizer,
     labels: tuple[str, ...] = (),
     joined: bool = False,
+    unknown_label: str = "",
 ) -> Examples:
     """The examples of these rows in order, from the cache when they are there.
 
     hashes: the SHA-256 of each file's content. labels: names of the labels; without them rows are
     sources and targets. `joined` sides are encoded as one text: a token across their border is the
-    target's. Raises UserError for an unknown label, and when the cache cannot be written.
+    target's. Raises UserError for an unknown label, with the advice `unknown_label`, and when the
+    cache cannot be written.
     """
     settings = (
         4,
@@ -190,7 +190,7 @@ def build(
     folder = cached(
         "examples",
         fingerprint(documents, hashes, settings),
-        lambda part: _write(part, documents, doc_format, tokenizer, labels, joined),
+        lambda part: _write(part, documents, doc_format, tokenizer, labels, joined, unknown_label),
     )
     has_targets = not labels or len(doc_format.fields) == 2
     return Examples(
@@ -208,8 +208,10 @@ def _write(
     tokenizer: Tokenizer,
     labels: tuple[str, ...],
     joined: bool,
+    unknown_label: str,
 ) -> None:
     multi_label, rows = doc_format.multi_label, read_rows(documents, doc_format)
+    numbers = {label: i for i, label in enumerate(labels)}
     with ExitStack() as stack:
 
         def writer(name: str, dtype: type, *width: int) -> ArrayWriter:
@@ -224,7 +226,9 @@ def _write(
             if labels:
                 indices.extend(
                     [
-                        _label_indices(document, doc_format.labels(row), labels, multi_label)
+                        _label_indices(
+                            document, doc_format.labels(row), numbers, multi_label, unknown_label
+                        )
                         for document, row in batch
                     ]
                 )
@@ -267,17 +271,27 @@ def _encode(
 
 
 def _label_indices(
-    document: Document, labels: tuple[str, ...], names: tuple[str, ...], multi_label: bool
+    document: Document,
+    labels: tuple[str, ...],
+    numbers: dict[str, int],
+    multi_label: bool,
+    unknown_label: str,
 ) -> int | list[int]:
+    """The number of a row's label, or with `multi_label` 0 or 1 for each known label."""
+    indices = []
     for label in labels:
-        if label not in names:
+        if label not in numbers:
+            label = matching_label(label, numbers)
+        if label not in numbers:
+            names = list(numbers)
             raise UserError(
-                f"label {label!r} is none of the model's labels, nor of the training set's",
+                f"label {label!r} is none of the model's labels: "
+                f"{', '.join(names[:20])}{', …' if names[20:] else ''}",
                 where=f"{document.file}, line {line_number(document.file, document.start)}",
-                hint=f"labels: {', '.join(names[:20])}; "
-                "--set train.new_head=true takes the labels of the data",
+                hint=unknown_label,
             )
-    return [int(name in labels) for name in names] if multi_label else names.index(labels[0])
+        indices.append(numbers[label])
+    return [int(i in indices) for i in range(len(numbers))] if multi_label else indices[0]
 
 
 # -- examples to batches

@@ -6,7 +6,8 @@ adds its name and the line.
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ MINIMAL_PAIR_FIELDS = (
     ("good", "bad"),
     ("more", "less"),
 )
+
+
+MAX_WHOLE_FLOAT = 2**53  # up to it a float is one whole number
 
 
 class PairSchema(NamedTuple):
@@ -224,17 +228,67 @@ def row_labels(row: Row, name: str, multi_label: bool = False) -> tuple[str, ...
 
 
 def parse_labels(value: Any, name: str, multi_label: bool = False) -> tuple[str, ...]:
-    """The labels in the value of field `name`, without surrounding white space; () for none."""
+    """The labels in the value of field `name`, without surrounding white space; () for none.
+
+    Of JSON's values that are no text, true and false are the labels "true" and "false", and whole
+    numbers are written without a fraction: 1.0 is "1".
+    """
     labels = value.split(",") if multi_label and isinstance(value, str) else value
     if not isinstance(labels, list):
         labels = [] if value is None else [value]
-    if any(isinstance(label, bool) or not isinstance(label, str | int) for label in labels):
+    texts = [label_text(label) for label in labels]
+    if None in texts:
         shown = json.dumps(value, ensure_ascii=False)[:60]
         raise ValueError(f"field {name!r} has {shown}, which is no label")
     if len(labels) > 1 and not multi_label:
         count = len(labels)
         raise ValueError(f"field {name!r} has {count} labels, where the first record has one")
-    return tuple(filter(None, (str(label).strip() for label in labels)))
+    return tuple(text for text in texts if text)
+
+
+def label_text(value: Any) -> str | None:
+    """The label that a value of JSON stands for; None if it is none.
+
+    >>> [label_text(value) for value in (" a ", True, 3, 1.0, 0.5, None)]
+    ['a', 'true', '3', '1', None, None]
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_WHOLE_FLOAT:
+        value = int(value)
+    return str(value).strip() if isinstance(value, str | int) else None
+
+
+def matching_label(label: str, known: Collection[str]) -> str:
+    """The known label that `label` is another spelling of, as tables write values; else itself.
+
+    >>> matching_label("True", ("false", "true")), matching_label("1.0", ("0", "1"))
+    ('true', '1')
+    """
+    if label in known:
+        return label
+    same = [name for name in known if _label_value(name) == _label_value(label)]
+    return same[0] if len(same) == 1 else label
+
+
+def _label_value(label: str) -> str:
+    if label.lower() in ("true", "false"):
+        return label.lower()
+    whole, point, fraction = label.partition(".")
+    is_whole = point and whole.lstrip("-").isdecimal() and not fraction.strip("0")
+    return whole if is_whole else label
+
+
+def sort_labels(labels: Iterable[str]) -> list[str]:
+    """Labels in order, whole numbers first and by value."""
+    return sorted(labels, key=_label_order)
+
+
+def _label_order(label: str) -> tuple[bool, int, str, str]:
+    digits = ""
+    if label.isdecimal():  # of any script and any length, for which int() has a limit
+        digits = "".join(str(unicodedata.decimal(digit)) for digit in label).lstrip("0")
+    return not label.isdecimal(), len(digits), digits, label
 
 
 # -- questions and answers

@@ -23,6 +23,7 @@ from lmcli.data.schema import (
     field_names,
     find_pair_schema,
     first_present,
+    matching_label,
     parse_labels,
     row_field,
     row_labels,
@@ -64,6 +65,7 @@ class EvalDataset:
     `references` is a file with the references of the records in `files`, or of records without
     inputs. `fields` name the inputs, concatenated unless `paired`; `reference` and `prediction`
     name fields; without names the schema's are used. `by` names a field that all rows must have.
+    `labels` are those of the models.
     """
 
     files: list[str]
@@ -76,6 +78,7 @@ class EvalDataset:
     prediction: str | None = None
     multi_label: bool = False
     by: str | None = None
+    labels: tuple[str, ...] = ()
     names: dict[str, str] = field(default_factory=dict)  # of files, in messages
 
     def __iter__(self) -> Iterator[EvalRecord]:
@@ -212,7 +215,8 @@ class EvalDataset:
 
     def _references_in(self, row: dict, name: str) -> tuple[str, ...]:
         if self.schema.kind == "labels":
-            return row_labels(row, name, self.multi_label)
+            found = row_labels(row, name, self.multi_label)
+            return tuple(matching_label(label, self.labels) for label in found)
         return answer_texts(row, name) if self.schema.kind == "answers" else row_texts(row, name)
 
     def _predicted(self, row: dict) -> Prediction | None:

@@ -81,6 +81,9 @@ def open_dataset(
         multi_label=isinstance(row.get(label_field), list)
         or any(config.multi_label for config in configs.values()),
         by=options.by,
+        labels=tuple(
+            dict.fromkeys(label for config in configs.values() for label in config.labels)
+        ),
         names=names,
     )
     return dataset, task

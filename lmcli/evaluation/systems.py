@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lmcli.data.schema import sort_labels
 from lmcli.evaluation import label_metrics
 from lmcli.evaluation.bootstrap import (
     PairedComparison,
@@ -198,11 +199,6 @@ class SystemResult:
     majority_accuracy: float | None
     never_predicted: list[str]
     never_true: list[str]
-
-
-def sort_labels(labels: Iterable[str]) -> list[str]:
-    """Labels in order, whole numbers first and by value."""
-    return sorted(labels, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
 
 
 def evaluate_systems(

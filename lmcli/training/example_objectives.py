@@ -142,6 +142,13 @@ def encode_labels(request: EncodingInput) -> TrainingData:
     )
 
 
+# the training set comes first, so a label that only the validation set has is in neither
+UNKNOWN_LABELS = (
+    "--set train.new_head=true takes the labels of the training data instead",
+    "add rows with it to the training data, or take it out of --val",
+)
+
+
 def encode_completion(request: EncodingInput) -> PairData:
     """Sources and targets, encoded as one text."""
     return _encode_pairs(request, joined=True)
@@ -177,9 +184,9 @@ def _encoded(
     doc_format = split.source.doc_format
     training, validation = (
         data_examples.build(
-            documents, split.source.hashes, doc_format, tokenizer, labels, collator.joined
+            documents, split.source.hashes, doc_format, tokenizer, labels, collator.joined, unknown
         )
-        for documents in (split.training, split.measured)
+        for documents, unknown in zip((split.training, split.measured), UNKNOWN_LABELS)
     )
     for text in diagnostics.findings(training, validation, labels):
         request.note(text)

@@ -690,7 +690,7 @@ def test_rows_of_a_tsv_after_its_header_are_documents(tmp_path):
     [
         ('{"text": "a"}', "field 'label' is missing: no label"),
         ('{"text": "a", "label": ""}', "no label"),
-        ('{"text": "a", "label": true}', "no label"),
+        ('{"text": "a", "label": 0.5}', "no label"),
         ('{"text": "a", "label": [1]}', "no label"),
         ("[1]", "not a JSON object"),
     ],

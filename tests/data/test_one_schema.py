@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 
 from lmcli.data.documents import DocumentFormat, first_row, read_pieces, read_rows, survey
 from lmcli.data.rows import RowReader
-from lmcli.data.schema import TASK_SCHEMAS, ScoringFields, question_prompt
+from lmcli.data.schema import TASK_SCHEMAS, ScoringFields, question_prompt, sort_labels
 from lmcli.errors import UserError
 from lmcli.evaluation.predictions import EvalDataset
 from lmcli.output.classify import AnswerRows, ClassifyOptions, LabelRows
@@ -216,6 +217,7 @@ def test_a_tab_separates_the_texts_of_a_plain_line(write):
 
 
 LABELS = [(" pos", ("pos",)), ("pos\n", ("pos",)), ("a, b", ("a, b",)), (3, ("3",))]
+JSON_LABELS = [(True, "true"), (False, "false"), (2.0, "2"), (-0.0, "0"), (-3.0, "-3")]
 MULTI_LABELS = [
     ("a, b ", ("a", "b")),
     ("", ()),
@@ -243,6 +245,35 @@ def test_labels(write, format, value, labels):
     assert labels_read(write(format, {"text": "a b", "label": value}), False) == [labels]
 
 
+@pytest.mark.parametrize("value, label", JSON_LABELS)
+def test_labels_that_json_has_no_text_for(write, value, label):
+    assert labels_read(write("jsonl", {"text": "a b", "label": value}), False) == [(label,)]
+    assert labels_read(write("jsonl", {"text": "a b", "label": [value]}), True) == [(label,)]
+
+
+@pytest.mark.parametrize(
+    "written, known, label",
+    [
+        ("True", ("false", "true"), "true"),
+        ("FALSE", ("false", "true"), "false"),
+        ("1.0", ("0", "1"), "1"),
+        ("true", ("False", "True"), "True"),
+        ("true", ("True", "TRUE"), "true"),  # which of them is not known
+        ("1.5", ("1", "2"), "1.5"),
+        ("pos", ("neg", "Pos"), "pos"),
+    ],
+)
+def test_labels_of_tables_match_those_of_a_model(write, written, known, label):
+    """pandas writes True and 1.0 where JSON has true and 1."""
+    file = write("csv", {"text": "a b", "label": written})
+    assert evaluated("labels", file, labels=known) == [(("a b",), (label,))]
+
+
+def test_labels_are_sorted_by_value_however_long():
+    names = ["10", "9", "b", "9" * 5000, "٣", "a", "08", "8"]
+    assert sort_labels(names) == ["٣", "08", "8", "9", "10", "9" * 5000, "a", "b"]
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("value, labels", MULTI_LABELS)
 def test_several_labels(write, format, value, labels):
@@ -257,14 +288,16 @@ def test_several_labels(write, format, value, labels):
         ("", False),
         ("  ", False),
         (None, False),
-        (True, False),
         (1.5, False),
+        (math.nan, False),
+        (math.inf, False),
+        (1e300, False),
         ({"a": 1}, False),
         (["a"], False),
         (["a", "b"], False),
         ([], False),
         (1.5, True),
-        ([True], True),
+        ([0.5], True),
         ([["a"]], True),
     ],
 )

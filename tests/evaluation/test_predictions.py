@@ -209,7 +209,7 @@ def test_references_of_another_length(file):
     [
         ("labels", {"text": "a"}, "no reference"),
         ("labels", {"text": "a", "label": None}, "has no label"),
-        ("labels", {"text": "a", "label": True}, "which is no label"),
+        ("labels", {"text": "a", "label": 0.5}, "which is no label"),
         ("labels", {"text": 7, "label": "x"}, "not a text"),
         ("texts", {"source": "a", "target": 3}, "not a text"),
         ("answers", {"answers": 3}, "no list of answers"),
