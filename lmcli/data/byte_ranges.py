@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, overload
 
@@ -25,23 +26,47 @@ class Documents(Sequence[Document]):
     """A list of documents, stored as numbers. Equal to any sequence of the same documents."""
 
     def __init__(self, files: list[str], table: np.ndarray):
-        self.files, self.table = files, table  # (N, 3) int64: file, start, end
+        self.files, self.table = files, table  # (N, 4) int64: file, start, end, key
 
     @classmethod
     def of(cls, documents: Iterable[Document]) -> "Documents":
-        """The list of these documents. One of over a million is mapped from an unnamed cache file.
+        """The list of these documents, which have one key unless they are Documents already.
 
-        Raises UserError when that file cannot be written.
+        A list of over a million is mapped from an unnamed cache file. Raises UserError when that
+        file cannot be written.
         """
         if isinstance(documents, cls):
             return documents
+        return cls.keyed(((document, 0) for document in documents), 0)
+
+    @classmethod
+    def keyed(cls, documents: Iterable[tuple[Document, int]], seed: int) -> "Documents":
+        """As `of`, for documents with a hash of their texts, of which and `seed` keys are made."""
         numbers: dict[str, int] = {}
         rows = (
-            (numbers.setdefault(document.file, len(numbers)), document.start, document.end)
-            for document in documents
+            (numbers.setdefault(file, len(numbers)), start, end, key)
+            for (file, start, end), key in documents
         )
-        table = _document_table(rows)  # fills `numbers`
+        table = _stored(_row_blocks(rows, seed))  # fills `numbers`
         return cls(list(numbers), table)
+
+    @classmethod
+    def joined(cls, lists: Sequence["Documents"]) -> "Documents":
+        """The documents of several lists, one list after the other, with their keys."""
+        if len(lists) == 1:
+            return lists[0]
+        files = [file for documents in lists for file in documents.files]
+        return cls(files, _stored(_joined_blocks(lists)))
+
+    def select(self, chosen: np.ndarray) -> "Documents":
+        """The documents where `chosen` (N,) is True."""
+        parts = zip(_blocks(self.table), _blocks(chosen))
+        return Documents(self.files, _stored(block[mask] for block, mask in parts))
+
+    @property
+    def keys(self) -> np.ndarray:
+        """The keys of the documents, (N,) int64."""
+        return self.table[:, 3]
 
     @property
     def bytes(self) -> int:
@@ -58,12 +83,12 @@ class Documents(Sequence[Document]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return Documents(self.files, self.table[index])
-        file, start, end = self.table[index].tolist()
+        file, start, end, _ = self.table[index].tolist()
         return Document(self.files[file], start, end)
 
     def __iter__(self) -> Iterator[Document]:
-        for first in range(0, len(self.table), BLOCK):
-            for file, start, end in self.table[first : first + BLOCK].tolist():
+        for block in _blocks(self.table):
+            for file, start, end, _ in block.tolist():
                 yield Document(self.files[file], start, end)
 
     def __eq__(self, other: object) -> bool:
@@ -74,19 +99,67 @@ class Documents(Sequence[Document]):
     __hash__ = None  # type: ignore[assignment]  # compared by content
 
 
-def _document_table(rows: Iterator[tuple[int, int, int]]) -> np.ndarray:
-    """(N, 3) int64, in memory or, for a long list, mapped from disk."""
-    blocks: list[np.ndarray] = []
-    while len(blocks) * BLOCK < MAX_IN_MEMORY and (block := list(islice(rows, BLOCK))):
-        blocks.append(np.array(block, dtype=np.int64))
-    table = np.concatenate(blocks) if blocks else np.zeros((0, 3), dtype=np.int64)
+@dataclass(frozen=True)
+class DocumentLabels:
+    """The labels of a list of documents: label `ids[i]` is one of document `documents[i]`.
+
+    Both are (M,); a document may have several labels. Ids follow the order of the labels' names.
+    """
+
+    ids: np.ndarray
+    documents: np.ndarray
+
+    @classmethod
+    def of(cls, names: Sequence[str], ids: np.ndarray, counts: np.ndarray) -> "DocumentLabels":
+        """`names` of the labels, the `ids` of all documents in order, `counts` for each of them."""
+        rank = np.argsort(np.argsort(np.array(names, dtype=object)))
+        return cls(rank[ids], np.repeat(np.arange(len(counts)), counts))
+
+
+def _row_blocks(rows: Iterator[tuple[int, int, int, int]], seed: int) -> Iterator[np.ndarray]:
+    while rows_ := list(islice(rows, BLOCK)):
+        block = np.array(rows_, dtype=np.int64)
+        block[:, 3] = random_numbers(block[:, 3], seed)
+        yield block
+
+
+def random_numbers(hashes: np.ndarray, seeds: int | np.ndarray) -> np.ndarray:
+    """(N,) int64: SplitMix64 (Steele et al. 2014) of hashes, which it makes uniform."""
+    with np.errstate(over="ignore"):
+        steps = np.asarray(seeds).astype(np.uint64) + np.uint64(1)
+        z = hashes.astype(np.uint64) + steps * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return (z ^ (z >> np.uint64(31))).view(np.int64)
+
+
+def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    return (rows[first : first + BLOCK] for first in range(0, len(rows), BLOCK))
+
+
+def _joined_blocks(lists: Sequence[Documents]) -> Iterator[np.ndarray]:
+    files = 0
+    for documents in lists:
+        for block in _blocks(documents.table):
+            yield block + np.array([files, 0, 0, 0])
+        files += len(documents.files)
+
+
+def _stored(blocks: Iterator[np.ndarray]) -> np.ndarray:
+    """The rows of all blocks, (N, 4) int64, in memory or, if they are many, mapped from disk."""
+    kept: list[np.ndarray] = []
+    size = 0
+    while size < MAX_IN_MEMORY and (block := next(blocks, None)) is not None:
+        kept.append(block)
+        size += len(block)
+    table = np.concatenate(kept) if kept else np.zeros((0, 4), dtype=np.int64)
     if len(table) < MAX_IN_MEMORY:
         return table
     with user_errors(cache_folder(), "write the token cache"):
         cache_folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache_folder()) as file:  # /tmp may be memory itself
             file.write(table.tobytes())
-            while block := list(islice(rows, BLOCK)):
-                file.write(np.array(block, dtype=np.int64).tobytes())
+            for block in blocks:
+                file.write(block.tobytes())
             file.flush()
-            return np.memmap(file, dtype=np.int64, mode="r").reshape(-1, 3)
+            return np.memmap(file, dtype=np.int64, mode="r").reshape(-1, 4)

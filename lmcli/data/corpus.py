@@ -121,7 +121,7 @@ def learn_tokenizer(
     """
     size = documents.bytes
     stride = max(1, -(-size // TOKENIZER_SAMPLE_BYTES))
-    pieces = islice(read_pieces(documents, doc_format), 0, None, stride)
+    pieces = _sampled(read_pieces(documents, doc_format), stride)
     if stride > 1:
         note(
             f"the vocabulary is learned from about {size / stride / 1e6:,.0f} of "
@@ -131,6 +131,16 @@ def learn_tokenizer(
     if tokenizer.size < config.vocab_size:
         note(f"the text has room for a vocabulary of {tokenizer.size:,}, not {config.vocab_size:,}")
     return tokenizer
+
+
+def _sampled(pieces: Iterable[Piece], stride: int) -> Iterator[Piece]:
+    """One of every `stride` pieces, by chance: a pattern in the text has no influence."""
+    generator = np.random.default_rng(0)
+    for i, piece in enumerate(pieces):
+        if i % stride == 0:
+            chosen = i + int(generator.integers(stride))
+        if i == chosen:
+            yield piece
 
 
 # -- encoding

@@ -7,15 +7,19 @@ numbers, and the validation split can be stored (`recipe.yaml`) and measured aga
 import codecs
 import hashlib
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain, islice
 from typing import Any, BinaryIO, NamedTuple
+from zlib import crc32
 
-from lmcli.data.byte_ranges import Document, Documents
+import numpy as np
+
+from lmcli.data.byte_ranges import Document, DocumentLabels, Documents
 from lmcli.data.files import open_bytes
 from lmcli.data.rows import (
     CHUNK_BYTES,
@@ -34,6 +38,9 @@ from lmcli.storage import cache_folder, user_errors
 from lmcli.text.splitting import PIECE_CHARS, SAFE_CUT
 
 SEPARATOR = b"<|endoftext|>"
+# of the hash by which documents are held out, in recipe.yaml; the same for each train.seed, so that
+# runs can be compared
+SPLIT_SEED = 0
 
 
 # -- how files hold documents
@@ -88,14 +95,17 @@ class DocumentFormat:
         context, question = self.fields
         return row_squad_example(row, context, question, self.answers)
 
-    def is_blank(self, row: dict) -> bool:
-        """True if a text of the row is blank. Raises ValueError when one of the fields is bad."""
+    def content(self, row: dict) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(the texts of a row, its labels). Raises ValueError when one of the fields is bad."""
         texts = self.pair(row) if self.paired else (self.text(row),)
-        if self.label:
-            self.labels(row)
         if self.answers:
             self.squad_example(row)
-        return not all(text.strip() for text in texts)
+        return texts, self.labels(row) if self.label else ()
+
+    @property
+    def needs_rows(self) -> bool:
+        """True if plain text has none of the fields."""
+        return bool(self.paired or self.label or self.answers)
 
 
 def _row_parser(file: str, doc_format: DocumentFormat) -> Callable[[bytes], dict[str, Any]]:
@@ -120,37 +130,60 @@ def _row_parser(file: str, doc_format: DocumentFormat) -> Callable[[bytes], dict
 class Survey:
     """What one pass over files found: `documents`, and the SHA-256 of each file.
 
-    `skipped` counts bad rows (on_error="skip"), `empty` rows with a blank text; both are left out.
+    The key of a document is a hash of its texts. `labels` are those of rows with labels. `skipped`
+    counts bad rows (on_error="skip"), `empty` rows with a blank text; both are left out.
     """
 
     documents: Documents
     hashes: dict[str, str]
     skipped: int = 0
     empty: int = 0
+    labels: DocumentLabels | None = None
 
 
-def survey(files: Iterable[str], doc_format: DocumentFormat) -> Survey:
+@dataclass
+class _Findings:
+    """What a scan finds besides documents: hashes of files, counts, and labels by their numbers."""
+
+    hashes: dict[str, str] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    names: dict[str, int] = field(default_factory=dict)
+    ids: array = field(default_factory=lambda: array("q"))  # of all documents in order
+    label_counts: array = field(default_factory=lambda: array("q"))  # of each document
+
+    def add_labels(self, labels: tuple[str, ...]) -> None:
+        """Adds the labels of the next document; without any it has the label ""."""
+        labels = labels or ("",)
+        self.ids.extend(self.names.setdefault(label, len(self.names)) for label in labels)
+        self.label_counts.append(len(labels))
+
+
+def survey(files: Iterable[str], doc_format: DocumentFormat, seed: int = SPLIT_SEED) -> Survey:
     """Reads every byte of the files once, checks that it is UTF-8, and returns what is in them.
 
-    Blank documents are left out. Raises UserError naming file and line for invalid UTF-8, bad rows
-    and missing fields, and UserError when there are no documents.
+    Blank documents are left out. The documents' keys depend on `seed`. Raises UserError naming file
+    and line for invalid UTF-8, bad rows and missing fields, and UserError when there are no
+    documents.
     """
-    files = list(files)
-    hashes: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    documents = Documents.of(_scan(files, doc_format, hashes, counts))
+    files, found = list(files), _Findings()
+    documents = Documents.keyed(_scan(files, doc_format, found), seed)
     if not documents:
         raise UserError(
             "no text in it",
             where=", ".join(display_name(file) for file in files[:3]),
             hint="give a file with text, or pipe some in",
         )
-    return Survey(documents, hashes, counts["skipped"], counts["empty"])
+    labels = None
+    if doc_format.label:
+        labels = DocumentLabels.of(
+            list(found.names), np.array(found.ids), np.array(found.label_counts)
+        )
+    return Survey(documents, found.hashes, found.counts["skipped"], found.counts["empty"], labels)
 
 
 def find_documents(files: Iterable[str], doc_format: DocumentFormat) -> Iterator[Document]:
     """The documents of `survey`, as they are found."""
-    return _scan(files, doc_format, {}, Counter())
+    return (document for document, _ in _scan(files, doc_format, _Findings()))
 
 
 def first_row(files: Iterable[str], doc_format: DocumentFormat) -> dict[str, Any] | None:
@@ -173,62 +206,70 @@ def _row_lines(
 
 
 def _scan(
-    files: Iterable[str], doc_format: DocumentFormat, hashes: dict[str, str], counts: Counter[str]
-) -> Iterator[Document]:
-    """The documents as they are found; `hashes` and `counts` are filled on the way."""
+    files: Iterable[str], doc_format: DocumentFormat, found: _Findings
+) -> Iterator[tuple[Document, int]]:
+    """Documents with a hash of their texts, as they are found; `found` is filled on the way."""
     for file in files:
         digest = hashlib.sha256()
         with user_errors(file, "read"):
             if doc_format.has_rows(file):
-                yield from _scan_rows(file, doc_format, digest, counts)
+                yield from _scan_rows(file, doc_format, digest, found)
+            elif doc_format.needs_rows:
+                raise UsageError(
+                    "is plain text, which has no fields",
+                    where=display_name(file),
+                    hint="leave it out, or name its format with --format jsonl, tsv or csv",
+                )
             elif doc_format.documents == "file":
                 yield from _scan_texts(file, digest)
             else:
                 yield from _scan_lines(file, doc_format.documents == "line", digest)
-        hashes[file] = digest.hexdigest()
+        found.hashes[file] = digest.hexdigest()
 
 
 def _scan_rows(
-    file: str, doc_format: DocumentFormat, digest: "hashlib._Hash", counts: Counter[str]
-) -> Iterator[Document]:
+    file: str, doc_format: DocumentFormat, digest: "hashlib._Hash", found: _Findings
+) -> Iterator[tuple[Document, int]]:
     parse = _row_parser(file, doc_format)
     for number, start, line in _row_lines(file, doc_format, digest):
         try:
-            blank = doc_format.is_blank(parse(line))
+            texts, labels = doc_format.content(parse(line))
         except ValueError as error:
             if doc_format.on_error == "stop":
                 raise bad_record(error, file, number) from error
-            counts["skipped"] += 1
+            found.counts["skipped"] += 1
             continue
-        if blank:
-            counts["empty"] += 1
-        else:
-            yield Document(file, start, start + len(line))
+        if not all(text.strip() for text in texts):
+            found.counts["empty"] += 1
+            continue
+        if doc_format.label:
+            found.add_labels(labels)
+        text_hash = crc32("\0".join(texts).encode("utf-8"))
+        yield Document(file, start, start + len(line)), text_hash
 
 
-def _scan_lines(file: str, single: bool, digest: "hashlib._Hash") -> Iterator[Document]:
+def _scan_lines(file: str, single: bool, digest: "hashlib._Hash") -> Iterator[tuple[Document, int]]:
     """Ranges of the lines that are not blank, `single` or joined to paragraphs."""
-    begin, end = -1, 0
+    begin, end, text_hash = -1, 0, 0
     for number, start, line in _lines(file, digest):
         try:
             line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise bad_record(error, file, number) from error
-        if single and line.strip():
-            yield Document(file, start, start + len(line))
-        elif line.strip():
+        if line.strip():
             begin, end = start if begin < 0 else begin, start + len(line)
-        elif begin >= 0:
-            yield Document(file, begin, end)
-            begin = -1
+            text_hash = crc32(line.rstrip(), text_hash)
+        if begin >= 0 and (single or not line.strip()):
+            yield Document(file, begin, end), text_hash
+            begin, text_hash = -1, 0
     if begin >= 0:
-        yield Document(file, begin, end)
+        yield Document(file, begin, end), text_hash
 
 
-def _scan_texts(file: str, digest: "hashlib._Hash") -> Iterator[Document]:
+def _scan_texts(file: str, digest: "hashlib._Hash") -> Iterator[tuple[Document, int]]:
     """Ranges between <|endoftext|> marks; line ends right after a mark belong to the mark."""
     begin = position = 0
-    buffer, blank, after_mark = b"", True, False
+    buffer, blank, after_mark, text_hash = b"", True, False, 0
     for chunk in _checked_chunks(file, digest):
         buffer += chunk
         while True:
@@ -239,16 +280,18 @@ def _scan_texts(file: str, digest: "hashlib._Hash") -> Iterator[Document]:
             if (at := buffer.find(SEPARATOR)) < 0:
                 break
             if not (blank and not buffer[:at].strip()):
-                yield Document(file, begin, position + at)
+                yield Document(file, begin, position + at), crc32(buffer[:at], text_hash)
             consumed = at + len(SEPARATOR)
             buffer, position, after_mark = buffer[consumed:], position + consumed, True
+            text_hash = 0
         # what may be the beginning of a mark waits for the next chunk
         tail = len(SEPARATOR) - 1
         blank = blank and not buffer[:-tail].strip()
         position += max(0, len(buffer) - tail)
+        text_hash = crc32(buffer[:-tail], text_hash)
         buffer = buffer[-tail:]
     if not (blank and not buffer.strip()):
-        yield Document(file, begin, position + len(buffer))
+        yield Document(file, begin, position + len(buffer)), crc32(buffer, text_hash)
 
 
 def _chunks(file: str, digest: "hashlib._Hash | None" = None) -> Iterator[bytes]:
@@ -369,79 +412,6 @@ def line_number(file: str, at: int) -> int:
         while at and (chunk := handle.read(min(CHUNK_BYTES, at))):
             lines, at = lines + chunk.count(b"\n"), at - len(chunk)
     return lines
-
-
-# -- choosing among documents
-
-
-def split(documents: Documents, doc_format: DocumentFormat) -> tuple[Documents, Documents]:
-    """(training, validation): every tenth of 20 or more documents, else the last 10 % of each.
-
-    Texts are cut at a line end. Rows are not cut: of fewer than 20 rows the last one is held out.
-    Raises UserError when nothing would be left on one side.
-    """
-    if len(documents) >= 20:
-        training = (document for i, document in enumerate(documents) if i % 10 != 9)
-        return Documents.of(training), documents[9::10]
-    rows = [document for document in documents if doc_format.has_rows(document.file)]
-    kept: list[Document] = []
-    held_out: list[Document] = []
-    for document in documents:
-        if document in rows:
-            last = document == rows[-1] and len(documents) > 1
-            (held_out if last else kept).append(document)
-            continue
-        cut = _line_end(document, document.start + (document.end - document.start) * 9 // 10)
-        kept += [document._replace(end=cut)] if cut > document.start else []
-        held_out += [document._replace(start=cut)] if cut < document.end else []
-    if not kept or not held_out:
-        raise UserError(
-            "too little text for a 10 % validation split",
-            where=display_name(documents[0].file),
-            hint="give more text, or --val FILE",
-        )
-    return Documents.of(kept), Documents.of(held_out)
-
-
-def limit(documents: Documents, doc_format: DocumentFormat, max_bytes: int) -> Documents:
-    """About `max_bytes` of the documents, from all over them: the beginning of each, or every k-th.
-
-    Where sizes differ much every k-th may still be too much: then texts are cut as well.
-    """
-    total = documents.bytes
-    if total <= max_bytes:
-        return documents
-    if len(documents) >= 20 or any(doc_format.has_rows(document.file) for document in documents):
-        documents = documents[:: -(-total // max_bytes)]
-        total = documents.bytes
-        if total <= 2 * max_bytes:
-            return documents
-    return Documents.of(_beginnings(documents, doc_format, max_bytes, total))
-
-
-def _beginnings(
-    documents: Documents, doc_format: DocumentFormat, max_bytes: int, total: int
-) -> Iterator[Document]:
-    for document in documents:
-        if doc_format.has_rows(document.file):
-            yield document
-            continue
-        size = (document.end - document.start) * max_bytes // total
-        end = _line_end(document, document.start + size)
-        if end > document.start:
-            yield document._replace(end=end)
-
-
-def _line_end(document: Document, at: int) -> int:
-    """The first line end from byte `at` on; without one nearby the next space or character."""
-    with open_bytes(document.file) as handle:
-        handle.seek(at)
-        text = handle.read(min(1 << 16, document.end - at))
-    for mark in (b"\n", b" "):
-        if 0 <= (offset := text.find(mark)) < len(text) - 1:
-            return at + offset + 1
-    continuation = next((i for i, byte in enumerate(text) if byte & 0xC0 != 0x80), len(text))
-    return at + continuation
 
 
 # -- copies of input that can be read again

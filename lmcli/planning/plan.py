@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lmcli.config import ModelConfig, Recipe, TrainConfig
-from lmcli.data import corpus, documents
+from lmcli.data import corpus, documents, splits
 from lmcli.data.documents import DocumentFormat
 from lmcli.data.rows import display_name
 from lmcli.errors import UserError
@@ -157,7 +157,7 @@ def read_text(
     started = time.monotonic()
     source = datasets.open_sources(arguments, val, doc_format, include, note)
     split = datasets.split(source, recipe.train.validation_bytes, lambda text: None)
-    sampled = documents.limit(split.training, doc_format, SAMPLE_BYTES)
+    sampled = splits.limit(split.training, doc_format, SAMPLE_BYTES)
     sample = [piece.text for piece in documents.read_pieces(sampled, doc_format)]
     if not "".join(sample).strip():
         raise UserError(

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 
 from lmcli.config import TrainConfig
-from lmcli.data import documents, examples
+from lmcli.data import documents, examples, splits
 from lmcli.data.byte_ranges import Document, Documents
-from lmcli.data.documents import DocumentFormat
+from lmcli.data.documents import SPLIT_SEED, DocumentFormat
 from lmcli.data.files import expand
 from lmcli.data.samplers import MixtureSampler
 from lmcli.errors import UsageError, UserError
@@ -31,7 +30,8 @@ class Source:
 
     `hashes` is the SHA-256 of each file once they have been read. `on_long` says what happens to
     examples longer than the context: truncate, skip or error. With `shares` the files belong to
-    several sources, one after the other, from which rows are drawn by weight.
+    several sources, one after the other, from which rows are drawn by weight. `split_seed` is that
+    of the hash by which documents are held out; None: every tenth, as in runs without a seed.
     """
 
     files: list[str]
@@ -40,6 +40,7 @@ class Source:
     hashes: dict[str, str] = field(default_factory=dict)
     on_long: str = "truncate"
     shares: list[SourceShare] = field(default_factory=list)
+    split_seed: int | None = SPLIT_SEED
 
     def facts(self) -> dict:
         """Plain values for `recipe.yaml`."""
@@ -55,6 +56,7 @@ class Source:
             "answers": self.doc_format.answers,
             "on_error": self.doc_format.on_error,
             "on_long": self.on_long,
+            **({} if self.split_seed is None else {"split_seed": self.split_seed}),
             "sha256": self.hashes,
             **({"shares": [asdict(share) for share in self.shares]} if self.shares else {}),
         }
@@ -86,6 +88,7 @@ def source_from_facts(facts: dict) -> Source:
         dict(facts["sha256"]),
         facts.get("on_long", "truncate"),
         [SourceShare(**share) for share in facts.get("shares", [])],
+        facts.get("split_seed"),
     )
 
 
@@ -175,20 +178,20 @@ def split(source: Source, validation_bytes: int, note: Callable[[str], None]) ->
 
     Raises UserError for empty text, and if a file differs from what `source.hashes` records.
     """
-    doc_format = source.doc_format
+    doc_format, seed = source.doc_format, source.split_seed
     surveys: list[documents.Survey] = []
     training, validation = [], []
     # each source has its own validation split
     for files in source.files_by_share():
-        surveys.append(documents.survey(files, doc_format))
+        surveys.append(documents.survey(files, doc_format, seed or 0))
         if source.validation_files:
             training.append(surveys[-1].documents)
         else:
-            rest, held_out = documents.split(surveys[-1].documents, doc_format)
+            rest, held_out = splits.split(surveys[-1], doc_format, seed)
             training.append(rest)
             validation.append(held_out)
     if source.validation_files:
-        surveys.append(documents.survey(source.validation_files, doc_format))
+        surveys.append(documents.survey(source.validation_files, doc_format, seed or 0))
         validation.append(surveys[-1].documents)
     hashes = {file: sha256 for survey in surveys for file, sha256 in survey.hashes.items()}
     _require_unchanged(source.hashes, hashes)
@@ -197,20 +200,16 @@ def split(source: Source, validation_bytes: int, note: Callable[[str], None]) ->
         note(f"{skipped} bad records left out")
     if empty := sum(survey.empty for survey in surveys):
         note(f"{empty:,} rows with an empty {'side' if doc_format.paired else 'text'} left out")
-    held_out = _concatenated(validation)
+    held_out = Documents.joined(validation)
     result = Split(
         replace(source, hashes=hashes),
-        _concatenated(training),
+        Documents.joined(training),
         held_out,
-        documents.limit(held_out, doc_format, validation_bytes),
+        splits.limit(held_out, doc_format, validation_bytes, seed),
         training if source.shares else [],
     )
     note(_sizes(result, doc_format))
     return result
-
-
-def _concatenated(lists: list[Documents]) -> Documents:
-    return lists[0] if len(lists) == 1 else Documents.of(chain.from_iterable(lists))
 
 
 def _require_unchanged(known: dict[str, str], hashes: dict[str, str]) -> None:

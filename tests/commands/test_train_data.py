@@ -66,7 +66,7 @@ def test_duplicates_overlap_and_label_shares_are_reported(train):
     rows = labeled()
     rows[1] = rows[0] | {"label": "odd"}  # the same text with another label
     rows[3] = rows[2]
-    rows[9] = rows[4]  # every tenth is held out
+    rows[9] = rows[4]
     rows[5] = {"text": "rare", "label": "never"}
     rows[6] = {"text": " ", "label": "odd"}
     rows.append(rows[8])
@@ -74,7 +74,7 @@ def test_duplicates_overlap_and_label_shares_are_reported(train):
     assert code == 0, stderr
     assert (
         "1 rows with an empty text left out" in stderr
-        and "2 of 36 training examples are repeated word for word" in stderr
+        and "3 of 36 training examples are repeated word for word" in stderr
     )
     assert "1 training texts come with more than one label" in stderr
     assert "3 labels: even 5" in stderr and "a label with few examples: never (1)" in stderr
@@ -106,13 +106,6 @@ def test_overlap_with_the_validation_set_is_reported(train, tmp_path):
             1,
             "rows.jsonl, line 41: field 'label' has no label",
         ),
-        (
-            [*labeled(28), {"text": "x", "label": "other"}, {"text": "y", "label": "new"}],
-            (),
-            1,
-            "rows.jsonl, line 30: label 'new' is none of the model's labels, "
-            "nor of the training set's",
-        ),
         ([{"source": "a", "target": " "}] * 30, ("--preset", "translate"), 1, "no text in it"),
         (
             [{"source": "a"}] * 30,
@@ -127,14 +120,7 @@ def test_overlap_with_the_validation_set_is_reported(train, tmp_path):
             "field 'messages' is no list of messages",
         ),
     ],
-    ids=[
-        "one label",
-        "no label",
-        "label of the validation part alone",
-        "empty targets",
-        "no target",
-        "no message",
-    ],
+    ids=["one label", "no label", "empty targets", "no target", "no message"],
 )
 def test_rows_without_a_training_example_are_named(rows, options, code, expected, train):
     exit_code, stderr, _ = train(rows, *options)
@@ -155,6 +141,38 @@ def test_a_text_may_have_several_labels(train, inside, tmp_path):
         "classify", "-m", tmp_path / "run", "--json", "--threshold", 0, stdin=b"one two\n"
     )
     assert sorted(json.loads(done.stdout)["labels"]) == sorted(WORDS)
+
+
+def test_a_label_of_val_alone_is_named_with_an_advice_that_helps(train, tmp_path):
+    (tmp_path / "val.jsonl").write_text('{"text": "x", "label": "new"}\n')
+    code, stderr, _ = train(labeled(), "--val", tmp_path / "val.jsonl")
+    assert code == 1 and "new_head" not in stderr
+    assert "val.jsonl, line 1: label 'new' is none of the model's labels: even, odd" in stderr
+    assert "add rows with it to the training data, or take it out of --val" in stderr
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["bad", "good"] * 4 + ["bad", "rare"] + ["bad", "good"] * 5, ["bad", "good", "rare"]),
+        ([False, True] * 15, ["false", "true"]),
+        ([1.0, 2.0, 10.0] * 10, ["1", "2", "10"]),
+        ([1, 2, 10] * 10, ["1", "2", "10"]),
+        ([True, "true", "false", False] * 8, ["false", "true"]),
+        (["9" * 5000, "1"] * 10, ["1", "9" * 5000]),
+    ],
+    ids=["rare at the tenth place", "true, false", "floats", "integers", "mixed", "long"],
+)
+def test_labels_of_any_kind_are_learned_and_classified(labels, expected, train, inside, tmp_path):
+    rows = [{"text": f"text number {i}", "label": label} for i, label in enumerate(labels)]
+    code, stderr, recipe = train(rows)
+    assert code == 0 and recipe["model"]["labels"] == expected, stderr
+    assert recipe["result"]["val_unigram_entropy"] > 0  # more than one label is held out
+    done = inside("classify", "-m", tmp_path / "run", tmp_path / "rows.jsonl", "--json")
+    assert {json.loads(line)["label"] for line in done.stdout.splitlines()} <= set(expected)
+    done = inside("evaluate", "-m", tmp_path / "run", tmp_path / "rows.jsonl", "--json")
+    assert done.returncode == 0, done.stderr
+    assert sorted(json.loads(done.stdout)["labels"]) == sorted(expected)
 
 
 def test_labels_other_than_the_models_need_a_new_head(train, inside, tmp_path):
@@ -182,7 +200,7 @@ def test_labels_other_than_the_models_need_a_new_head(train, inside, tmp_path):
     }
 
 
-LONG = [{"source": "one two", "target": "x"}] * 25 + [
+LONG = [{"source": f"one two {i}", "target": "x"} for i in range(25)] + [
     {"source": "one two three " * 30, "target": "y " * 40}
 ] * 3
 
@@ -190,8 +208,8 @@ LONG = [{"source": "one two", "target": "x"}] * 25 + [
 @pytest.mark.parametrize(
     ("choice", "code", "expected"),
     [
-        ("truncate", 0, "3 of 26 examples are longer than the context of 32 tokens: "),
-        ("skip", 0, "3 of 26 training examples are longer than the context of 32 tokens: left out"),
+        ("truncate", 0, "3 of 25 examples are longer than the context of 32 tokens: "),
+        ("skip", 0, "3 of 25 training examples are longer than the context of 32 tokens: left out"),
         (
             "error",
             1,
@@ -237,6 +255,14 @@ PAIRS = {
 }
 
 
+def held_out(rows, recipe):
+    """The words of the rows that a run of PAIRS has held out."""
+    lengths = [len(json.dumps(row)) + 1 for row in rows]
+    starts = [str(sum(lengths[:i])) for i in range(len(rows))]
+    ranges = recipe["validation"][0]["ranges"].split()
+    return [WORDS[starts.index(span.partition("-")[0]) % 7] for span in ranges]
+
+
 @pytest.mark.parametrize("kind", PAIRS)
 @pytest.mark.parametrize("preset", ["tiny", "translate"])
 def test_known_sets_of_fields_are_pairs(kind, preset, train):
@@ -247,10 +273,11 @@ def test_known_sets_of_fields_are_pairs(kind, preset, train):
         "instruction": "instruction + output",
         "answers": "context + question + answers",
     }[kind]
-    assert code == 0 and f"32 pairs ({fields}), " in stderr
+    assert code == 0 and f"31 pairs ({fields}), " in stderr
     assert recipe["train"]["objective"] == ("completion" if preset == "tiny" else "seq2seq")
     assert recipe["result"]["val_bytes"] == sum(
-        len(word) + (kind == "prompt" or kind == "messages") for word in (WORDS * 5)[9::10]
+        len(word) + (kind == "prompt" or kind == "messages")
+        for word in held_out(PAIRS[kind], recipe)
     )
 
 
@@ -258,7 +285,7 @@ def test_two_named_fields_are_a_pair_in_this_order(train):
     rows = [{"de": f"{word} a", "en": f"{word} b", "note": 1} for word in WORDS * 5]
     code, stderr, recipe = train(rows, "--fields", "en,de", preset="translate")
     assert (
-        code == 0 and "32 pairs (en + de), " in stderr and recipe["data"]["fields"] == ["en", "de"]
+        code == 0 and "31 pairs (en + de), " in stderr and recipe["data"]["fields"] == ["en", "de"]
     )
 
 
@@ -340,7 +367,9 @@ def test_two_texts_and_a_label_are_a_pair_in_training_and_in_lm_classify(train, 
     code, stderr, recipe = train(rows, "--fields", "premise,hypothesis,label", "--steps", 3)
     assert code == 0 and "labelled texts (premise + hypothesis + label)" in stderr
     validation = tmp_path / "held.jsonl"
-    validation.write_text("".join(json.dumps(row) + "\n" for row in rows[9::10]))
+    text = (tmp_path / "rows.jsonl").read_bytes()
+    spans = [map(int, span.split("-")) for span in recipe["validation"][0]["ranges"].split()]
+    validation.write_bytes(b"".join(text[start:end] + b"\n" for start, end in spans))
     done = inside(
         "classify", "-m", tmp_path / "run", "--field", "premise,hypothesis", "--json", validation
     )

@@ -5,7 +5,8 @@ import pytest
 
 from lmcli.data import byte_ranges
 from lmcli.data.byte_ranges import Document, Documents
-from lmcli.data.documents import DocumentFormat, limit, read_pieces, split, survey
+from lmcli.data.documents import DocumentFormat, survey
+from lmcli.data.splits import limit, split
 from lmcli.errors import UserError
 
 PLAIN = [Document(f"{'ab'[i % 3 == 0]}.txt", 10 * i, 10 * i + i) for i in range(100)]
@@ -71,13 +72,28 @@ def test_surveyed_and_split_lists_may_be_on_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(byte_ranges, "BLOCK", 10)
     (tmp_path / "a.txt").write_text("".join(f"line {i:02}\n" for i in range(50)))
     doc_format = DocumentFormat(documents="line")
-    documents = survey([str(tmp_path / "a.txt")], doc_format).documents
-    training, validation = split(documents, doc_format)
+    surveyed = survey([str(tmp_path / "a.txt")], doc_format)
+    documents = surveyed.documents
+    training, validation = split(surveyed, doc_format)
     assert [isinstance(part.table, np.memmap) for part in (documents, training)] == [True, True]
-    assert [piece.text for piece in read_pieces(validation, doc_format)] == [
-        f"line {i:02}" for i in range(9, 50, 10)
-    ]
-    assert sorted([*training, *validation]) == list(documents)
+    assert sorted([*training, *validation]) == list(documents) and len(validation) == 5
+    monkeypatch.setattr(byte_ranges, "MAX_IN_MEMORY", 1 << 20)  # the same choice in memory
+    assert split(survey([str(tmp_path / "a.txt")], doc_format), doc_format)[1] == validation
+
+
+def test_joined_lists_keep_files_and_keys(documents):
+    other = Documents.keyed(((Document("c.txt", i, i + 1), i) for i in range(40)), seed=3)
+    joined = Documents.joined([documents, other])
+    assert joined == [*PLAIN, *other] and joined.keys[100:].tolist() == other.keys.tolist()
+    assert isinstance(joined.table, np.memmap) == isinstance(documents.table, np.memmap)
+    assert Documents.joined([other]) is other
+
+
+def test_keys_are_splitmix64_of_the_hash_and_the_seed():
+    """Published results of SplitMix64: its state 1234567 plus once and twice the constant."""
+    for seed, expected in ((0, 6457827717110365317), (1, 3203168211198807973)):
+        documents = Documents.keyed([(Document("a", 0, 1), 1234567)], seed)
+        assert documents.keys.astype(np.uint64).tolist() == [expected]
 
 
 def test_a_large_text_among_many_is_cut_too(tmp_path):

@@ -19,15 +19,7 @@ from lmcli.config import TokenizerConfig
 from lmcli.data import documents as documents_module
 from lmcli.data.byte_ranges import Document
 from lmcli.data.corpus import encode_documents
-from lmcli.data.documents import (
-    DocumentFormat,
-    first_row,
-    limit,
-    read_pieces,
-    read_rows,
-    split,
-    survey,
-)
+from lmcli.data.documents import DocumentFormat, first_row, read_pieces, read_rows, survey
 from lmcli.errors import UserError
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.huggingface import LLAMA3_PATTERN, QWEN2_PATTERN
@@ -507,130 +499,6 @@ class TestSurvey:
     def test_a_missing_file_is_a_user_error(self, tmp_path):
         with pytest.raises(UserError, match=r"gone\.txt: cannot read: No such file"):
             find_all(str(tmp_path / "gone.txt"))
-
-
-def ranges_cover(wanted, training, validation):
-    """True if the two lists of ranges cover the documents, each byte once."""
-    ranges = {}
-    for document in [*training, *validation]:
-        ranges.setdefault(document.file, []).append((document.start, document.end))
-    covered = {file: sorted(spans) for file, spans in ranges.items()}
-    expected = {}
-    for document in wanted:
-        expected.setdefault(document.file, []).append((document.start, document.end))
-    for file, spans in expected.items():
-        joined = []
-        for start, end in covered.pop(file):
-            if (
-                joined
-                and joined[-1][1] == start
-                and (start, end) not in spans
-                and joined[-1] not in spans
-            ):
-                joined[-1] = (joined[-1][0], end)
-            else:
-                joined.append((start, end))
-        if joined != sorted(spans):
-            return False
-    return not covered
-
-
-class TestSplit:
-    def test_every_tenth_of_twenty_or_more(self, tmp_path):
-        file = written(tmp_path, "".join(f"line {i}\n" for i in range(25)))
-        doc_format = DocumentFormat(documents="line")
-        training, validation = split(survey([file], doc_format).documents, doc_format)
-        assert [read_text(document, doc_format) for document in validation] == ["line 9", "line 19"]
-        assert len(training) == 23 and not set(training) & set(validation)
-
-    def test_the_last_tenth_of_each_at_a_line_end(self, tmp_path):
-        text = "".join(
-            f"line {i:03}\n" for i in range(100)
-        )  # lines of 9 bytes: 90 % is byte 810, a line's first
-        doc_format = DocumentFormat()
-        first, second = written(tmp_path, text), written(tmp_path, text[:450], "b.txt")
-        training, validation = split(survey([first, second], doc_format).documents, doc_format)
-        assert training == [Document(first, 0, 819), Document(second, 0, 414)]
-        assert validation == [Document(first, 819, 900), Document(second, 414, 450)]
-        assert all(read_text(document, doc_format).endswith("\n") for document in training)
-
-    @pytest.mark.parametrize(
-        "text, held_out",
-        [
-            ("word " * 20, "word "),  # no line end: cut after the next space
-            ("short\n" + "word " * 20, "word word "),  # no line end in the last tenth
-            ("abcdefghij" * 4, "ghij"),  # neither: the next character
-            ("字" * 10, "字"),
-            ("a" + "字" * 10, "字"),
-        ],
-    )
-    def test_a_text_without_a_line_end_there(self, tmp_path, text, held_out):
-        doc_format = DocumentFormat()
-        training, validation = split(
-            survey([written(tmp_path, text)], doc_format).documents, doc_format
-        )
-        assert [read_text(document, doc_format) for document in validation] == [held_out]
-        assert read_text(training[0], doc_format) + held_out == text
-
-    @given(
-        sizes=st.lists(
-            st.text("ab \n字🎉", min_size=1, max_size=60).filter(str.strip), min_size=1, max_size=24
-        )
-    )
-    @settings(max_examples=60)
-    def test_no_byte_is_lost_or_duplicated(self, tmp_path_factory, sizes):
-        folder, doc_format = tmp_path_factory.mktemp("t"), DocumentFormat()
-        documents = survey(
-            [written(folder, text, f"{i}.txt") for i, text in enumerate(sizes)], doc_format
-        ).documents
-        try:
-            training, validation = split(documents, doc_format)
-        except UserError as error:
-            assert (
-                "too little text" in error.what and max(len(text.encode()) for text in sizes) < 60
-            )
-            return
-        assert ranges_cover(documents, training, validation)
-        assert all(
-            read_text(document, doc_format) for document in [*training, *validation]
-        )  # each is valid UTF-8 by itself
-
-    def test_json_rows_are_not_cut(self, tmp_path):
-        file = written(
-            tmp_path, "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(5)), "a.jsonl"
-        )
-        doc_format = DocumentFormat()
-        training, validation = split(survey([file], doc_format).documents, doc_format)
-        assert [read_text(d, doc_format) for d in validation] == ["row 4"] and len(training) == 4
-
-    def test_one_row_or_one_character_is_too_little(self, tmp_path):
-        doc_format = DocumentFormat()
-        for file in (written(tmp_path, '{"text": "a b c"}', "a.jsonl"), written(tmp_path, "字")):
-            with pytest.raises(
-                UserError, match="too little text for a 10 % validation split"
-            ) as caught:
-                split(survey([file], doc_format).documents, doc_format)
-            assert "--val FILE" in caught.value.hint
-
-
-class TestLimit:
-    def test_documents_within_the_limit_are_unchanged(self, tmp_path):
-        documents = find_all(written(tmp_path, "some text\n"))
-        assert limit(documents, DocumentFormat(), 10) is documents
-
-    def test_the_beginning_of_each_text_is_taken(self, tmp_path):
-        text = "line of it\n" * 100
-        documents = find_all(written(tmp_path, text), written(tmp_path, text, "b.txt"))
-        cut_down = limit(documents, DocumentFormat(), 550)
-        assert [(document.start, document.end) for document in cut_down] == [(0, 286), (0, 286)]
-
-    def test_every_kth_of_many_documents_is_taken(self, tmp_path):
-        documents = find_all(written(tmp_path, "word\n" * 30), documents="line")
-        assert limit(documents, DocumentFormat(documents="line"), 40) == documents[::3]
-
-    def test_rows_are_never_cut(self, tmp_path):
-        documents = find_all(written(tmp_path, '{"text": "aaaa"}\n' * 6, "a.jsonl"))
-        assert limit(documents, DocumentFormat(), 50) == documents[::2]
 
 
 @patterns

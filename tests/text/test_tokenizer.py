@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 from tokenizers import AddedToken, processors
 
 from lmcli.config import TokenizerConfig
@@ -177,6 +179,15 @@ class TestLearningFromLongText:
             "the vocabulary is learned from about 0 of 0 MB: "
             "one of every 10 pieces of 4,096 characters"
         ]
+
+    def test_a_pattern_in_the_text_has_no_influence(self):
+        """Every tenth piece of alternating ones would be of one kind."""
+        from lmcli.data.corpus import _sampled
+
+        sample = list(_sampled(range(10_000), 10))
+        assert len(sample) == 1000 and [number // 10 for number in sample] == list(range(1000))
+        counts = np.bincount([number % 10 for number in sample])
+        assert chisquare(counts).pvalue > 0.001
 
     def test_a_shorter_text_is_used_completely(self, tmp_path, monkeypatch):
         texts, notes = self.learn(tmp_path, monkeypatch, 35_000)

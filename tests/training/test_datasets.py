@@ -60,12 +60,12 @@ def test_the_tokenizer_is_learned_from_the_training_set_only(prepare):
     assert not any("zz" in piece or "qq" in piece for piece in data.tokenizer.core.get_vocab())
 
 
-def test_every_tenth_of_many_documents_is_for_validation(prepare):
+def test_a_tenth_of_many_documents_is_for_validation(prepare):
     data, _, notes = prepare("".join(LINES), doc_format=DocumentFormat("line"))
-    assert [document.start for document in data.measured] == [
-        len("".join(LINES[:i])) for i in range(9, 100, 10)
-    ]
-    assert notes[0].startswith("90 documents, ")
+    assert len(data.measured) == 10 and notes[0].startswith("90 documents, ")
+    assert {document.start for document in data.measured} < {
+        len("".join(LINES[:i])) for i in range(100)
+    }
 
 
 def test_a_large_validation_set_is_limited_and_the_note_says_so(prepare):
@@ -86,6 +86,23 @@ def test_source_facts_round_trip(tmp_path):
         ["a"], ["b"], DocumentFormat("line", "jsonl", ("x", "y"), "skip"), {"a": "0"}
     )
     assert datasets.source_from_facts(source.facts()) == source
+
+
+def test_a_run_without_a_split_seed_keeps_every_tenth(tmp_path):
+    """recipe.yaml of November 2026 has no split_seed."""
+    file = tmp_path / "a.txt"
+    file.write_text("".join(LINES))
+    source = datasets.open_sources((str(file),), (), DocumentFormat("line"), None, print)
+    facts = source.facts()
+    assert facts.pop("split_seed") == 0
+    old = datasets.source_from_facts(facts)
+    ends = [len("".join(LINES[: i + 1])) - 1 for i in range(100)]
+    split = datasets.split(old, 10**6, lambda text: None)
+    assert [document.end for document in split.validation] == ends[9::10]
+    assert [document.end for document in split.measured] == ends[9::10]
+    assert "split_seed" not in split.source.facts()  # and so when it is resumed once more
+    new = datasets.split(source, 10**6, lambda text: None).validation
+    assert len(new) == 10 and [document.end for document in new] != ends[9::10]
 
 
 def test_the_error_names_a_changed_file(prepare, tmp_path):
@@ -158,20 +175,18 @@ def test_an_encoders_objective_follows_from_the_fields(tmp_path, text, fields, n
 
 
 def test_questions_have_their_examples_and_windows(tmp_path):
-    rows = (
-        QUESTION * 25
-        + QUESTION.replace("Anna sits.", "Anna sits and sits and sits and sits and sits.") * 5
-    )
+    long = QUESTION.replace("Anna sits.", "Anna sits and sits and sits and sits and sits.")
+    rows = "".join(QUESTION.replace("Who", f"Who {i}") for i in range(25)) + long * 5
     (tmp_path / "a.jsonl").write_text(rows)
     source = datasets.open_sources((str(tmp_path / "a.jsonl"),), (), DocumentFormat(), None, print)
     objective, doc_format = resolve_objective(source, "auto", "encoder", print)
     source, notes = replace(source, doc_format=doc_format), []
     split = datasets.split(source, 10**6, lambda text: None)
     data = encode(objective, split, VOCABULARY, 10, None, notes.append)
-    assert [example.question for example in data.examples] == ["Who?"] * 3
+    # copies of one question are not chosen where there are enough others
+    assert all(example.question.startswith("Who ") for example in data.examples)
     assert len(data.validation) == 3 and len(data.questions) == 27
-    # one of the five long contexts is held out
-    assert data.long_contexts() == 4
-    assert notes[-1] == "4 of 27 contexts have no room in 10 tokens: they are read in windows"
+    assert data.long_contexts() == 5
+    assert notes[-1] == "5 of 27 contexts have no room in 10 tokens: they are read in windows"
     rows = data.batches(TrainConfig(doc_stride=2), ModelConfig())
-    assert rows.rows_per_epoch > 27 + 4 and rows.step(0, 64, 64)[0].ids.shape[1] <= 10
+    assert rows.rows_per_epoch > 27 + 5 and rows.step(0, 64, 64)[0].ids.shape[1] <= 10
