@@ -1,9 +1,9 @@
 """Tokenizers in any folder: tokenizer.json, vocab.txt, vocab.json + merges.txt, SentencePiece.
 
-A folder names a tokenizer class (or a model type, which implies one). The class decides more than
-the files say: how text is normalized and split, which tokens are special, what the template is.
-`TOKENIZER_CLASSES` has these rules, as `AutoTokenizer` of transformers 5 applies them. For a class
-that is not listed the files are used as they are.
+A folder names a tokenizer class (or a model type, which implies one: see tokenizer_classes.py). The
+class decides more than the files say: how text is normalized and split, which tokens are special,
+what the template is. `TOKENIZER_CLASSES` has these rules, as transformers 5 applies them. For a
+class that is not listed a tokenizer.json is used as it is.
 """
 
 import base64
@@ -20,6 +20,16 @@ from lmcli.errors import UserError
 from lmcli.storage import read_json, user_errors
 from lmcli.text import sentencepiece
 from lmcli.text.sentencepiece import SPACE, MarianSide, SentencePieceModel
+from lmcli.text.tokenizer_classes import (
+    GENERIC_CLASS,
+    MARIAN_CLASS,
+    UNREGISTERED,
+    check_known,
+    class_name,
+    class_of_files,
+    declared_class,
+    own_code,
+)
 
 Core = tokenizers.Tokenizer
 Settings = dict[str, Any]
@@ -31,30 +41,17 @@ QWEN2_PATTERN = (
 )
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 END_OF_TEXT = "<|endoftext|>"
-GENERIC_CLASS = "PreTrainedTokenizerFast"  # uses tokenizer.json as it is
-MARIAN_CLASS = "MarianTokenizer"
 MARIAN_FILES = ("source.spm", "target.spm", "vocab.json")
+GENERIC_FILES = ("tokenizer.model",)
+BPE_FILES = ("vocab.json", "merges.txt")
+# the first file of a class's vocabulary → the kind of its model
+KINDS = {
+    "vocab.json": "BPE",
+    "vocab.txt": "WordPiece",
+    "spiece.model": "Unigram",
+    "tokenizer.model": "BPE",
+}
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-CLASS_OF_MODEL_TYPE = {
-    "gpt2": "GPT2Tokenizer",
-    "qwen2": "Qwen2Tokenizer",
-    "qwen3": "Qwen2Tokenizer",
-    "mistral": GENERIC_CLASS,
-    "gpt_neox": "GPTNeoXTokenizer",
-    "bert": "BertTokenizer",
-    "distilbert": "BertTokenizer",
-    "roberta": "RobertaTokenizer",
-    "bart": "RobertaTokenizer",
-    "t5": "T5Tokenizer",
-    "marian": MARIAN_CLASS,
-}
-DECLARATION_IGNORED = ("mistral", "qwen2")  # model types whose class does not depend on the folder
-CLASS_OF_FILE = {
-    "vocab.txt": "BertTokenizer",
-    "merges.txt": "GPT2Tokenizer",
-    "spiece.model": "T5Tokenizer",
-    "source.spm": MARIAN_CLASS,
-}
 
 
 class FolderTokenizer(NamedTuple):
@@ -69,11 +66,12 @@ class FolderTokenizer(NamedTuple):
 class TokenizerClass(NamedTuple):
     """What a tokenizer class decides.
 
-    `special` are its special tokens; `set_up` installs the steps around the vocabulary; `template`
-    makes the template. `from_pieces` makes a tokenizer of a SentencePiece file, `fill_in` completes
-    the settings.
+    `files` hold its vocabulary, `special` are its special tokens; `set_up` installs the steps
+    around the vocabulary; `template` makes the template. `from_pieces` makes a tokenizer of a
+    SentencePiece file, `fill_in` completes the settings.
     """
 
+    files: tuple[str, ...]
     special: dict[str, str]
     set_up: Callable[[Core, Settings, Pieces], None]
     template: Callable[[Core, Settings], Any] | None = None
@@ -84,21 +82,23 @@ class TokenizerClass(NamedTuple):
 def read(path: Path) -> FolderTokenizer:
     """The tokenizer of a folder, or of a tokenizer.json and the files next to it.
 
-    Raises UserError if there is none, or naming the file that cannot be read.
+    Raises UserError if there is none, naming a class that is not supported, or naming the file that
+    cannot be read.
     """
     folder, saved = (path.parent, path) if path.is_file() else (path, path / "tokenizer.json")
     # the class
     config, settings = _json(folder / "config.json"), read_settings(folder)
-    declared = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    name = class_name(config.get("model_type"), declared, saved)
-    if name not in TOKENIZER_CLASSES and not saved.is_file():
-        files = (file for file in CLASS_OF_FILE if (folder / file).is_file())
-        name = next((CLASS_OF_FILE[file] for file in files), name)
-    if name == MARIAN_CLASS and not path.is_file() and (folder / "source.spm").is_file():
+    declared, model_type = declared_class(config, settings, folder), config.get("model_type")
+    code, names_nothing = own_code(settings), not (config or settings)
+    name = class_name(model_type, declared, lambda: not code and _is_byte_level(saved))
+    if name is None and not code and (saved.is_file() or model_type in UNREGISTERED):
+        name = class_of_files(folder, saved, model_type, KNOWN_CLASSES)
+    check_known(name, code, KNOWN_CLASSES, model_type, saved)
+    has_marian_files = (folder / "source.spm").is_file() or not saved.is_file()
+    if name == MARIAN_CLASS and not path.is_file() and has_marian_files:
         return _read_marian(folder, settings)
     rules = TOKENIZER_CLASSES.get(name or "")
     # the settings
-    names_nothing = not (config or settings)
     if rules:
         settings = {**rules.special, **settings, "tokenizer_class": name}
         settings = rules.fill_in(settings) if rules.fill_in else settings
@@ -132,22 +132,9 @@ def _set_up(
         core.post_processor = _bos_eos_template(core, settings)
 
 
-def class_name(model_type: str | None, declared: str | None, saved: Path) -> str | None:
-    """The class that AutoTokenizer uses, without "Fast" in its name; None if nothing names one."""
-    registered = CLASS_OF_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
-    if not isinstance(declared, str):
-        return registered
-    name = declared.removesuffix("Fast").replace("BartTokenizer", "RobertaTokenizer")
-    if name == "LlamaTokenizer" and saved.is_file() and _is_byte_level(saved):
-        return GENERIC_CLASS  # Llama 3, declared as if it were Llama 2
-    if name == registered or model_type in DECLARATION_IGNORED:
-        return registered
-    return name if name in TOKENIZER_CLASSES or name == MARIAN_CLASS else GENERIC_CLASS
-
-
 def _is_byte_level(file: Path) -> bool:
     with user_errors(file, "read"):
-        return b'"ByteLevel"' in file.read_bytes()
+        return file.is_file() and b'"ByteLevel"' in file.read_bytes()
 
 
 def read_settings(folder: Path) -> Settings:
@@ -186,27 +173,37 @@ def _read_core(
     """The vocabulary with the steps in its files, and the SentencePiece model if it is from one."""
     if saved.is_file():
         with _parsing(saved):
-            return Core.from_file(str(saved)), None
-    merges = folder / "merges.txt"
-    if (file := folder / "vocab.txt").is_file():
-        with _parsing(file):
-            return Core(_wordpiece(file, settings)), None
-    if (file := folder / "vocab.json").is_file() and merges.is_file():
-        with _parsing(file):
-            return Core(models.BPE.from_file(str(file), str(merges))), None
-    for file in (folder / "spiece.model", folder / "tokenizer.model"):
-        if file.is_file():
-            with _parsing(file):
-                pieces = sentencepiece.parse(file.read_bytes())
-                if rules and rules.from_pieces:
-                    return rules.from_pieces(pieces, settings), pieces
-                return sentencepiece.generic_tokenizer(pieces), pieces
-    raise UserError(
-        "holds no tokenizer",
-        where=str(folder),
-        hint="a folder needs tokenizer.json, vocab.txt, vocab.json and merges.txt, spiece.model, "
-        "tokenizer.model, or Marian's source.spm, target.spm and vocab.json",
-    )
+            core = Core.from_file(str(saved))
+        _check_kind(core, settings["tokenizer_class"], saved, rules)
+        return core, None
+    files = [folder / name for name in (rules.files if rules else GENERIC_FILES)]
+    if not all(file.is_file() for file in files):
+        raise UserError(
+            "holds no tokenizer",
+            where=str(folder),
+            hint=f"{settings['tokenizer_class']} needs tokenizer.json, or "
+            + " and ".join(file.name for file in files),
+        )
+    with _parsing(files[0]):
+        if files[0].name == "vocab.txt":
+            return Core(_wordpiece(files[0], settings)), None
+        if files[0].name == "vocab.json":
+            return Core(models.BPE.from_file(str(files[0]), str(files[1]))), None
+        pieces = sentencepiece.parse(files[0].read_bytes())
+        if rules and rules.from_pieces:
+            return rules.from_pieces(pieces, settings), pieces
+        return sentencepiece.generic_tokenizer(pieces), pieces
+
+
+def _check_kind(core: Core, name: str, saved: Path, rules: TokenizerClass | None) -> None:
+    """Raises UserError if a tokenizer.json holds another kind of model than the class has."""
+    kind = type(core.model).__name__
+    if rules and kind != (expected := KINDS[rules.files[0]]):
+        raise UserError(
+            f"holds a {kind}, but tokenizer class {name} has a {expected}",
+            where=str(saved),
+            hint=f"to use it as it is, set tokenizer_class to {GENERIC_CLASS}",
+        )
 
 
 def _wordpiece(file: Path, settings: Settings) -> models.WordPiece:
@@ -422,6 +419,19 @@ def _llama(core: Core, settings: Settings, pieces: Pieces) -> None:
     core.decoder = decoders.Sequence(steps)
 
 
+def _code_llama(core: Core, settings: Settings, pieces: Pieces) -> None:
+    _llama(core, {**settings, "legacy": False}, pieces)
+
+
+def _code_llama_settings(settings: Settings) -> Settings:
+    return {"add_bos_token": True, **settings}
+
+
+def _code_llama_pieces(pieces: SentencePieceModel, settings: Settings) -> Core:
+    unknown = _content(settings["unk_token"])
+    return Core(sentencepiece.bpe(pieces, byte_fallback=True, unk_token=unknown))
+
+
 def _llama_pieces(pieces: SentencePieceModel, settings: Settings) -> Core:
     return Core(sentencepiece.bpe(pieces, byte_fallback=True))
 
@@ -434,6 +444,14 @@ _BERT_TOKENS = {
     "mask_token": "[MASK]",
 }
 _LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_CODE_LLAMA_TOKENS = {
+    **_LLAMA_TOKENS,
+    "prefix_token": "▁<PRE>",
+    "middle_token": "▁<MID>",
+    "suffix_token": "▁<SUF>",
+    "eot_token": "▁<EOT>",
+    "fill_token": "<FILL_ME>",
+}
 _ROBERTA_TOKENS = {
     **_LLAMA_TOKENS,
     "sep_token": "</s>",
@@ -446,12 +464,24 @@ _QWEN2_TOKENS = dict.fromkeys(("unk_token", "eos_token", "pad_token"), END_OF_TE
 _T5_TOKENS = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _NEOX_TOKENS = {**_GPT2_TOKENS, "pad_token": "<|padding|>"}
 TOKENIZER_CLASSES = {
-    "GPT2Tokenizer": TokenizerClass(_GPT2_TOKENS, _gpt2),
-    "GPTNeoXTokenizer": TokenizerClass(_NEOX_TOKENS, _gpt_neox, _bos_eos_template),
-    "Qwen2Tokenizer": TokenizerClass(_QWEN2_TOKENS, _qwen2),
-    "RobertaTokenizer": TokenizerClass(_ROBERTA_TOKENS, _gpt2, _roberta_template),
-    "BertTokenizer": TokenizerClass(_BERT_TOKENS, _bert, _bert_template),
-    "DistilBertTokenizer": TokenizerClass(_BERT_TOKENS, _bert, _bert_template),
-    "T5Tokenizer": TokenizerClass(_T5_TOKENS, _t5, _t5_template, _t5_pieces, _t5_settings),
-    "LlamaTokenizer": TokenizerClass(_LLAMA_TOKENS, _llama, from_pieces=_llama_pieces),
+    "GPT2Tokenizer": TokenizerClass(BPE_FILES, _GPT2_TOKENS, _gpt2),
+    "GPTNeoXTokenizer": TokenizerClass(BPE_FILES, _NEOX_TOKENS, _gpt_neox, _bos_eos_template),
+    "Qwen2Tokenizer": TokenizerClass(BPE_FILES, _QWEN2_TOKENS, _qwen2),
+    "RobertaTokenizer": TokenizerClass(BPE_FILES, _ROBERTA_TOKENS, _gpt2, _roberta_template),
+    "BertTokenizer": TokenizerClass(("vocab.txt",), _BERT_TOKENS, _bert, _bert_template),
+    "DistilBertTokenizer": TokenizerClass(("vocab.txt",), _BERT_TOKENS, _bert, _bert_template),
+    "T5Tokenizer": TokenizerClass(
+        ("spiece.model",), _T5_TOKENS, _t5, _t5_template, _t5_pieces, _t5_settings
+    ),
+    "LlamaTokenizer": TokenizerClass(
+        ("tokenizer.model",), _LLAMA_TOKENS, _llama, from_pieces=_llama_pieces
+    ),
+    "CodeLlamaTokenizer": TokenizerClass(
+        ("tokenizer.model",),
+        _CODE_LLAMA_TOKENS,
+        _code_llama,
+        from_pieces=_code_llama_pieces,
+        fill_in=_code_llama_settings,
+    ),
 }
+KNOWN_CLASSES = (*TOKENIZER_CLASSES, MARIAN_CLASS)
