@@ -61,6 +61,8 @@ def read_config(document: dict[str, Any], where: str) -> tuple[Family, ModelConf
     for key, other in family.fallbacks.items():
         if document.get(key) is None:
             document = {**document, key: document.get(other, family.defaults.get(other))}
+    others = {key: document[name] for name, key in family.aliases.items() if document.get(name)}
+    document = {**document, **others}
     head = _head(family, document, where)
     for key, value in family.fixed.items():
         if document.get(key, value) != value:
@@ -82,6 +84,7 @@ def read_config(document: dict[str, Any], where: str) -> tuple[Family, ModelConf
     options |= _read_window(family, document, where)
     if head in ("sequence", "token"):
         options |= _read_labels(document, where)
+    _check_repeated(options, family, document, where)
     # values in their ranges
     values = {option: _checked(option, value, where) for option, value in options.items()}
     values = {option: value for option, value in values.items() if value is not None}
@@ -159,6 +162,22 @@ def _read_choices(family: Family, document: dict[str, Any], where: str) -> dict[
     return options
 
 
+def _check_repeated(
+    options: dict[str, Any], family: Family, document: dict[str, Any], where: str
+) -> None:
+    """Raises UserError for a key that contradicts the one that says the same thing."""
+    for key, option in family.repeated.items():
+        value = document.get(key)
+        if value is not None and ACTIVATION_NAMES.get(str(value), value) != options[option]:
+            others = (name for name, choices in family.choices.items() if option in choices[0][1])
+            raise UserError(
+                f"{key} {value!r} contradicts "
+                + ", ".join(f"{name} {document.get(name)!r}" for name in others),
+                where=where,
+                hint="keep the one that the weights were trained with",
+            )
+
+
 def _checked(option: str, value: Any, where: str) -> Any:
     """A value as the option's type. Raises UserError naming the file's key if out of range."""
     key, value = value if isinstance(value, FileValue) else (option, value)
@@ -175,8 +194,11 @@ def _checked(option: str, value: Any, where: str) -> Any:
 
 
 def _read_rope(family: Family, document: dict[str, Any], where: str) -> dict[str, Any]:
-    """The rotary base and scaling, which may stand under `rope_parameters` or `rope_scaling`."""
-    key = "rope_parameters" if document.get("rope_parameters") else "rope_scaling"
+    """The rotary base and scaling: under `rope_scaling`, else under `rope_parameters`.
+
+    A file with both means the former, as in transformers: people add it to extend a context.
+    """
+    key = "rope_scaling" if document.get("rope_scaling") else "rope_parameters"
     rope = document.get(key) or {}
     if not isinstance(rope, dict):
         raise UserError(f"{key} is not an object", where=where)
@@ -193,11 +215,16 @@ def _read_rope(family: Family, document: dict[str, Any], where: str) -> dict[str
                 raise UserError(
                     f"{name} {rope[name]!r} of rope type 'yarn' is not supported", where=where
                 )
-    theta = rope.get("rope_theta") or document.get("rope_theta") or document.get("rotary_emb_base")
+    theta = rope.get("rope_theta") or document.get(family.rope_base_key)
+    theta = theta or document.get("rope_theta")
     options |= {"rope_type": kind, "rope_theta": FileValue("rope_theta", theta or 10_000.0)}
     if "rotary_fraction" in family.keys and rope.get("partial_rotary_factor") is not None:
         fraction = rope["partial_rotary_factor"]
         options["rotary_fraction"] = FileValue("partial_rotary_factor", fraction)
+    elif "rotary_fraction" not in family.keys:
+        fraction = rope.get("partial_rotary_factor", document.get("partial_rotary_factor"))
+        if fraction not in (None, 1):
+            raise _unsupported(f"partial_rotary_factor {fraction!r}", where, "1", family)
     if kind != "default":
         options |= {
             option: FileValue(name, rope[name])
@@ -215,13 +242,17 @@ def _rope_by_layer_type(
     """(parameters of layers with full attention, rotary base of those with a window)."""
     assert family.rope_keys
     full_theta, local_theta = ({**family.defaults, **document}[name] for name in family.rope_keys)
-    full, local = ({} if rope.get(kind) is None else rope[kind] for kind in LAYER_TYPES)
-    if not isinstance(full, dict) or not isinstance(local, dict):
-        raise UserError(f"{key} holds no object for each type of layer", where=where)
-    if local.get("rope_type", "default") != "default":
+    scaling = rope if key == "rope_scaling" else {}
+    by_type = (document.get("rope_parameters") or {}) if scaling else rope
+    full, local = ({} if by_type.get(kind) is None else by_type[kind] for kind in LAYER_TYPES)
+    if not isinstance(full, dict) or not isinstance(local, dict) or {*by_type} - {*LAYER_TYPES}:
         raise UserError(
-            f"rope type {local['rope_type']!r} of sliding_attention is not supported", where=where
+            "rope_parameters holds no object for each type of layer, and only these", where=where
         )
+    full, local = {**full, **scaling}, {**local, **scaling}
+    kind = local.get("rope_type") or local.get("type") or "default"
+    if kind != "default":
+        raise UserError(f"rope type {kind!r} of sliding_attention is not supported", where=where)
     local_value = FileValue("rope_theta", local.get("rope_theta") or local_theta)
     return {"rope_theta": full_theta, **full}, local_value
 
@@ -232,7 +263,9 @@ def _read_window(family: Family, document: dict[str, Any], where: str) -> dict[s
     if rule is None:
         return {}
     known = {**family.defaults, **document}
-    width = known[rule.key] if known.get("use_sliding_window", True) else None
+    width = known[rule.key] if rule.switch is None or known.get(rule.switch) else None
+    if rule.one_side_key and isinstance(one_side := document.get(rule.one_side_key), int):
+        width = rule.sides * one_side
     if width is None:
         return {}
     if rule.pattern is None:
@@ -261,8 +294,9 @@ def _whole(key: str, value: Any, low: int, where: str) -> int:
 
 
 def _read_labels(document: dict[str, Any], where: str) -> dict[str, Any]:
-    names = document.get("id2label")
-    if not names:
+    names, stated = document.get("id2label"), document.get("num_labels")
+    # a file with both and two counts means num_labels, as in transformers
+    if not names or (stated is not None and isinstance(names, dict) and stated != len(names)):
         count = _whole("num_labels", document.get("num_labels", 2), 1, where)
         if count > MAX_LABELS:
             raise UserError(f"num_labels: {count} is outside 1 to {MAX_LABELS}", where=where)

@@ -171,6 +171,11 @@ DISTILBERT = Family(
         "tie_word_embeddings": True,
         "pad_token_id": 0,
     },
+    aliases={
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+    },
     # sinusoids are stored like learned positions
     choices={"sinusoidal_pos_embds": ((False, {}), (True, {}))},
     prefix="distilbert.",
@@ -256,6 +261,7 @@ MODERNBERT = Family(
         written=("layer_types", "local_attention", "global_attn_every_n_layers"),
         sides=2,
         off=128,
+        one_side_key="sliding_window",
         pattern=LayerPattern(
             "global_attn_every_n_layers",
             low=1,
@@ -355,6 +361,13 @@ T5 = Family(
     fixed={"is_encoder_decoder": True},
     # T5 1.1 neither ties nor scales; T5 1.0 had one key for both
     fallbacks={"num_decoder_layers": "num_layers", "scale_decoder_outputs": "tie_word_embeddings"},
+    aliases={
+        "hidden_size": "d_model",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "head_dim": "d_kv",
+    },
+    repeated={"dense_act_fn": "hidden_act", "is_gated_act": "gated_mlp"},
     choices={
         "scale_decoder_outputs": choice("scale_logits", default=True),
         "feed_forward_proj": (
@@ -441,6 +454,11 @@ BART = Family(
         "decoder_start_token_id": 2,
     },
     fixed={"is_encoder_decoder": True},
+    aliases={
+        "hidden_size": "d_model",
+        "num_hidden_layers": "encoder_layers",
+        "num_attention_heads": "encoder_attention_heads",
+    },
     choices={"scale_embedding": choice("scale_embedding")},
     architectures={"BartModel": "lm"},
     prefix="model.",

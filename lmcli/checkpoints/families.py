@@ -80,6 +80,7 @@ QWEN_WINDOW = WindowRule(
         is_full=lambda layer, number: layer < number,
         number=lambda layer_types, window: layer_types.count("full_attention"),
     ),
+    switch="use_sliding_window",
 )
 QWEN_DEFAULTS = {
     **LLAMA_DEFAULTS,
@@ -135,6 +136,12 @@ GPT2 = Family(
         "layer_norm_epsilon": 1e-5,
         "activation_function": "gelu_new",
     },
+    aliases={
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
     fixed={
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
@@ -169,6 +176,7 @@ GPT_NEOX = Family(
         "hidden_act": "gelu",
         "rotary_pct": 0.25,
     },
+    rope_base_key="rotary_emb_base",
     choices={
         "use_parallel_residual": choice("parallel_block", default=True),
         "attention_bias": choice("attention_bias", "none", "all", default=True),

@@ -94,8 +94,10 @@ class LayerPattern(NamedTuple):
 class WindowRule(NamedTuple):
     """How config.json states the width of the sliding window (`key`) and the layers that have one.
 
-    The width counts the tokens on one or both `sides`; a model without a window is written with
-    `off`. Without a `pattern` every layer has the window. `written` are the keys that lm writes.
+    The width counts the tokens on one or both `sides`; `one_side_key` may state one side alone, and
+    then counts. `switch` is a key that must be true for a window. A model without a window is
+    written with `off`. Without a `pattern` every layer has the window. `written` are the keys that
+    lm writes.
     """
 
     key: str
@@ -103,6 +105,8 @@ class WindowRule(NamedTuple):
     sides: int = 1
     off: int | None = None
     pattern: LayerPattern | None = None
+    switch: str | None = None
+    one_side_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,9 +120,12 @@ class Family:
       fixed            keys with one supported value: always written, others are an error
       choices          keys whose value stands for some of our options
       fallbacks        a key that may be missing → the key whose value it takes then
+      aliases          another name of a key → the key; of two values that of the other name counts
+      repeated         a key that says again what one of our options is; it must not contradict
       architectures    further architectures whose files hold all that one of the heads needs → head
       window           how the sliding window is stated; None for families without one
       rope_keys        keys of the rotary base of full and of sliding layers, where there are two
+      rope_base_key    an older key of the rotary base, which goes before `rope_theta`
       padding_first    learned positions start behind the padding id and are counted with those rows
 
     Tensors:
@@ -143,9 +150,12 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     choices: Choices = field(default_factory=dict)
     fallbacks: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    repeated: Mapping[str, str] = field(default_factory=dict)
     architectures: Mapping[str, str] = field(default_factory=dict)
     window: WindowRule | None = None
     rope_keys: tuple[str, str] | None = None
+    rope_base_key: str = "rope_theta"
     padding_first: bool = False
     prefix: str = ""
     head_tensors: Mapping[str, tuple[TensorMap, ...]] = field(default_factory=dict)
