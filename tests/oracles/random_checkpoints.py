@@ -292,7 +292,7 @@ def fill(model: torch.nn.Module, seed: int = 0) -> Any:
 def write(folder: Path, theirs: transformers.PreTrainedModel, **options: Any) -> Path:
     """Saves a model of transformers and a tokenizer of 37 words, which names no family."""
     theirs.save_pretrained(folder, **options)
-    words = tokenizers.models.WordLevel({f"word{i}": i for i in range(37)}, unk_token="word3")
+    words = tokenizers.models.BPE({f"word{i}": i for i in range(37)}, [], unk_token="word3")
     tokenizer = tokenizers.Tokenizer(words)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
