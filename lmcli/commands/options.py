@@ -245,8 +245,12 @@ def _all_fields(ctx: click.Context, _: click.Parameter, names: tuple[str, ...]) 
 
 
 def _keep_fields(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
-    if value:
-        ctx.meta[FIELDS_KEY] = tuple(name.strip() for name in value.split(","))
+    if value is None:
+        return
+    names = tuple(name.strip() for name in value.split(","))
+    if not all(names):
+        raise UsageError(f"{value!r} has an empty name", where="--fields", hint="write A,B")
+    ctx.meta[FIELDS_KEY] = names
 
 
 input_format = _all_of(
@@ -272,7 +276,7 @@ input_format = _all_of(
         expose_value=False,
         is_eager=True,
         callback=_keep_fields,
-        help="Several fields, in this order (instead of --field).",
+        help="Several fields, in this order (instead of --field). lm train takes ROLE=NAME too.",
     ),
     click.option("--include", metavar="GLOB", help="In a directory, read only matching files."),
 )

@@ -28,8 +28,8 @@ WITH_RESUME = {
   lm train book.txt -o runs/book --preset small --time 10m
   lm train a.txt b.jsonl --weights 3,1            three rows of a.txt for each row of b.jsonl
   lm train chat.jsonl --field message --set model.hidden_size=192
-  lm train pairs.jsonl --preset seq2seq-small     rows with source and target
-  lm train reviews.tsv --preset encoder-small     columns text and label
+  lm train pairs.jsonl                            rows with source and target: a translator
+  lm train reviews.csv --fields text=review,label=stars      a classifier
   lm train squad.jsonl --preset qa --from bert    rows with context, question, answers
   lm train more.txt --from runs/book -o runs/more
   lm train more.txt --from runs/book --lora 8     trains a LoRA adapter of rank 8
@@ -123,7 +123,8 @@ def train(args: options.Arguments) -> None:
 
     A decoder learns from text; an encoder from text (masked words), from rows with text and label,
     or from rows with context, question and answers; an encoder–decoder from rows with source and
-    target. Without --tokenizer a byte-level BPE is learned first, on the training set only.
+    target. Preset auto goes by the fields and says what it takes. Without --tokenizer a byte-level
+    BPE is learned first, on the training set only.
     The run ends at the first budget reached of --time, --steps, --tokens and --epochs; any of them
     replaces the preset's budgets. Ctrl-C, SIGTERM or a closed terminal
     save the run; how to resume it is printed.
@@ -212,6 +213,7 @@ def _request(args: options.Arguments) -> "Request":
         return recipes.resolve(preset, args.sets, train, defaults)
 
     return Request(
+        preset=args.preset,
         recipe=resolve({}),
         data=args.data,
         output=args.output,

@@ -1,13 +1,86 @@
-"""Remarks on examples before training: duplicates, overlap with validation, label balance."""
+"""Remarks on data before training: what its fields seem to hold; duplicates, overlap, balance."""
 
-from collections.abc import Iterator
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
 from lmcli.data.examples import Examples, Texts
+from lmcli.data.files import open_bytes
+from lmcli.data.rows import parse_json_row
+from lmcli.data.schema import PROMPT_COMPLETION, QUESTION_FIELDS, SOURCE_TARGET, TEXT_LABEL_FIELDS
+from lmcli.storage import user_errors
 
 LISTED_LABELS = 10
 FEW = 5  # a label with fewer examples is named
+HEAD_BYTES = 1 << 16
+KNOWN_FIELDS = {*TEXT_LABEL_FIELDS, *SOURCE_TARGET, *PROMPT_COMPLETION, *QUESTION_FIELDS}
+
+# -- fields
+
+
+def hidden_rows(file: str) -> str:
+    """What a file that is read as plain text looks like by its beginning, and what to do; or ""."""
+    with user_errors(file, "read"), open_bytes(file) as handle:
+        head = handle.read(HEAD_BYTES).decode("utf-8", "replace").removeprefix("\ufeff").lstrip()
+    line = head.partition("\n")[0]
+    with suppress(ValueError):
+        parse_json_row(line)
+        return "looks like JSON Lines: add --format jsonl"
+    if re.match(r'\[\s*\{\s*"', head):
+        return "looks like a JSON array: jq -c '.[]' makes JSON Lines of it"
+    for format, separator in (("tsv", "\t"), ("csv", ",")):
+        cells = [cell.strip().strip('"') for cell in line.split(separator)]
+        if len(KNOWN_FIELDS.intersection(cells)) > 1:
+            return f"looks like {format.upper()}: add --format {format}"
+    return ""
+
+
+def guess_fields(rows: Sequence[Mapping[str, Any]], roles: tuple[str, ...]) -> dict[str, str]:
+    """The field of rows that seems to have each role: texts are long, labels recur.
+
+    >>> guess_fields([{"a": "1", "b": "good film"}, {"a": "2", "b": "bad"}], ("text", "label"))
+    {'text': 'b', 'label': 'a'}
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    guess = {role: role for role in roles if role in names}
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    length = {name: sum(len(str(value)) for value in values[name]) for name in names}
+    free = [name for name in names if name not in guess]
+    # texts by length, and two sides in their order
+    texts = [role for role in roles if role not in (*guess, "label", "answers")]
+    longest = [name for name in free if any(isinstance(value, str) for value in values[name])]
+    longest = sorted(longest, key=lambda name: -length[name])[: len(texts)]
+    if "context" not in roles:
+        longest.sort(key=names.index)
+    guess |= dict(zip(texts, longest))
+    # the field with the fewest values
+    rest = [name for name in free if name not in longest]
+    distinct = {name: len(set(map(repr, values[name]))) for name in rest}
+    rest.sort(key=lambda name: (distinct[name] < 2, distinct[name], length[name]))
+    others = [role for role in roles if role in ("label", "answers") and role not in guess]
+    return guess | dict(zip(others, rest))
+
+
+def fields_option(rows: Sequence[Mapping[str, Any]], roles: tuple[str, ...]) -> str:
+    """The option that names the fields of `guess_fields` for the command line."""
+    guess = guess_fields(rows, roles)
+    named = [f"{role}={guess.get(role, 'NAME')}" for role in roles]
+    if any("," in name for name in named):
+        return " ".join(f"--field {shlex.quote(name)}" for name in named)
+    return f"--fields {shlex.quote(','.join(named))}"
+
+
+def seems_label(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """True if few values recur in a field."""
+    values = [repr(row[name]) for row in rows if name in row]
+    return 2 <= len(set(values)) <= max(2, len(values) // 3)
+
+
+# -- examples
 
 
 def findings(training: Examples, validation: Examples, labels: tuple[str, ...]) -> Iterator[str]:

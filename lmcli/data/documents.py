@@ -186,15 +186,22 @@ def find_documents(files: Iterable[str], doc_format: DocumentFormat) -> Iterator
     return (document for document, _ in _scan(files, doc_format, _Findings()))
 
 
-def first_row(files: Iterable[str], doc_format: DocumentFormat) -> dict[str, Any] | None:
-    """The first valid row of the first files that hold rows, or None."""
+def first_rows(
+    files: Iterable[str], doc_format: DocumentFormat, count: int = 1
+) -> list[dict[str, Any]]:
+    """The first valid rows, at most `count`, of the first file that has one; [] without any."""
     for file in filter(doc_format.has_rows, files):
+        rows: list[dict[str, Any]] = []
         with user_errors(file, "read"):
             parse = _row_parser(file, doc_format)
             for _, _, line in _row_lines(file, doc_format):
                 with suppress(ValueError):
-                    return parse(line)
-    return None
+                    rows.append(parse(line))
+                if len(rows) == count:
+                    break
+        if rows:
+            return rows
+    return []
 
 
 def _row_lines(

@@ -197,9 +197,9 @@ class AutoPreset:
             reasons.append(f"overridden by your settings: {', '.join(overridden)}")
         return recipe, reasons
 
-    def for_finetuning(self, preset: str) -> tuple[Recipe, list[str]]:
-        """(recipe, reasons) for a model of --from."""
-        return self.resolve({}, preset), [f"as preset {preset}, since --from names a model"]
+    def for_preset(self, preset: str) -> Recipe:
+        """The recipe of another preset."""
+        return self.resolve({}, preset)
 
     def learning_rates(self, preset: str, train: TrainConfig) -> tuple[float, ...]:
         """The learning rates to try, the default first; () if the user set one or none is known."""

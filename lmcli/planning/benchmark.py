@@ -233,12 +233,12 @@ def training_flops_per_second(recipe: Recipe, device_config: DeviceConfig, secon
 def _objective(
     recipe: Recipe, config: ModelConfig
 ) -> tuple[Objective, Callable[[ModelConfig, TrainConfig], BatchSource]]:
-    """(the recipe's objective, its rows of random ids); "auto": the first that predicts tokens.
+    """(the recipe's objective, its rows of random ids); else the first that predicts tokens.
 
-    Raises UsageError for an objective that is not measured.
+    Raises UsageError for a model that is not measured.
     """
     name = recipe.train.objective
-    for row in [OBJECTIVES[name]] if name in OBJECTIVES else OBJECTIVES.values():
+    for row in (*filter(None, [OBJECTIVES.get(name)]), *OBJECTIVES.values()):
         if row.random_rows and row.shape == config.shape and row.head == config.head:
             return row, row.random_rows
     raise UsageError(

@@ -33,7 +33,7 @@ from lmcli.planning.expected_quality import expected_bits_per_byte, xz_bits_per_
 from lmcli.scoring.scorer import Scorer
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.tokenizer import Tokenizer
-from lmcli.training import datasets, loop
+from lmcli.training import datasets, loop, objectives
 from lmcli.training.train_step import micro_batch_tokens
 
 SAMPLE_BYTES = 1_000_000
@@ -156,6 +156,18 @@ def read_text(
     """
     started = time.monotonic()
     source = datasets.open_sources(arguments, val, doc_format, include, note)
+    command = f"lm plan {' '.join(arguments)}"
+    objective, resolved = objectives.resolve_objective(
+        source, "auto", ModelConfig(), lambda text: None, command, any_shape=True
+    )
+    if objective.preset and objective.shape != recipe.model.shape:
+        note(
+            f"the data are {datasets.kind(resolved)}, for which lm train takes preset "
+            f"{objective.preset}; planned is what their text takes"
+        )
+    if any("=" in field for field in doc_format.fields):
+        doc_format = dataclasses.replace(doc_format, fields=resolved.fields)
+        source = dataclasses.replace(source, doc_format=doc_format)
     split = datasets.split(source, recipe.train.validation_bytes, lambda text: None)
     sampled = splits.limit(split.training, doc_format, SAMPLE_BYTES)
     sample = [piece.text for piece in documents.read_pieces(sampled, doc_format)]

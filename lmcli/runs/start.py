@@ -1,6 +1,7 @@
 """Starts a new training run: from the options of `lm train` to the first step."""
 
 import os
+import shlex
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +23,11 @@ from lmcli.runs.run_record import RunRecord
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.tokenizer import Tokenizer
 from lmcli.training import datasets, learning_rate_search, lora_init, objectives
-from lmcli.training.datasets import Split
+from lmcli.training.datasets import Source, Split
 from lmcli.training.objective import Objective, TrainingData
 from lmcli.training.train_step import Note, TrainStep
 
+AUTO = "auto"  # the preset, and the objective, that goes by the data
 NoteSink = Callable[[str], None]
 
 
@@ -37,8 +39,8 @@ class RecipeChooser(Protocol):
     ) -> tuple[Recipe, list[str]]:
         """(recipe, reasons) for texts of `size` bytes and a tokenizer (0: none is given)."""
 
-    def for_finetuning(self, preset: str) -> tuple[Recipe, list[str]]:
-        """(recipe, reasons) for a model of --from."""
+    def for_preset(self, preset: str) -> Recipe:
+        """The recipe of another preset."""
 
     def learning_rates(self, preset: str, train: TrainConfig) -> tuple[float, ...]:
         """The learning rates to try, the default first; () if none are to be tried."""
@@ -56,6 +58,7 @@ class RecipeChooser(Protocol):
 class Request:
     """The options of `lm train` for a new run; `auto` chooses the recipe of preset auto."""
 
+    preset: str
     recipe: Recipe
     data: tuple[str, ...]
     output: str | None
@@ -101,8 +104,11 @@ def start(
     origin = _load_origin(request)
     folder = run_folder.claim(request.output, _run_name(request), request.overwrite)
     try:
-        objective, split = _open_data(request, origin, note)
-        recipe, reasons = _choose_recipe(request, origin, objective, split, device_config, note)
+        objective, source = _open_data(request, origin, note)
+        recipe, reasons = _choose_preset(request, origin, objective, source, note)
+        split = datasets.split(source, recipe.train.validation_bytes, note)
+        if request.auto and not origin.checkpoint and objective.auto_sizes:
+            recipe, reasons = _choose_sizes(request, origin, split, device_config, note)
         data = _encode(request, origin, recipe, objective, split, note)
         recipe, model = _build_model(origin, recipe, data, device_config, note)
         replicas = parallelism.choose(replicas, request.shard, recipe, device_config, note)
@@ -192,8 +198,8 @@ def _run_name(request: Request) -> str:
     return Path(os.path.abspath(request.data[0])).stem or "run"
 
 
-def _open_data(request: Request, origin: Origin, note: NoteSink) -> tuple[Objective, Split]:
-    """The objective, and the documents to train and to validate on."""
+def _open_data(request: Request, origin: Origin, note: NoteSink) -> tuple[Objective, Source]:
+    """The objective, and the files with the format in which it reads them."""
     source = datasets.open_sources(
         request.data,
         request.val,
@@ -207,30 +213,59 @@ def _open_data(request: Request, origin: Origin, note: NoteSink) -> tuple[Object
     train = request.recipe.train
     config = origin.checkpoint.model.config if origin.checkpoint else request.recipe.model
     objective, doc_format = objectives.resolve_objective(
-        source, train.objective, config.shape, note, config.multi_label
+        source,
+        train.objective,
+        config,
+        note,
+        _command(request),
+        # preset auto has a decoder, and takes another preset if the data need another model
+        any_shape=bool(request.auto and not origin.checkpoint and config.shape == "decoder"),
     )
-    source = replace(source, doc_format=doc_format)
-    return objective, datasets.split(source, train.validation_bytes, note)
+    return objective, replace(source, doc_format=doc_format)
 
 
-def _choose_recipe(
-    request: Request,
-    origin: Origin,
-    objective: Objective,
-    split: Split,
-    device_config: DeviceConfig,
-    note: NoteSink,
+def _command(request: Request) -> str:
+    """The command line as far as it says what is trained on what, for messages."""
+    words = ["lm", "train", *request.data]
+    words += ["--preset", request.preset] if request.preset != AUTO else []
+    words += ["--from", request.origin] if request.origin else []
+    return shlex.join(words)
+
+
+def _choose_preset(
+    request: Request, origin: Origin, objective: Objective, source: Source, note: NoteSink
 ) -> tuple[Recipe, list[str]]:
-    """The recipe and, with preset auto, the reasons for it."""
-    recipe = request.recipe
-    reasons: list[str] = []
-    if request.auto and origin.checkpoint:
-        recipe, reasons = request.auto.for_finetuning(objective.finetune_preset)
-    elif request.auto and objective.auto_sizes:
-        pieces = read_pieces(split.training, split.source.doc_format)
-        texts, size = (piece.text for piece in pieces), split.training.bytes
-        vocab_size = origin.tokenizer.size if origin.tokenizer else 0
-        recipe, reasons = request.auto.for_text(texts, size, device_config, vocab_size)
+    """(recipe, reasons): with preset auto that of the preset for this model or these data."""
+    if not request.auto:
+        return request.recipe, []
+    if origin.checkpoint:
+        preset, why = objective.finetune_preset, "--from names a model"
+    elif objective.preset:
+        preset, why = objective.preset, f"the data are {datasets.kind(source.doc_format)}"
+        if request.recipe.train.objective != AUTO:
+            why = f"train.objective is {objective.name}"
+    else:
+        return request.recipe, []
+    reason, recipe = f"as preset {preset}, since {why}", request.auto.for_preset(preset)
+    if not origin.checkpoint and recipe.model.shape != objective.shape:
+        raise UsageError(
+            f"objective {objective.name} needs the shape {objective.shape}",
+            where="--set model.shape",
+            hint=f"leave it out: preset {preset} has that shape",
+        )
+    note(f"auto: {reason}")
+    return recipe, [reason]
+
+
+def _choose_sizes(
+    request: Request, origin: Origin, split: Split, device_config: DeviceConfig, note: NoteSink
+) -> tuple[Recipe, list[str]]:
+    """(recipe, reasons) of preset auto for a text."""
+    assert request.auto is not None
+    pieces = read_pieces(split.training, split.source.doc_format)
+    texts, size = (piece.text for piece in pieces), split.training.bytes
+    vocab_size = origin.tokenizer.size if origin.tokenizer else 0
+    recipe, reasons = request.auto.for_text(texts, size, device_config, vocab_size)
     for reason in reasons:
         note(f"auto: {reason}")
     return recipe, reasons

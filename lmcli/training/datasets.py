@@ -1,18 +1,24 @@
 """From files to documents: the sources of a run, their mixture, and the validation split."""
 
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from lmcli.config import TrainConfig
-from lmcli.data import documents, examples, splits
+from lmcli.data import diagnostics, documents, examples, splits
 from lmcli.data.byte_ranges import Document, Documents
 from lmcli.data.documents import SPLIT_SEED, DocumentFormat
 from lmcli.data.files import expand
+from lmcli.data.rows import TABLES, file_format
 from lmcli.data.samplers import MixtureSampler
+from lmcli.data.schema import TEXT_LABEL_FIELDS
 from lmcli.errors import UsageError, UserError
+from lmcli.storage import cache_folder
 
 MIN_SHARE = 1e-5  # the smallest weight of a source, as a share of all weights
+MAX_LISTED_FIELDS = 20
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,150 @@ def _expand_mixture(
 
 
 @dataclass(frozen=True)
+class FirstRows:
+    """The first rows of the data ([] for plain text), and how the files are read.
+
+    The fields of `doc_format` are those of the command line: names in order, or ROLE=NAME. `learns`
+    says what learns from what, `command` is the command line so far, both for messages.
+    `may_classify`: labels would be learned if a field were named for them.
+    """
+
+    rows: list[dict]
+    doc_format: DocumentFormat
+    file: str
+    note: Callable[[str], None]
+    multi_label: bool = False
+    command: str = "lm train DATA"
+    learns: str = ""
+    may_classify: bool = False
+
+    @cached_property
+    def row(self) -> dict:
+        """All fields of the rows, each with its first value."""
+        row: dict = {}
+        for each in self.rows:
+            row = {**row, **{name: value for name, value in each.items() if name not in row}}
+        return row
+
+    @cached_property
+    def named(self) -> dict[str, tuple[str, ...]]:
+        """The fields that are named as ROLE=NAME, by their role; {} if they are named in order.
+
+        Raises UsageError if only some have a role.
+        """
+        named: dict[str, tuple[str, ...]] = {}
+        fields = self.doc_format.fields
+        with_role = [name for name in fields if "=" in name and name not in self.row]
+        for each in with_role:
+            role, _, name = (part.strip() for part in each.partition("="))
+            named[role] = (*named.get(role, ()), name)
+        if with_role and len(with_role) < len(fields):
+            other = next(name for name in fields if name not in with_role)
+            raise UsageError(
+                f"{with_role[0]!r} names a role and {other!r} does not",
+                where="--fields",
+                hint="write ROLE=NAME for all of them, or all names in order",
+            )
+        return named
+
+    @property
+    def names(self) -> Collection[str]:
+        """What shows the task: the roles, else the named fields, else all fields of the rows."""
+        return self.named or self.doc_format.fields or self.row
+
+    def fields(self, roles: tuple[str, ...], many_first: bool = False) -> tuple[str, ...]:
+        """The fields of these roles: those named, else the fields that are called like the roles.
+
+        With `many_first` the first role may have several. Raises UsageError with a command that
+        works: for plain text, and where a field is missing.
+        """
+        if not self.rows:
+            advice = diagnostics.hidden_rows(self.file)
+            raise UsageError(
+                f"{self.learns}, and this is plain text",
+                where=self.location,
+                hint=f"it {advice}" if advice else "give JSON Lines, TSV or CSV; --format names it",
+            )
+        given, named = self.doc_format.fields, self.named
+        if unknown := next((role for role in named if role not in roles), ""):
+            raise self._wrong_fields(f"{unknown!r} is no role here", roles)
+        names = given or roles
+        if named:
+            names = tuple(name for role in roles for name in named.get(role, (role,)))
+        twice = any(len(named.get(role, ())) > 1 for role in roles[many_first:])
+        if twice or len(names) < len(roles) or (len(names) > len(roles) and not many_first):
+            raise self._wrong_fields(",".join(given), roles)
+        if given:
+            self.require(names, roles)
+        elif not set(names) <= self.row.keys():
+            raise self.missing(roles)
+        return names
+
+    def require(self, names: Iterable[str], roles: tuple[str, ...] = ()) -> None:
+        """Raises UsageError, with the nearest name, unless the rows have fields of these names."""
+        for name in names:
+            if name not in self.row:
+                near = difflib.get_close_matches(name, list(self.row), n=1, cutoff=0.5)
+                nearest = f"; did you mean {near[0]!r}?" if near else ""
+                what = f"no {self._kind[:-1]} {name!r}{nearest}"
+                option = f"; try {diagnostics.fields_option(self.rows, roles)}" if roles else ""
+                raise UsageError(what, where=self.location, hint=self._listed + option)
+
+    def missing(self, roles: tuple[str, ...]) -> UsageError:
+        """The error for rows without the fields of these roles, with a command that works."""
+        command = f"{self.command} {diagnostics.fields_option(self.rows, roles)}"
+        hint = f"name the {self._kind}: {command}"
+        if self.may_classify and len(roles) == 1 and len(self.row) > 1:
+            labeled = f"{self.command} {diagnostics.fields_option(self.rows, TEXT_LABEL_FIELDS)}"
+            hint = f"a classifier: {labeled}; a language model: {command}"
+        return UsageError(f"{self.learns}; {self._listed}", where=self.location, hint=hint)
+
+    def note_unread(self, read: Sequence[str]) -> None:
+        """Notes what a language model reads of the rows if that is not all, and what it does not.
+
+        Names the command that would learn labels if a field seems to have some.
+        """
+        unread = [name for name in self.row if name not in read]
+        if not unread and len(read) == 1:
+            return
+        text = f"a language model of {' + '.join(map(repr, read))}"
+        text += " as one text" if len(read) > 1 else ""
+        if unread:
+            text += f"; not read: {', '.join(map(repr, unread[:MAX_LISTED_FIELDS]))}"
+        guess = diagnostics.guess_fields(self.rows, TEXT_LABEL_FIELDS)
+        text_field, label = (guess.get(role, "") for role in TEXT_LABEL_FIELDS)
+        if label == "label" or diagnostics.seems_label(self.rows, label):
+            words = [] if self.may_classify else ["--preset classify"]
+            if (text_field, label) != TEXT_LABEL_FIELDS or self.doc_format.fields:
+                words.append(diagnostics.fields_option(self.rows, TEXT_LABEL_FIELDS))
+            text += f"; {' '.join(words)} learns labels"
+        self.note(text)
+
+    @property
+    def location(self) -> str:
+        """The file in messages."""
+        pinned = Path(self.file).parent == cache_folder() / "stdin"
+        return "standard input" if pinned else self.file
+
+    def _wrong_fields(self, what: str, roles: tuple[str, ...]) -> UsageError:
+        option = diagnostics.fields_option(self.rows, roles)
+        return UsageError(
+            f"{what}: {self.learns}", where="--fields", hint=f"{self._listed}; try {option}"
+        )
+
+    @property
+    def _kind(self) -> str:
+        return "columns" if file_format(self.file, self.doc_format.format) in TABLES else "fields"
+
+    @property
+    def _listed(self) -> str:
+        names = list(map(repr, self.row))
+        more = ", …" if names[MAX_LISTED_FIELDS:] else ""
+        place = " in its first line" if self._kind == "columns" else ""
+        return f"{self._kind}{place}: {', '.join(names[:MAX_LISTED_FIELDS])}{more}"
+
+
+@dataclass(frozen=True)
 class Split:
     """The training and the validation documents; of these `measured` are evaluated.
 
@@ -225,7 +375,7 @@ def _require_unchanged(known: dict[str, str], hashes: dict[str, str]) -> None:
 def _sizes(split: Split, doc_format: DocumentFormat) -> str:
     held_out, measured = split.validation.bytes, split.measured.bytes
     text = (
-        f"{len(split.training):,} {_kind(doc_format)}, {split.training.bytes:,} bytes to train on; "
+        f"{len(split.training):,} {kind(doc_format)}, {split.training.bytes:,} bytes to train on; "
         f"{held_out:,} bytes held out"
     )
     if measured < held_out:
@@ -233,7 +383,7 @@ def _sizes(split: Split, doc_format: DocumentFormat) -> str:
     return text
 
 
-def _kind(doc_format: DocumentFormat) -> str:
+def kind(doc_format: DocumentFormat) -> str:
     """What the documents of a format are called, with the fields that are read."""
     if doc_format.paired:
         return f"pairs ({' + '.join(doc_format.fields)})"

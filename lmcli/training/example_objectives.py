@@ -13,22 +13,22 @@ from lmcli.data.documents import DocumentFormat, line_number
 from lmcli.data.examples import ExampleCollator, Examples
 from lmcli.data.rows import display_name
 from lmcli.data.schema import (
-    PAIR_SCHEMAS,
+    PROMPT_COMPLETION,
+    SOURCE_TARGET,
     TEXT_FIELDS,
     TEXT_LABEL_FIELDS,
-    PairSchema,
     find_pair_schema,
     pair_schema,
 )
-from lmcli.errors import UserError
+from lmcli.errors import UsageError, UserError
 from lmcli.model.transformer import Transformer
+from lmcli.training.datasets import FirstRows
 from lmcli.training.language_modeling import random_packed
 from lmcli.training.objective import (
     EVALUATION_BATCH_TOKENS,
     CardText,
     EncodingInput,
     Evaluation,
-    FirstRow,
     Objective,
     PerplexityEvaluation,
     Predictions,
@@ -233,38 +233,48 @@ def _limit_lengths(
     return examples.select(np.flatnonzero(lost == 0))
 
 
-def _pair_fields(first: FirstRow) -> PairSchema | None:
-    """The fields of the two texts: those named, else well-known ones, unless the row has `text`."""
+def is_pair(first: FirstRows) -> bool:
+    """True if the fields are a source and a target, or one is named for them."""
+    if first.named:
+        return bool(set(SOURCE_TARGET) & first.named.keys())
+    return set(SOURCE_TARGET) <= set(first.names) and TEXT_FIELDS[0][0] not in first.names
+
+
+def is_completion(first: FirstRows) -> bool:
+    """True if the fields are a pair for a decoder, or some are named for one."""
+    if first.named:
+        return is_pair(first) or bool(set(PROMPT_COMPLETION) & first.named.keys())
     if first.doc_format.fields:
-        return pair_schema(first.doc_format.fields)
-    return None if TEXT_FIELDS[0][0] in first.row else find_pair_schema(first.row)
+        return first.doc_format.fields == PROMPT_COMPLETION
+    pair = None if TEXT_FIELDS[0][0] in first.row else find_pair_schema(first.row)
+    return pair is not None and pair.fields != SOURCE_TARGET
 
 
-def _is_completion(first: FirstRow) -> bool:
-    pair = None if first.doc_format.fields else _pair_fields(first)
-    return pair is not None and pair.fields != PAIR_SCHEMAS[0].fields
+def has_label(first: FirstRows) -> bool:
+    """True if the fields are a text and a label, or one is named for a label."""
+    text, label = TEXT_LABEL_FIELDS
+    if first.doc_format.fields and not first.named:
+        return label in first.names and len(first.names) > 1
+    return label in first.names and (text in first.names or bool(first.named))
 
 
-def _has_label(first: FirstRow) -> bool:
-    if first.doc_format.fields:
-        return first.doc_format.fields[-1] == TEXT_LABEL_FIELDS[-1]
-    return set(TEXT_LABEL_FIELDS) <= first.row.keys()
+def pair_format(first: FirstRows) -> DocumentFormat:
+    """Rows with two texts. Raises UsageError if the rows have none."""
+    given, known = first.doc_format.fields, None
+    if not first.named and first.rows:
+        known = pair_schema(given) if given else find_pair_schema(first.row)
+        if TEXT_FIELDS[0][0] in first.row and not given:
+            known = None
+    if known:
+        fields = known.fields
+        first.require(fields)
+    else:
+        completion = set(PROMPT_COMPLETION) & first.named.keys()
+        fields = first.fields(PROMPT_COMPLETION if completion else SOURCE_TARGET)
+    return replace(first.doc_format, fields=fields, paired=True)
 
 
-def pair_format(first: FirstRow) -> DocumentFormat:
-    """Rows with two texts. Raises UserError if the row has none."""
-    pair = _pair_fields(first)
-    if pair is None:
-        fields = f"; fields: {', '.join(first.row)}" if first.row else ", and there are none"
-        raise UserError(
-            f"objective {first.objective} learns from rows with two texts{fields}",
-            where=display_name(first.file),
-            hint="JSON Lines or TSV with source and target, or name the two: --fields a,b",
-        )
-    return replace(first.doc_format, fields=pair.fields, paired=True)
-
-
-def completion_format(first: FirstRow) -> DocumentFormat:
+def completion_format(first: FirstRows) -> DocumentFormat:
     """As `pair_format`; notes that only the second text is learned."""
     doc_format = pair_format(first)
     first.note(
@@ -274,15 +284,36 @@ def completion_format(first: FirstRow) -> DocumentFormat:
     return doc_format
 
 
-def label_format(first: FirstRow) -> DocumentFormat:
-    """Rows with one or two texts and a label, or several labels if the first row has a list."""
-    *fields, label = first.doc_format.fields or TEXT_LABEL_FIELDS
-    return replace(
+def label_format(first: FirstRows) -> DocumentFormat:
+    """Rows with one or two texts and a label, or several labels if the first row has a list.
+
+    Raises UsageError if the rows have none, or no value of theirs is a label.
+    """
+    names = first.fields(TEXT_LABEL_FIELDS, many_first=True)
+    if set(names) == set(TEXT_LABEL_FIELDS):
+        names = TEXT_LABEL_FIELDS
+    *fields, label = names
+    doc_format = replace(
         first.doc_format,
-        fields=tuple(fields) or ("text",),
+        fields=tuple(fields),
         label=label,
         multi_label=first.multi_label or isinstance(first.row.get(label), list),
     )
+    problems = []
+    for row in first.rows:
+        try:
+            doc_format.labels(row)
+        except ValueError as error:
+            problems.append(error)
+    if len(problems) == len(first.rows):
+        text = diagnostics.guess_fields(first.rows, TEXT_LABEL_FIELDS[:1])["text"]
+        raise UsageError(
+            str(problems[0]),
+            where=first.location,
+            hint="name the field of the labels with --fields text=NAME,label=NAME, or train a "
+            f"language model: --fields text={text}",
+        )
+    return doc_format
 
 
 def random_pairs(model: ModelConfig, train: TrainConfig) -> ExampleRows:
@@ -304,7 +335,8 @@ COMPLETION = Objective(
     shape="decoder",
     head="lm",
     target="token",
-    recognizes=_is_completion,
+    learns="completions are learned from rows with prompt and completion, or source and target",
+    recognizes=is_completion,
     document_format=completion_format,
     encode=encode_completion,
     predict=predict_completion,
@@ -324,7 +356,8 @@ SEQ2SEQ = Objective(
     shape="encoder-decoder",
     head="lm",
     target="target token",
-    recognizes=lambda first: True,
+    learns="an encoder–decoder learns from rows with source and target (or with --target FILE)",
+    recognizes=is_pair,
     document_format=pair_format,
     encode=encode_seq2seq,
     predict=predict_seq2seq,
@@ -335,6 +368,7 @@ SEQ2SEQ = Objective(
         "AutoModelForSeq2SeqLM",
         target_table("target tokens, each given the ones before it"),
     ),
+    preset="translate",
     random_rows=random_pairs,
 )
 
@@ -343,7 +377,8 @@ CLASSIFICATION = Objective(
     shape="encoder",
     head="sequence",
     target="text",
-    recognizes=_has_label,
+    learns="a classifier learns from rows with text and label",
+    recognizes=has_label,
     document_format=label_format,
     encode=encode_labels,
     predict=predict_labels,
@@ -354,5 +389,6 @@ CLASSIFICATION = Objective(
         "AutoModelForSequenceClassification",
         target_table("texts"),
     ),
+    preset="classify",
     finetune_preset="finetune-classify",
 )

@@ -7,19 +7,20 @@ import numpy as np
 
 from lmcli.config import ModelConfig, TrainConfig
 from lmcli.data import corpus as corpora
+from lmcli.data import diagnostics
 from lmcli.data.batches import Batch, MaskedRows, PackedRows, TokenMasking
 from lmcli.data.corpus import Corpus, EncodedDocument, Mixture
 from lmcli.data.documents import DocumentFormat
 from lmcli.data.rows import display_name
-from lmcli.data.schema import PAIR_SCHEMAS
-from lmcli.errors import UserError
+from lmcli.data.schema import SOURCE_TARGET, TEXT_FIELDS, TEXT_LABEL_FIELDS, first_present
+from lmcli.errors import UsageError, UserError
 from lmcli.model.transformer import Transformer
+from lmcli.training.datasets import FirstRows
 from lmcli.training.objective import (
     EVALUATION_BATCH_TOKENS,
     CardText,
     EncodingInput,
     Evaluation,
-    FirstRow,
     Objective,
     PerplexityEvaluation,
     Predictions,
@@ -165,13 +166,34 @@ def _encoded(
     return request, corpus, validation
 
 
-def text_format(first: FirstRow) -> DocumentFormat:
-    """The format as it is: rows give their text."""
-    if set(PAIR_SCHEMAS[0].fields) <= first.row.keys() and not first.doc_format.fields:
+def text_format(first: FirstRows) -> DocumentFormat:
+    """Rows give the text of their fields, plain text itself; notes what is not read."""
+    given = first.doc_format.fields
+    if not first.rows:
+        advice = diagnostics.hidden_rows(first.file)
+        if given:
+            raise UsageError(
+                "this is plain text, which has no fields",
+                where=first.location,
+                hint=f"it {advice}" if advice else "leave --fields out; --format names a format",
+            )
+        if advice:
+            first.note(f"{first.location} is read as plain text, and {advice}")
+        return first.doc_format
+    if given:
+        names = first.fields(TEXT_LABEL_FIELDS[:1], many_first=True)
+        first.note_unread(names)
+        return replace(first.doc_format, fields=names)
+    names = first_present(first.row, TEXT_FIELDS)
+    if not names:
+        raise first.missing(TEXT_LABEL_FIELDS[:1])
+    if set(SOURCE_TARGET) <= first.row.keys() and names == SOURCE_TARGET[:1]:
         first.note(
             "the rows have source and target, and only source is read; "
             "--preset translate or --set train.objective=completion learns from both"
         )
+    else:
+        first.note_unread(names)
     return first.doc_format
 
 
@@ -211,7 +233,8 @@ CAUSAL = Objective(
     shape="decoder",
     head="lm",
     target="token",
-    recognizes=lambda first: True,
+    learns="a language model learns from text",
+    recognizes=lambda first: False,
     document_format=text_format,
     encode=encode_causal,
     predict=predict_causal,
@@ -234,7 +257,8 @@ MASKED = Objective(
     shape="encoder",
     head="lm",
     target="masked token",
-    recognizes=lambda first: True,
+    learns="a language model learns from text",
+    recognizes=lambda first: False,
     document_format=text_format,
     encode=encode_masked,
     predict=predict_masked,
@@ -246,5 +270,6 @@ MASKED = Objective(
         target_table("masked tokens ({share} of all)"),
     ),
     mixable=True,
+    preset="encoder-small",
     random_rows=random_masked,
 )

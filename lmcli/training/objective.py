@@ -20,7 +20,7 @@ from lmcli.data.squad import Questions
 from lmcli.model.likelihood import chunks, summed_loss, target_logprobs
 from lmcli.model.transformer import Transformer
 from lmcli.text.tokenizer import Tokenizer
-from lmcli.training.datasets import Split
+from lmcli.training.datasets import FirstRows, Split
 
 EVALUATION_BATCH_TOKENS = 16_384
 
@@ -129,18 +129,6 @@ class EncodingInput:
 
 
 @dataclass(frozen=True)
-class FirstRow:
-    """The first row of the data ({} for plain text) and how the files are read."""
-
-    row: dict
-    doc_format: DocumentFormat
-    file: str
-    multi_label: bool
-    note: Callable[[str], None]
-    objective: str = ""  # the name of the one that is resolved, for messages
-
-
-@dataclass(frozen=True)
 class CardText:
     """An objective's lines of the model card; `figures` makes a table of recipe.yaml's `result`."""
 
@@ -162,10 +150,11 @@ class Objective:
     shape: str  # of the model, as in ModelConfig
     head: str  # likewise
     target: str  # what messages call one target
-    # whether `train.objective=auto` chooses this one for data with this first row
-    recognizes: Callable[[FirstRow], bool]
-    # how rows are read; raises UserError if the fields it needs are missing
-    document_format: Callable[[FirstRow], DocumentFormat]
+    learns: str  # what learns from what, for messages
+    # whether the fields show this objective, for `train.objective=auto`
+    recognizes: Callable[[FirstRows], bool]
+    # how rows are read; raises UsageError if the fields it needs are missing
+    document_format: Callable[[FirstRows], DocumentFormat]
     encode: Callable[[EncodingInput], TrainingData]
     predict: Callable[[Transformer, Batch], Predictions]
     choices: Callable[[ModelConfig, TrainConfig], int]  # classes among which a target is predicted
@@ -173,6 +162,7 @@ class Objective:
     smooths: bool = True  # whether label smoothing applies
     mixable: bool = False  # whether --weights applies
     plotted: str = "val_loss"  # the validation metric in loss.svg
+    preset: str = ""  # the preset that `auto` takes from scratch; "" for `auto` itself
     finetune_preset: str = "finetune"  # the preset that `auto` takes with --from
     auto_sizes: bool = False  # whether `auto` chooses the model's sizes by the text
     # rows of random ids for `lm bench`; None if it is not measured

@@ -13,7 +13,6 @@ from lmcli.config import ModelConfig, TrainConfig
 from lmcli.data import squad
 from lmcli.data.batches import Batch, ExampleRows
 from lmcli.data.documents import DocumentFormat
-from lmcli.data.rows import display_name
 from lmcli.data.schema import QUESTION_FIELDS, SquadExample
 from lmcli.data.squad import (
     QaEncoder,
@@ -25,14 +24,13 @@ from lmcli.data.squad import (
     span_bytes,
     token_f1,
 )
-from lmcli.errors import UserError
 from lmcli.model.transformer import Transformer
+from lmcli.training.datasets import FirstRows
 from lmcli.training.objective import (
     EVALUATION_BATCH_TOKENS,
     CardText,
     EncodingInput,
     Evaluation,
-    FirstRow,
     Objective,
     PerplexityEvaluation,
     Predictions,
@@ -200,16 +198,16 @@ def encode_questions(request: EncodingInput) -> TrainingData:
     return data
 
 
-def question_format(first: FirstRow) -> DocumentFormat:
-    """Rows with context, question and answers. Raises UserError unless there are three fields."""
-    if not first.row or len(first.doc_format.fields) not in (0, 3):
-        raise UserError(
-            "answers are learned from rows with three fields",
-            where=display_name(first.file),
-            hint="JSON Lines with context, question, answers, or name the three: --fields A,B,C",
-        )
-    *fields, answers = first.doc_format.fields or QUESTION_FIELDS
+def question_format(first: FirstRows) -> DocumentFormat:
+    """Rows with context, question and answers. Raises UsageError without these three fields."""
+    *fields, answers = first.fields(QUESTION_FIELDS)
     return replace(first.doc_format, fields=tuple(fields), answers=answers)
+
+
+def has_question(first: FirstRows) -> bool:
+    """True if the fields are those of questions, or one is named for a question."""
+    named = set(QUESTION_FIELDS) & first.named.keys()
+    return bool(named) or set(QUESTION_FIELDS) <= set(first.names)
 
 
 def answers_table(result: dict, train: TrainConfig) -> str:
@@ -230,7 +228,8 @@ SPAN = Objective(
     shape="encoder",
     head="span",
     target="position",
-    recognizes=lambda first: set(QUESTION_FIELDS) <= first.row.keys(),
+    learns="answers are learned from rows with context, question and answers",
+    recognizes=has_question,
     document_format=question_format,
     encode=encode_questions,
     predict=predict_spans,
@@ -242,5 +241,6 @@ SPAN = Objective(
         answers_table,
     ),
     smooths=False,
+    preset="qa",
     finetune_preset="qa",
 )

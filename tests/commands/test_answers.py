@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import yaml
@@ -93,12 +94,16 @@ def test_figures_are_reported_and_recorded(run):
     )
 
 
-def test_the_figures_match_lm_classify(run, rows, inside, tmp_path):
+def test_the_figures_match_lm_classify(run, inside, tmp_path):
     from lmcli.data.squad import exact_match, token_f1
 
     folder, _ = run
-    validation_rows = rows[9::10]
-    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in validation_rows))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (held_out,) = recipe["validation"]
+    text = Path(held_out["file"]).read_bytes()
+    spans = [map(int, span.split("-")) for span in held_out["ranges"].split()]
+    (tmp_path / "held.jsonl").write_bytes(b"".join(text[a:b] + b"\n" for a, b in spans))
+    validation_rows = list(map(json.loads, (tmp_path / "held.jsonl").read_text().splitlines()))
     table = [
         json.loads(line)["answer"]
         for line in inside(
@@ -106,7 +111,7 @@ def test_the_figures_match_lm_classify(run, rows, inside, tmp_path):
         ).stdout.splitlines()
     ]
     gold = [[answer["text"] for answer in row["answers"]] for row in validation_rows]
-    result = yaml.safe_load((folder / "recipe.yaml").read_text())["result"]
+    result = recipe["result"]
     assert result["val_exact_match"] == pytest.approx(sum(map(exact_match, table, gold)) / 6)
     assert result["val_f1"] == pytest.approx(sum(map(token_f1, table, gold)) / 6)
 

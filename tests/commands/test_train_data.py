@@ -19,8 +19,6 @@ SMALL = (
     "train.context=32",
     "--set",
     "train.batch_tokens=256",
-    "--steps",
-    1,
 )
 WORDS = ("one", "two", "three", "four", "five", "six", "seven")
 
@@ -34,17 +32,9 @@ def train(inside, tmp_path):
         file.write_text(
             rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
         )
-        done = inside(
-            "train",
-            file,
-            "-o",
-            tmp_path / "run",
-            "--overwrite",
-            "--preset",
-            preset,
-            *SMALL,
-            *options,
-        )
+        steps = () if "--steps" in options else ("--steps", 1)
+        options = ("-o", tmp_path / "run", "--overwrite", "--preset", preset, *steps, *options)
+        done = inside("train", file, *SMALL, *options)
         recipe = tmp_path / "run" / "recipe.yaml"
         return (
             done.returncode,
@@ -92,38 +82,33 @@ def test_overlap_with_the_validation_set_is_reported(train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "code", "expected"),
+    ("rows", "preset", "code", "expected"),
     [
         (
             [{"text": f"t {i}", "label": "a"} for i in range(30)],
-            (),
+            "classify",
             1,
             "all rows have the same label 'a'",
         ),
         (
             [*labeled(), {"text": "x", "label": None}],
-            (),
+            "classify",
             1,
             "rows.jsonl, line 41: field 'label' has no label",
         ),
-        ([{"source": "a", "target": " "}] * 30, ("--preset", "translate"), 1, "no text in it"),
+        ([{"source": "a", "target": " "}] * 30, "translate", 1, "no text in it"),
         (
             [{"source": "a"}] * 30,
-            ("--preset", "translate"),
-            1,
-            "learns from rows with two texts; fields: source",
+            "translate",
+            2,
+            "learns from rows with source and target (or with --target FILE); fields: 'source'",
         ),
-        (
-            [{"messages": []}] * 30,
-            ("--preset", "tiny"),
-            1,
-            "field 'messages' is no list of messages",
-        ),
+        ([{"messages": []}] * 30, "tiny", 1, "field 'messages' is no list of messages"),
     ],
     ids=["one label", "no label", "empty targets", "no target", "no message"],
 )
-def test_rows_without_a_training_example_are_named(rows, options, code, expected, train):
-    exit_code, stderr, _ = train(rows, *options)
+def test_rows_without_a_training_example_are_named(rows, preset, code, expected, train):
+    exit_code, stderr, _ = train(rows, preset=preset)
     assert exit_code == code and expected in stderr and "Traceback" not in stderr
 
 
@@ -328,7 +313,16 @@ class TestAlignedFiles:
     def files(self, folder, lines=30):
         (folder / "a.en").write_text("".join(f"{WORDS[i % 7]} {i}\n" for i in range(lines)))
         (folder / "a.de").write_text("".join(f"{i} {WORDS[i % 7]}\n" for i in range(30)))
-        return folder / "a.en", "--target", folder / "a.de", "--preset", "translate", *SMALL
+        return (
+            folder / "a.en",
+            "--target",
+            folder / "a.de",
+            "--preset",
+            "translate",
+            "--steps",
+            1,
+            *SMALL,
+        )
 
     def test_lines_are_pairs_and_the_run_can_be_resumed(self, inside, tmp_path):
         done = inside("train", *self.files(tmp_path), "-o", tmp_path / "run")

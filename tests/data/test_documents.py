@@ -19,7 +19,7 @@ from lmcli.config import TokenizerConfig
 from lmcli.data import documents as documents_module
 from lmcli.data.byte_ranges import Document
 from lmcli.data.corpus import encode_documents
-from lmcli.data.documents import DocumentFormat, first_row, read_pieces, read_rows, survey
+from lmcli.data.documents import DocumentFormat, first_rows, read_pieces, read_rows, survey
 from lmcli.errors import UserError
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.huggingface import LLAMA3_PATTERN, QWEN2_PATTERN
@@ -549,7 +549,7 @@ def test_rows_of_a_tsv_after_its_header_are_documents(tmp_path):
         )
     )
     assert survey([str(path)], doc_format).empty == 1
-    assert first_row([str(path)], doc_format)["label"] == "x"
+    assert [row["label"] for row in first_rows([str(path)], doc_format, 9)] == ["x", "y", "z"]
     assert len(survey([str(path)], DocumentFormat(format="text")).documents) == 1
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcli.data import files
-from lmcli.data.documents import DocumentFormat, first_row, read_pieces, read_rows, survey
+from lmcli.data.documents import DocumentFormat, first_rows, read_pieces, read_rows, survey
 from lmcli.data.files import _ChunkStream, expand, open_bytes
 from lmcli.data.rows import RowReader, file_format
 from lmcli.data.splits import split
@@ -116,7 +116,7 @@ class TestParquet:
         assert [piece.text for piece in read_pieces(documents, doc_format)] == [
             row["text"] for row in ROWS
         ]
-        assert first_row([parquet], doc_format)["id"] == 0
+        assert first_rows([parquet], doc_format)[0]["id"] == 0
         training, held_out = split(surveyed, doc_format)
         ids = [row["id"] for part in (training, held_out) for _, row in read_rows(part, doc_format)]
         assert sorted(ids) == list(range(3000)) and len(training) == 2700

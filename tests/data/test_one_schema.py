@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lmcli.data.documents import DocumentFormat, first_row, read_pieces, read_rows, survey
+from lmcli.config import ModelConfig
+from lmcli.data.documents import DocumentFormat, first_rows, read_pieces, read_rows, survey
 from lmcli.data.rows import RowReader
 from lmcli.data.schema import TASK_SCHEMAS, ScoringFields, question_prompt, sort_labels
 from lmcli.errors import UserError
@@ -59,7 +60,8 @@ def trained(file, shape, objective="auto", multi_label=False, fields=()):
     """(how `lm train` reads a file, its rows, after the checks of a run)."""
     note = lambda text: None  # noqa: E731
     source = open_sources((file,), (), DocumentFormat("line", fields=fields), None, note)
-    _, doc_format = resolve_objective(source, objective, shape, note, multi_label)
+    model = ModelConfig(shape=shape, multi_label=multi_label)
+    _, doc_format = resolve_objective(source, objective, model, note)
     documents = survey([file], doc_format).documents
     if not doc_format.has_rows(file):
         return doc_format, []
@@ -395,5 +397,5 @@ def test_a_bad_line_is_named_alike_by_all(write, format, line, message):
 def test_the_first_row_is_that_of_all_others(write, format):
     row = {"text": "a b", "label": "x"}
     file = write(format, row, {"text": "c", "label": "y"})
-    assert first_row([file], DocumentFormat()) == row == records(file)[0].fields
+    assert first_rows([file], DocumentFormat(), 1)[0] == row == records(file)[0].fields
     assert next(iter(EvalDataset([file], TASK_SCHEMAS["labels"]))).row == row

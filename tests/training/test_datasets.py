@@ -163,7 +163,7 @@ def test_an_encoders_objective_follows_from_the_fields(tmp_path, text, fields, n
     source = datasets.open_sources(
         (str(tmp_path / "a.jsonl"),), (), DocumentFormat(fields=fields), None, print
     )
-    chosen, doc_format = resolve_objective(source, name, "encoder", print)
+    chosen, doc_format = resolve_objective(source, name, ModelConfig(shape="encoder"), print)
     assert chosen.name == objective
     assert doc_format.answers == ("answers" if objective == "span" else "")
     assert source.doc_format == DocumentFormat(fields=fields)  # is not written into
@@ -179,7 +179,7 @@ def test_questions_have_their_examples_and_windows(tmp_path):
     rows = "".join(QUESTION.replace("Who", f"Who {i}") for i in range(25)) + long * 5
     (tmp_path / "a.jsonl").write_text(rows)
     source = datasets.open_sources((str(tmp_path / "a.jsonl"),), (), DocumentFormat(), None, print)
-    objective, doc_format = resolve_objective(source, "auto", "encoder", print)
+    objective, doc_format = resolve_objective(source, "auto", ModelConfig(shape="encoder"), print)
     source, notes = replace(source, doc_format=doc_format), []
     split = datasets.split(source, 10**6, lambda text: None)
     data = encode(objective, split, VOCABULARY, 10, None, notes.append)
