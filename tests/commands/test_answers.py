@@ -291,14 +291,14 @@ def test_a_published_bert_learns_answers_with_a_new_head(berts, data, inside, tm
         (
             "Anna sits.\n",
             ("--format", "text"),
-            1,
-            "answers are learned from rows with three fields",
+            2,
+            "answers are learned from rows with context, question and answers",
         ),
         (
             '{"context": "Anna sits.", "question": "Who?", "answers": []}\n',
             ("--field", "context"),
-            1,
-            "rows with three fields",
+            2,
+            "try --fields context=context,question=question,answers=answers",
         ),
     ],
 )

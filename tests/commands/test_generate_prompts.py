@@ -15,7 +15,8 @@ def generate(inside, trained):
     """generate(*arguments, stdin): standard output as text."""
 
     def call(*arguments, stdin: bytes = b"") -> str:
-        done = inside("generate", "-m", trained[0], "--seed", 7, *arguments, stdin=stdin)
+        seed = () if "--seed" in arguments else ("--seed", 7)
+        done = inside("generate", "-m", trained[0], *seed, *arguments, stdin=stdin)
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout.decode()
 
