@@ -2,10 +2,11 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from lmcli import recipes
 from lmcli.checkpoints import hub
-from lmcli.errors import UserError
+from lmcli.errors import UsageError, UserError
 from lmcli.storage import read_json, user_errors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -37,13 +38,15 @@ def find_base(folder: Path) -> Path:
         return folder
     if not isinstance(name, str) or not name:
         raise UserError("names no base model (base_model_name_or_path)", where=where)
-    try:
-        base = Path(hub.find(name))
-        exists = base.is_dir()
-    except UserError as error:
+    base = hub.find_local(name)
+    if base is None:
         raise UserError(
-            f"its base model {name} is not available: {error.what}", where=where, hint=error.hint
-        ) from error
+            f"its base model {name} is not on this machine, and lm downloads only what you name",
+            where=where,
+            hint=f"to download it: lm info {name}",
+        )
+    with user_errors(base, "read"):
+        exists = base.is_dir()
     if not exists:
         raise UserError(
             f"its base model is missing: {name}",
@@ -69,9 +72,17 @@ def find_base(folder: Path) -> Path:
 
 def recorded_base(folder: Path) -> dict[str, str]:
     """What a run recorded of its base: `model`, its name, and `weights`, their fingerprint."""
-    file = folder / "recipe.yaml"
-    base = recipes.load_yaml(file).get("base") if file.is_file() else None
+    base = recipe_of(folder).get("base")
     return base if isinstance(base, dict) else {}
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The recipe.yaml of a run; {} without one. A bad one is failed work (exit code 1)."""
+    file = folder / "recipe.yaml"
+    try:
+        return recipes.load_yaml(file) if file.is_file() else {}
+    except UsageError as error:
+        raise UserError(error.what, where=error.where, hint=error.hint) from None
 
 
 def fingerprint(base: Path) -> str:

@@ -11,7 +11,7 @@ from lmcli.errors import UsageError, UserError
 from lmcli.storage import atomic_folder
 
 # files that are copied unchanged
-COPIED_FILES = (*TOKENIZER_FILES, *TOKENIZER_PARTS, "chat_template.jinja", "generation_config.json")
+COPIED_FILES = (*TOKENIZER_FILES, *TOKENIZER_PARTS, "generation_config.json")
 
 
 def export(source: Path, target: Path, dtype: torch.dtype, merge: bool) -> None:

@@ -20,5 +20,6 @@ TOKENIZER_PARTS = (
     "merges.txt",
     "target.spm",
     "target_vocab.json",
+    "chat_template.jinja",
 )
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")

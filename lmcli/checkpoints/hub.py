@@ -22,6 +22,7 @@ DOWNLOADED_FILES = [
     *WEIGHTS_FILES,
     *TOKENIZER_FILES,
     *TOKENIZER_PARTS,
+    "additional_chat_templates/*.jinja",
 ]
 INSTALL = "to download it from the Hub: pip install 'lmcli[hub]'"
 
@@ -35,7 +36,7 @@ def find(name: str | Path, weights: bool = True) -> str | Path:
     if not isinstance(name, str) or os.path.lexists(name) or not is_hub_name(name):
         return name
     snapshot = cached_snapshot(name)
-    if snapshot and (not weights or any((snapshot / file).is_file() for file in WEIGHTS_FILES)):
+    if snapshot and (not weights or _has_weights(snapshot)):
         return snapshot
     try:
         return _download(name)
@@ -43,6 +44,18 @@ def find(name: str | Path, weights: bool = True) -> str | Path:
         if snapshot:  # its reader reports what is missing, as for any folder
             return snapshot
         raise
+
+
+def find_local(name: str) -> Path | None:
+    """The folder of a model that is on this machine; None if it would have to be downloaded."""
+    if os.path.lexists(name) or not is_hub_name(name):
+        return Path(name)
+    snapshot = cached_snapshot(name)
+    return snapshot if snapshot and _has_weights(snapshot) else None
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in WEIGHTS_FILES)
 
 
 def is_hub_name(name: str) -> bool:

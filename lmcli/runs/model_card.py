@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcli.config import ModelConfig, TrainConfig
-from lmcli.training.objective import Objective
+from lmcli.training.objective import CardText, Objective
 
 FILES_NAMED = 20
 
@@ -29,11 +29,7 @@ def model_card(
     sources = "\n".join(f"- `{Path(file).name}`" for file in files[:FILES_NAMED])
     if len(files) > FILES_NAMED:
         sources += "\n- …"
-    prefix = ""
-    if context_prefix:
-        prefix = (
-            f"Every context begins with `{context_prefix}`; `tokenizer.json` puts it there.\n\n"
-        )
+    prefix = f"Every context begins with `{context_prefix}`; `tokenizer.json` puts it there.\n\n"
     library, adapter, merging, loading = "transformers", "", "", "`transformers`"
     if base:
         library = f"peft\nbase_model: {base}"
@@ -41,9 +37,9 @@ def model_card(
         merging = "\n`lm export DIR --merge -o MODEL` makes one model of adapter and base.\n"
         loading = "`transformers` with `peft`"
     card = objective.card
+    pipeline = f"\npipeline_tag: {card.pipeline}" if card.pipeline else ""
     return f"""---
-library_name: {library}
-pipeline_tag: {card.pipeline}
+library_name: {library}{pipeline}
 ---
 
 # {name}
@@ -61,14 +57,27 @@ Trained on:
 
 {card.figures(result, train)}
 
-{prefix}## Use
+{prefix if context_prefix else ""}## Use
 
 ```
 {card.usage}
 ```
 
-or `{card.auto_class}.from_pretrained(DIR)` and `AutoTokenizer.from_pretrained(DIR)` in {loading}.
+or in {loading}:
+
+{_python(card)}
 {merging}"""
+
+
+def _python(card: CardText) -> str:
+    """Python that uses the model, as a block of code."""
+    return f"""```python
+from transformers import {card.auto_class}, AutoTokenizer
+
+model = {card.auto_class}.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+{card.example.strip()}
+```"""
 
 
 def _sizes(config: ModelConfig) -> str:

@@ -26,6 +26,7 @@ from lmcli.training.datasets import FirstRows
 from lmcli.training.language_modeling import random_packed
 from lmcli.training.objective import (
     EVALUATION_BATCH_TOKENS,
+    GENERATION_EXAMPLE,
     CardText,
     EncodingInput,
     Evaluation,
@@ -345,6 +346,7 @@ COMPLETION = Objective(
         "text-generation",
         "lm generate -m DIR < PROMPTS",
         "AutoModelForCausalLM",
+        GENERATION_EXAMPLE,
         target_table("tokens of completions, each given the ones before it"),
     ),
     plotted="val_bits_per_byte",
@@ -363,15 +365,20 @@ SEQ2SEQ = Objective(
     predict=predict_seq2seq,
     choices=vocabulary_size,
     card=CardText(
-        "text2text-generation",
+        "",  # transformers has no pipeline for it any more
         "lm generate -m DIR < SOURCES",
         "AutoModelForSeq2SeqLM",
+        GENERATION_EXAMPLE,
         target_table("target tokens, each given the ones before it"),
     ),
     preset="translate",
     random_rows=random_pairs,
 )
 
+CLASSIFICATION_EXAMPLE = """
+logits = model(**tokenizer("A text.", return_tensors="pt")).logits
+print(model.config.id2label[int(logits.argmax())])
+"""
 CLASSIFICATION = Objective(
     "classification",
     shape="encoder",
@@ -387,6 +394,7 @@ CLASSIFICATION = Objective(
         "text-classification",
         "lm classify -m DIR FILE",
         "AutoModelForSequenceClassification",
+        CLASSIFICATION_EXAMPLE,
         target_table("texts"),
     ),
     preset="classify",

@@ -18,6 +18,7 @@ from lmcli.model.transformer import Transformer
 from lmcli.training.datasets import FirstRows
 from lmcli.training.objective import (
     EVALUATION_BATCH_TOKENS,
+    GENERATION_EXAMPLE,
     CardText,
     EncodingInput,
     Evaluation,
@@ -243,6 +244,7 @@ CAUSAL = Objective(
         "text-generation",
         'lm generate -m DIR "Once"\nlm score -m DIR FILE',
         "AutoModelForCausalLM",
+        GENERATION_EXAMPLE,
         perplexity_table,
         "lm perplexity -m DIR --validation measures the same",
     ),
@@ -252,6 +254,11 @@ CAUSAL = Objective(
     random_rows=random_packed,
 )
 
+MASK_EXAMPLE = """
+inputs = tokenizer(f"Paris is the {tokenizer.mask_token} of France.", return_tensors="pt")
+at = inputs.input_ids[0].tolist().index(tokenizer.mask_token_id)
+print(tokenizer.decode(model(**inputs).logits[0, at].argmax()))
+"""
 MASKED = Objective(
     "masked",
     shape="encoder",
@@ -267,6 +274,7 @@ MASKED = Objective(
         "fill-mask",
         "lm generate -m DIR 'Paris is the [MASK] of France.'",
         "AutoModelForMaskedLM",
+        MASK_EXAMPLE,
         target_table("masked tokens ({share} of all)"),
     ),
     mixable=True,

@@ -130,13 +130,24 @@ class EncodingInput:
 
 @dataclass(frozen=True)
 class CardText:
-    """An objective's lines of the model card; `figures` makes a table of recipe.yaml's `result`."""
+    """An objective's lines of the model card; `figures` makes a table of recipe.yaml's `result`.
+
+    `pipeline` is the pipeline of transformers, "" if there is none. `example` are lines of Python
+    that use a `model` of `auto_class` and its `tokenizer`.
+    """
 
     pipeline: str
     usage: str
     auto_class: str
+    example: str
     figures: Callable[[dict, TrainConfig], str]
     verification: str = ""  # how to measure the same figure again
+
+
+GENERATION_EXAMPLE = """
+ids = model.generate(tokenizer("Once upon a time", return_tensors="pt").input_ids)
+print(tokenizer.decode(ids[0], skip_special_tokens=True))
+"""
 
 
 @dataclass(frozen=True)

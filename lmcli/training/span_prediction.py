@@ -223,6 +223,12 @@ with the weights of step {result["best_step"]:,}, in float32.
 | the same by guessing | {result["val_guessing"]:.4f} |"""
 
 
+ANSWER_EXAMPLE = """
+inputs = tokenizer("Who sat?", "The cat sat on the mat.", return_tensors="pt")
+output = model(**inputs)
+start, end = int(output.start_logits.argmax()), int(output.end_logits.argmax())
+print(tokenizer.decode(inputs.input_ids[0, start : end + 1]))  # lm classify finds better spans
+"""
 SPAN = Objective(
     "span",
     shape="encoder",
@@ -235,9 +241,10 @@ SPAN = Objective(
     predict=predict_spans,
     choices=lambda model, train: train.context,
     card=CardText(
-        "question-answering",
+        "",  # transformers has no pipeline for it any more
         "lm classify -m DIR QUESTIONS.jsonl",
         "AutoModelForQuestionAnswering",
+        ANSWER_EXAMPLE,
         answers_table,
     ),
     smooths=False,

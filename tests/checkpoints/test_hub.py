@@ -228,3 +228,25 @@ class TestDownloading:
         assert message in error.what and error.where == "owner/model" and "\n" not in error.hint
         if not isinstance(kind, str):
             assert error.hint == "the first line"
+
+
+def test_what_is_downloaded_has_the_chat_template(cache):
+    from fnmatch import fnmatch
+
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        assert any(fnmatch(name, pattern) for pattern in hub.DOWNLOADED_FILES)
+    assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in hub.DOWNLOADED_FILES)
+
+
+def test_the_base_of_an_adapter_is_not_downloaded_unless_it_is_named(cache, tmp_path, monkeypatch):
+    """A file of others must not decide what is fetched."""
+    from lmcli.checkpoints import adapter_base
+
+    monkeypatch.setattr(hub, "_download", lambda name: pytest.fail(f"{name} was asked for"))
+    (tmp_path / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "someone/anything", "peft_type": "LORA"}'
+    )
+    with pytest.raises(UserError) as caught:
+        adapter_base.find_base(tmp_path)
+    assert "someone/anything is not on this machine" in caught.value.what
+    assert caught.value.hint == "to download it: lm info someone/anything"
