@@ -18,7 +18,12 @@ from lmcli.errors import UsageError, UserError
 from lmcli.generation.batch_generation import can_stream, generate_all, new_seed
 from lmcli.generation.decoding import NOT_FINITE, Decoder, Generated, TextChunk
 from lmcli.generation.mask_filling import MaskFiller, mask_id
-from lmcli.generation.options import check_forced_ids, check_stop_strings, generation_config
+from lmcli.generation.options import (
+    check_forced_ids,
+    check_stop_strings,
+    check_stop_strings_of_config,
+    generation_config,
+)
 from lmcli.generation.prompts import encode_prompt
 from lmcli.model.device import DeviceConfig, select_device
 from lmcli.model.finite import not_finite
@@ -214,6 +219,7 @@ class Model:
             mask = mask_id(self.tokenizer)
             return MaskFiller(self.model, self.tokenizer, config, mask, sampled)
         check_forced_ids(config, self.model.config.vocab_size)
+        check_stop_strings_of_config(config)
         return Decoder(
             self.model,
             self.tokenizer,

@@ -356,6 +356,9 @@ class GenerateConfig:
     suppress_tokens: tuple[int, ...] = knob((), "ids that are never generated")
     begin_suppress_tokens: tuple[int, ...] = knob((), "ids that are never generated first")
     bad_words_ids: tuple[tuple[int, ...], ...] = knob((), "sequences of ids never generated")
+    stop_strings: tuple[str, ...] = knob(
+        (), "a text ends with the token that completes one of these, which stay in it"
+    )
 
 
 @dataclass(frozen=True)

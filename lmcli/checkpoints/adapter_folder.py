@@ -1,6 +1,7 @@
 """LoRA adapters ↔ PEFT's folders (`adapter_config.json`, `adapter_model.safetensors`)."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmcli import recipes
 from lmcli.checkpoints import adapter_base
 from lmcli.checkpoints.adapter_base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lmcli.checkpoints.config_json import family_of
 from lmcli.checkpoints.families import FAMILIES
 from lmcli.checkpoints.family import Family
 from lmcli.checkpoints.weights import (
+    PEFT_PREFIX,
     StoredTensor,
     config_for_tensors,
     find_name,
     join_tensors,
     stored_tensors,
+    without_wrappers,
 )
 from lmcli.config import ModelConfig
 from lmcli.errors import UserError
@@ -30,7 +32,6 @@ from lmcli.model.lora import LoraEmbedding, LoraLinear, LowRank, adapters_of, ad
 from lmcli.model.transformer import Transformer
 from lmcli.storage import read_json, read_tensors, write_tensors, write_text
 
-PREFIX = "base_model.model."  # of all names in the file
 # A → B of a Linear and of an embedding
 FACTORS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 PARTNERS = FACTORS | {b: a for a, b in FACTORS.items()}
@@ -79,7 +80,7 @@ SUPPORTED = {
 class Adapter:
     """An adapter's folder, its base model's folder, its options as in the file, and its tensors.
 
-    The names of the tensors are without PREFIX.
+    The names of the tensors are without PEFT_PREFIX.
     """
 
     folder: Path
@@ -113,7 +114,7 @@ def read(folder: Path) -> Adapter:
             where=str(folder),
             hint="lm reads weights from safetensors files only",
         )
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(file).items()}
+    tensors = without_wrappers(read_tensors(file), str(file))
     return Adapter(folder, base, options, tensors)
 
 
@@ -140,7 +141,8 @@ def _check_options(options: dict[str, Any], where: str) -> None:
             raise UserError(f"{key} is not an object", where=where)
     alphas = {"lora_alpha": options.get("lora_alpha", 8), **(options.get("alpha_pattern") or {})}
     for key, value in alphas.items():
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
             raise UserError(f"{key}: {value!r} is not a number", where=where)
 
 
@@ -284,8 +286,7 @@ def adapted_config(adapter: Adapter, document: dict[str, Any]) -> dict[str, Any]
 
 
 def _labels(folder: Path) -> list[str]:
-    file = folder / "recipe.yaml"
-    model = recipes.load_yaml(file).get("model") if file.is_file() else None
+    model = adapter_base.recipe_of(folder).get("model")
     return [str(name) for name in model.get("labels") or ()] if isinstance(model, dict) else []
 
 
@@ -353,7 +354,7 @@ def save_weights(folder: Path, model: Transformer) -> None:
         parameters = [model.get_parameter(name) for name in stored.parameters]
         tensors[stored.name] = join_tensors(parameters, stored.layout, heads)
     document = {
-        f"{PREFIX}{name}": tensor.detach().float().cpu().contiguous()
+        f"{PEFT_PREFIX}{name}": tensor.detach().float().cpu().contiguous()
         for name, tensor in tensors.items()
     }
     write_tensors(folder / ADAPTER_WEIGHTS, document)

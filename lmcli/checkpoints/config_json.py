@@ -44,6 +44,12 @@ YARN_KEYS = {
 }
 
 
+def is_no_id(value: Any) -> bool:
+    """True for what a file writes for a special token that there is none of: null or a negative."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (is_number and value < 0)
+
+
 class FileValue(NamedTuple):
     """A value from a file with the key it has there, for error messages."""
 
@@ -89,7 +95,9 @@ def read_config(document: dict[str, Any], where: str) -> tuple[Family, ModelConf
     values = {option: _checked(option, value, where) for option, value in options.items()}
     values = {option: value for option, value in values.items() if value is not None}
     if family.padding_first:
-        values["position_offset"] = (values.get("pad_token_id") or 0) + 1
+        # such a family counts positions from the padding id, even from -1
+        padding = document.get("pad_token_id", values.get("pad_token_id"))
+        values["position_offset"] = 0 if padding == -1 else (values.get("pad_token_id") or 0) + 1
         values["max_position_embeddings"] -= values["position_offset"]
     for option, most in LARGEST.items():
         size = values.get(option, 0)
@@ -183,8 +191,9 @@ def _checked(option: str, value: Any, where: str) -> Any:
     key, value = value if isinstance(value, FileValue) else (option, value)
     if option in ("hidden_act", "head_act") and isinstance(value, str):
         value = ACTIVATION_NAMES.get(value, value)
-    if option.endswith("token_id") and isinstance(value, list):
-        value = value[0] if value else None
+    if option.endswith("token_id"):
+        ids = value if isinstance(value, list) else [value]
+        value = next((index for index in ids if not is_no_id(index)), None)
     if value is None:
         return None
     try:

@@ -2,17 +2,24 @@
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lmcli.checkpoints import adapter_base, adapter_folder
-from lmcli.checkpoints.config_json import family_of, read_config, write_config
+from lmcli.checkpoints.config_json import family_of, is_no_id, read_config, write_config
 from lmcli.checkpoints.file_names import PICKLED, TOKENIZER_FILES, WEIGHTS_FILE, WEIGHTS_INDEX
-from lmcli.checkpoints.weights import config_for_tensors, current_names, file_tensors, load_tensors
-from lmcli.config import GenerateConfig, ModelConfig, check
+from lmcli.checkpoints.generation_json import file_value, ignored_keys, read_generate_config
+from lmcli.checkpoints.weights import (
+    config_for_tensors,
+    current_names,
+    file_tensors,
+    load_tensors,
+    without_wrappers,
+)
+from lmcli.config import GenerateConfig, ModelConfig
 from lmcli.errors import UserError
 from lmcli.kernels.fast_path import build_model
 from lmcli.model.device import dtype_name
@@ -23,8 +30,6 @@ from lmcli.storage import read_json, read_tensors, user_errors, write_tensors, w
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.tokenizer import Tokenizer
 
-# keys of generation_config.json have the same meaning here; `do_sample: false` is temperature 0
-GENERATE_KEYS = tuple(field.name for field in fields(GenerateConfig))
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p")
 # the other keys are written only if they are not at their default
 ALWAYS_WRITTEN = (
@@ -42,7 +47,8 @@ class Checkpoint:
 
     `bos` are the ids before a text, `stop_ids` those that end one, `unused` the names of tensors in
     the file that the model does not need, `decoder_start` the id that an encoder–decoder's target
-    starts with (None for other models).
+    starts with (None for other models), `ignored` a line that names settings of generation that
+    lm does not follow ("" for none).
     """
 
     model: Transformer
@@ -52,6 +58,7 @@ class Checkpoint:
     stop_ids: list[int]
     unused: list[str]
     decoder_start: int | None = None
+    ignored: str = ""
 
 
 def load(
@@ -75,7 +82,8 @@ def load(
         )
     is_sharded = not (base / WEIGHTS_FILE).is_file() and (base / WEIGHTS_INDEX).is_file()
     weights = base / (WEIGHTS_INDEX if is_sharded else WEIGHTS_FILE)
-    tensors = current_names(_read_weights(weights, family.heads[config.head]))
+    tensors = _read_weights(weights, family.heads[config.head])
+    tensors = current_names(without_wrappers(tensors, str(weights)))
     if adapter:
         tensors = adapter_folder.merge(adapter, family, config, tensors)
     with meta_device():  # no memory for weights that the file already holds
@@ -86,11 +94,12 @@ def load(
     return Checkpoint(
         model.to(device=device, dtype=dtype).eval(),
         tokenizer,
-        _generate_config(generation, document, config.shape, folder),
+        read_generate_config(generation, document, config.shape, folder),
         tokenizer.prefix,
         _stop_ids(generation, document, tokenizer, folder),
         unused,
         _decoder_start(generation, config, folder),
+        "" if config.shape == "encoder" else ignored_keys(generation, document),
     )
 
 
@@ -160,40 +169,6 @@ def _read_weights(file: Path, architecture: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _generate_config(
-    generation: dict[str, Any] | None, document: dict[str, Any], shape: str, folder: Path
-) -> GenerateConfig:
-    """The generation defaults of a folder, from generation_config.json or else from config.json.
-
-    Where neither has `do_sample`, a decoder gets our defaults, and an encoder–decoder is greedy.
-    """
-    where = folder / ("config.json" if generation is None else "generation_config.json")
-    source = document if generation is None else generation
-    settings = {key: value for key, value in source.items() if value is not None}
-    sampled = settings.get("do_sample", None if shape == "decoder" else False)
-    config = GenerateConfig()
-    if sampled is not None:  # then missing keys have the defaults of transformers
-        config = replace(config, temperature=1.0, top_p=1.0, top_k=50 if sampled else 0)
-    values = {
-        key: check(GenerateConfig, key, _plain_value(key, settings[key]), str(where))
-        for key in GENERATE_KEYS
-        if key in settings
-    }
-    if "max_new_tokens" in values:
-        values["max_length"] = 0
-    config = replace(config, **values)
-    return replace(config, temperature=0.0) if sampled is False else config
-
-
-def _plain_value(key: str, value: Any) -> Any:
-    """A value of generation_config.json in the type that GenerateConfig has for it."""
-    if key == "early_stopping" and isinstance(value, bool):
-        return str(value).lower()
-    if key == "forced_eos_token_id" and isinstance(value, list) and len(value) == 1:
-        return value[0]
-    return value
-
-
 def _decoder_start(
     generation: dict[str, Any] | None, config: ModelConfig, folder: Path
 ) -> int | None:
@@ -201,9 +176,9 @@ def _decoder_start(
     if config.shape != "encoder-decoder":
         return None
     start = (generation or {}).get("decoder_start_token_id")
-    if start is not None:
-        where = str(folder / "generation_config.json")
-        return check(ModelConfig, "decoder_start_token_id", start, where)
+    if not is_no_id(start):
+        file = folder / "generation_config.json"
+        return file_value(ModelConfig, "decoder_start_token_id", start, file)
     start = config.decoder_start_token_id
     return config.bos_token_id if start is None else start
 
@@ -216,7 +191,11 @@ def _stop_ids(
         eos = source.get("eos_token_id")
         if eos is not None:
             ids = eos if isinstance(eos, list) else [eos]
-            return [check(ModelConfig, "eos_token_id", i, str(folder / name)) for i in ids]
+            return [
+                file_value(ModelConfig, "eos_token_id", i, folder / name)
+                for i in ids
+                if not is_no_id(i)
+            ]
     eos = tokenizer.special_id("eos_token")
     return [] if eos is None else [eos]
 

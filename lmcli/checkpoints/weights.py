@@ -118,11 +118,7 @@ def load_tensors(
             name = stored.name
             tensors = {**tensors, name: torch.zeros(shape)}
         if name is None:
-            raise UserError(
-                f"has no tensor {stored.name}",
-                where=where,
-                hint="the file and config.json do not belong together",
-            )
+            raise _missing(stored.name, tensors, where)
         tensor = tensors[name]
         if shape != tuple(tensor.shape):
             raise UserError(
@@ -165,6 +161,53 @@ def current_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)): tensor
         for name, tensor in tensors.items()
     }
+
+
+# parts of names that torch.compile, DistributedDataParallel, FSDP, activation checkpointing and
+# DeepSpeed put in front of a module's own
+WRAPPERS = {
+    "_orig_mod",
+    "module",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+}
+PEFT_PREFIX = "base_model.model."
+
+
+def without_wrappers(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors without what wrappers left in their names, such as "_orig_mod.".
+
+    Raises UserError if two tensors would then have one name.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        own = own.removeprefix(PEFT_PREFIX)
+        if own in plain:
+            raise UserError(
+                f"has {own} twice, once with the prefix of a wrapper: {name}",
+                where=where,
+                hint="keep one of the two",
+            )
+        plain[own] = tensor
+    return plain
+
+
+def _missing(name: str, tensors: Mapping[str, Tensor], where: str) -> UserError:
+    """The error for a missing tensor; it names the prefix under which the file has the tensor."""
+    prefixed = next((other for other in tensors if other.endswith(f".{name}")), None)
+    if prefixed:
+        prefix = prefixed.removesuffix(name)
+        return UserError(
+            f"has no tensor {name}, but {prefixed}",
+            where=where,
+            hint=f"a wrapper may have left the prefix {prefix!r}: save the tensors without it",
+        )
+    hint = "the file and config.json do not belong together"
+    if any("lora_" in other or ".base_layer." in other for other in tensors):
+        hint = "it holds an adapter that is not merged: use merge_and_unload of peft, then save it"
+    return UserError(f"has no tensor {name}", where=where, hint=hint)
 
 
 def config_for_tensors(

@@ -110,6 +110,8 @@ def generate(args: options.Arguments) -> None:
     raw = args.raw or bool(from_arguments) or args.whole
     style = GenerationFormat(args.as_json, args.echo, raw, "\0" if args.zero else "\n")
     note = (lambda _: None) if args.quiet else display.note
+    if model.checkpoint.ignored:
+        note(model.checkpoint.ignored)
     encode = partial(model.prompt, bos=args.bos)
     prompts = Prompts(encode, model.model.config, args.on_error, note)
     batches = prompts.batches(args.prompts, args.whole, args.zero)

@@ -238,6 +238,7 @@ class _Row:
         self.random = random.Random(self.seed)
         self.prompt = list(self.window)
         self._stream = StreamDecoder(self.decoder.tokenizer, self.window)
+        self._recent = self._end_of_prompt()
         self._emitted = 0  # characters of `text` returned so far
 
     def add(self, token: int, logprob: float) -> str:
@@ -252,7 +253,27 @@ class _Row:
             return self._emit("")
         if len(self.tokens) == self.limit:
             self.finish_reason = "length"
-        return self._emit(self._stream.push(token))
+        new = self._stream.push(token)
+        if self.decoder.config.stop_strings and self._completes_a_stop_string(token):
+            self.finish_reason = "stop"
+        return self._emit(new)
+
+    def _end_of_prompt(self) -> str:
+        """The end of the prompt, in which a stop string of the folder may begin."""
+        longest = max(map(len, self.decoder.config.stop_strings), default=0)
+        ids = self.window[-longest:] if longest else []
+        return "".join(self.decoder.tokenizer.token_text(index) for index in ids)
+
+    def _completes_a_stop_string(self, token: int) -> bool:
+        """True if a stop string of the folder ends within the text of this token.
+
+        As in transformers it may begin in the prompt, and a special token counts as its spelling.
+        """
+        stop_strings = self.decoder.config.stop_strings
+        old, new = self._recent, self.decoder.tokenizer.token_text(token)
+        self._recent = (old + new)[-max(map(len, stop_strings)) :]
+        starts = ((stop, max(0, len(old) - len(stop) + 1)) for stop in stop_strings)
+        return any((old + new).find(stop, start) >= 0 for stop, start in starts)
 
     def end(self, problem: str = "") -> str:
         """Ends the text where no token can follow; returns what was held back."""

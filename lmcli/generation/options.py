@@ -39,6 +39,18 @@ def check_stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
     return stop_strings
 
 
+def check_stop_strings_of_config(config: GenerateConfig) -> None:
+    """Raises UserError for the folder's stop strings in a beam search, or an empty one."""
+    if "" in config.stop_strings:
+        raise UserError("stop_strings must not be empty", where="generate")
+    if config.stop_strings and config.num_beams > 1:
+        raise UserError(
+            f"stop_strings with num_beams {config.num_beams} is not supported",
+            where="generate",
+            hint="use --num-beams 1, or remove stop_strings from generation_config.json",
+        )
+
+
 def check_forced_ids(config: GenerateConfig, vocab_size: int) -> None:
     """Raises UserError if a forced token is outside the model's vocabulary."""
     for key in ("forced_bos_token_id", "forced_eos_token_id"):

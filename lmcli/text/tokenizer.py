@@ -138,12 +138,14 @@ class Tokenizer:
     @cached_property
     def token_texts(self) -> list[str]:
         """The text of each id alone. Bytes that are not a whole character show as U+FFFD."""
-        return [
-            piece.replace(SPACE, " ")
-            if SPACE in piece
-            else self.core.decode([i], skip_special_tokens=False) or piece
-            for i, piece in enumerate(self.pieces(range(self.size)))
-        ]
+        return [self.token_text(i) for i in range(self.size)]
+
+    def token_text(self, index: int) -> str:
+        """The text of an id alone, special tokens included."""
+        piece = self.core.id_to_token(index) or ""
+        if SPACE in piece:
+            return piece.replace(SPACE, " ")
+        return self.core.decode([index], skip_special_tokens=False) or piece
 
     @cached_property
     def word_starts(self) -> list[bool] | None:
