@@ -197,6 +197,8 @@ class Model:
             token = self.model.config.bos_token_id
         if token is None:
             raise UsageError("this model has no beginning token", where="--bos")
+        if token >= self.model.config.vocab_size:
+            raise UserError(f"bos_token_id {token} is no id of this model", where=self.name)
         return [token]
 
     def prompt(self, text: str, bos: bool | None = None) -> list[int]:

@@ -394,3 +394,25 @@ class TestRules:
                             yield f"{node.lineno} sets {text}"
 
         assert offenders(check) == []
+
+
+def narrows(test):
+    """True if an assertion only tells mypy a type: `is not None`, isinstance, or a value is set."""
+    if isinstance(test, ast.BoolOp):
+        return all(map(narrows, test.values))
+    if isinstance(test, ast.Compare):
+        return isinstance(test.ops[0], ast.IsNot) and ast.unparse(test.comparators[0]) == "None"
+    if isinstance(test, ast.Call):
+        return ast.unparse(test.func) == "isinstance"
+    return isinstance(test, ast.Name | ast.Attribute)
+
+
+def test_no_assert_validates_a_value():
+    """With PYTHONOPTIMIZE=1 there are none; what input can cause is an error of its own."""
+
+    def check(file):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Assert) and not narrows(node.test):
+                yield f"assert {ast.unparse(node.test)}"
+
+    assert offenders(check) == []

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def load(
             where=str(folder / "tokenizer.json"),
             hint="tokenizer and model do not belong together",
         )
+    _check_ids(tokenizer, config, folder)
     is_sharded = not (base / WEIGHTS_FILE).is_file() and (base / WEIGHTS_INDEX).is_file()
     weights = base / (WEIGHTS_INDEX if is_sharded else WEIGHTS_FILE)
     tensors = _read_weights(weights, family.heads[config.head])
@@ -101,6 +103,23 @@ def load(
         _decoder_start(generation, config, folder),
         "" if config.shape == "encoder" else ignored_keys(generation, document),
     )
+
+
+def _check_ids(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
+    """Raises UserError for an id that is put into texts and that the model has no row for."""
+    _check_id("template", tokenizer.template_ids, config, folder / "tokenizer.json")
+    if config.shape != "decoder":  # whose texts are padded with any id
+        _check_id("pad_token_id", [config.pad_token_id], config, folder / "config.json")
+
+
+def _check_id(name: str, ids: Sequence[int | None], config: ModelConfig, file: Path) -> None:
+    largest = max((index for index in ids if index is not None), default=0)
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{name} uses the id {largest:,}, but the model's vocabulary has {config.vocab_size:,}",
+            where=str(file),
+            hint="tokenizer and model do not belong together",
+        )
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -162,8 +181,9 @@ def _read_weights(file: Path, architecture: str) -> dict[str, torch.Tensor]:
     if not isinstance(shards, dict):
         raise UserError("has no weight_map", where=str(file))
     tensors = {}
-    for name in sorted({str(name) for name in shards.values()}):
-        if Path(name).name != name or name == "..":
+    names = {name if isinstance(name, str) else f"/{name}" for name in shards.values()}
+    for name in sorted(names):
+        if name in ("", "..") or Path(name).name != name or not name.isprintable():
             raise UserError(f"names a file outside the folder: {name!r}", where=str(file))
         tensors.update(read_tensors(file.with_name(name)))
     return tensors
@@ -175,12 +195,18 @@ def _decoder_start(
     """The first id of a target: from generation_config.json, config.json, or the bos token."""
     if config.shape != "encoder-decoder":
         return None
-    start = (generation or {}).get("decoder_start_token_id")
+    start, file = (generation or {}).get("decoder_start_token_id"), folder / "config.json"
     if not is_no_id(start):
         file = folder / "generation_config.json"
-        return file_value(ModelConfig, "decoder_start_token_id", start, file)
-    start = config.decoder_start_token_id
-    return config.bos_token_id if start is None else start
+        start = file_value(ModelConfig, "decoder_start_token_id", start, file)
+    elif config.decoder_start_token_id is not None:
+        start = config.decoder_start_token_id
+    elif config.bos_token_id is not None:
+        start = config.bos_token_id
+    else:
+        raise UserError("has neither decoder_start_token_id nor bos_token_id", where=str(file))
+    _check_id("decoder_start_token_id", [start], config, file)
+    return start
 
 
 def _stop_ids(

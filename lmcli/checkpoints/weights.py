@@ -38,7 +38,8 @@ def stored_tensors(family: Family, model: Transformer) -> Iterator[StoredTensor]
             if config.head == "none":
                 name = name.removeprefix(family.prefix)
             yield StoredTensor(name, parameters, entry.layout)
-    assert not left, f"{family.model_type} has no tensor for {', '.join(sorted(left))}"
+    if left:
+        raise UserError(f"{family.model_type} has no tensor for {', '.join(sorted(left))}")
 
 
 def _instances(

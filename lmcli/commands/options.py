@@ -101,7 +101,8 @@ class Counts(click.ParamType):
         """The numbers."""
         if isinstance(value, tuple):
             return value
-        numbers = tuple(int(word) for word in value.split(",") if word.strip().isdecimal())
+        words = (word.strip() for word in value.split(","))
+        numbers = tuple(int(word) for word in words if word.isdecimal() and len(word) < 100)
         if len(numbers) != value.count(",") + 1 or not all(numbers):
             self.fail(f"{value!r}: give whole numbers from 1, as in 8,64,512", param, ctx)
         return numbers

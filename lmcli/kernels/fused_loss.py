@@ -152,5 +152,7 @@ def target_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
 
 def _require_tokens(targets: Tensor, words: int) -> None:
     """The kernels write to the place of a target: none may be outside the vocabulary."""
-    assert targets.dtype == torch.int64
-    assert not len(targets) or 0 <= targets.min() <= targets.max() < words
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets are {targets.dtype}, not int64")
+    if len(targets) and not 0 <= targets.min() <= targets.max() < words:
+        raise ValueError(f"a target is outside the vocabulary of {words:,}")

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from lmcli.errors import UserError
 from lmcli.storage import read_json, user_errors
 from lmcli.text import sentencepiece
+from lmcli.text.library_errors import library_errors
 from lmcli.text.sentencepiece import SPACE, MarianSide, SentencePieceModel
 from lmcli.text.tokenizer_classes import (
     GENERIC_CLASS,
@@ -160,10 +161,11 @@ def _parsing(file: Path) -> Iterator[None]:
     """Turns whatever the library raises for a file that it cannot parse into a UserError."""
     with user_errors(file, "read"):
         try:
-            yield
+            with library_errors("is no tokenizer", str(file)):
+                yield
         except (OSError, UserError):
             raise
-        except Exception as error:  # the library raises a bare Exception
+        except Exception as error:  # a value of the wrong type
             raise UserError(f"is no tokenizer: {error}", where=str(file)) from error
 
 

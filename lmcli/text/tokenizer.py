@@ -19,6 +19,7 @@ from lmcli.errors import UserError
 from lmcli.storage import atomic_path, user_errors, write_text
 from lmcli.text import huggingface
 from lmcli.text.huggingface import END_OF_TEXT, GENERIC_CLASS, LLAMA3_PATTERN, QWEN2_PATTERN
+from lmcli.text.library_errors import library_errors
 from lmcli.text.sentencepiece import SPACE, MarianSide, SideEncoding
 from lmcli.text.splitting import PIECE_CHARS, SAFE_CUT
 
@@ -28,6 +29,7 @@ CLEANED = (
     (" ' ", "'"),
     *((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")),
 )
+CANNOT_ENCODE = "the tokenizer cannot encode this text"
 LONG_TEXT = 4 * PIECE_CHARS  # texts of more characters are encoded in pieces
 PIECES_AT_ONCE = 256
 Encoding = tokenizers.Encoding | SideEncoding
@@ -70,11 +72,22 @@ class Tokenizer:
         core.no_truncation()
         self.core, self.settings, self.files = core, settings or {}, files or {}
         self.target = target or self
-        self.size = core.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def size(self) -> int:
+        """The largest id and one: the rows that an embedding needs, since ids may have gaps.
+
+        Raises UserError if two tokens have one id.
+        """
+        ids = self.core.get_vocab(with_added_tokens=True).values()
+        if len({*ids}) < len(ids):
+            raise UserError("the tokenizer has one id for two tokens")
+        return max(ids, default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without the template. Special tokens in the text get their own ids."""
-        return self.core.encode(text, add_special_tokens=False).ids
+        with library_errors(CANNOT_ENCODE):
+            return self.core.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of many texts, on all cores."""
@@ -90,11 +103,13 @@ class Tokenizer:
         return self._encode(texts)
 
     def _encode_ids(self, texts: list[str]) -> list[list[int]]:
-        encodings = self.core.encode_batch_fast(texts, add_special_tokens=False)
+        with library_errors(CANNOT_ENCODE):
+            encodings = self.core.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def _encode(self, texts: list[str]) -> list[Encoded]:
-        encodings: Sequence[Encoding] = self.core.encode_batch(texts, add_special_tokens=False)
+        with library_errors(CANNOT_ENCODE):
+            encodings: Sequence[Encoding] = self.core.encode_batch(texts, add_special_tokens=False)
         return [Encoded(one.ids, self._ends(text, one)) for text, one in zip(texts, encodings)]
 
     def _encode_pieces(
@@ -122,7 +137,8 @@ class Tokenizer:
 
     def decode(self, ids: list[int], special: bool = True) -> str:
         """Text of ids, without special tokens if `special` is false, with spaces as in settings."""
-        text = self.core.decode(ids, skip_special_tokens=not special)
+        with library_errors("the tokenizer cannot decode these ids"):
+            text = self.core.decode(ids, skip_special_tokens=not special)
         if isinstance(self.core, MarianSide):
             text = text.strip()
         if self.settings.get("clean_up_tokenization_spaces"):
@@ -224,6 +240,12 @@ class Tokenizer:
                 separator = TemplateItem(sep, 0)
                 return single, [*single, separator, TemplateItem("B", 0), separator]
         return [a], [a, b]
+
+    @property
+    def template_ids(self) -> list[int]:
+        """All ids that the templates add to a text or a pair of texts."""
+        items = (item for template in self._templates for item in template)
+        return [index for item in items for index in item.ids([], [])]
 
     @cached_property
     def hash(self) -> str:

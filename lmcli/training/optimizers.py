@@ -249,7 +249,8 @@ def build(
     others = [p for name, p in named if p.ndim < 2 or name in tables]
     inner = [p for name, p in matrices if ".layers." in name]
     outer = [p for name, p in matrices if ".layers." not in name]
-    assert len(inner) + len(outer) + len(others) == len(named)
+    if len(inner) + len(outer) + len(others) != len(named):
+        raise ValueError("a parameter is in no group, or in two")
     # the groups, by depth
     muon, decay, rate = config.optimizer == "muon", config.weight_decay, config.learning_rate
     groups = partial(_groups, depths(model) if config.layer_decay < 1 else {}, config.layer_decay)

@@ -1,6 +1,11 @@
 """Folders written by transformers, an independent implementation of reading and writing."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for hostile_numbers.py
 
 
 @pytest.fixture(scope="session")
