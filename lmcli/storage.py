@@ -1,17 +1,30 @@
-"""Atomic files and folders: written under a temporary name, flushed to disk, then renamed."""
+"""Atomic files and folders: written under a temporary name, flushed, renamed; the cache folder."""
 
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lmcli import ownership
 from lmcli.errors import ClosedPipe, UserError
+from lmcli.ownership import make_private_folder, require_own, require_own_folder
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+
+PROBE_BYTES = 1 << 14  # must be free in the cache folder
+LOCK_SECONDS = 0.2
+CACHING = "write the token cache"
 
 
 @contextmanager
@@ -30,17 +43,18 @@ def user_errors(path: Path | str, action: str) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path next to `path`: renamed to it when the block succeeds, removed otherwise.
+def atomic_path(path: Path, private: bool = False) -> Iterator[Path]:
+    """A temporary file next to `path`: renamed to it when the block succeeds, removed otherwise.
 
-    A link at `path` is replaced, never followed. Raises UserError when the file cannot be written.
+    It is empty, and nobody else can write it; with `private` that holds for `path` too. A link at
+    `path` is replaced, never followed. Raises UserError when the file cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = ownership.temporary_name(path)
     try:
         with user_errors(path, "write"):
+            ownership.create(part).close()
             yield part
-            _flush(part)
-            os.chmod(part, 0o666 & ~_umask())  # some libraries create private files
+            _flush(part, 0o600 if private else 0o666 & ~_umask())
             os.replace(part, path)
             _flush_entries(path.parent)
     finally:
@@ -78,20 +92,23 @@ def copy_file(source: Path, path: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, private: bool = False) -> Iterator[Path]:
     """A temporary folder next to `path`: renamed to it when the block succeeds, removed otherwise.
 
-    A folder or link at `path` is replaced at the moment of the rename, and restored if that fails.
+    Nobody else can write in it; with `private` that holds for `path` too. A folder or link at
+    `path` is replaced at the moment of the rename, and restored if that fails.
     """
-    part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    part, old = (ownership.temporary_name(path, end) for end in ("part", "old"))
     try:
         with user_errors(path, "write"):
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.mkdir(0o700)
             yield part
             for file in part.iterdir():
-                _flush(file)
+                _flush(file, 0o600 if private else None)
             _flush_entries(part)
+            if not private:
+                part.chmod(0o777 & ~_umask())
             if os.path.lexists(path):  # renamed first: a kill while deleting would leave half of it
                 os.rename(path, old)
             os.rename(part, path)
@@ -112,9 +129,16 @@ def _umask() -> int:
     return mask
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _flush(path: Path, mode: int | None = None) -> None:
+    """Forces a file to the disk, with these permissions."""
+    # Windows flushes only what may be written
+    handle = os.open(path, os.O_RDWR | ownership.NO_FOLLOW | ownership.BINARY)
+    try:
+        if mode is not None and hasattr(os, "fchmod"):
+            os.fchmod(handle, mode)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _flush_entries(folder: Path) -> None:
@@ -218,21 +242,84 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Any]:
             ) from error
 
 
-def cache_folder() -> Path:
-    """Folder for token ids, piped text and compiled kernels: $LM_CACHE, else the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LM_CACHE") or Path(base) / "lm")
+def cache_folder(*names: str, action: str = CACHING) -> Path:
+    """Folder for token ids, piped text and compiled kernels, or the one of these names in it.
+
+    It is $LM_CACHE, else `lm` in the user's cache, or where nothing can be written there in the
+    temporary folder, which a line on standard error then says. It is made with mode 0700. Raises
+    ForeignFile if another user owns it or may write it; UserError, which names the `action`, if
+    $LM_CACHE cannot be written, or no other folder.
+    """
+    if named := os.environ.get("LM_CACHE"):
+        folder = Path(named)
+    else:
+        home = Path(os.path.expanduser("~"))  # "~" itself for a user without a home
+        base = os.environ.get("XDG_CACHE_HOME")
+        folder = Path(base or home / ".cache") / "lm"
+        no_home = "" if base or home.is_dir() else "there is no home folder"
+        if problem := no_home or _write_problem(folder):
+            folder = _other_cache(folder, problem)
+    with user_errors(folder, action):
+        make_private_folder(folder)
+        for name in names:
+            folder /= name
+            make_private_folder(folder)
+    return folder
+
+
+@functools.cache
+def _write_problem(folder: Path) -> str:
+    """Why nothing can be written in a folder, which is made if it is missing; "" if it can."""
+    try:
+        make_private_folder(folder)
+        probe = ownership.temporary_name(folder / "probe")
+        try:
+            with ownership.create(probe) as file:
+                file.write(bytes(PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if free_bytes(folder) > PROBE_BYTES else "the disk is full"
+
+
+@functools.cache  # names it once
+def _other_cache(folder: Path, problem: str) -> Path:
+    import logging
+    import tempfile
+
+    other, hint = Path(f"lm-{ownership.user_id()}"), "set LM_CACHE to a folder that can be written"
+    try:
+        other = tempfile.gettempdir() / other
+    except OSError as error:
+        raise UserError(f"cannot write: {problem}", str(folder), hint) from error
+    if second := _write_problem(other):
+        raise UserError(f"cannot write: {problem}; {other}: {second}", str(folder), hint)
+    if logging.getLogger("lmcli").isEnabledFor(logging.WARNING):  # not with --quiet
+        print(f"lm: {folder}: cannot write: {problem}; the cache is {other}", file=sys.stderr)
+    return other
 
 
 def cached(kind: str, key: str, write: Callable[[Path], None]) -> Path:
-    """The cache folder that `write` fills, created once; `key` identifies all it depends on."""
-    folder = cache_folder() / kind / key
-    if not (folder / "facts.json").is_file():
-        with user_errors(folder, "write the token cache"):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(folder) as part:
+    """The cache folder that `write` fills, created once; `key` identifies all it depends on.
+
+    Raises ForeignFile if another user owns it or a file in it, or may write one.
+    """
+    folder = cache_folder(kind) / key
+    if not _is_cached(folder):
+        with atomic_folder(folder, private=True) as part:
             write(part)
     return folder
+
+
+def _is_cached(folder: Path) -> bool:
+    """True if a folder of the cache is complete; ForeignFile if it or a file is not this user's."""
+    if not (folder / "facts.json").is_file():
+        return False
+    require_own_folder(folder)
+    for file in folder.iterdir():
+        require_own(file, file.lstat())
+    return True
 
 
 def cached_resumable(
@@ -243,16 +330,21 @@ def cached_resumable(
     Of several processes one writes and the others wait; each calls `waiting` before it waits.
     `write` must recognize partial files it cannot use. If it raises an error, nothing is kept.
     """
-    folder = cache_folder() / kind / key
+    folder = cache_folder(kind) / key
     part = folder.with_name(f".{key}.part")
-    with user_errors(folder, "write the token cache"):
-        while not (folder / "facts.json").is_file():
-            part.mkdir(parents=True, exist_ok=True)
-            with _locked(part, waiting) as locked:
-                if locked and (folder / "facts.json").is_file():  # another process has finished
-                    shutil.rmtree(part, ignore_errors=True)
-                elif locked:
-                    _complete(part, folder, write)
+    if _is_cached(folder):
+        return folder
+    with user_errors(folder, CACHING):
+        try:
+            held = lock(folder.with_name(f".{key}.lock"), waiting)
+        except NoLocks:
+            return cached(kind, key, write)
+        try:
+            if not _is_cached(folder):  # another process may have finished it
+                make_private_folder(part)
+                _complete(part, folder, write)
+        finally:
+            unlock(held)
     return folder
 
 
@@ -260,32 +352,61 @@ def _complete(part: Path, folder: Path, write: Callable[[Path], None]) -> None:
     try:
         write(part)
         for file in part.iterdir():
-            _flush(file)
+            _flush(file, 0o600)
         shutil.rmtree(folder, ignore_errors=True)  # may be incomplete, after a full disk
         os.rename(part, folder)
-        (folder / LOCK).unlink()  # last: until then, no other process writes into the folder
     except Exception:
         shutil.rmtree(part, ignore_errors=True)
         raise
 
 
-LOCK = "lock"
+class NoLocks(Exception):
+    """This disk has no file locks."""
 
 
-@contextmanager
-def _locked(folder: Path, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Locks a folder until the block or the process ends; False if the folder was removed."""
-    import fcntl
+LOCKS_MISSING = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
-    try:
-        file = (folder / LOCK).open("a")
-    except FileNotFoundError:
-        yield False
-        return
-    with file:
+
+def lock(path: Path, waiting: Callable[[], None] | None = None, holder: str = "") -> "BaseFileLock":
+    """Locks the file at `path`, which is made, until `unlock` or the end of the process.
+
+    The file holds the text `holder`, for others to read. If another process has locked it, calls
+    `waiting` and waits, or without it raises BlockingIOError. Raises NoLocks if the disk has none,
+    OSError if the file cannot be made or is a link.
+    """
+    with warnings.catch_warnings():  # of a system without fcntl, where the file itself is the lock
+        warnings.simplefilter("ignore")
+        from filelock import FileLock, Timeout, UnixFileLock
+
+        held = FileLock(path, thread_local=False)
+        if not path.parent.is_dir():  # filelock would make it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # not 0 seconds: a process that ends may have removed the file before we locked it
+            held.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            if waiting is None:
+                raise BlockingIOError(errno.EAGAIN, "locked", str(path)) from None
             waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield os.fstat(file.fileno()).st_nlink > 0
+            held.acquire()
+        except NotImplementedError as error:  # filelock before version 4
+            raise NoLocks from error
+        except OSError as error:
+            if error.errno in LOCKS_MISSING:
+                raise NoLocks from error
+            raise
+    if isinstance(held, UnixFileLock):  # the others keep their own text, or refuse any
+        with suppress(OSError, UserError), ownership.open_to_extend(path) as file:
+            file.truncate()
+            file.write(holder.encode())
+    return held
+
+
+def unlock(held: "BaseFileLock") -> None:
+    """Unlocks and removes what `lock` returned."""
+    from filelock import UnixFileLock
+
+    if isinstance(held, UnixFileLock):  # the others do it themselves
+        with suppress(OSError):  # before unlocking: whoever waits finds that it is no longer there
+            Path(held.lock_file).unlink()
+    held.release()

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -39,6 +40,19 @@ def command(examples: str) -> Callable[[Callable[[Arguments], Any]], click.Comma
 
 class Command(click.Command):
     """A command that refuses two values of an option; click would take the last one."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; with --quiet, and in a worker, `storage` prints nothing."""
+        if not ctx.params.get("quiet") and os.environ.get("RANK", "0") == "0":
+            return super().invoke(ctx)
+        import logging
+
+        logger = logging.getLogger("lmcli")
+        logger.setLevel(logging.ERROR)
+        try:
+            return super().invoke(ctx)
+        finally:
+            logger.setLevel(logging.NOTSET)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """The arguments that are left over; UsageError naming the first option given twice."""

@@ -34,6 +34,7 @@ from lmcli.data.rows import (
 from lmcli.data.schema import PairSchema, SquadExample, pair_schema, row_labels, row_text
 from lmcli.data.schema import squad_example as row_squad_example
 from lmcli.errors import UsageError, UserError
+from lmcli.ownership import create, temporary_name
 from lmcli.storage import cache_folder, user_errors
 from lmcli.text.splitting import PIECE_CHARS, SAFE_CUT
 
@@ -437,12 +438,11 @@ def write_pinned(folder_name: str, suffix: str, action: str, chunks: Iterable[by
 
     Raises UserError, which names the `action`, when it cannot be written.
     """
-    folder, digest = cache_folder() / folder_name, hashlib.sha256()
-    part = folder / f".{os.getpid()}.part"
+    folder, digest = cache_folder(folder_name), hashlib.sha256()
+    part = temporary_name(folder / "new")
     with user_errors(folder, action):
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            with part.open("wb") as out:
+            with create(part) as out:
                 for chunk in chunks:
                     digest.update(chunk)
                     out.write(chunk)

@@ -3,7 +3,9 @@
 import os
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
+from lmcli import ownership
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import user_errors
 
@@ -29,17 +31,23 @@ class OutputFile:
         if self.path is None:
             if resume:
                 raise UsageError("--continue needs -o FILE")
-            self.file = open(sys.stdout.fileno(), "wb", buffering=1 << 16, closefd=False)
+            self.file: BinaryIO = open(sys.stdout.fileno(), "wb", buffering=1 << 16, closefd=False)
             return
         if self.path.is_dir():
             raise UserError("is a directory", where=str(path), hint="-o takes a file")
         part = _part(self.path)
         with user_errors(str(path), "write"):
-            if part.is_symlink():
-                part.unlink()  # nothing is written through a link
-            if resume and part.is_file():
-                self.resumed_lines = _cut_to_whole_lines(part)
-            self.file = open(part, "ab" if resume else "wb")
+            self.file = self._open(part, resume)
+
+    def _open(self, part: Path, resume: bool) -> BinaryIO:
+        if part == self.path:  # a device or a pipe
+            return open(part, "wb")
+        if resume and part.is_file() and not part.is_symlink():
+            file = ownership.open_to_extend(part)
+            self.resumed_lines = _cut_to_whole_lines(file)
+            return file
+        part.unlink(missing_ok=True)  # also a link: nothing is written through one
+        return ownership.create(part, 0o666)
 
     def write(self, text: str) -> None:
         """Appends text as UTF-8."""
@@ -76,14 +84,14 @@ def _part(path: Path) -> Path:
     return path if path.exists() and not path.is_file() else path.with_name(path.name + ".part")
 
 
-def _cut_to_whole_lines(part: Path) -> int:
-    """Drops an incomplete last line of the file; returns the number of the other lines."""
+def _cut_to_whole_lines(file: BinaryIO) -> int:
+    """Drops an incomplete last line of a file, which continues there; returns the other lines."""
     count = whole = position = 0
-    with part.open("rb+") as file:
-        while chunk := file.read(1 << 20):
-            count += chunk.count(b"\n")
-            if (newline := chunk.rfind(b"\n")) >= 0:
-                whole = position + newline + 1
-            position += len(chunk)
-        file.truncate(whole)
+    while chunk := file.read(1 << 20):
+        count += chunk.count(b"\n")
+        if (newline := chunk.rfind(b"\n")) >= 0:
+            whole = position + newline + 1
+        position += len(chunk)
+    file.seek(whole)
+    file.truncate()
     return count

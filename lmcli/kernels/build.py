@@ -11,11 +11,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from lmcli.errors import UserError
+from lmcli.ownership import ForeignFile, open_own
 from lmcli.storage import atomic_path, cache_folder, user_errors
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -52,7 +54,10 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def problem() -> str:
-    """Why the kernels cannot be used on this machine; "" if they can. Compiles them (2 s), once."""
+    """Why the kernels cannot be used on this machine; "" if they can. Compiles them (2 s), once.
+
+    Raises ForeignFile for a cache folder or a library that another user owns or may write.
+    """
     if os.environ.get("LM_KERNELS") == "0":
         return "LM_KERNELS=0"
     if sys.platform != "linux":  # torch brings an OpenMP there that a compiler does not find
@@ -66,6 +71,8 @@ def problem() -> str:
         _loaded()
     except subprocess.CalledProcessError as error:
         return f"{_compiler()[0]} fails: {_compiler_message(error)}"
+    except ForeignFile:
+        raise  # not "use torch's": who may write there may also replace token ids
     except (OSError, UserError) as error:
         return str(error)
     return ""
@@ -92,10 +99,20 @@ def _loaded() -> ctypes.CDLL:
     if not _is_complete(file):
         _compile(file)
     try:
-        return ctypes.CDLL(str(file))
+        return _open(file)
     except OSError:  # perhaps it was linked with libraries that no longer exist
         _compile(file)
-        return ctypes.CDLL(str(file))
+        return _open(file)
+
+
+OPENED: list[BinaryIO] = []  # kept, since the loader knows a library by its number
+
+
+def _open(file: Path) -> ctypes.CDLL:
+    """Loads the very file that was found to be this user's, whatever has its name by now."""
+    OPENED.append(open_own(file))
+    number = f"/proc/self/fd/{OPENED[-1].fileno()}"
+    return ctypes.CDLL(number if os.path.exists(number) else str(file))
 
 
 def _library_file() -> Path:
@@ -106,13 +123,11 @@ def _library_file() -> Path:
             [*compiler, "--version"], capture_output=True, check=True, text=True
         ).stdout
     facts = SOURCE.read_bytes() + repr((version, compiler, FLAGS)).encode() + _processor()
-    return cache_folder() / "kernels" / f"{hashlib.sha256(facts).hexdigest()[:32]}.so"
+    return cache_folder("kernels", action="write") / f"{hashlib.sha256(facts).hexdigest()[:32]}.so"
 
 
 def _compile(file: Path) -> None:
-    with user_errors(file, "write"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(file) as unfinished:
+    with atomic_path(file, private=True) as unfinished:
         command = [*_compiler(), *FLAGS, "-o", str(unfinished), str(SOURCE), "-lm"]
         subprocess.run(command, capture_output=True, check=True, text=True)
         digest = hashlib.sha256(unfinished.read_bytes()).digest()
@@ -121,10 +136,15 @@ def _compile(file: Path) -> None:
 
 
 def _is_complete(file: Path) -> bool:
-    """True if a library is there and has its hash: loading a damaged one would kill the process."""
-    if not file.is_file():
+    """True if a library is there and has its hash: loading a damaged one would kill the process.
+
+    Raises ForeignFile if another user owns it or may write it.
+    """
+    try:
+        with open_own(file) as opened:
+            content = opened.read()
+    except FileNotFoundError:
         return False
-    content = file.read_bytes()
     return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 

@@ -1,23 +1,20 @@
 """A run's folder: its lock, its recipe, and metrics without gaps or duplicates."""
 
-import errno
 import json
 import os
 import shutil
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from lmcli import recipes
+from lmcli import recipes, storage
 from lmcli.config import Recipe
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import LEFTOVER, clear_leftovers, user_errors, write_text
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]  # checked before use
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 # everything that a run writes at its top; --overwrite removes these and nothing else
 OWN_FILES = (
@@ -34,7 +31,6 @@ OWN_FILES = (
     "adapter_model.safetensors",
 )
 LOCK_NAME = ".lock"
-NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 
 class Lock:
@@ -48,57 +44,36 @@ class Lock:
     def __init__(self, folder: Path):
         """Raises UserError naming the process that holds it, or if the folder is not writable."""
         self.path, self.problem = folder / LOCK_NAME, ""
-        self._handle: TextIO | None = None
+        self._held: BaseFileLock | None = None
+        holder = f"process {os.getpid()} on {socket.gethostname()}\n"
         with user_errors(self.path, "write"):
-            while not self._handle and not self.problem:
-                self._try()
-
-    def _try(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        handle = open(os.open(self.path, flags, 0o644), "r+")
-        try:
-            if fcntl is None:
-                raise OSError(errno.ENOSYS, "no file locks")
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            with handle:
+            try:
+                self._held = storage.lock(self.path, holder=holder)
+            except storage.NoLocks:
+                self.path.unlink(missing_ok=True)
+                self.problem = (
+                    f"{folder}: this disk has no file locks: "
+                    "make sure that no other process trains in this folder"
+                )
+            except BlockingIOError as error:
                 raise UserError(
-                    f"{handle.read().strip() or 'another process'} is training in this folder: "
+                    f"{self._holder() or 'another process'} is training in this folder: "
                     "wait for it, or end it first",
-                    where=str(self.path.parent),
+                    where=str(folder),
                 ) from error
-        except OSError as error:
-            handle.close()
-            if error.errno not in NO_LOCKS:
-                raise
-            self.path.unlink(missing_ok=True)
-            self.problem = (
-                f"{self.path.parent}: this disk has no file locks: "
-                "make sure that no other process trains in this folder"
-            )
-            return
-        # the process that held it may have just removed the file; others would create another one
-        if not self._is_at_path(handle):
-            handle.close()
-            return
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        handle.flush()
-        self._handle = handle
 
-    def _is_at_path(self, handle: TextIO) -> bool:
+    def _holder(self) -> str:
         try:
-            return os.path.samestat(os.fstat(handle.fileno()), os.stat(self.path))
-        except FileNotFoundError:
-            return False
+            text = self.path.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError):  # Windows does not let others read it
+            return ""
+        return text if text.startswith("process ") else ""
 
     def release(self) -> None:
         """Releases the lock and removes its file; does nothing the second time."""
-        if self._handle:
-            # before closing: whoever locks the file meanwhile finds that it is no longer there
-            self.path.unlink(missing_ok=True)
-            self._handle.close()
-            self._handle = None
+        if self._held:
+            storage.unlock(self._held)
+            self._held = None
 
 
 class RunFolder:
@@ -145,8 +120,8 @@ class RunFolder:
             earlier = content[:size]
         else:
             earlier = b"".join(line for line, row in _whole_lines(content) if row["step"] <= step)
-        if earlier != content or not path.exists():
-            write_text(path, earlier.decode("utf-8"))
+        if earlier != content or not path.exists() or path.is_symlink():
+            write_text(path, earlier.decode("utf-8"))  # nothing is written through a link
         with user_errors(path, "write"):
             self._metrics = path.open("a", encoding="utf-8")
         return intact or size is None
@@ -190,6 +165,8 @@ def _remove_run(path: Path) -> None:
     for file in OWN_FILES:
         (path / file).unlink(missing_ok=True)
     clear_leftovers(path)
+    if (path / "state").is_symlink():
+        (path / "state").unlink()
     shutil.rmtree(path / "state", ignore_errors=True)
 
 

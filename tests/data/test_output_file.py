@@ -54,7 +54,8 @@ class TestOutputFile:
     @pytest.mark.parametrize("part, kept", [("", 0), ("half", 0), ("x\n" * 3, 3), ("x\n\nhalf", 2)])
     def test_only_whole_lines_are_kept(self, tmp_path, part, kept):
         file = written(tmp_path, part, "out.part")
-        assert output_file._cut_to_whole_lines(file) == kept
+        with file.open("r+b") as opened:
+            assert output_file._cut_to_whole_lines(opened) == kept
         assert file.read_text() == part[: part.rfind("\n") + 1]
 
     def test_resume_without_a_part_starts_anew(self, tmp_path):
@@ -87,6 +88,15 @@ class TestOutputFile:
             out.write("new\n")
         assert real.read_text() == "real"
         assert (tmp_path / "out").read_text() == "new\n" and not (tmp_path / "out").is_symlink()
+
+    def test_another_file_under_a_second_name_is_not_extended(self, tmp_path):
+        real = written(tmp_path, "real\n", "real.txt")
+        os.link(real, tmp_path / "out.part")
+        with pytest.raises(UserError, match=r"out\.part: has a second name"):
+            OutputFile(str(tmp_path / "out"), resume=True)
+        with OutputFile(str(tmp_path / "out")) as out:
+            out.write("new\n")
+        assert real.read_text() == "real\n" and (tmp_path / "out").read_text() == "new\n"
 
     def test_a_pipe_or_device_is_written_as_it_is(self, tmp_path):
         pipe = tmp_path / "pipe"

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmcli import ownership
 from lmcli.kernels import build
+from lmcli.ownership import ForeignFile
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = (build.library, build.problem, build._loaded)
@@ -133,7 +135,7 @@ def test_kernels_can_be_switched_off(unloaded, monkeypatch):
 def test_a_cache_folder_that_cannot_be_written(unloaded, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LM_CACHE", str(tmp_path / "file"))  # permissions would not stop root
-    assert unusable(f"{tmp_path / 'file' / 'kernels'}: cannot write: Not a directory")
+    assert unusable(f"{tmp_path / 'file'}: cannot write: Not a directory")
 
 
 @needs_compiler
@@ -149,12 +151,54 @@ def test_kernels_are_compiled_once_per_compiler(unloaded, compiler, compiled):
 
 
 @needs_compiler
+@pytest.mark.parametrize("planted", ["writable", "link", "another user's", "folder"])
+def test_a_planted_library_is_refused_by_name_and_not_run(
+    planted, unloaded, compiler, compiled, monkeypatch, tmp_path
+):
+    compiler(compiled)
+    file = build._library_file()
+    file.write_bytes(compiled.read_bytes())
+    if planted == "writable":
+        file.chmod(0o666)
+    elif planted == "link":
+        file.rename(tmp_path / "elsewhere.so")
+        file.symlink_to(tmp_path / "elsewhere.so")
+    elif planted == "folder":
+        file.parent.chmod(0o777)
+    else:
+        monkeypatch.setattr(ownership, "_require_owner", refuse_files)
+    loaded = []
+    monkeypatch.setattr(build.ctypes, "CDLL", loaded.append)
+    with pytest.raises(ForeignFile) as caught:
+        build.usable(torch.ones(1))
+    assert caught.value.where == str(file.parent if planted == "folder" else file)
+    assert not loaded and "lm does not" in str(caught.value)
+
+
+def refuse_files(path, status):
+    """As if another user owned all files, and we all folders."""
+    if path.suffix == ".so":
+        raise ForeignFile("belongs to another user: lm does not use it", str(path))
+
+
+@needs_compiler
+def test_the_library_is_private_whatever_the_umask(unloaded, compiler, compiled):
+    compiler(compiled)
+    mask = os.umask(0)
+    try:
+        assert build.problem() == "" and works()
+    finally:
+        os.umask(mask)
+    (file,) = cached_files()
+    assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+@needs_compiler
 @pytest.mark.parametrize("damage", ["empty", "text", "half", "one bit"])
 def test_a_damaged_file_in_the_cache_is_built_again(damage, unloaded, compiler, compiled):
     log, whole = compiler(compiled), compiled.read_bytes()
     middle = len(whole) // 2
     file = build._library_file()
-    file.parent.mkdir(parents=True)
     file.write_bytes(
         {
             "empty": b"",

@@ -1,6 +1,7 @@
 """One process at a time trains in a folder; the lock of a dead one is void."""
 
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -55,7 +56,7 @@ def test_the_lock_of_a_killed_process_is_void(tmp_path, holder):
 
 def test_a_file_that_was_removed_while_it_was_locked_is_no_lock(tmp_path, monkeypatch):
     """If its holder removes the file before we lock it, another process may hold a new one."""
-    original, lock = run_folder.fcntl.flock, []
+    original, lock = fcntl.flock, []
 
     def removed(handle, how):
         original(handle, how)
@@ -63,24 +64,30 @@ def test_a_file_that_was_removed_while_it_was_locked_is_no_lock(tmp_path, monkey
             lock.append(1)
             (tmp_path / run_folder.LOCK_NAME).unlink()
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", removed)
+    monkeypatch.setattr(fcntl, "flock", removed)
     own_lock = Lock(tmp_path)
     assert (tmp_path / run_folder.LOCK_NAME).is_file()
     own_lock.release()
 
 
-@pytest.mark.parametrize("without", ["module", "support"])
-def test_a_missing_lock_system_is_a_problem_not_an_error(tmp_path, monkeypatch, without):
+def test_a_disk_without_locks_is_a_problem_not_an_error(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    if without == "module":
-        monkeypatch.setattr(run_folder, "fcntl", None)
-    else:
-        monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     lock = Lock(tmp_path)
     assert "this disk has no file locks" in lock.problem and os.listdir(tmp_path) == []
     lock.release()
+
+
+def test_a_planted_link_is_no_lock(tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / run_folder.LOCK_NAME).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"\.lock: cannot write: "):
+        Lock(folder)
+    assert (tmp_path / "secret").read_text() == "secret"
 
 
 def test_the_error_names_a_folder_that_is_not_writable(tmp_path):
