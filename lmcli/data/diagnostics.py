@@ -16,7 +16,7 @@ from lmcli.storage import user_errors
 
 LISTED_LABELS = 10
 FEW = 5  # a label with fewer examples is named
-HEAD_BYTES = 1 << 16
+INSPECTED_BYTES = 1 << 16
 KNOWN_FIELDS = {*TEXT_LABEL_FIELDS, *SOURCE_TARGET, *PROMPT_COMPLETION, *QUESTION_FIELDS}
 
 # -- fields
@@ -25,7 +25,9 @@ KNOWN_FIELDS = {*TEXT_LABEL_FIELDS, *SOURCE_TARGET, *PROMPT_COMPLETION, *QUESTIO
 def hidden_rows(file: str) -> str:
     """What a file that is read as plain text looks like by its beginning, and what to do; or ""."""
     with user_errors(file, "read"), open_bytes(file) as handle:
-        head = handle.read(HEAD_BYTES).decode("utf-8", "replace").removeprefix("\ufeff").lstrip()
+        head = (
+            handle.read(INSPECTED_BYTES).decode("utf-8", "replace").removeprefix("\ufeff").lstrip()
+        )
     line = head.partition("\n")[0]
     with suppress(ValueError):
         parse_json_row(line)

@@ -27,7 +27,6 @@ from lmcli.training.datasets import Source, Split
 from lmcli.training.objective import Objective, TrainingData
 from lmcli.training.train_step import Note, TrainStep
 
-AUTO = "auto"  # the preset, and the objective, that goes by the data
 NoteSink = Callable[[str], None]
 
 
@@ -227,7 +226,7 @@ def _open_data(request: Request, origin: Origin, note: NoteSink) -> tuple[Object
 def _command(request: Request) -> str:
     """The command line as far as it says what is trained on what, for messages."""
     words = ["lm", "train", *request.data]
-    words += ["--preset", request.preset] if request.preset != AUTO else []
+    words += [] if request.auto else ["--preset", request.preset]
     words += ["--from", request.origin] if request.origin else []
     return shlex.join(words)
 
@@ -242,7 +241,8 @@ def _choose_preset(
         preset, why = objective.finetune_preset, "--from names a model"
     elif objective.preset:
         preset, why = objective.preset, f"the data are {datasets.kind(source.doc_format)}"
-        if request.recipe.train.objective != AUTO:
+        chosen = request.recipe.train.objective
+        if chosen in objectives.OBJECTIVES:
             why = f"train.objective is {objective.name}"
     else:
         return request.recipe, []
