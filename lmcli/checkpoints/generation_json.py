@@ -14,6 +14,7 @@ from lmcli.errors import UsageError, UserError
 
 # keys with the same meaning here; `do_sample: false` is temperature 0
 GENERATE_KEYS = tuple(field.name for field in fields(GenerateConfig))
+LARGEST_INT = (1 << 62) - 1  # a larger number of tokens does not fit into a tensor
 IDS_AND_MODES = {
     "do_sample",
     "bos_token_id",
@@ -127,9 +128,12 @@ def ignored_keys(generation: dict[str, Any] | None, document: dict[str, Any]) ->
 def file_value(section: type, key: str, value: Any, file: Path) -> Any:
     """`check` for a value of a file: a bad file is failed work, not a wrong command line."""
     try:
-        return check(section, key, value, str(file))
+        checked = check(section, key, value, str(file))
     except UsageError as error:
         raise UserError(error.what, where=error.where, hint=error.hint) from None
+    if isinstance(checked, int) and checked > LARGEST_INT:
+        raise UserError(f"{key}: {checked} is outside 0 to {LARGEST_INT}", where=str(file))
+    return checked
 
 
 def _plain_value(key: str, value: Any) -> Any:

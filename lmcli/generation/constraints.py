@@ -58,7 +58,9 @@ class Constraints:
         self, config: GenerateConfig, stop_ids: list[int], vocab_size: int, device: torch.device
     ):
         self.config, self.device, self.size = config, device, vocab_size
-        words = [word for word in config.bad_words_ids if word]
+        # an id that the model does not have is in no text
+        known = range(vocab_size)
+        words = [word for word in config.bad_words_ids if word and all(i in known for i in word)]
         words = [word for word in words if len(word) > 1 or word[0] not in stop_ids]
         self.stop_ids = self._mask(stop_ids)
         self.begin_suppressed = self._mask(config.begin_suppress_tokens)

@@ -43,6 +43,7 @@ QWEN2_PATTERN = (
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 END_OF_TEXT = "<|endoftext|>"
 MARIAN_FILES = ("source.spm", "target.spm", "vocab.json")
+MOST_SENTINELS = 10_000
 GENERIC_FILES = ("tokenizer.model",)
 BPE_FILES = ("vocab.json", "merges.txt")
 # the first file of a class's vocabulary → the kind of its model
@@ -404,8 +405,14 @@ def _t5_settings(settings: Settings) -> Settings:
 
 def _sentinels(settings: Settings) -> list[str]:
     """T5's <extra_id_99> … <extra_id_0>, the last tokens of its vocabulary."""
-    count = settings.get("extra_ids", 100)
-    return [f"<extra_id_{i}>" for i in reversed(range(count if isinstance(count, int) else 100))]
+    count = settings.get("extra_ids")
+    count = 100 if count is None else count
+    if not isinstance(count, int) or not 0 <= count <= MOST_SENTINELS:
+        raise UserError(
+            f"extra_ids: {count!r} is not a whole number from 0 to {MOST_SENTINELS}",
+            where="tokenizer_config.json",
+        )
+    return [f"<extra_id_{i}>" for i in reversed(range(count))]
 
 
 def _llama(core: Core, settings: Settings, pieces: Pieces) -> None:

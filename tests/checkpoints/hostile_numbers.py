@@ -185,6 +185,11 @@ CASES: dict[str, tuple[Any, str]] = {
     ),
     "a header that is a list": (header(lambda document: [document]), "is damaged or no safe"),
     "no temperature": (generation(temperature=float("nan")), "temperature: nan is outside"),
+    "more tokens than a tensor can tell": (
+        generation(max_new_tokens=10**30),
+        "max_new_tokens: 1000000000000000000000000000000 is outside",
+    ),
+    "a length beyond a tensor": (generation(min_length=2**70), "min_length: 11805916"),
     "eos of 5,000 digits": (generation(eos_token_id=int(DIGITS[:4000])), "eos_token_id"),
 }
 

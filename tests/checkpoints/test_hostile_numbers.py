@@ -1,5 +1,6 @@
 """Numbers and names out of range in a folder's files: refused in one line, asserts on or off."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,14 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from hostile_numbers import CASES, change_json, change_tokenizer, config, problem
+from hostile_numbers import CASES, change_json, change_tokenizer, config, generation, problem
+from tokenizers import Tokenizer, models
 
 import lmcli
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints.families import FAMILIES
 from lmcli.config import GenerateConfig
 from lmcli.errors import UserError
-from lmcli.text import library_errors
+from lmcli.text import library_errors, tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,6 +89,24 @@ def test_ids_of_an_encoder_decoder(file, values, message, small_model, small_tok
     with pytest.raises(UserError, match=message) as caught:
         checkpoints.load(tmp_path)
     assert caught.value.where == str(tmp_path / file)
+
+
+@pytest.mark.parametrize("count", [10**12, -1, "many", 1.5])
+def test_t5_with_an_absurd_number_of_sentinels(count, tmp_path):
+    core = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], 2))
+    core.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": count}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"extra_ids: {count!r} is not a whole number"):
+        tokenizer.load(tmp_path)
+
+
+def test_bad_words_that_no_text_has(original, tmp_path):
+    folder = shutil.copytree(original, tmp_path / "a")
+    generation(do_sample=False, max_new_tokens=3)(folder)
+    expected = lmcli.load(folder).generate(["Once"])[0].tokens
+    generation(bad_words_ids=[[10**30, 5], [5, 10**30], [-7, 5], [409]])(folder)
+    assert lmcli.load(folder).generate(["Once"])[0].tokens == expected
 
 
 def test_standard_error_is_back_after_nested_calls(capfd):
