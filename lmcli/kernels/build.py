@@ -21,10 +21,13 @@ from lmcli.ownership import ForeignFile, open_own
 from lmcli.storage import atomic_path, cache_folder, user_errors
 
 SOURCE = Path(__file__).with_name("kernels.c")
+# Apple's compiler has no OpenMP: kernels.c then takes dispatch_apply, which macOS brings
+OPENMP = sys.platform != "darwin"
+ARM_MAC = not OPENMP and platform.machine() == "arm64"
 FLAGS: tuple[str, ...] = (
     "-O3",
-    "-march=native",
-    "-fopenmp",
+    "-mcpu=native" if ARM_MAC else "-march=native",
+    *(["-fopenmp"] if OPENMP else []),
     "-shared",
     "-fPIC",
     "-ffp-contract=fast",
@@ -60,7 +63,7 @@ def problem() -> str:
     """
     if os.environ.get("LM_KERNELS") == "0":
         return "LM_KERNELS=0"
-    if sys.platform != "linux":  # torch brings an OpenMP there that a compiler does not find
+    if sys.platform not in ("linux", "darwin"):
         return f"not built on {platform.system()}"
     if not _compiler():
         command = os.environ.get("CC")
@@ -171,7 +174,16 @@ def usable(x: Tensor) -> bool:
 def run(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
     """Calls the kernel `name` for a `dtype` with its arguments in kernels.c; CHUNKS is the last."""
     values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+    if not OPENMP:
+        _set_threads()(torch.get_num_threads())
     _function(name, dtype)(*values, CHUNKS)
+
+
+@functools.cache
+def _set_threads() -> Callable[[int], None]:
+    function = getattr(library(), "set_threads")  # noqa: B009  # typed as any function
+    function.argtypes, function.restype = [ctypes.c_long], None
+    return function
 
 
 @functools.cache

@@ -12,6 +12,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <tgmath.h>
+#ifndef _OPENMP
+#include <dispatch/dispatch.h>
+static long threads = 1;
+void set_threads(long count) { threads = count; }
+#endif
 
 #define LANES 16
 #define QUERIES 6  /* the sums of a tile, ACROSS vectors for each query, fill the registers */
@@ -76,7 +81,14 @@ static inline double exponential_double(double x) { return exp(x); }
 #define LOAD PASTE(load, T)
 #define STORE PASTE(store, T)
 #define EXP PASTE(exponential, A)
+#ifdef _OPENMP
 #define FOR_CHUNKS _Pragma("omp parallel for schedule(static)") for (long chunk = 0; chunk < chunks; chunk++)
+#define END_CHUNKS
+#else  /* macOS: its compiler has no OpenMP */
+#define FOR_CHUNKS dispatch_apply((size_t)threads, dispatch_get_global_queue(QOS_CLASS_USER_INITIATED, 0), ^(size_t part) { \
+    for (long chunk = chunks * (long)part / threads; chunk < chunks * ((long)part + 1) / threads; chunk++)
+#define END_CHUNKS });
+#endif
 #define FOR_ROWS(rows) for (long row = (rows) * chunk / chunks; row < (rows) * (chunk + 1) / chunks; row++)
 
 #define A float
@@ -116,7 +128,7 @@ void NAME(rms_norm)(IN x, WEIGHTS weight, OUT y, long rows, long size, A eps, lo
         OUT out = y + row * size;
         A r = NAME(inverse_rms)(in, size, eps);
         for (long i = 0; i < size; i++) out[i] = STORE(LOAD(in[i]) * r * weight[i]);
-    }
+    } END_CHUNKS
 }
 
 /* dx = residual (may be NULL) + the gradient through the norm; dweight (chunks, size) are the sums of each chunk. */
@@ -136,7 +148,7 @@ void NAME(rms_norm_backward)(IN x, WEIGHTS weight, IN dy, IN residual, OUT dx, S
                 out[i] = STORE(base * LOAD(also[i]) + r * (g * weight[i] - v * dot));
             }
         }
-    }
+    } END_CHUNKS
 }
 
 /* `value` is x sigmoid(x ...); so far from 0 that powers of x may be infinite, its limit: 0 or x. Minus infinity gives
@@ -152,7 +164,7 @@ void NAME(gated)(IN gate_up, OUT out, long rows, long F, A a, A b, long chunks) 
             A g = LOAD(gate[i]);
             y[i] = STORE(NAME(bounded)(g, g / (1 + EXP(-g * (a + b * g * g)))) * LOAD(up[i]));
         }
-    }
+    } END_CHUNKS
 }
 
 /* As gated_row, for numbers so far from 0 that the sigmoid is 0 or 1. Not inline: they are rare. */
@@ -184,7 +196,7 @@ void NAME(gated_backward)(IN gate_up, IN dy, OUT dgate_up, OUT y, long rows, lon
         long at = row * 2 * F;
         NAME(gated_row)(gate_up + at, gate_up + at + F, dy + row * F, y + row * F, dgate_up + at, dgate_up + at + F, F,
                         a, b);
-    }
+    } END_CHUNKS
 }
 
 /* y = residual + dropout(x): numbers whose hash is below `threshold` times scale, else 0. residual may be NULL. */
@@ -197,7 +209,7 @@ void NAME(dropout)(IN x, IN residual, OUT y, long rows, long size, long seed, lo
         for (long i = 0; i < size; i++)
             out[i] = STORE(base * LOAD(also[i]) +
                            (hash(first + (uint32_t)i) < (uint32_t)threshold ? LOAD(in[i]) * scale : 0));
-    }
+    } END_CHUNKS
 }
 
 /* One head of one position, normalized (unless weight is NULL) and rotated by the angles of its position. */
@@ -254,7 +266,7 @@ void NAME(gelu_tanh)(OUT values, long rows, long size, long chunks) {
             A v = LOAD(x[i]);
             x[i] = STORE(NAME(bounded)(v, v / (1 + EXP((A)-1.5957691216057308 * v * (1 + (A)0.044715 * v * v)))));
         }
-    }
+    } END_CHUNKS
 }
 
 /* Rows of H + 2K heads, [queries, keys, values], of `rows` x S positions -> query (rows, H, S, D), key and value
@@ -270,7 +282,7 @@ void NAME(split_heads)(IN qkv, WEIGHTS cos, WEIGHTS sin, WEIGHTS query_weight, W
         for (long h = 0; h < K; h++) NAME(rotate)(x + h * D, key_weight, c, s, key + ((b * K + h) * S + t) * D, D, eps);
         x += K * D;
         for (long h = 0; h < K; h++) memcpy(value + ((b * K + h) * S + t) * D, x + h * D, D * sizeof(T));
-    }
+    } END_CHUNKS
 }
 
 /* dweights (chunks, 2, D): the sums of each chunk for the norms of queries and keys */
@@ -286,7 +298,7 @@ void NAME(split_heads_backward)(IN qkv, WEIGHTS cos, WEIGHTS sin, WEIGHTS query_
         for (long h = 0; h < K; h++, at += D)
             NAME(rotate_backward)(qkv + at, key_weight, c, s, dkey + ((b * K + h) * S + t) * D, dqkv + at, sums + D, D, eps);
         for (long h = 0; h < K; h++, at += D) memcpy(dqkv + at, dvalue + ((b * K + h) * S + t) * D, D * sizeof(T));
-    }
+    } END_CHUNKS
 }
 
 /* (rows, H, S, D) -> (rows, S, H, D), or with H and S exchanged, back */
@@ -294,7 +306,7 @@ void NAME(join_heads)(IN x, OUT y, long rows, long S, long H, long D, long chunk
     FOR_CHUNKS FOR_ROWS(rows * S) {
         long b = row / S, t = row % S;
         for (long h = 0; h < H; h++) memcpy(y + (row * H + h) * D, x + ((b * H + h) * S + t) * D, D * sizeof(T));
-    }
+    } END_CHUNKS
 }
 
 /* Scores (matrices, queries, keys) -> weights, in place: row t of a matrix sees keys 0 to first + t, but none before its
@@ -318,7 +330,7 @@ void NAME(causal_softmax)(OUT scores, const int64_t *document_start, long matric
         else for (long i = 0; i < seen; i++) x[i] = STORE(e[i] * r);
         memset(x - begin, 0, begin * sizeof(T));
         memset(x + seen, 0, (keys - last) * sizeof(T));
-    }
+    } END_CHUNKS
 }
 
 /* The gradient of the scores, from weights and their gradient, which it overwrites. */
@@ -332,7 +344,7 @@ void NAME(causal_softmax_backward)(IN weights, OUT dweights, long matrices, long
         for (long i = 0; i < seen; i++) dot += LOAD(p[i]) * LOAD(d[i]);
         for (long i = 0; i < seen; i++) d[i] = STORE(LOAD(p[i]) * (LOAD(d[i]) - dot) * scale);
         memset(d + seen, 0, (keys - seen) * sizeof(T));
-    }
+    } END_CHUNKS
 }
 
 #define WIDTH (VECTOR / (long)sizeof(A))
@@ -406,7 +418,7 @@ void NAME(attention)(IN query, IN key, IN value, OUT mixed, const int64_t *strid
                          strides[2], strides[5], strides[8], strides[11], N, S, D, scale, buffer);
         }
         free(buffer);
-    }
+    } END_CHUNKS
 }
 
 /* losses[row] = -log p(target); logits become their gradient. A logit of minus infinity is an impossible token. */
@@ -434,7 +446,7 @@ void NAME(smoothed_cross_entropy)(OUT logits, const int64_t *targets, SUMS losse
         losses[row] = log(sum) - (1 - smoothing) * (target - most) - spread * total;
         for (long i = 0; i < size; i++) x[i] = STORE(EXP(LOAD(x[i]) - most) * r - spread);
         x[targets[row]] = STORE(EXP(target - most) * r - spread - (1 - smoothing));
-    }
+    } END_CHUNKS
 }
 
 /* Adds logits of tokens first to first + size to the statistics (rows x 3): the largest logit so far, the sum of
@@ -451,6 +463,6 @@ void NAME(merge_logits)(IN logits, const int64_t *targets, SUMS statistics, long
         known[0] = most;
         known[1] = known[1] * EXP(before - from) + sum;
         if (target >= 0 && target < size) known[2] = LOAD(x[target]);
-    }
+    } END_CHUNKS
 }
 #endif

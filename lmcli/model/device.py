@@ -15,6 +15,7 @@ import torch
 
 from lmcli.errors import UsageError
 
+UNKNOWN_MEMORY = 1 << 50  # bytes: nothing is refused for memory then
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -147,20 +148,35 @@ def track_peak_memory() -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that this process has had resident so far, or allocated on a GPU."""
+    """Bytes: the most that this process has had resident, or allocated on a GPU; 0: unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, others KiB
 
 
 def machine_memory(device: torch.device) -> int:
-    """Bytes of memory of the GPU, or of the machine."""
+    """Bytes of memory of the GPU, or of the machine; `UNKNOWN_MEMORY` if it does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no os.sysconf
+        return _windows_memory() or UNKNOWN_MEMORY
+
+
+def _windows_memory() -> int:
+    """Bytes of memory of a Windows machine, by GlobalMemoryStatusEx; 0 elsewhere."""
+    if sys.platform != "win32":
+        return 0
+    status = (ctypes.c_uint64 * 8)()  # its first half is its size and the share in use
+    status[0] = ctypes.sizeof(status)
+    known = ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+    return int(status[1]) if known else 0
 
 
 def available_memory(device: torch.device) -> int:

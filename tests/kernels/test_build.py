@@ -1,6 +1,7 @@
 """Building the kernels: once per machine, safe with several processes, with a clear error."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -259,6 +260,42 @@ def test_the_source_has_no_warnings():
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "system, machine, there, missing",
+    [
+        ("linux", "x86_64", ("-fopenmp", "-march=native"), ()),
+        ("darwin", "x86_64", ("-march=native",), ("-fopenmp",)),
+        ("darwin", "arm64", ("-mcpu=native",), ("-fopenmp", "-march=native")),
+    ],
+)
+def test_the_flags_of_a_system(monkeypatch, system, machine, there, missing):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    flags = runpy.run_path(build.__file__)["FLAGS"]
+    assert {*there} <= {*flags} and not {*missing} & {*flags}
+
+
+@needs_compiler
+def test_without_openmp_all_work_goes_through_dispatch(tmp_path):
+    """As on macOS. Compiled where there is clang; gcc has no blocks and only expands the macros."""
+    (tmp_path / "dispatch").mkdir()
+    (tmp_path / "dispatch" / "dispatch.h").write_text(
+        "#define QOS_CLASS_USER_INITIATED 0\nvoid *dispatch_get_global_queue(long, long);\n"
+        "void dispatch_apply(unsigned long, void *, void (^)(unsigned long));\n"
+    )
+    clang = shutil.which("clang")
+    compiler = [clang, "-fblocks"] if clang else [*COMPILER, "-E", "-P"]
+    check = ["-Wall", "-Werror", "-fsyntax-only"] if clang else []
+    done = subprocess.run(
+        [*compiler, *check, "-I", tmp_path, build.SOURCE], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    kernels = build.SOURCE.read_text(encoding="utf-8").count("    FOR_CHUNKS ")
+    if not clang:
+        assert done.stdout.count("dispatch_apply((size_t)threads") == 3 * kernels > 0
+        assert done.stdout.count("});") == 3 * kernels
 
 
 def test_the_source_is_in_the_wheel(tmp_path):
