@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from lmcli import storage
 from lmcli.checkpoints.file_names import (
     TOKENIZER_FILES,
     TOKENIZER_PARTS,
@@ -65,15 +66,17 @@ def is_hub_name(name: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """The cache of Hugging Face's libraries: $HF_HUB_CACHE, $HF_HOME/hub, or in ~/.cache."""
+    """The cache of Hugging Face's libraries: $HF_HUB_CACHE, $HF_HOME/hub, or in ~/.cache.
+
+    For a user of whom the system knows no home folder it is in our own cache.
+    """
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(variable):
-            return Path(os.environ[variable]).expanduser()
-    home = (
-        os.environ.get("HF_HOME")
-        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    )
-    return Path(home).expanduser() / "hub"
+            return Path(os.path.expanduser(os.environ[variable]))
+    home, base = os.environ.get("HF_HOME"), os.environ.get("XDG_CACHE_HOME")
+    if not (home or base) and os.path.expanduser("~") == "~":
+        return storage.cache_folder("hub")
+    return Path(os.path.expanduser(home or Path(base or "~/.cache") / "huggingface")) / "hub"
 
 
 def cached_snapshot(name: str) -> Path | None:

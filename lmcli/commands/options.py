@@ -5,13 +5,15 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lmcli import storage
 from lmcli.config import duration
-from lmcli.errors import UsageError
+from lmcli.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from lmcli.api import Model
@@ -350,6 +352,9 @@ def multiprocess(command: Callable[[Arguments], Any]) -> Callable[[Arguments], A
         if not launcher.is_leader():
             launcher.ignore_signals_in_worker()
             args.quiet, args.verbose = True, False
+        else:
+            with suppress(UserError):  # tells of another cache, as the workers print nothing
+                storage.cache_folder()
         with launcher.report_loss_once(), work_queue.join() as args.pool:
             launcher.refuse_restart(vars(args).get("output"))
             return command(args)

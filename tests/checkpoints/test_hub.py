@@ -125,6 +125,16 @@ def load_error(name="owner/model") -> UserError:
     return caught.value
 
 
+def test_without_a_home_folder_it_is_in_our_cache(cache, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setenv("LM_CACHE", str(tmp_path / "lm"))
+    # ~ stays as it is for a user that the system does not know
+    monkeypatch.setattr("os.path.expanduser", str)
+    assert hub.cache_folder() == tmp_path / "lm" / "hub"
+    monkeypatch.setattr("os.path.expanduser", lambda path: str(path).replace("~", str(tmp_path)))
+    assert hub.cache_folder() == tmp_path / ".cache" / "huggingface" / "hub"
+
+
 def test_offline_nothing_is_downloaded(cache):
     error = load_error()
     assert (error.where, error.exit_code) == ("owner/model", 1)
