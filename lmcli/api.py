@@ -5,7 +5,7 @@ The commands and notebooks call the same methods.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from lmcli.config import ModelConfig
 from lmcli.data.corpus import encode_text
 from lmcli.errors import UsageError, UserError
 from lmcli.generation.batch_generation import can_stream, generate_all, new_seed
-from lmcli.generation.decoding import NOT_FINITE, Decoder, Generated, TextChunk
+from lmcli.generation.decoding import Decoder, Generated, TextChunk
 from lmcli.generation.mask_filling import MaskFiller, mask_id
 from lmcli.generation.options import (
     check_forced_ids,
@@ -25,8 +25,8 @@ from lmcli.generation.options import (
     generation_config,
 )
 from lmcli.generation.prompts import encode_prompt
+from lmcli.model import finite
 from lmcli.model.device import DeviceConfig, select_device
-from lmcli.model.finite import not_finite
 from lmcli.scoring.classifier import Classification, Classifier
 from lmcli.scoring.perplexity import Perplexity, measure_perplexity
 from lmcli.scoring.question_answering import Answer, QuestionAnswerer
@@ -54,6 +54,8 @@ ABILITIES = {
     ),
     ("encoder", "none"): ("an encoder without a head", {}),
 }
+
+Result = TypeVar("Result", Generated, Score, Classification, Answer)
 
 
 def load(
@@ -166,7 +168,8 @@ class Model:
 
         A classifier of tokens gives .pieces.
         """
-        return self.classifier(**options).classify([texts] if isinstance(texts, str) else texts)
+        texts = [texts] if isinstance(texts, str) else texts
+        return self._all_checked(self.classifier(**options).classify(texts), "text")
 
     def question_answerer(self, threshold: float = 0.5, **options: Any) -> QuestionAnswerer:
         """A QuestionAnswerer; `options` are its fields: max_answer_tokens, count, stride, batch."""
@@ -181,7 +184,8 @@ class Model:
         contexts = [contexts] * len(questions) if isinstance(contexts, str) else contexts
         if len(questions) != len(contexts):
             raise UsageError(f"{len(questions)} questions, but {len(contexts)} contexts")
-        return self.question_answerer(**options).answer(questions, contexts)
+        answers = self.question_answerer(**options).answer(questions, contexts)
+        return self._all_checked(answers, "question")
 
     def bos_ids(self, bos: bool | None = None) -> list[int]:
         """The ids that start a context: the tokenizer's own, or with or without them as `bos` says.
@@ -252,22 +256,28 @@ class Model:
         ids = [self.prompt(text, bos) for text in prompts]
         results = generate_all(decoder, ids, num_samples, seed, batch)
         return [
-            self.checked(result, f"text {i + 1}")
+            self.checked(result, f"prompt {i + 1:,}", i)
             for i, samples in enumerate(results)
             for result in samples
         ]
 
-    def checked(self, result: Generated, where: str) -> Generated:
-        """The result for the prompt at a place in the input; raises UserError for a problem."""
-        if result.problem == NOT_FINITE:
-            raise self.not_finite("a log-probability", where)
-        if result.problem:
-            raise UserError(result.problem, where=where, hint="ask for fewer, or give more beams")
+    def checked(self, result: Result, place: str, index: int = 0) -> Result:
+        """The result for the input at a place; raises BadResult or UserError for a problem.
+
+        `index` is the number of the input in its call, see BadResult.
+        """
+        self.require_sound(result.problem, place, index)
         return result
 
-    def not_finite(self, what: str, where: str) -> UserError:
-        """The error of a result for a place in the input that is NaN or infinite."""
-        return not_finite(self.model, self.name, what, where)
+    def require_sound(self, problem: str, place: str, index: int = 0) -> None:
+        """Raises BadResult or UserError for a problem with the input at a place; "" is none."""
+        if problem in (finite.LOGPROB, finite.LOGIT):
+            raise finite.not_finite(self.model, self.name, problem, place, index)
+        if problem:
+            raise UserError(problem, where=place, hint="ask for fewer, or give more beams")
+
+    def _all_checked(self, results: list[Result], what: str) -> list[Result]:
+        return [self.checked(result, f"{what} {i + 1:,}", i) for i, result in enumerate(results)]
 
     def stream(
         self,
@@ -336,6 +346,7 @@ class Model:
             stride or 0,
             batch,
             within_word,
+            self.name,
         )
 
     def score(
@@ -353,7 +364,7 @@ class Model:
         if per not in ("record", "token", "word"):
             raise UsageError(f"{per!r} is none of record, word, token", where="--per")
         texts = [texts] if isinstance(texts, str) else texts
-        return self.scorer(**options).score(texts, per, alternatives)
+        return self._all_checked(self.scorer(**options).score(texts, per, alternatives), "text")
 
     def perplexity(
         self, text: str, context: int | None = None, stride: int | None = None, **options: Any
@@ -361,4 +372,6 @@ class Model:
         """Perplexity, bits per byte and counts of a text as one document."""
         self.require("perplexity")
         scorer = self.scorer(context=context, stride=stride, **options)
-        return measure_perplexity(scorer, [encode_text(text, self.tokenizer)])
+        figures = measure_perplexity(scorer, [encode_text(text, self.tokenizer)])
+        self.require_sound(figures.problem, "the text")
+        return figures

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -15,6 +14,8 @@ from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from lmcli.data.output_file import json_line
 
 if TYPE_CHECKING:
     from lmcli.training.loop import Validation
@@ -77,7 +78,7 @@ def print_rows(
     """
     if as_json:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+            print(json_line(row), end="", flush=True)
     elif sys.stdout.isatty():
         lines = [
             readable(row) if readable else {key: _cell(row[key]) for key in columns} for row in rows

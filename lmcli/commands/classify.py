@@ -84,7 +84,7 @@ def classify(args: options.Arguments) -> None:
     if args.pool.is_leader:
         files = options.input_files(args.files, args.include, args.quiet)
     from lmcli.data.output_file import OutputFile
-    from lmcli.data.rows import display_name, unfinished_batches
+    from lmcli.data.rows import unfinished_batches
     from lmcli.output.classify import remote_task
 
     model = options.load_model(args.model, args)
@@ -106,11 +106,12 @@ def classify(args: options.Arguments) -> None:
         )
         todo = unfinished_batches(batches, finished)
         for (records, written), results in args.pool.map_in_order(todo, task):
-            for record, (text, truncated) in islice(zip(records, results), written, None):
+            for record, (text, truncated, wrong) in islice(zip(records, results), written, None):
+                model.require_sound(wrong, record.location)
                 if truncated and args.on_long == "error":
                     raise UserError(
                         f"longer than the model's context of {model.context} tokens",
-                        where=f"{display_name(record.file)}, line {record.line}",
+                        where=record.location,
                         hint="truncate such records with --on-long truncate",
                     )
                 truncated_records += truncated

@@ -1,6 +1,5 @@
 """lm info: facts about a model, run, tokenizer, weights file or text."""
 
-import json
 import os
 import shutil
 import sys
@@ -43,7 +42,7 @@ def info(args: options.Arguments) -> None:
             "nothing to describe: give a model folder, a tokenizer.json or a text file",
             hint="see lm info --help",
         )
-    from lmcli.data.output_file import OutputFile
+    from lmcli.data.output_file import OutputFile, json_line
     from lmcli.output.facts import as_lines, as_table
 
     tokenizer = _tokenizer(args.model)
@@ -57,7 +56,7 @@ def info(args: options.Arguments) -> None:
                 continue
             damage += summary.damage
             if args.as_json:
-                out.write(json.dumps(summary.facts, ensure_ascii=False) + "\n")
+                out.write(json_line(summary.facts))
             else:
                 text = as_lines(summary.facts)
                 if sys.stdout.isatty():

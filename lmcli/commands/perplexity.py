@@ -104,8 +104,9 @@ def perplexity(args: options.Arguments) -> None:
         return _verify(expected, [row["signature"] for row in _rows(args, models, files)])
     columns = output.columns("group" if args.by else "file", len(models) > 1)
     rows: list[dict[str, Any]] = []
+    measured = _appended(_rows(args, models, files), rows)
     print_rows(
-        _appended(_rows(args, models, files), rows),
+        map(output.json_row, measured) if args.as_json else measured,
         columns,
         args.as_json,
         lambda row: output.readable(row, columns),

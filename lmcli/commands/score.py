@@ -10,6 +10,7 @@ from lmcli.commands import options
 from lmcli.errors import UsageError
 
 if TYPE_CHECKING:
+    from lmcli.api import Model
     from lmcli.data.output_file import OutputFile
     from lmcli.data.schema import ScoringFields
     from lmcli.evaluation.signature import LineTotals
@@ -139,7 +140,7 @@ def score(args: options.Arguments) -> None:
         batches = (part for batch in reader.batches(files) for part in doubling_batches(batch))
         todo = unfinished_batches(batches, finished, args.pairs)
         try:
-            _write(out, args.pool.map_in_order(todo, task), rows, totals)
+            _write(out, model, args.pool.map_in_order(todo, task), rows, totals)
         finally:  # an interrupted run reports what it has
             for text in rows.remaining():
                 out.write(text)
@@ -153,7 +154,11 @@ def score(args: options.Arguments) -> None:
 
 
 def _write(
-    out: "OutputFile", scored: Iterable[Any], rows: "RecordRows", totals: "LineTotals | None"
+    out: "OutputFile",
+    model: "Model",
+    scored: Iterable[Any],
+    rows: "RecordRows",
+    totals: "LineTotals | None",
 ) -> None:
     """Writes each batch of ((records, how many are written already), results) and counts it."""
     from lmcli.scoring.scorer import Score
@@ -161,6 +166,8 @@ def _write(
     for (records, written), results in scored:
         for number, (record, (text, figures)) in enumerate(zip(records, results)):
             scores = [Score(*of_text) for of_text in figures]
+            for score in scores:
+                model.checked(score, record.location)
             rows.count(record, scores)
             if totals:
                 totals.add(record.text, scores[0])

@@ -1,6 +1,5 @@
 """lm tokenize: text to token ids and back, and learning a BPE."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -56,7 +55,7 @@ def tokenize(args: options.Arguments) -> None:
         raise UsageError("--vocab-size and --pattern need --train", hint="add --train -o DIR")
     options.need_model(args.model)
     from lmcli.checkpoints import hub
-    from lmcli.data.output_file import OutputFile
+    from lmcli.data.output_file import OutputFile, json_line
     from lmcli.data.rows import RowReader
     from lmcli.output.tokenize import TokenFormat
     from lmcli.text import tokenizer as tokenizers
@@ -79,7 +78,7 @@ def tokenize(args: options.Arguments) -> None:
                 text, facts = line
                 if args.as_json:
                     fields = {**(record.fields or {}), **facts}
-                    out.write(json.dumps(fields, ensure_ascii=False) + "\n")
+                    out.write(json_line(fields))
                 else:
                     out.write(text + ("\n" if record.newline else ""))
             out.flush()

@@ -1,9 +1,11 @@
 """Results of a command: in input order, flushed when ready, resumable, complete or not there."""
 
+import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lmcli import ownership
 from lmcli.errors import UsageError, UserError
@@ -16,6 +18,24 @@ ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
 def escaped(text: str) -> str:
     """The text with backslash, newline, CR and tab written as \\\\, \\n, \\r and \\t."""
     return text.translate(ESCAPES)
+
+
+def json_line(fields: Mapping[str, Any]) -> str:
+    """One line of JSON, non-ASCII characters as they are.
+
+    Raises UserError, naming the field, for NaN and infinity: no JSON may hold them.
+    """
+    try:
+        return json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        for name, value in fields.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except ValueError as error:
+                raise UserError(
+                    "holds NaN or infinity, which JSON cannot write", where=f"field {name!r}"
+                ) from error
+        raise
 
 
 class OutputFile:

@@ -45,9 +45,12 @@ def parse_row(line: str, format: str, columns: Sequence[str] = ()) -> dict[str, 
 
 
 def parse_json_row(line: str) -> dict[str, Any]:
-    """The JSON object on one line; ValueError for anything else."""
+    """The JSON object on one line; ValueError for anything else.
+
+    NaN and Infinity, which are no JSON but which Python writes, are read as null.
+    """
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=lambda _: None)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -113,6 +116,11 @@ class Record:
     newline: bool = True
     bad: bool = False
     extra_texts: tuple[str, ...] = ()
+
+    @property
+    def location(self) -> str:
+        """Its file and line."""
+        return f"{display_name(self.file)}, line {self.line}"
 
 
 _values = attrgetter(*(field.name for field in dataclass_fields(Record)))

@@ -14,7 +14,7 @@ from lmcli.data.corpus import encode_documents
 from lmcli.data.documents import DocumentFormat, read_rows
 from lmcli.distributed.work_queue import LOCAL_POOL, WorkerPool
 from lmcli.evaluation.bootstrap import bootstrap_weights, percentile_interval
-from lmcli.scoring.perplexity import Perplexity, ScoredDocument, score_documents
+from lmcli.scoring.perplexity import Perplexity, ScoredDocument, not_finite, score_documents
 from lmcli.scoring.scorer import NATS_PER_BIT, Scorer
 
 DOCUMENT_BINS = 4096  # more documents than this share bins, so memory stays flat
@@ -169,6 +169,9 @@ def compare_models(
                 [Perplexity(context=scorer.context, stride=scorer.stride) for scorer in scorers],
                 [PairedDifference(max_lines) for _ in scorers[1:]],
             )
+        for scorer, document in zip(scorers, scored):
+            if not document.is_finite:
+                raise not_finite(scorer, document, name)
         groups[group_name].add(scored)
     return list(groups.values())
 

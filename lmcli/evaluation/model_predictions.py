@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from lmcli.evaluation.predictions import EvalDataset, EvalRecord, Prediction
 from lmcli.evaluation.preparation import EvaluationOptions
 from lmcli.evaluation.tasks import EVALUATION_TASKS, Task
 from lmcli.model.device import peak_memory
+from lmcli.model.finite import BadResult
 from lmcli.scoring.scorer import ScoringInput
 
 # generating is slow: small batches show progress
@@ -44,7 +46,7 @@ class ModelPredictor:
         name = self.task.name
         task = RemoteTask(
             self.predict,
-            lambda batch: (number, name, [(record.inputs, record.row) for record in batch]),
+            lambda batch: (number, name, [(r.inputs, r.row, r.file, r.line) for r in batch]),
         )
         size = GENERATION_BATCH if self._method() == self._generate else OTHER_BATCH
         started = time.perf_counter()
@@ -69,7 +71,8 @@ class ModelPredictor:
 
     def _classify(self, batch: Sequence[EvalRecord]) -> Predictions:
         texts = [record.inputs if len(record.inputs) == 2 else record.inputs[0] for record in batch]
-        results = self.model.classify(texts, batch=self.options.batch_tokens)
+        with _located(batch):
+            results = self.model.classify(texts, batch=self.options.batch_tokens)
         return [tuple(each.labels) for each in results], sum(each.truncated for each in results)
 
     def _generate(self, batch: Sequence[EvalRecord]) -> Predictions:
@@ -94,20 +97,26 @@ class ModelPredictor:
             truncated = sum(length > self.model.context for length in lengths)
         if sources:
             batch_tokens = self.options.batch_tokens
-            results = self.model.generate(list(sources.values()), batch=batch_tokens, **options)
+            with _located([batch[i] for i in sources]):
+                results = self.model.generate(list(sources.values()), batch=batch_tokens, **options)
             texts = {i: result.text.strip() for i, result in zip(sources, results)}
         return [(texts[i],) if texts.get(i) else () for i in range(len(batch))], truncated
 
     def _answer(self, batch: Sequence[EvalRecord]) -> Predictions:
         questions, contexts = ([record.inputs[k] for record in batch] for k in (0, 1))
-        answers = self.model.answer(questions, contexts, batch=self.options.batch_tokens)
+        with _located(batch):
+            answers = self.model.answer(questions, contexts, batch=self.options.batch_tokens)
         texts: list[Prediction] = [(each.text,) if each.text else () for each in answers]
         return texts, sum(each.truncated for each in answers)
 
     def _compare_pairs(self, batch: Sequence[EvalRecord]) -> Predictions:
         scorer = self.model.scorer(batch=self.options.batch_tokens)
         inputs = [ScoringInput(text) for record in batch for text in record.inputs]
-        logprobs = [score.logprob for score in scorer.score(inputs)]
+        scores = scorer.score(inputs)
+        for i, score in enumerate(scores):
+            if score.problem:
+                self.model.require_sound(score.problem, batch[i // 2].location)
+        logprobs = [score.logprob for score in scores]
         predictions: list[Prediction] = []
         for first, second in zip(logprobs[::2], logprobs[1::2]):
             if first is None or second is None:
@@ -131,6 +140,15 @@ class ModelPredictor:
         }
 
 
+@contextmanager
+def _located(records: Sequence[EvalRecord]) -> Iterator[None]:
+    """Lets the error of a result name the record that it is for."""
+    try:
+        yield
+    except BadResult as error:
+        raise error.at(records[error.index].location) from error
+
+
 def remote_task(models: Sequence[str], load: Callable[[str, Task], ModelPredictor]) -> RemoteTask:
     """The task of a worker: predictions of the model that the leader names; `load` loads it."""
     loaded: dict[int, ModelPredictor] = {}
@@ -141,7 +159,7 @@ def remote_task(models: Sequence[str], load: Callable[[str, Task], ModelPredicto
             loaded.clear()  # before loading: there may be no memory for both
             loaded[number] = load(models[number], EVALUATION_TASKS[task])
         return loaded[number].predict(
-            [EvalRecord(tuple(inputs), (), None, row, "", 0) for inputs, row in records]
+            [EvalRecord(tuple(inputs), (), None, *place) for inputs, *place in records]
         )
 
     return RemoteTask(work)

@@ -17,12 +17,11 @@ from lmcli.config import GenerateConfig
 from lmcli.generation import sampling
 from lmcli.generation.beam_search import UNDEFINED, Hypothesis, search
 from lmcli.generation.constraints import Constraints, sequence_state
+from lmcli.model import finite
 from lmcli.model.cached_forward import DecodingState
 from lmcli.model.transformer import Transformer
 from lmcli.text.stream_decoder import StreamDecoder
 from lmcli.text.tokenizer import Tokenizer
-
-NOT_FINITE = "its log-probabilities are NaN or infinite"  # a problem of the model
 
 
 @dataclass
@@ -212,7 +211,7 @@ class Decoder:
             if row.finish_reason is None:
                 row.add(token, logprob)
         if hypothesis is UNDEFINED:
-            row.end(NOT_FINITE)
+            row.end(finite.LOGPROB)
         elif len(row.tokens) < limit:
             row.end()
         return row.result()
@@ -244,7 +243,7 @@ class _Row:
     def add(self, token: int, logprob: float) -> str:
         """Adds one token; returns the text that is certain with it."""
         if not math.isfinite(logprob):
-            return self.end(NOT_FINITE)
+            return self.end(finite.LOGPROB)
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.window.append(token)

@@ -15,7 +15,8 @@ from torch import Tensor
 from lmcli.config import GenerateConfig
 from lmcli.errors import UserError
 from lmcli.generation import sampling
-from lmcli.generation.decoding import NOT_FINITE, Generated
+from lmcli.generation.decoding import Generated
+from lmcli.model import finite
 from lmcli.model.cached_forward import pad
 from lmcli.model.transformer import Transformer
 from lmcli.text.tokenizer import Tokenizer
@@ -124,12 +125,12 @@ class MaskFiller:
 
     def _result(self, state: FillState) -> Generated:
         positions = sorted(state.filled)
-        finite = all(map(math.isfinite, state.filled.values()))
+        all_finite = all(map(math.isfinite, state.filled.values()))
         return Generated(
             self.tokenizer.decode(state.ids, special=False),
             "stop",
             [state.ids[i] for i in positions],
             [state.filled[i] for i in positions],
             state.seed,
-            "" if finite else NOT_FINITE,
+            "" if all_finite else finite.LOGPROB,
         )

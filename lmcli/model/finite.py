@@ -5,13 +5,33 @@ as infinity instead (`scoring.token_logprobs`), and whoever writes a record's re
 error in its place.
 """
 
+import torch
 from torch import nn
 
 from lmcli.errors import UserError
 
+# problems of a result
+LOGPROB = "a log-probability is NaN or infinite"
+LOGIT = "a logit is NaN or infinite"
 
-def not_finite(model: nn.Module, name: str, what: str, where: str) -> UserError:
-    """The error of the model called `name`, whose `what` at a place in the input is no number.
+
+class BadResult(UserError):
+    """A model, called `name`, has a problem with the input at a `place`, number `index` of a call.
+
+    Raised in place of a result that holds NaN or infinity.
+    """
+
+    def __init__(self, problem: str, name: str, place: str, hint: str, index: int = 0):
+        super().__init__(f"{problem}: {place}", where=name, hint=hint)
+        self.problem, self.name, self.index = problem, name, index
+
+    def at(self, place: str) -> "BadResult":
+        """The same error with another place."""
+        return BadResult(self.problem, self.name, place, self.hint or "", self.index)
+
+
+def not_finite(model: nn.Module, name: str, problem: str, place: str, index: int = 0) -> BadResult:
+    """The error of the model called `name`, which has this problem at a place in the input.
 
     The hint tells whether weights are the reason; they are read for it.
     """
@@ -20,5 +40,7 @@ def not_finite(model: nn.Module, name: str, what: str, where: str) -> UserError:
         more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
         hint = f"the model is damaged: NaN or infinity in {weights[0]}{more}"
     else:
-        hint = "all weights are finite, so numbers in between overflow: try --dtype float32"
-    return UserError(f"{what} of {where} is NaN or infinite", where=name, hint=hint)
+        hint = "all weights are finite, so numbers in between overflow"
+    if next(model.parameters()).dtype == torch.float16:
+        hint += "; float16 holds no number above 65,504: try --dtype float32"
+    return BadResult(problem, name, place, hint, index)

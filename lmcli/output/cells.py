@@ -1,8 +1,4 @@
-"""Cells, TSV lines and JSON lines, as every command writes them."""
-
-import json
-from collections.abc import Mapping
-from typing import Any
+"""Cells and TSV lines, as every command writes them."""
 
 
 def cell(value: float | None) -> str:
@@ -15,11 +11,6 @@ def cell(value: float | None) -> str:
 def tsv_line(*cells: str) -> str:
     """One line of tab-separated cells, which must be escaped already."""
     return "\t".join(cells) + "\n"
-
-
-def json_line(fields: Mapping[str, Any]) -> str:
-    """One line of JSON, non-ASCII characters as they are."""
-    return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
 def numbered(names: list[str], count: int | None) -> list[str]:

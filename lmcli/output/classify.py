@@ -1,15 +1,15 @@
 """`lm classify` output: TSV or JSON Lines for labels of texts or tokens, and for answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lmcli.data import schema
-from lmcli.data.output_file import escaped
+from lmcli.data.output_file import escaped, json_line
 from lmcli.data.rows import Record, RowReader, records_from_json, records_to_json
 from lmcli.distributed.work_queue import RemoteTask
 from lmcli.errors import UsageError
-from lmcli.output.cells import cell, json_line, numbered, tsv_line
+from lmcli.output.cells import cell, numbered, tsv_line
 from lmcli.scoring.classifier import Classification, Classifier, LabelPrediction
 from lmcli.scoring.question_answering import Answer, Candidate, QuestionAnswerer
 
@@ -59,11 +59,11 @@ class LabelRows:
         """Reads the text of each record, or its pair of texts."""
         return RowReader(format_, self.pair or self.options.fields, on_error)
 
-    def process(self, records: Sequence[Record]) -> list[tuple[str, bool]]:
-        """For each record its output, and whether it was truncated."""
+    def process(self, records: Sequence[Record]) -> list[tuple[str, bool, str]]:
+        """For each record its output, whether it was truncated, and what is wrong with it."""
         inputs = [self._texts(record) if self.pair else record.text for record in records]
         results = self.classifier.classify(inputs)
-        return [(self._format(*each), each[1].truncated) for each in zip(records, results)]
+        return [_processed(self._format, *each) for each in zip(records, results)]
 
     def _texts(self, record: Record) -> tuple[str, str]:
         first, second = self.pair
@@ -142,14 +142,14 @@ class AnswerRows:
         """Reads the question of each record, with its context as an extra text."""
         return RowReader(format_, (), on_error, schema.QuestionFields(*self.options.fields))
 
-    def process(self, records: Sequence[Record]) -> list[tuple[str, bool]]:
-        """For each record its output, and whether its question was truncated.
+    def process(self, records: Sequence[Record]) -> list[tuple[str, bool, str]]:
+        """For each record its output, whether its question was truncated, and what is wrong.
 
         A bad record, which stands as an empty text, has no answer.
         """
         contexts = ["".join(record.extra_texts) for record in records]
         answers = self.question_answerer.answer([record.text for record in records], contexts)
-        return [(self._format(*each), each[1].truncated) for each in zip(records, answers)]
+        return [_processed(self._format, *each) for each in zip(records, answers)]
 
     def _format(self, record: Record, answer: Answer) -> str:
         top = self.options.top
@@ -173,6 +173,12 @@ class AnswerRows:
             )
         ]
         return tsv_line(*cells, escaped(record.text))
+
+
+def _processed(write: Callable[..., str], record: Record, result: Any) -> tuple[str, bool, str]:
+    """(output, truncated, problem) of a record; the output is empty with a problem."""
+    problem = result.problem
+    return "" if problem else write(record, result), result.truncated, problem
 
 
 def _answer_fields(answer: Answer | Candidate) -> dict[str, Any]:

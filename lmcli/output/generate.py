@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from lmcli.data.output_file import escaped
+from lmcli.data.output_file import escaped, json_line
 from lmcli.generation.decoding import Generated
-from lmcli.output.cells import json_line
 
 JSON_FIELDS = ("text", "finish_reason", "tokens", "token_logprobs", "seed")
 

@@ -1,6 +1,7 @@
 """`lm perplexity` output: columns, rows, cells of a table for a terminal, and remarks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lmcli.data.documents import line_number
@@ -30,9 +31,22 @@ def columns(group: str, many: bool) -> tuple[str, ...]:
 
 def figures(perplexity: Perplexity) -> dict[str, Any]:
     """The figures, the counts behind them, and their standard errors."""
+    counts = {name: getattr(perplexity, name) for name in COUNT_COLUMNS}
+    values = {name: getattr(perplexity, name) for name in PERPLEXITY_FIGURES}
+    errors = {f"{name}_se": perplexity.standard_error(name) for name in PERPLEXITY_FIGURES}
+    return _without({**values, **counts, **errors}, math.isnan)
+
+
+def json_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row without infinities, which JSON cannot hold: a perplexity above 1.8e308."""
+    return _without(row, math.isinf)
+
+
+def _without(row: Mapping[str, Any], excluded: Callable[[float], bool]) -> dict[str, Any]:
+    """The row, None in place of the floats that are excluded."""
     return {
-        **{name: getattr(perplexity, name) for name in (*PERPLEXITY_FIGURES, *COUNT_COLUMNS)},
-        **{f"{name}_se": perplexity.standard_error(name) for name in PERPLEXITY_FIGURES},
+        name: None if isinstance(value, float) and excluded(value) else value
+        for name, value in row.items()
     }
 
 
@@ -52,7 +66,8 @@ def readable(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
     cells = {name: row[name] for name in ("model", "file", "group") if name in names}
     for name, title in zip(PERPLEXITY_FIGURES, TITLES):
         error = row[f"{name}_se"]
-        cells[title] = f"{row[name]:.5g}" + ("" if error is None else f" ± {error:.2g}")
+        value = "NA" if row[name] is None else f"{row[name]:.5g}"
+        cells[title] = value + ("" if error is None else f" ± {error:.2g}")
     if "difference" in names:
         value, low, high = (row[name] for name in DIFFERENCE_COLUMNS)
         interval = "" if low is None else f" [{low:+.4f}, {high:+.4f}]"

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from lmcli.data.output_file import escaped
+from lmcli.data.output_file import escaped, json_line
 from lmcli.data.rows import Record, records_from_json, records_to_json
 from lmcli.data.schema import join_prefix
 from lmcli.distributed.work_queue import RemoteTask
 from lmcli.evaluation.bootstrap import wilson_interval
-from lmcli.output.cells import cell, json_line, numbered, tsv_line
+from lmcli.output.cells import cell, numbered, tsv_line
 from lmcli.scoring.scorer import NATS_PER_BIT, Score, Scorer, ScoringInput, Unit, choose
 
 SCORE_COLUMNS = ("logprob", "tokens", "bytes", "bits_per_byte")
@@ -333,7 +333,7 @@ def row_format(
 
 def remote_task(scorer: Scorer, rows: RecordRows, alternatives: int) -> RemoteTask:
     """The task of scoring (records, …): for each record its output, and (logprob, tokens, bytes)
-    of each text that was scored for it."""
+    of each text that was scored for it. A record with a score that is no number has no output."""
 
     def work(part: tuple[list[Record], int]) -> list[tuple[str, list[tuple]]]:
         questions = [rows.questions(record) for record in part[0]]
@@ -343,7 +343,8 @@ def remote_task(scorer: Scorer, rows: RecordRows, alternatives: int) -> RemoteTa
         for record, of_record in zip(part[0], questions):
             own_scores = list(islice(scores, len(of_record)))
             figures = [(score.logprob, score.tokens, score.bytes) for score in own_scores]
-            results.append((rows.format(record, own_scores), figures))
+            sound = not any(score.problem for score in own_scores)
+            results.append((rows.format(record, own_scores) if sound else "", figures))
         return results
 
     return RemoteTask(

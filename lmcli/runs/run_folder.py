@@ -1,6 +1,7 @@
 """A run's folder: its lock, its recipe, and metrics without gaps or duplicates."""
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -127,10 +128,14 @@ class RunFolder:
         return intact or size is None
 
     def log(self, event: dict[str, Any]) -> None:
-        """Appends one object to `metrics.jsonl`, which is open."""
+        """Appends one object to `metrics.jsonl`, which is open; what is undefined becomes null."""
         assert self._metrics is not None
         with user_errors(self.path / "metrics.jsonl", "write"):
-            self._metrics.write(json.dumps(event) + "\n")
+            numbers = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in event.items()
+            }
+            self._metrics.write(json.dumps(numbers, allow_nan=False) + "\n")
             self._metrics.flush()
 
     def flush_metrics(self) -> int:

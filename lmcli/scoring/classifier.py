@@ -1,5 +1,6 @@
 """Texts → labels of each text or each of its tokens, with logits and probabilities."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from lmcli.data.examples import truncate_pair
 from lmcli.data.length_batching import map_by_length, tokens_per_forward
 from lmcli.errors import UsageError
+from lmcli.model import finite
 from lmcli.model.cached_forward import padded_logits
 from lmcli.model.transformer import Transformer
 from lmcli.text.tokenizer import Tokenizer
@@ -32,6 +34,11 @@ class LabelPrediction:
         """The probability of `label`."""
         return self.probabilities[self.labels[0]] if self.labels else None
 
+    @property
+    def problem(self) -> str:
+        """What is wrong with the prediction; "" if its logits are numbers."""
+        return "" if math.isfinite(sum(self.logits)) else finite.LOGIT
+
     def top(self, count: int) -> list[tuple[str, float]]:
         """The `count` likeliest labels with their probabilities, whether they apply or not."""
         return sorted(self.probabilities.items(), key=lambda item: -item[1])[:count]
@@ -52,6 +59,12 @@ class Classification(LabelPrediction):
 
     truncated: bool = False
     pieces: list[LabeledToken] | None = None
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the prediction or one of its pieces; "" if nothing is."""
+        wrong = super().problem
+        return wrong or next((each.problem for each in self.pieces or () if each.problem), "")
 
 
 @dataclass

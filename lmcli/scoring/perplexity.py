@@ -9,8 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from lmcli.data.corpus import EncodedDocument
+from lmcli.data.rows import display_name
 from lmcli.distributed import work_queue
 from lmcli.distributed.work_queue import RemoteTask, array_to_text, text_to_array
+from lmcli.errors import UserError
+from lmcli.model import finite
 from lmcli.scoring.scorer import NATS_PER_BIT, Scorer
 from lmcli.scoring.token_logprobs import ScoreFields, ScoreRequest
 
@@ -33,6 +36,11 @@ class ScoredDocument(NamedTuple):
     document: EncodedDocument
     sums: np.ndarray
     logprobs: np.ndarray
+
+    @property
+    def is_finite(self) -> bool:
+        """True if all log-probabilities are numbers."""
+        return math.isfinite(self.sums[0])
 
 
 @dataclass
@@ -61,7 +69,13 @@ class Perplexity:
         for name, count in zip(COUNTS[1:], counts):
             setattr(self, name, int(getattr(self, name) + count))
         self.documents += 1
-        self.products += np.outer(sums, sums)
+        if math.isfinite(nats):
+            self.products += np.outer(sums, sums)
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the sums; "" if they are numbers."""
+        return "" if math.isfinite(self.logprob) else finite.LOGPROB
 
     @property
     def perplexity(self) -> float:
@@ -137,6 +151,20 @@ def _exp_per(nats: float, count: int) -> float:
     if not count:
         return math.nan
     return math.exp(nats / count) if nats / count < 709 else math.inf
+
+
+def not_finite(scorer: Scorer, scored: ScoredDocument, source: str) -> UserError:
+    """The error of a document of `source` with a log-probability that is NaN or infinite.
+
+    It names the byte; of a row of JSON Lines or a table the byte where the row starts.
+    """
+    (file, start, end), ids = scored.document.document, scored.document.ids
+    if scored.document.bytes == end - start:  # plain text
+        before = ids[: int(np.isinf(scored.logprobs).argmax())].tolist()
+        start += scorer.tokenizer.count_bytes(before)
+    known = source in (file, display_name("-"))
+    where = f"{source if known else f'{source}, {file}'}, byte {start:,}"
+    return finite.not_finite(scorer.model, scorer.name, finite.LOGPROB, where)
 
 
 def measure_perplexity(scorer: Scorer, documents: Iterable[EncodedDocument]) -> Perplexity:

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import exp
 
+import numpy as np
 import torch
 
 from lmcli.data.length_batching import map_by_length, tokens_per_forward
 from lmcli.data.squad import MAX_ANSWER_TOKENS, QaEncoder, WindowLogits, best_spans, span_bytes
+from lmcli.model import finite
 from lmcli.model.cached_forward import padded_logits
 from lmcli.model.transformer import Transformer
 from lmcli.text.tokenizer import Encoded, Tokenizer
@@ -28,7 +30,8 @@ class Answer:
     """The answer to a question: bytes `start` to `end` of the context; `score` is its probability.
 
     `text` is None without an answer. `no_answer` is the probability of that (None if there was
-    nothing to read), `candidates` are the likeliest spans. `truncated`: the question was cut.
+    nothing to read), `candidates` are the likeliest spans. `truncated`: the question was cut. With
+    a `problem` the model gave no numbers.
     """
 
     text: str | None = None
@@ -38,6 +41,7 @@ class Answer:
     no_answer: float | None = None
     candidates: list[Candidate] = field(default_factory=list)
     truncated: bool = False
+    problem: str = ""
 
 
 @dataclass
@@ -112,6 +116,8 @@ class QuestionAnswerer:
         return answers
 
     def _answer(self, windows: list[WindowLogits], context: str, encoded: Encoded) -> Answer:
+        if not all(np.isfinite(logits).all() for w in windows for logits in (w.starts, w.ends)):
+            return Answer(problem=finite.LOGIT)
         spans, no_answer = best_spans(windows, self.max_answer_tokens, self.count)
         data, candidates = context.encode("utf-8"), []
         for span in spans:

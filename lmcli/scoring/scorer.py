@@ -11,6 +11,7 @@ import torch
 
 from lmcli.data.length_batching import tokens_per_forward
 from lmcli.errors import UserError
+from lmcli.model import finite
 from lmcli.model.transformer import Transformer
 from lmcli.scoring.token_logprobs import (
     CausalLogprobs,
@@ -70,13 +71,19 @@ class Unit:
 class Score:
     """A text's score: `logprob` of its scored tokens (nats, None without any), tokens and bytes.
 
-    `pieces` holds its tokens or words where asked for.
+    `pieces` holds its tokens or words where asked for. Infinite where a token's is NaN or infinite.
     """
 
     logprob: float | None
     tokens: int
     bytes: int
     pieces: list[Unit] | None = None
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the score; "" for a number, or if nothing was scored."""
+        finite_or_none = self.logprob is None or math.isfinite(self.logprob)
+        return "" if finite_or_none else finite.LOGPROB
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -119,7 +126,7 @@ class Scorer:
     `bos` leads every window; without it the first token is context only. `eos` is the closing
     token to score after each text, or None. `context` and `stride` are in tokens; 0 stands for the
     model's context and half of it. `batch` is tokens per forward pass, 0 for what suits the device.
-    With `within_word` an encoder's token is masked with the rest of its word.
+    With `within_word` an encoder's token is masked with the rest of its word. `name` is for errors.
     """
 
     model: Transformer
@@ -130,6 +137,7 @@ class Scorer:
     stride: int = 0
     batch: int = 0
     within_word: bool = False
+    name: str = "the model"
     backend: CausalLogprobs | MaskedLogprobs = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -261,6 +269,8 @@ class Scorer:
             return Score(total, tokens, size)
         placed = _PlacedTokens(text, encoded.ids, starts, ends, scores)
         units = self._token_units(placed) if per == "token" else self._word_units(placed)
+        if any(unit.logprob is not None and math.isinf(unit.logprob) for unit in units):
+            total = math.inf
         return Score(total, tokens, size, units)
 
     def _token_units(self, tokens: "_PlacedTokens") -> list[Unit]:
@@ -279,6 +289,7 @@ class Scorer:
                 unit.alternatives = [
                     Alternative(self.text_tokenizer.token_texts[token], float(logprob))
                     for token, logprob in zip(scores.tokens[i], scores.best[i])
+                    if logprob > -np.inf  # an impossible token is no alternative
                 ]
             units.append(unit)
         return units
@@ -324,6 +335,8 @@ class Scorer:
             total += float(set_logprobs[after])
         if first and starts[tokens.ids[first]]:
             total -= float(set_logprobs[first])
+            # the difference of two infinities is NaN, which stands for context only
+            total = math.inf if math.isinf(set_logprobs[first]) else total
         return total
 
 

@@ -59,7 +59,8 @@ class TokenScores:
     """Scores of n tokens: `logprobs` (n,) float32 in nats, NaN where a token is context only.
 
     Where asked for: `set_logprobs` (n + 1,) of the token set before each token and after the last;
-    `entropy` (n,) in nats, `ranks` (n,), the likeliest `tokens` (n, K) and their `best` (n, K).
+    `entropy` (n,) in nats, `ranks` (n,), the likeliest `tokens` (n, K) and their `best` (n, K). A
+    NaN of the model is stored as infinity, which no log-probability is.
     """
 
     logprobs: np.ndarray
@@ -86,6 +87,8 @@ class TokenScores:
         for name, values in distribution._asdict().items():
             if values is not None:
                 array, new = getattr(self, name), values.numpy()
+                if new.dtype == np.float32:
+                    new = np.where(np.isnan(new), np.float32(np.inf), new)
                 array[first : first + len(new)] = new[: len(array) - first]
 
 

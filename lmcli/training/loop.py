@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from lmcli.errors import UserError
+from lmcli.model.finite import not_finite
 from lmcli.training import schedules
 from lmcli.training.divergence import Diverged
 from lmcli.training.objective import Evaluation, ValidationFigures
@@ -280,6 +282,9 @@ class Trainer:
         counters, started = self.counters, time.monotonic()
         figures = self._measure()
         counters.evaluation_seconds = time.monotonic() - started
+        # later ones may recover: the best model stays, and a save requires finite weights
+        if not counters.step and not math.isfinite(figures.criterion):
+            raise self._no_number()
         best = figures.criterion < counters.best
         best = best and self.replicas.all_finite(self.train_step.model)
         counters.stale = 0 if best else counters.stale + 1
@@ -296,6 +301,14 @@ class Trainer:
         model.train()
         self.replicas.reshard(model)
         return figures
+
+    def _no_number(self) -> UserError:
+        """The error of a starting model whose loss is NaN or infinite."""
+        if self.replicas.sharded:
+            return self._diverged("the validation loss is NaN or infinite")
+        problem = "the loss of the validation set is NaN or infinite"
+        model = self.train_step.model
+        return not_finite(model, "the starting model", problem, "before the first step")
 
     def _require_finite(self) -> None:
         if not self.replicas.all_finite(self.train_step.model):

@@ -253,8 +253,9 @@ class TargetFigures:
 
     @property
     def criterion(self) -> float:
-        """Nats per target, or the error rate; lower is better."""
-        return self.loss if self.metric == "loss" else 1.0 - self.accuracy
+        """Nats per target, or the error rate; lower is better. NaN if the loss is."""
+        by_loss = self.metric == "loss" or not math.isfinite(self.loss)
+        return self.loss if by_loss else 1.0 - self.accuracy
 
     @property
     def loss(self) -> float:

@@ -86,7 +86,8 @@ class SpanFigures(TargetFigures):
     @property
     def criterion(self) -> float:
         """Nats per position or, with metric accuracy, 1 − F1."""
-        return self.loss if self.metric == "loss" else 1.0 - self.f1 / max(1, self.questions)
+        by_loss = self.metric == "loss" or not math.isfinite(self.loss)
+        return self.loss if by_loss else 1.0 - self.f1 / max(1, self.questions)
 
     def metrics(self) -> dict[str, float]:
         """Plain values for metrics.jsonl and recipe.yaml."""
