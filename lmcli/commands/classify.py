@@ -96,7 +96,9 @@ def classify(args: options.Arguments) -> None:
     header = not args.as_json and (rows.header if args.header is None else args.header)
     if args.resume and rows.per_token and not args.as_json:
         raise UsageError("--continue cannot resume rows of tokens", hint="add --json")
-    truncated_records, size = 0, RECORDS_PER_TASK
+    # a probability of each label of each record of a task is held
+    size = min(RECORDS_PER_TASK, max(1, 1_000_000 // max(1, len(model.model.config.labels))))
+    truncated_records = 0
     with OutputFile(args.output, args.resume) as out:
         finished = options.write_header(out, rows.columns if header else ())
         batches = (

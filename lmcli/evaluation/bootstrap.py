@@ -1,4 +1,4 @@
-"""How sure a figure is: bootstrap intervals, paired differences and their tests.
+"""How sure a figure is: its interval, paired differences and their tests.
 
 A figure is a function of sums over records, so a resample needs only how often it drew each
 record. Records that count the same share a row of `Statistics`, which keeps this fast.
@@ -7,11 +7,21 @@ record. Records that count the same share a row of `Statistics`, which keeps thi
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-CONFIDENCE = 0.95
+from lmcli.evaluation.intervals import (
+    CONFIDENCE,
+    Interval,
+    Rate,
+    bca_interval,
+    newcombe_interval,
+    wilson_interval,
+)
+from lmcli.evaluation.sparse_rows import Rows, SparseRows, take, weighted
+
+JACKKNIFE_SAMPLES = 500
 WEIGHTS_PER_CHUNK = 1 << 20  # weights of a chunk of resamples: they stay in the processor's cache
 SumMetric = Callable[[np.ndarray], np.ndarray]  # sums (R, K) → figures (R,), NaN where undefined
 FigureName = TypeVar("FigureName", bound=Hashable)
@@ -21,7 +31,7 @@ FigureName = TypeVar("FigureName", bound=Hashable)
 class Statistics:
     """What records add to the sums: record i adds row `index[i]` of `values` (D, K)."""
 
-    values: np.ndarray
+    values: Rows
     index: np.ndarray
 
     def __len__(self) -> int:
@@ -33,23 +43,28 @@ class Statistics:
 
     def column(self, k: int) -> np.ndarray:
         """Column k for each record (N,)."""
+        if isinstance(self.values, SparseRows):
+            return self.values.column(k)[self.index]
         return self.values[self.index, k]
 
     def sums(self) -> np.ndarray:
         """The sums over all records (1, K)."""
-        counts = np.bincount(self.index, minlength=len(self.values))
-        return counts[None].astype(np.float64) @ self.values
+        distinct, counts = np.unique(self.index, return_counts=True)
+        return weighted(counts[None].astype(np.float64), take(self.values, distinct))
 
 
-def bootstrap_weights(counts: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def bootstrap_weights(
+    counts: np.ndarray, resamples: int, seed: int, width: int = 0
+) -> Iterator[np.ndarray]:
     """Bootstrap samples in chunks (R, D): how often each distinct record was drawn.
 
-    `counts` (D,) says how often each distinct record occurs.
+    `counts` (D,) says how often each distinct record occurs; `width` is the number of sums, for the
+    size of the chunks.
     """
     generator, total, distinct = np.random.default_rng(seed), int(counts.sum()), len(counts)
     # with few distinct records a multinomial draw is faster than drawing every record
     record = np.repeat(np.arange(distinct), counts) if 8 * distinct >= total else None
-    for size in _chunks(resamples, distinct):
+    for size in _chunks(resamples, max(distinct, width)):
         if record is None:
             drawn = generator.multinomial(total, counts / total, size=size)
         else:
@@ -74,23 +89,76 @@ def percentile_interval(figures: np.ndarray) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
+class Jackknife(NamedTuple):
+    """Which distinct records each of J samples leaves out, and how often there is such a sample."""
+
+    left_out: list[np.ndarray]
+    counts: np.ndarray
+
+    def sums(self, rows: Rows, totals: np.ndarray) -> Iterator[np.ndarray]:
+        """Chunks (r, K) of the sums of all samples; `totals` (1, K) are those of all records."""
+        size = max(1, WEIGHTS_PER_CHUNK // max(len(rows), totals.size))
+        for first in range(0, len(self.left_out), size):
+            chunk = self.left_out[first : first + size]
+            weights = np.stack([np.bincount(records, minlength=len(rows)) for records in chunk])
+            yield totals - weighted(weights.astype(np.float64), rows)
+
+
+def jackknife_of(counts: np.ndarray, seed: int) -> Jackknife:
+    """Samples without one record; of more than JACKKNIFE_SAMPLES records without a group each."""
+    distinct = np.arange(len(counts))
+    if len(counts) <= JACKKNIFE_SAMPLES:
+        return Jackknife(list(distinct[:, None]), counts.astype(np.float64))
+    records = np.random.default_rng([seed, 2]).permutation(np.repeat(distinct, counts))
+    return Jackknife(np.array_split(records, JACKKNIFE_SAMPLES), np.ones(JACKKNIFE_SAMPLES))
+
+
 def bootstrap_intervals(
     statistics: Statistics, metrics: Mapping[FigureName, SumMetric], resamples: int, seed: int
-) -> dict[FigureName, tuple[float, float] | None]:
-    """The 95 % interval of each figure by the percentile bootstrap over records.
+) -> dict[FigureName, Interval | None]:
+    """The 95 % interval of each figure: Wilson's of a Rate, else BCa over records (`intervals`).
 
-    Efron & Tibshirani 1993, §13. All figures use the same samples; None below two records.
+    All figures use the same samples. None below two records, and where all samples agree.
     """
+    totals = statistics.sums()
+    intervals: dict[FigureName, Interval | None] = dict.fromkeys(metrics)
+    if not resamples:
+        return intervals
+    others = dict(metrics)
+    for name, metric in metrics.items():
+        if isinstance(metric, Rate):
+            hits, count = float(metric.hits(totals)[0]), float(metric.count(totals)[0])
+            intervals[name] = wilson_interval(hits, count) if count else None
+            del others[name]
+    if len(statistics) < 2 or not others:
+        return intervals
     distinct, counts = np.unique(statistics.index, return_counts=True)
-    if len(statistics) < 2 or not resamples:
-        return dict.fromkeys(metrics)
-    values = statistics.values[distinct]
-    figures: dict[FigureName, list[np.ndarray]] = {name: [] for name in metrics}
-    for weights in bootstrap_weights(counts, resamples, seed):
-        sums = weights @ values
-        for name, metric in metrics.items():
-            figures[name].append(metric(sums))
-    return {name: percentile_interval(np.concatenate(chunks)) for name, chunks in figures.items()}
+    rows = take(statistics.values, distinct)
+
+    def figures(sums: np.ndarray) -> np.ndarray:
+        return np.stack([metric(sums) for metric in others.values()], 1)
+
+    samples = (weighted(w, rows) for w in bootstrap_weights(counts, resamples, seed, totals.size))
+    resampled = np.concatenate([figures(sums) for sums in samples])
+    without = jackknife_of(counts, seed)
+    jackknife = np.concatenate([figures(sums) for sums in without.sums(rows, totals)])
+    for i, name in enumerate(others):
+        value = float(figures(totals)[0, i])
+        intervals[name] = bca_interval(value, resampled[:, i], jackknife[:, i], without.counts)
+    return intervals
+
+
+class FigureTable(NamedTuple):
+    """Several figures at once: their names, and sums (R, K) → figures (R, F)."""
+
+    names: list[Any]
+    compute: SumMetric
+
+
+def figure_table(metrics: Mapping[FigureName, SumMetric]) -> FigureTable:
+    """The table of metrics that are computed one by one."""
+    functions = list(metrics.values())
+    return FigureTable(list(metrics), lambda sums: np.stack([f(sums) for f in functions], 1))
 
 
 @dataclass
@@ -119,45 +187,80 @@ def compare(
     """Compares two systems on the same records, for each figure.
 
     `hits` maps figures that are the mean of a column of 0 and 1 to that column. They get McNemar's
-    exact test, other figures approximate randomization.
+    exact test and Newcombe's interval, other figures approximate randomization and BCa.
     """
     if len(first) != len(second):
         raise ValueError(f"cannot pair {len(first)} with {len(second)} records")
+    totals = first.sums(), second.sums()
     comparisons = {}
     for name, metric in metrics.items():
-        difference = float((metric(second.sums()) - metric(first.sums()))[0])
+        difference = float((metric(totals[1]) - metric(totals[0]))[0])
         comparisons[name] = PairedComparison(None if math.isnan(difference) else difference)
     if len(first) < 2 or not resamples:
         return comparisons
-
-    # distinct pairs of rows: a, b (D, K) with their counts (D,)
-    width = len(second.values)
-    codes, counts = np.unique(first.index * np.int64(width) + second.index, return_counts=True)
-    a, b = first.values[codes // width], second.values[codes % width]
-
-    differences: dict[FigureName, list[np.ndarray]] = {name: [] for name in metrics}
-    for weights in bootstrap_weights(counts, resamples, seed):
-        sums_a, sums_b = weights @ a, weights @ b
-        for name, metric in metrics.items():
-            differences[name].append(metric(sums_b) - metric(sums_a))
-    others = {name: metric for name, metric in metrics.items() if name not in hits}
-    p_values = approximate_randomization(a, b, counts, others, resamples, seed)
-    for name, each in comparisons.items():
-        interval = percentile_interval(np.concatenate(differences[name]))
-        each.low, each.high = interval or (None, None)
-        if each.difference is None:
-            continue
-        if name in hits:
-            each.test = "mcnemar"
+    rates = {name for name in hits if _same_records(metrics[name], *totals)}
+    for name in rates:
+        count = int(metrics[name].count(totals[0])[0])  # type: ignore[attr-defined]  # a Rate
+        columns = first.column(hits[name]), second.column(hits[name])
+        _compare_rates(comparisons[name], *columns, count)
+    others = {name: metric for name, metric in metrics.items() if name not in rates}
+    for name, each in compare_by_samples(first, second, figure_table(others), resamples, seed):
+        comparisons[name] = each
+        if name in hits and each.difference is not None:
             each.p = mcnemar(first.column(hits[name]), second.column(hits[name]))
-        else:
-            each.test, each.p = "randomization", p_values[name]
+            each.test = "mcnemar"
     return comparisons
 
 
+def compare_by_samples(
+    first: Statistics, second: Statistics, figures: FigureTable, resamples: int, seed: int
+) -> Iterator[tuple[Any, PairedComparison]]:
+    """The comparison of each figure by BCa and approximate randomization, with its name."""
+    if not figures.names:
+        return
+    # distinct pairs of rows: a, b (D, K) with their counts (D,)
+    width = len(second.values)
+    codes, counts = np.unique(first.index * np.int64(width) + second.index, return_counts=True)
+    a, b = take(first.values, codes // width), take(second.values, codes % width)
+    totals = first.sums(), second.sums()
+
+    def difference(sums_a: np.ndarray, sums_b: np.ndarray) -> np.ndarray:
+        return figures.compute(sums_b) - figures.compute(sums_a)
+
+    weights = bootstrap_weights(counts, resamples, seed, totals[0].size)
+    resampled = np.concatenate([difference(weighted(w, a), weighted(w, b)) for w in weights])
+    without = jackknife_of(counts, seed)
+    both = zip(without.sums(a, totals[0]), without.sums(b, totals[1]))
+    jackknife = np.concatenate([difference(*sums) for sums in both])
+    p_values = _randomized(a, b, counts, figures, resamples, seed)
+    for i, value in enumerate(difference(*totals)[0].tolist()):
+        each = PairedComparison(None if math.isnan(value) else value)
+        if each.difference is not None:
+            columns = resampled[:, i], jackknife[:, i]
+            each.low, each.high = bca_interval(value, *columns, without.counts) or (None, None)
+            each.p, each.test = float(p_values[i]), "randomization"
+        yield figures.names[i], each
+
+
+def _same_records(metric: SumMetric, first: np.ndarray, second: np.ndarray) -> bool:
+    """True for a rate of the same number of records in both sums."""
+    return isinstance(metric, Rate) and metric.count(first)[0] == metric.count(second)[0] > 0
+
+
+def _compare_rates(
+    each: PairedComparison, first: np.ndarray, second: np.ndarray, count: int
+) -> None:
+    """Adds interval and test of the rates of two systems, given the hits of each record (N,)."""
+    both, only_first = int((first * second).sum()), int((first > second).sum())
+    only_second = int((second > first).sum())
+    neither = count - both - only_first - only_second
+    each.low, each.high = newcombe_interval(both, only_first, only_second, max(0, neither))
+    each.p, each.test = mcnemar(first, second), "mcnemar"
+
+
 def approximate_randomization(
-    first: np.ndarray,
-    second: np.ndarray,
+    first: Rows,
+    second: Rows,
     counts: np.ndarray,
     metrics: Mapping[FigureName, SumMetric],
     trials: int,
@@ -169,21 +272,32 @@ def approximate_randomization(
     when the outputs of both systems are swapped at random for each record. `first` and `second`
     (D, K) are the statistics of D distinct pairs of records, `counts` (D,) how often each occurs.
     """
+    p_values = _randomized(first, second, counts, figure_table(metrics), trials, seed)
+    return dict(zip(metrics, p_values.tolist()))
+
+
+def _randomized(
+    first: Rows, second: Rows, counts: np.ndarray, figures: FigureTable, trials: int, seed: int
+) -> np.ndarray:
+    """The p-values (F,) of `approximate_randomization`."""
     generator = np.random.default_rng([seed, 1])  # not the numbers of the bootstrap
-    totals = counts @ first, counts @ second
-    observed = {
-        name: abs(metric(totals[1][None]) - metric(totals[0][None]))[0]
-        for name, metric in metrics.items()
-    }
-    as_large = dict.fromkeys(metrics, 1)
-    for size in _chunks(trials if metrics else 0, len(counts)):
+    all_records = counts[None].astype(np.float64)
+    totals = weighted(all_records, first), weighted(all_records, second)
+
+    def difference(sums_a: np.ndarray, sums_b: np.ndarray) -> np.ndarray:
+        return abs(figures.compute(sums_b) - figures.compute(sums_a))
+
+    observed = difference(*totals)[0]
+    as_large = np.ones(len(figures.names))
+    for size in _chunks(trials, max(len(counts), totals[0].size)):
         swaps = generator.binomial(counts, 0.5, size=(size, len(counts))).astype(np.float64)
-        moved = swaps @ (second - first)
-        sums_a, sums_b = totals[0] + moved, totals[1] - moved
-        for name, metric in metrics.items():
-            smaller = abs(metric(sums_b) - metric(sums_a)) < observed[name] - 1e-12
-            as_large[name] += int((~smaller).sum())  # an undefined difference counts as large
-    return {name: count / (trials + 1) for name, count in as_large.items()}
+        if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+            moved = swaps @ (second - first)
+        else:
+            moved = weighted(swaps, second) - weighted(swaps, first)
+        smaller = difference(totals[0] + moved, totals[1] - moved) < observed - 1e-12
+        as_large += (~smaller).sum(0)  # an undefined difference counts as large
+    return as_large / (trials + 1)
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
@@ -201,11 +315,3 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
         term = term * (n - k) // (k + 1)
         total += term
     return min(1.0, 2 * total / 2**n)
-
-
-def wilson_interval(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The interval of a rate (Wilson 1927), 95 % by default; within 0 and 1 for any count."""
-    rate, spread = hits / count, z * z / count
-    middle = (rate + spread / 2) / (1 + spread)
-    width = z * math.sqrt(rate * (1 - rate) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, middle - width), min(1.0, middle + width)

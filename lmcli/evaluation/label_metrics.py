@@ -4,32 +4,46 @@ The sums of C classes have 3 + 3C columns: records, exact matches and records wi
 then for each class how often it was predicted rightly, predicted, and true.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
 from lmcli.evaluation.bootstrap import SumMetric
+from lmcli.evaluation.intervals import Rate, wilson_intervals
+from lmcli.evaluation.sparse_rows import SparseRows
 
 RECORDS, EXACT, UNPREDICTED = range(3)
 FigureKey = tuple[str, str | None]  # (metric, the class it is for)
 
 
-def label_counts(
+def label_columns(
     reference: frozenset[str], predicted: frozenset[str], class_index: dict[str, int]
-) -> np.ndarray:
-    """What one record adds to the sums (3 + 3C,); `class_index` numbers the classes."""
-    row, count = np.zeros(3 + 3 * len(class_index)), len(class_index)
-    row[:3] = 1, reference == predicted, not predicted
+) -> list[int]:
+    """The columns of the sums to which one record adds 1; `class_index` numbers the classes."""
+    count = len(class_index)
+    columns = [RECORDS, *([EXACT] if reference == predicted else ())]
+    columns += [] if predicted else [UNPREDICTED]
     for block, labels in enumerate((reference & predicted, predicted, reference)):
-        row[[3 + block * count + class_index[label] for label in labels]] = 1
-    return row
+        columns += [3 + block * count + class_index[label] for label in labels]
+    return columns
+
+
+def label_rows(
+    pairs: Iterable[tuple[frozenset[str], frozenset[str]]], class_index: dict[str, int]
+) -> SparseRows:
+    """What records with these labels (true, predicted) add to the sums (D, 3 + 3C)."""
+    rows = [label_columns(*pair, class_index) for pair in pairs]
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+    columns = np.fromiter(chain.from_iterable(rows), np.int64, int(starts[-1]))
+    return SparseRows(columns, starts, 3 + 3 * len(class_index))
 
 
 def class_counts(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How often each class was predicted rightly, predicted, and true: each (R, C)."""
-    right, predicted, true = np.split(sums[:, 3:], 3, axis=1)
-    return right, predicted, true
+    size = (sums.shape[1] - 3) // 3
+    return sums[:, 3 : 3 + size], sums[:, 3 + size : 3 + 2 * size], sums[:, 3 + 2 * size :]
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -76,10 +90,6 @@ def _micro(metric: ClassMetric) -> SumMetric:
     return lambda sums: metric(*(counts.sum(1) for counts in class_counts(sums)))
 
 
-def _of_class(metric: ClassMetric, k: int) -> SumMetric:
-    return lambda sums: metric(*(counts[:, k] for counts in class_counts(sums)))
-
-
 def mcc(sums: np.ndarray) -> np.ndarray:
     """Matthews' correlation of several classes, R_K (Gorodkin 2004); NaN if a side has one class.
 
@@ -92,20 +102,56 @@ def mcc(sums: np.ndarray) -> np.ndarray:
     return _ratio(over, np.sqrt(under))
 
 
-def build_label_metrics(classes: Sequence[str], multi_label: bool) -> dict[FigureKey, SumMetric]:
-    """The metrics of sums of `label_counts`; `multi_label`: a record may have many labels."""
+def build_label_metrics(multi_label: bool) -> dict[FigureKey, SumMetric]:
+    """The metrics over all classes of `label_rows`; `multi_label`: a record may have many labels.
+
+    With one label a record, micro averages are rates of records.
+    """
     metrics: dict[FigureKey, SumMetric] = {
-        ("exact_set" if multi_label else "accuracy", None): column_mean(EXACT, RECORDS)
+        ("exact_set" if multi_label else "accuracy", None): column_rate(EXACT, RECORDS)
     }
     for name, metric in CLASS_METRICS.items():
         metrics[f"{name}_macro", None] = _macro(metric)
-        metrics[f"{name}_micro", None] = _micro(metric)
+        metrics[f"{name}_micro", None] = _micro(metric) if multi_label else _micro_rate(name)
     if not multi_label:
         metrics["mcc", None] = mcc
-    for k, label in enumerate(classes):
-        for name, metric in CLASS_METRICS.items():
-            metrics[name, label] = _of_class(metric, k)
     return metrics
+
+
+def _micro_rate(name: str) -> Rate:
+    """A micro average as a rate: right records of those predicted, true, or the mean of both."""
+    share = {"precision": (1.0, 0.0), "recall": (0.0, 1.0), "f1": (0.5, 0.5)}[name]
+
+    def count(sums: np.ndarray) -> np.ndarray:
+        _, predicted, true = class_counts(sums)
+        return share[0] * predicted.sum(1) + share[1] * true.sum(1)
+
+    return Rate(lambda sums: class_counts(sums)[0].sum(1), count)
+
+
+class ClassFigures(NamedTuple):
+    """A figure of each class (C,) with its interval; NaN where it is undefined."""
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def class_figures(sums: np.ndarray) -> dict[str, ClassFigures]:
+    """Precision, recall and F1 of each class from sums (1, 3 + 3C), with Wilson's intervals.
+
+    Precision and recall are rates. F1 is 2J / (1 + J) for the rate J of the records with the class,
+    true or predicted, that have both (Jaccard); so is its interval.
+    """
+    right, predicted, true = (counts[0] for counts in class_counts(sums))
+    low, high = wilson_intervals(right, predicted + true - right)
+    return {
+        "precision": ClassFigures(
+            precision(right, predicted, true), *wilson_intervals(right, predicted)
+        ),
+        "recall": ClassFigures(recall(right, predicted, true), *wilson_intervals(right, true)),
+        "f1": ClassFigures(f1(right, predicted, true), 2 * low / (1 + low), 2 * high / (1 + high)),
+    }
 
 
 def column_mean(column: int, count_column: int) -> SumMetric:
@@ -113,9 +159,6 @@ def column_mean(column: int, count_column: int) -> SumMetric:
     return lambda sums: _ratio(sums[:, column], sums[:, count_column])
 
 
-def confusion_matrix(
-    references: Sequence[str], predictions: Sequence[str | None], classes: Sequence[str]
-) -> list[list[int]]:
-    """How many records of each class (rows) got each label (columns; the last one: no label)."""
-    counts = Counter(zip(references, predictions))
-    return [[counts[true, label] for label in (*classes, None)] for true in classes]
+def column_rate(column: int, count_column: int) -> Rate:
+    """The same for a column of 0 and 1: a rate."""
+    return Rate(lambda sums: sums[:, column], lambda sums: sums[:, count_column])

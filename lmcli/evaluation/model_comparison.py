@@ -13,7 +13,8 @@ from lmcli.data.byte_ranges import Document
 from lmcli.data.corpus import encode_documents
 from lmcli.data.documents import DocumentFormat, read_rows
 from lmcli.distributed.work_queue import LOCAL_POOL, WorkerPool
-from lmcli.evaluation.bootstrap import bootstrap_weights, percentile_interval
+from lmcli.evaluation.bootstrap import bootstrap_weights
+from lmcli.evaluation.intervals import bca_interval
 from lmcli.scoring.perplexity import Perplexity, ScoredDocument, not_finite, score_documents
 from lmcli.scoring.scorer import NATS_PER_BIT, Scorer
 
@@ -75,7 +76,7 @@ class PairedDifference:
     def interval(self) -> tuple[float, float] | None:
         """The 95 % interval of the difference, None below two documents. The same in every run.
 
-        By the percentile bootstrap over documents (Efron & Tibshirani 1993, §13).
+        By the BCa bootstrap over documents; None where all samples agree (see `intervals`).
         """
         used = self.bins[: min(self.documents, DOCUMENT_BINS)]
         if len(used) < 2:
@@ -83,7 +84,8 @@ class PairedDifference:
         counts = np.ones(len(used), dtype=np.int64)
         samples = bootstrap_weights(counts, INTERVAL_RESAMPLES, seed=0)
         sums = np.concatenate([weights @ used for weights in samples])
-        return percentile_interval(_difference(sums))
+        without = _difference(used.sum(axis=0) - used)
+        return bca_interval(self.difference, _difference(sums), without, np.ones(len(used)))
 
     def lines(self) -> list[DifferingLine]:
         """The lines whose bits differ most, the most different first."""

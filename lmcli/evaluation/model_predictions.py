@@ -18,6 +18,7 @@ from lmcli.scoring.scorer import ScoringInput
 
 # generating is slow: small batches show progress
 GENERATION_BATCH, OTHER_BATCH = 128, 512
+PROBABILITIES_AT_ONCE = 1_000_000
 Predictions = tuple[list[Prediction], int]  # for a batch; and how many records were truncated
 
 
@@ -49,6 +50,10 @@ class ModelPredictor:
             lambda batch: (number, name, [(r.inputs, r.row, r.file, r.line) for r in batch]),
         )
         size = GENERATION_BATCH if self._method() == self._generate else OTHER_BATCH
+        # a probability of each label of each record of a batch is held
+        size = min(
+            size, max(1, PROBABILITIES_AT_ONCE // max(1, len(self.model.model.config.labels)))
+        )
         started = time.perf_counter()
         for batch, (predictions, truncated) in pool.map_in_order(dataset.batches(size), task):
             self.seconds += time.perf_counter() - started

@@ -7,6 +7,7 @@ for each record, so that its mean is a rate.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,19 +16,26 @@ import numpy as np
 from lmcli.data.schema import sort_labels
 from lmcli.evaluation import label_metrics
 from lmcli.evaluation.bootstrap import (
+    FigureTable,
     PairedComparison,
     Statistics,
     SumMetric,
     bootstrap_intervals,
     compare,
+    compare_by_samples,
 )
+from lmcli.evaluation.intervals import Rate
 from lmcli.evaluation.label_metrics import FigureKey
 from lmcli.evaluation.predictions import EvalRecord
+from lmcli.evaluation.sparse_rows import SparseRows
 from lmcli.evaluation.text_metrics import TextMetric
 
 ALL_RECORDS = "(all)"  # the group of all records
 RECORDS_PER_CHUNK = 128
+CLASSES_AT_ONCE = 1000
 Labels = Sequence[Sequence[str]]  # for each record its labels, or its texts
+# records by (class, predicted label; None without one): only the pairs that occur
+Confusion = dict[tuple[str, str | None], int]
 
 
 class LabelCounts:
@@ -49,14 +57,14 @@ class LabelCounts:
         return {label for pair in self.pairs for labels in pair for label in labels}
 
     def statistics(self, classes: Sequence[str]) -> Statistics:
-        """The counts of `label_metrics.label_counts` over these classes."""
+        """The counts of `label_metrics.label_rows` over these classes."""
         class_index = {label: k for k, label in enumerate(classes)}
-        rows = [label_metrics.label_counts(*pair, class_index) for pair in self.pairs]
-        return Statistics(np.array(rows), np.array(self.index))
+        rows = label_metrics.label_rows(self.pairs, class_index)
+        return Statistics(rows, np.array(self.index, dtype=np.int64))
 
-    def metrics(self, classes: Sequence[str]) -> dict[FigureKey, SumMetric]:
-        """All metrics, also of single classes."""
-        return label_metrics.build_label_metrics(classes, self.multi_label)
+    def metrics(self) -> dict[FigureKey, SumMetric]:
+        """All metrics but those of single classes."""
+        return label_metrics.build_label_metrics(self.multi_label)
 
     def hits(self) -> dict[FigureKey, int]:
         """The column of each figure that is the mean of a column of 0 and 1."""
@@ -66,13 +74,17 @@ class LabelCounts:
         pairs = list(self.pairs)
         return [pairs[k] for k in np.array(self.index)[records]]
 
-    def confusion(self, records: np.ndarray, classes: Sequence[str]) -> list[list[int]] | None:
-        """The confusion matrix of some records; None with several labels for each record."""
+    def confusion(self, records: np.ndarray, classes: Sequence[str]) -> Confusion | None:
+        """How often each class got each label, in order; None with several labels a record."""
         if self.multi_label:
             return None
-        pairs = self._select(records)
-        true, predicted = [next(iter(t)) for t, _ in pairs], [next(iter(p), None) for _, p in pairs]
-        return label_metrics.confusion_matrix(true, predicted, classes)
+        place: dict[str | None, int] = {label: k for k, label in enumerate((*classes, None))}
+        counts = Counter(
+            (next(iter(true)), next(iter(predicted), None))
+            for true, predicted in self._select(records)
+        )
+        order = sorted(counts, key=lambda pair: (place[pair[0]], place[pair[1]]))
+        return {pair: counts[pair] for pair in order}
 
     def majority_accuracy(self, records: np.ndarray) -> float | None:
         """The accuracy of predicting the most frequent labels for each of these records."""
@@ -111,7 +123,7 @@ class TextCounts:
         rows = np.concatenate(self.rows)
         return Statistics(rows, np.arange(len(rows)))
 
-    def metrics(self, classes: Sequence[str]) -> dict[FigureKey, SumMetric]:
+    def metrics(self) -> dict[FigureKey, SumMetric]:
         """All metrics."""
         return {
             (name, None): _of_columns(metric, self.columns[source])
@@ -140,6 +152,9 @@ class TextCounts:
 
 
 def _of_columns(metric: SumMetric, columns: slice) -> SumMetric:
+    if isinstance(metric, Rate):
+        hits, count = metric.hits, metric.count
+        return Rate(lambda sums: hits(sums[:, columns]), lambda sums: count(sums[:, columns]))
     return lambda sums: metric(sums[:, columns])
 
 
@@ -184,9 +199,8 @@ class MetricValue:
 class SystemResult:
     """What was measured for a system on a group of records.
 
-    `confusion` has a row for each class and a last column for records without a prediction.
-    `never_predicted` are the classes that some record has and no prediction, `never_true` those
-    that some prediction has and no record.
+    `confusion` counts records by class and predicted label. `never_predicted` are the classes that
+    some record has and no prediction, `never_true` those that some prediction has and no record.
     """
 
     system: System
@@ -195,7 +209,7 @@ class SystemResult:
     empty: int
     classes: list[str]
     values: list[MetricValue]
-    confusion: list[list[int]] | None
+    confusion: Confusion | None
     majority_accuracy: float | None
     never_predicted: list[str]
     never_true: list[str]
@@ -221,29 +235,37 @@ def evaluate_systems(
     by_group = {name: np.array(members[name]) for name in sort_labels(members)}
     for name, records in (*by_group.items(), (ALL_RECORDS, np.arange(len(statistics[0])))):
         selected = [each.select(records) for each in statistics]
-        # whether each class (C,) is predicted and true in this group, for each system
-        counts = [label_metrics.class_counts(each.sums()) for each in selected] if classes else []
+        # how often each class (C,) is predicted and true in this group, for each system
+        sums = [each.sums() for each in selected]
+        counts = [label_metrics.class_counts(each) for each in sums] if classes else []
         occurring = [(predicted[0] > 0, true[0] > 0) for _, predicted, true in counts]
-        shown = [c for k, c in enumerate(classes) if any(p[k] or t[k] for p, t in occurring)]
+        shown = np.flatnonzero(np.any([p | t for p, t in occurring], 0) if occurring else [])
         for number, system in enumerate(systems):
             first = selected[0] if number else None
             figures = {
                 key: metric
-                for key, metric in system.counts.metrics(classes).items()
-                if _is_selected(key[0], metrics) and (key[1] is None or key[1] in shown)
+                for key, metric in system.counts.metrics().items()
+                if _is_selected(key[0], metrics)
             }
+            values = _values(system, figures, selected[number], first, resamples, seed)
+            if classes:
+                of_classes = [name for name in label_metrics.CLASS_METRICS if name in metrics]
+                values += _class_values(
+                    of_classes, classes, shown, selected[number], first, resamples, seed
+                )
             predicted, true = occurring[number] if classes else (np.zeros(0), np.zeros(0))
+            names = [classes[k] for k in shown]
             yield SystemResult(
                 system,
                 name,
                 len(records),
                 int(np.array(system.empty)[records].sum()),
-                shown,
-                _values(system, figures, selected[number], first, resamples, seed),
-                system.counts.confusion(records, shown) if "confusion" in metrics else None,
+                names,
+                values,
+                system.counts.confusion(records, names) if "confusion" in metrics else None,
                 system.counts.majority_accuracy(records),
-                [label for k, label in enumerate(classes) if true[k] and not predicted[k]],
-                [label for k, label in enumerate(classes) if predicted[k] and not true[k]],
+                [classes[k] for k in shown if true[k] and not predicted[k]],
+                [classes[k] for k in shown if predicted[k] and not true[k]],
             )
 
 
@@ -272,3 +294,71 @@ def _values(
         comparison = comparisons.get(key)
         values.append(MetricValue(*key, None if np.isnan(value) else value, low, high, comparison))
     return values
+
+
+def _class_values(
+    names: Sequence[str],
+    classes: Sequence[str],
+    shown: np.ndarray,
+    statistics: Statistics,
+    first: Statistics | None,
+    resamples: int,
+    seed: int,
+) -> list[MetricValue]:
+    """The named figures of the `shown` classes (numbers), compared with the `first` system's."""
+    figures = label_metrics.class_figures(statistics.sums())
+    compared = {}
+    if first is not None and names:
+        compared = compare_classes(first, statistics, names, shown, len(classes), resamples, seed)
+    values = []
+    for k in shown.tolist():
+        for name in names:
+            value, low, high = (_number(array[k]) for array in figures[name])
+            if not resamples:
+                low = high = None
+            values.append(MetricValue(name, classes[k], value, low, high, compared.get((name, k))))
+    return values
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def compare_classes(
+    first: Statistics,
+    second: Statistics,
+    names: Sequence[str],
+    shown: np.ndarray,
+    count: int,
+    resamples: int,
+    seed: int,
+) -> dict[tuple[str, int], PairedComparison]:
+    """The comparison of two systems for each (figure, class number), CLASSES_AT_ONCE at a time.
+
+    Memory stays the same for any number of classes; time grows with the records that have them.
+    """
+    comparisons: dict[tuple[str, int], PairedComparison] = {}
+    if len(first) < 2 or not resamples:
+        return comparisons
+    for start in range(0, len(shown), CLASSES_AT_ONCE):
+        block = shown[start : start + CLASSES_AT_ONCE]
+        # right, predicted and true of each class, after three columns of the record's own
+        columns = np.concatenate([3 + part * count + block for part in range(3)])
+        parts = (_select_columns(first, columns), _select_columns(second, columns))
+        keys = [(name, k) for name in names for k in block.tolist()]
+        table = FigureTable(keys, partial(_figures_of_block, names, len(block)))
+        comparisons |= compare_by_samples(*parts, table, resamples, seed)
+    return comparisons
+
+
+def _figures_of_block(names: Sequence[str], size: int, sums: np.ndarray) -> np.ndarray:
+    """The named figures of `size` classes (R, names · size) from sums (R, 3 · size)."""
+    counts = sums[:, :size], sums[:, size : 2 * size], sums[:, 2 * size :]
+    return np.concatenate([label_metrics.CLASS_METRICS[name](*counts) for name in names], 1)
+
+
+def _select_columns(statistics: Statistics, columns: np.ndarray) -> Statistics:
+    """The statistics of these columns; all records that add nothing to them share a row."""
+    assert isinstance(statistics.values, SparseRows)  # as LabelCounts makes them
+    values, place = statistics.values.select(columns).merged_empty()
+    return Statistics(values, place[statistics.index])

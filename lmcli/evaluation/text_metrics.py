@@ -12,7 +12,7 @@ import numpy as np
 from lmcli.data.squad import exact_match, token_f1
 from lmcli.errors import UserError
 from lmcli.evaluation.bootstrap import SumMetric
-from lmcli.evaluation.label_metrics import column_mean
+from lmcli.evaluation.label_metrics import column_mean, column_rate
 
 References = Sequence[Sequence[str]]  # for each record the texts that are right
 
@@ -119,11 +119,14 @@ def squad(version: int = 1) -> TextMetric:
     def rows(references: References, predictions: Sequence[str]) -> np.ndarray:
         return np.array([row(*each) for each in zip(references, predictions)])
 
-    figures = {"exact_match": column_mean(1, 0), "token_f1": column_mean(2, 0)}
+    figures: dict[str, SumMetric] = {
+        "exact_match": column_rate(1, 0),
+        "token_f1": column_mean(2, 0),
+    }
     if version == 2:
-        figures["exact_match_answerable"] = column_mean(4, 3)
+        figures["exact_match_answerable"] = column_rate(4, 3)
         figures["token_f1_answerable"] = column_mean(5, 3)
-        figures["exact_match_unanswerable"] = column_mean(7, 6)
+        figures["exact_match_unanswerable"] = column_rate(7, 6)
     name = "version:1.1" if version == 1 else "version:2.0"
     return TextMetric(rows, figures, lambda: name, {"exact_match": 1})
 
@@ -137,7 +140,7 @@ def identical() -> TextMetric:
             [[1.0, text.strip() in (right.strip() for right in texts)] for texts, text in pairs]
         )
 
-    return TextMetric(rows, {"identical": column_mean(1, 0)}, hits={"identical": 1})
+    return TextMetric(rows, {"identical": column_rate(1, 0)}, hits={"identical": 1})
 
 
 def first_likelier() -> TextMetric:
@@ -146,7 +149,7 @@ def first_likelier() -> TextMetric:
     def rows(references: References, predictions: Sequence[str]) -> np.ndarray:
         return np.array([[float(text != ""), float(text == "true")] for text in predictions])
 
-    return TextMetric(rows, {"first_likelier": column_mean(1, 0)}, hits={"first_likelier": 1})
+    return TextMetric(rows, {"first_likelier": column_rate(1, 0)}, hits={"first_likelier": 1})
 
 
 def select_text_metrics(

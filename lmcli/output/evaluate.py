@@ -1,18 +1,23 @@
 """`lm evaluate` output: figures of systems as TSV, JSON Lines or tables, and remarks on them."""
 
+import heapq
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lmcli.evaluation.bootstrap import PairedComparison
-from lmcli.evaluation.systems import ALL_RECORDS, MetricValue, SystemResult
+from lmcli.evaluation.intervals import FEW_RECORDS, Rate
+from lmcli.evaluation.systems import ALL_RECORDS, Confusion, MetricValue, SystemResult
 from lmcli.evaluation.tasks import Task
 
 COMPARISON_COLUMNS = ("difference", "difference_low", "difference_high", "p", "test")
 COSTS = ("parameters", "disk_bytes", "memory_bytes", "records_per_second")
 PERCENT_FIGURES = ("bleu", "chrf")  # from 0 to 100, others from 0 to 1
-MAX_CONFUSION_CLASSES = 20  # a larger matrix is not shown on a terminal
+MAX_CONFUSION_CLASSES = 20  # of a matrix on a terminal; with more, as many kinds of mistakes
+MAX_TABLE_LABELS = 40  # of a table of labels on a terminal
+MAX_MATRIX_CLASSES = 200  # of a matrix in JSON, whose size is their square
 MAX_LISTED_LABELS = 5
 TableData = tuple[list[str], list[list[str]]]  # header and rows
 
@@ -72,7 +77,7 @@ class EvaluationFormat:
         if labels:
             fields["labels"] = labels
         if result.confusion is not None:
-            fields["confusion"] = {"labels": result.classes, "counts": result.confusion}
+            fields["confusion"] = _confusion_fields(result.classes, result.confusion)
         signatures = result.system.counts.signatures()
         return {**fields, "signatures": signatures, "resamples": self.resamples, "seed": self.seed}
 
@@ -87,8 +92,13 @@ class EvaluationFormat:
         if any(value.label is not None for value in overall[0].values):
             yield self._labels(overall)
         for result in overall:
-            if result.confusion and len(result.classes) <= MAX_CONFUSION_CLASSES:
+            if not result.confusion:
+                continue
+            if len(result.classes) <= MAX_CONFUSION_CLASSES:
                 yield self._confusion(result, result.confusion)
+            elif rows := frequent_mistakes(result.confusion):
+                title = f"{result.system.name}: true" if self.many else "true"
+                yield [title, "predicted", "records"], rows
         if any(result.system.facts for result in overall):
             yield self._costs(overall)
 
@@ -133,23 +143,32 @@ class EvaluationFormat:
         names = list(
             dict.fromkeys(v.name for r in overall for v in r.values if v.label is not None)
         )
+        of_label: list[dict[str, dict[str, float | None]]] = [{} for _ in overall]
+        for values, result in zip(of_label, overall):
+            for value in result.values:
+                if value.label is not None:
+                    values.setdefault(value.label, {})[value.name] = value.value
         rows = []
-        for label in overall[0].classes:
-            for result in overall:
-                values = {v.name: v.value for v in result.values if v.label == label}
+        for label in frequent_labels(overall[0]):
+            for values, result in zip(of_label, overall):
                 system = [result.system.name] if self.many else []
-                rows.append([label, *system, *(_number(values[name], name) for name in names)])
-        return ["label", *(["system"] if self.many else []), *names], rows
+                cells = (_number(values[label][name], name) for name in names)
+                rows.append([label, *system, *cells])
+        title, count = "label", len(overall[0].classes)
+        if count > MAX_TABLE_LABELS:
+            title = f"label ({MAX_TABLE_LABELS} most frequent of {count:,})"
+        return [title, *(["system"] if self.many else []), *names], rows
 
-    def _confusion(self, result: SystemResult, confusion: list[list[int]]) -> TableData:
+    def _confusion(self, result: SystemResult, confusion: Confusion) -> TableData:
         corner = "true \\ predicted"
         header = [f"{result.system.name}: {corner}" if self.many else corner, *result.classes]
-        if any(counts[-1] for counts in confusion):
+        columns: list[str | None] = [*result.classes]
+        if any(predicted is None for _, predicted in confusion):
             header.append("(none)")
-        width = len(header) - 1
+            columns.append(None)
         rows = [
-            [label, *(f"{count:,}" for count in counts[:width])]
-            for label, counts in zip(result.classes, confusion)
+            [label, *(f"{confusion.get((label, predicted), 0):,}" for predicted in columns)]
+            for label in result.classes
         ]
         return header, rows
 
@@ -173,11 +192,43 @@ def tsv_rows(result: SystemResult) -> Iterator[dict[str, Any]]:
         yield blank | {"metric": name, "value": count}
     for value in result.values:
         yield blank | {"metric": value.name, "label": value.label, **_value_fields(value, True)}
-    for label, counts in zip(result.classes, result.confusion or ()):
-        for predicted, count in zip((*result.classes, None), counts):
-            if count:
-                cells = {"metric": "confusion", "label": label, "given": predicted, "value": count}
-                yield blank | cells
+    for (label, predicted), count in (result.confusion or {}).items():
+        cells = {"metric": "confusion", "label": label, "given": predicted, "value": count}
+        yield blank | cells
+
+
+def _confusion_fields(classes: Sequence[str], confusion: Confusion) -> dict[str, Any]:
+    """Labels and `counts`, a row for each label with a last column for no prediction.
+
+    With over MAX_MATRIX_CLASSES labels `cells` instead: [label, predicted, records] of the pairs
+    that occur, by the labels' numbers (null: no prediction).
+    """
+    if len(classes) <= MAX_MATRIX_CLASSES:
+        counts = [[confusion.get((true, p), 0) for p in (*classes, None)] for true in classes]
+        return {"labels": classes, "counts": counts}
+    number: dict[str | None, int | None] = {label: k for k, label in enumerate(classes)}
+    number[None] = None
+    cells = [[number[true], number[p], count] for (true, p), count in confusion.items()]
+    return {"labels": classes, "cells": cells}
+
+
+def frequent_mistakes(confusion: Confusion) -> list[list[str]]:
+    """[true, predicted, records] of the wrong predictions that occur most."""
+    wrong = [(count, pair) for pair, count in confusion.items() if pair[0] != pair[1]]
+    wrong = heapq.nlargest(MAX_CONFUSION_CLASSES, wrong, key=lambda item: item[0])
+    return [[true, given or "(none)", f"{count:,}"] for count, (true, given) in wrong]
+
+
+def frequent_labels(result: SystemResult) -> list[str]:
+    """The labels of a table, in order: all, or the most frequent of over MAX_TABLE_LABELS."""
+    if len(result.classes) <= MAX_TABLE_LABELS:
+        return result.classes
+    records: Counter[str] = Counter()
+    for (true, _), count in (result.confusion or {}).items():
+        records[true] += count
+    most = {label for label, _ in records.most_common(MAX_TABLE_LABELS)}
+    most |= set(result.classes[: MAX_TABLE_LABELS - len(most)])
+    return [label for label in result.classes if label in most]
 
 
 def _counts(result: SystemResult) -> dict[str, Any]:
@@ -246,8 +297,26 @@ def remarks(results: Sequence[SystemResult]) -> Iterator[str]:
                     f"{name}: {state}, so {figure} is undefined and averages count as 0: "
                     f"{_first_labels(labels)}"
                 )
+    if few := [r for r in results if r.records < FEW_RECORDS and _bootstrapped(r)]:
+        names = ", ".join(_bootstrapped(few[0])[:MAX_LISTED_LABELS])
+        yield (
+            f"the intervals of {names} are by the bootstrap, which is too narrow below "
+            f"{FEW_RECORDS} records (here {min(result.records for result in few)})"
+        )
     for metric, signature in overall[0].system.counts.signatures().items():
         yield f"{metric}: {signature}"
+
+
+def _bootstrapped(result: SystemResult) -> list[str]:
+    """The figures of all records whose interval or difference is by the bootstrap."""
+    metrics = result.system.counts.metrics()
+    return [
+        value.name
+        for value in result.values
+        if value.label is None
+        and value.low is not None
+        and not isinstance(metrics[value.name, None], Rate)
+    ]
 
 
 def _first_labels(labels: Sequence[str]) -> str:

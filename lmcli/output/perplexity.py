@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lmcli.data.documents import line_number
+from lmcli.evaluation.intervals import FEW_RECORDS
 from lmcli.evaluation.model_comparison import PairedDifference
 from lmcli.scoring.perplexity import PERPLEXITY_FIGURES, Perplexity
 
@@ -83,9 +84,15 @@ def remarks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             "not perplexity"
         )
     compared = [row for row in rows if row.get("difference") is not None]
-    if any(row["difference_low"] is None for row in compared):
+    if any(row["documents"] == 1 for row in compared):
         yield (
             "one document has no interval: use --documents line or blank to split a file into more"
+        )
+    few = [row["documents"] for row in compared if 1 < row["documents"] < FEW_RECORDS]
+    if few:
+        yield (
+            f"the intervals of differences are by the bootstrap, which is too narrow below "
+            f"{FEW_RECORDS} documents (here {min(few)})"
         )
     for row in compared:
         for line in row["differing"]:

@@ -10,7 +10,7 @@ from lmcli.data.output_file import escaped, json_line
 from lmcli.data.rows import Record, records_from_json, records_to_json
 from lmcli.data.schema import join_prefix
 from lmcli.distributed.work_queue import RemoteTask
-from lmcli.evaluation.bootstrap import wilson_interval
+from lmcli.evaluation.intervals import wilson_interval
 from lmcli.output.cells import cell, numbered, tsv_line
 from lmcli.scoring.scorer import NATS_PER_BIT, Score, Scorer, ScoringInput, Unit, choose
 

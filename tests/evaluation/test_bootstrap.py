@@ -11,8 +11,9 @@ from lmcli.evaluation.bootstrap import (
     compare,
     mcnemar,
     percentile_interval,
-    wilson_interval,
 )
+from lmcli.evaluation.intervals import Rate, newcombe_interval
+from lmcli.evaluation.sparse_rows import SparseRows
 
 MEAN = {"mean": lambda sums: sums[:, 0] / sums[:, 1]}
 
@@ -87,7 +88,7 @@ def test_mcnemar_of_many_records_does_not_underflow():
     assert 0 < mcnemar(np.ones(1000), np.zeros(1000)) < 1e-300
 
 
-def test_identical_systems_do_not_differ():
+def test_identical_systems_do_not_differ_and_show_no_spread():
     values = np.random.default_rng(2).normal(size=100)
     comparison = compare(statistics(values), statistics(values), MEAN, {}, 200, 0)["mean"]
     assert (
@@ -96,7 +97,7 @@ def test_identical_systems_do_not_differ():
         comparison.high,
         comparison.p,
         comparison.test,
-    ) == (0, 0, 0, 1, "randomization")
+    ) == (0, None, None, 1, "randomization")
 
 
 def test_records_are_resampled_in_pairs():
@@ -130,18 +131,61 @@ def test_the_randomization_test_against_all_possible_swaps():
     assert p == pytest.approx(0.25, abs=0.03)
 
 
-def test_rates_get_mcnemars_test():
+RATE = {"rate": Rate(lambda sums: sums[:, 0], lambda sums: sums[:, 1])}
+
+
+def test_rates_get_mcnemars_test_and_newcombes_interval():
     first, second = (np.random.default_rng(5).random((2, 60)) < 0.5).astype(float)
-    comparison = compare(shared_rows(first), shared_rows(second), MEAN, {"mean": 0}, 100, 0)["mean"]
+    comparison = compare(shared_rows(first), shared_rows(second), RATE, {"rate": 0}, 100, 0)["rate"]
     assert (comparison.p, comparison.test) == (mcnemar(first, second), "mcnemar")
+    counts = [int(((first == a) & (second == b)).sum()) for a in (1, 0) for b in (1, 0)]
+    assert (comparison.low, comparison.high) == newcombe_interval(*counts)
+
+
+def test_equal_rates_without_a_mistake_have_a_width():
+    right = np.ones(20)
+    each = bootstrap_intervals(shared_rows(right), RATE, 100, 0)["rate"]
+    assert each == (pytest.approx(0.838875, abs=1e-5), 1.0)
+    comparison = compare(shared_rows(right), shared_rows(right), RATE, {"rate": 0}, 100, 0)["rate"]
+    assert (comparison.difference, comparison.p) == (0, 1)
+    assert -0.2 < comparison.low == -comparison.high < -0.1
+
+
+def test_one_record_has_the_interval_of_a_rate_and_no_other():
+    assert bootstrap_intervals(shared_rows(np.ones(1)), RATE, 100, 0)["rate"][1] == 1
+    assert bootstrap_intervals(shared_rows(np.ones(1)), RATE, 0, 0) == {"rate": None}
+    nothing = Statistics(np.zeros((1, 2)), np.zeros(5, dtype=int))
+    assert bootstrap_intervals(nothing, RATE, 100, 0) == {"rate": None}
+
+
+@pytest.mark.parametrize("distinct", [3, 40, 2000])
+def test_sparse_rows_compute_as_dense_ones(distinct):
+    generator = np.random.default_rng(distinct)
+    dense = (generator.random((distinct, 30)) < 0.1).astype(float)
+    rows, columns = np.nonzero(dense)
+    starts = np.searchsorted(rows, np.arange(distinct + 1))
+    sparse = SparseRows(columns, starts, 30)
+    weights = generator.integers(0, 5, (4, distinct)).astype(float)
+    chosen = generator.integers(distinct, size=20)
+    some = np.array([7, 3, 29])
+    for result, expected in (
+        (sparse.weighted(weights), weights @ dense),
+        (
+            sparse.take(chosen).weighted(weights[:, :3].repeat(7, 1)[:, :20]),
+            weights[:, :3].repeat(7, 1)[:, :20] @ dense[chosen],
+        ),
+        (sparse.select(some).weighted(weights), weights @ dense[:, some]),
+        (np.stack([sparse.column(k) for k in range(30)], 1), dense),
+    ):
+        np.testing.assert_array_equal(result, expected)
+    index = generator.integers(distinct, size=200)
+    metrics = {"f": lambda sums: (sums[:, :9] / (1 + sums[:, 9:18])).mean(1)}
+    one, other = (
+        bootstrap_intervals(Statistics(v, index), metrics, 200, 0) for v in (sparse, dense)
+    )
+    assert one["f"] == pytest.approx(other["f"])
 
 
 def test_different_numbers_of_records_cannot_be_paired():
     with pytest.raises(ValueError, match="2 with 3"):
         compare(statistics(np.zeros(2)), statistics(np.zeros(3)), MEAN, {}, 10, 0)
-
-
-def test_wilson_intervals_by_hand_and_at_the_edges():
-    # rate 1/2, n 4, z 2: centre 1/2, width 2 √(1/16 + 1/16) / 2
-    assert wilson_interval(2, 4, z=2.0) == pytest.approx((0.5 - 0.125**0.5, 0.5 + 0.125**0.5))
-    assert wilson_interval(0, 5)[0] == 0 and wilson_interval(5, 5)[1] == 1

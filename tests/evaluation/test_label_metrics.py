@@ -1,13 +1,17 @@
 """Metrics of labels by hand, undefined values, and metrics whose library is missing."""
 
 import sys
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from lmcli.errors import UserError
-from lmcli.evaluation import label_metrics, text_metrics
-from lmcli.evaluation.label_metrics import build_label_metrics, label_counts
+from lmcli.evaluation import text_metrics
+from lmcli.evaluation.intervals import wilson_interval
+from lmcli.evaluation.label_metrics import build_label_metrics, class_figures, label_rows
+from lmcli.evaluation.systems import LabelCounts, System, evaluate_systems
 
 CLASSES = ("a", "b", "c")
 
@@ -15,12 +19,17 @@ CLASSES = ("a", "b", "c")
 def figures(pairs: list[tuple[str, str]], multi_label: bool = False) -> dict:
     """{(metric, class): value} of pairs (true, predicted); each letter is a label."""
     class_index = {label: k for k, label in enumerate(CLASSES)}
-    counts = [
-        label_counts(frozenset(true), frozenset(predicted), class_index)
-        for true, predicted in pairs
-    ]
-    metrics, sums = build_label_metrics(CLASSES, multi_label), sum(counts)[None]
-    return {key: float(metric(sums)[0]) for key, metric in metrics.items()}
+    labels = [(frozenset(true), frozenset(predicted)) for true, predicted in pairs]
+    sums = label_rows(labels, class_index).weighted(np.ones((1, len(pairs))))
+    values = {
+        key: float(metric(sums)[0]) for key, metric in build_label_metrics(multi_label).items()
+    }
+    of_classes = class_figures(sums)
+    return values | {
+        (name, label): float(figure.value[k])
+        for name, figure in of_classes.items()
+        for k, label in enumerate(CLASSES)
+    }
 
 
 def test_label_metrics_by_hand():
@@ -77,11 +86,52 @@ def test_multi_label_metrics_by_hand():
     ] == pytest.approx(2 / 4)
 
 
-def test_the_confusion_matrix_has_a_last_column_for_no_prediction():
-    assert label_metrics.confusion_matrix(["a", "a", "b"], ["b", None, "b"], ["a", "b"]) == [
-        [0, 1, 1],
-        [0, 1, 0],
+def test_confusions_are_in_the_order_of_classes_and_no_prediction_is_last():
+    counts = LabelCounts(False)
+    counts.add([["b"], ["a"], ["a"], ["b"]], [["b"], [], ["b"], ["b"]])
+    assert list(counts.confusion(np.arange(4), ["a", "b"]).items()) == [
+        (("a", "b"), 1),
+        (("a", None), 1),
+        (("b", "b"), 2),
     ]
+
+
+def test_intervals_of_classes_are_wilsons():
+    labels = [(frozenset("a"), frozenset("a"))] * 20 + [(frozenset("b"), frozenset("a"))] * 5
+    rows = label_rows(labels, {"a": 0, "b": 1})
+    of_classes = class_figures(rows.weighted(np.ones((1, 25))))
+    known = {"precision": wilson_interval(20, 25), "recall": wilson_interval(20, 20)}
+    for name, interval in known.items():
+        assert (of_classes[name].low[0], of_classes[name].high[0]) == pytest.approx(interval)
+    # F1 40/45; of the 25 records that are a or called a, 20 are both
+    low, high = wilson_interval(20, 25)
+    assert of_classes["f1"].value[0] == pytest.approx(40 / 45)
+    assert (of_classes["f1"].low[0], of_classes["f1"].high[0]) == pytest.approx(
+        (2 * low / (1 + low), 2 * high / (1 + high))
+    )
+    assert np.isnan(of_classes["precision"].low[1]) and of_classes["recall"].low[1] == 0
+
+
+def test_memory_and_time_grow_with_records_and_labels_not_with_their_square():
+    size = 5_000
+    counts = LabelCounts(False)
+    names = [f"label {k}" for k in range(size)]
+    counts.add([[name] for name in names], [[names[k // 2 * 2]] for k in range(size)])
+    tracemalloc.start()
+    started = time.process_time()
+    (result,) = evaluate_systems(
+        [System("it", counts, [False] * size)], (), ("accuracy", "f1", "recall", "confusion"), 5, 0
+    )
+    seconds, peak = time.process_time() - started, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # a matrix of records and labels takes 600 MB, and with 20,000 of each 9.6 GB
+    assert peak < 100e6 and seconds < 20
+    values = {(value.name, value.label): value.value for value in result.values}
+    assert values["accuracy", None] == 0.5 and len(result.confusion) == size
+    # of each pair of labels one has recall 1 and precision 1/2, the other has neither
+    assert values["f1_macro", None] == pytest.approx(1 / 3)
+    assert (values["recall", names[0]], values["recall", names[1]]) == (1, 0)
+    assert values["f1", names[0]] == pytest.approx(2 / 3)
 
 
 def test_bleu_and_chrf_are_100_for_a_copy_and_0_for_empty_texts():

@@ -122,9 +122,9 @@ def test_label_metrics_match_scikit_learn(sklearn, share):
         assert values["classes"] == labels
         check_classes(sklearn, values, true, predicted, numbers)
         matrix = sklearn.confusion_matrix(true, predicted, labels=numbers)
-        assert [row[:-1] for row in values["confusion"]] == matrix.tolist() and not any(
-            row[-1] for row in values["confusion"]
-        )
+        confusion = values["confusion"]
+        ours = [[confusion.get((a, b), 0) for b in (*labels, None)] for a in labels]
+        assert [row[:-1] for row in ours] == matrix.tolist() and not any(row[-1] for row in ours)
         assert (values["mcc", None] or 0) == pytest.approx(
             sklearn.matthews_corrcoef(true, predicted)
         )  # undefined is 0 there
