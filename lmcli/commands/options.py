@@ -232,7 +232,9 @@ budgets = _all_of(
     ),
 )
 batch_tokens = number(
-    "--batch-tokens", help="Tokens of one forward pass: changes speed, not results."
+    "--batch-tokens",
+    help="Tokens of one forward pass: changes speed; in bfloat16 and float16 also rounding, which "
+    "can change a generated text.",
 )
 generation_limits = _all_of(
     number("-n", "--max-new-tokens", help="New tokens at most.  [default: the folder's, else 256]"),
