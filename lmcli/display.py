@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lmcli.data.output_file import json_line
+from lmcli.text.characters import without_surrogates
 
 if TYPE_CHECKING:
     from lmcli.training.loop import Validation
@@ -78,7 +79,7 @@ def print_rows(
     """
     if as_json:
         for row in rows:
-            print(json_line(row), end="", flush=True)
+            print(json_line(without_surrogates(row)), end="", flush=True)
     elif sys.stdout.isatty():
         lines = [
             readable(row) if readable else {key: _cell(row[key]) for key in columns} for row in rows

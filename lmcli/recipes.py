@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +26,7 @@ BUDGETS = ("time", "tokens", "steps", "epochs")
 # further sections of a stored recipe.yaml, for `lm info` and `--validation`; training ignores them
 FACTS = ("versions", "data", "validation", "result", "choice", "base")
 MOST_DEPTH = 50
+MAX_BYTES = 1 << 26  # of a file; a recipe.yaml names the held-out ranges of its files
 OPENING_TOKENS = (
     yaml.FlowSequenceStartToken,
     yaml.FlowMappingStartToken,
@@ -183,7 +185,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
     MOST_DEPTH, which makes PyYAML very slow.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UsageError(f"has more than {MAX_BYTES / 1e6:.0f} MB", where=str(path))
+        # PyYAML knows UTF-16 by its byte order mark too
+        text = data.decode("utf-16" if data[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig")
         depth = 0
         for token in yaml.scan(text):
             if isinstance(token, yaml.AliasToken):

@@ -68,7 +68,7 @@ def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
         raise UserError(f"holds no {file.name}", where=str(file.parent), hint=hint)
     with user_errors(file, "read"):
         try:
-            document = json.loads(file.read_text(encoding="utf-8"))
+            document = json.loads(file.read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"is not JSON: {error}", where=str(file)) from error
     if not isinstance(document, dict):

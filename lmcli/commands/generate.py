@@ -124,18 +124,13 @@ def generate(args: options.Arguments) -> None:
 
 
 def _check(args: options.Arguments) -> None:
-    """Raises UsageError for missing prompts, an empty --stop, and text that is not UTF-8."""
+    """Raises UsageError for missing prompts and an empty --stop."""
     if args.pool.is_leader and not args.prompts and sys.stdin.isatty():
         raise click.UsageError(
             "no prompt: give one, or pipe prompts in", click.get_current_context()
         )
     if "" in args.stop:
         raise UsageError("must not be empty", where="--stop", hint="leave it out")
-    # Python decodes invalid bytes of arguments as these surrogates
-    if any(
-        "\udc80" <= letter <= "\udcff" for text in (*args.prompts, *args.stop) for letter in text
-    ):
-        raise UsageError("invalid UTF-8 in an argument", hint="pipe the text in, with --on-error")
 
 
 def _write(

@@ -3,8 +3,9 @@
 import functools
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ def command(examples: str) -> Callable[[Callable[[Arguments], Any]], click.Comma
     def decorate(function: Callable[[Arguments], Any]) -> click.Command:
         @functools.wraps(function)
         def callback(**values: Any) -> Any:
+            _refuse_invalid_text(values)
             return function(Arguments(**values))
 
         epilog = f"\b\nExamples:\n{examples.strip(chr(10))}"
@@ -89,6 +91,27 @@ class Command(click.Command):
                     f"{name} is given {len(texts)} values: {' and '.join(map(str, texts))}",
                     hint="give one of them",
                 )
+
+
+PATHS = re.compile(r"\b(FILE|DIR|DATA|MODEL|GLOB)\b")  # in the metavar of what names files
+
+
+def _refuse_invalid_text(values: Mapping[str, Any]) -> None:
+    """Raises UsageError for arguments with bytes that are not UTF-8, unless they name files."""
+    from lmcli.text.characters import SURROGATE
+
+    for parameter in click.get_current_context().command.params:
+        if PATHS.search(parameter.metavar or ""):
+            continue
+        value = values.get(parameter.name or "")
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(text, str) and SURROGATE.search(text) for text in texts):
+            argument = isinstance(parameter, click.Argument)
+            raise UsageError(
+                "invalid UTF-8 in an argument",
+                where=None if argument else parameter.opts[0],
+                hint="pipe the text in, with --on-error" if argument else "write it in UTF-8",
+            )
 
 
 class Duration(click.ParamType):

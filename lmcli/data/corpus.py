@@ -272,13 +272,13 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 def _join_pieces(pieces: Iterable[Piece], max_characters: float) -> Iterator[Piece]:
     """Each document as one piece; longer ones as pieces of about `max_characters`."""
     texts: list[str] = []
-    size = 0
+    size = file_bytes = 0
     for piece in pieces:
         texts.append(piece.text)
-        size += len(piece.text)
+        size, file_bytes = size + len(piece.text), file_bytes + piece.size
         if piece.last or size >= max_characters:
-            yield Piece("".join(texts), piece.document, piece.last)
-            texts, size = [], 0
+            yield Piece("".join(texts), piece.document, piece.last, file_bytes)
+            texts, size, file_bytes = [], 0, 0
 
 
 # -- building a corpus
@@ -319,8 +319,9 @@ def _key(
     eos: int | None,
 ) -> str:
     version = 1 if tokenizer.split_safe else (1, WHOLE_CHARACTERS)
+    marks = () if doc_format.keep_marks else ("line ends are \\n",)
     digest = hashlib.sha256(
-        repr((version, tokenizer.hash, eos, doc_format.fields, doc_format.format)).encode()
+        repr((version, tokenizer.hash, eos, doc_format.fields, doc_format.format, *marks)).encode()
     )
     for document in documents:
         digest.update(f"{hashes[document.file]} {document.start} {document.end}\n".encode())
@@ -329,7 +330,7 @@ def _key(
 
 @dataclass
 class _Progress:
-    """What is written: whole documents, text bytes of the next one (`inside`), and totals."""
+    """What is written: whole documents, bytes of the file of the next (`inside`), and totals."""
 
     documents: int = 0
     inside: int = 0
@@ -369,7 +370,7 @@ def _write(
             out.write(ids.tobytes())
             done.tokens += len(ids)
             done.bytes += len(data)
-            done.inside += len(data)
+            done.inside += piece.size
             if piece.last:
                 out.write(eos_bytes)
                 done.tokens += int(eos is not None)

@@ -13,30 +13,32 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 from zlib import crc32
 
 import numpy as np
 
 from lmcli.data.byte_ranges import Document, DocumentLabels, Documents
-from lmcli.data.files import open_bytes
+from lmcli.data.files import open_bytes, text_chunks
 from lmcli.data.rows import (
     CHUNK_BYTES,
     TABLES,
+    Line,
     bad_record,
+    checked_chunks,
     display_name,
     file_format,
     parse_header,
     parse_row,
-    split_lines,
+    read_lines,
 )
 from lmcli.data.schema import PairSchema, SquadExample, pair_schema, row_labels, row_text
 from lmcli.data.schema import squad_example as row_squad_example
 from lmcli.errors import UsageError, UserError
 from lmcli.ownership import create, temporary_name
 from lmcli.storage import cache_folder, user_errors
-from lmcli.text.splitting import PIECE_CHARS, SAFE_CUT
+from lmcli.text.splitting import PIECE_CHARS, SAFE_CUT, SAFE_CUT_CRLF, cut_position
 
 SEPARATOR = b"<|endoftext|>"
 # of the hash by which documents are held out, in recipe.yaml; the same for each train.seed, so that
@@ -54,7 +56,8 @@ class DocumentFormat:
     `format` and `fields` are those of RowReader. `label` names the field of labels, of which a row
     has one or, with `multi_label`, any number. `paired`: `fields` are those of a PairSchema, and
     neither text may be blank. `answers` names the field of answers to questions; `fields` are then
-    the context and the question. `on_error` is stop or skip.
+    the context and the question. `on_error` is stop or skip. `keep_marks`: a text has the byte
+    order mark at its start and the CR of CR LF, as in older runs.
     """
 
     documents: str = "file"
@@ -65,6 +68,7 @@ class DocumentFormat:
     multi_label: bool = False
     paired: bool = False
     answers: str = ""
+    keep_marks: bool = False
 
     def has_rows(self, file: str) -> bool:
         """True if the file is JSON Lines, TSV or CSV."""
@@ -113,7 +117,7 @@ def _row_parser(file: str, doc_format: DocumentFormat) -> Callable[[bytes], dict
     """Parses lines of a file of rows; of a table it reads the header first."""
     format, columns = file_format(file, doc_format.format), []
     if format in TABLES:
-        header = next((line for _, _, line in _lines(file)), b"")
+        header = next(_lines(file, doc_format), Line(b"", True, 1, 0))
         columns = parse_header(header, format, file)
 
     def parse(line: bytes) -> dict[str, Any]:
@@ -195,9 +199,9 @@ def first_rows(
         rows: list[dict[str, Any]] = []
         with user_errors(file, "read"):
             parse = _row_parser(file, doc_format)
-            for _, _, line in _row_lines(file, doc_format):
+            for line in _row_lines(file, doc_format):
                 with suppress(ValueError):
-                    rows.append(parse(line))
+                    rows.append(parse(line.text))
                 if len(rows) == count:
                     break
         if rows:
@@ -207,10 +211,10 @@ def first_rows(
 
 def _row_lines(
     file: str, doc_format: DocumentFormat, digest: "hashlib._Hash | None" = None
-) -> Iterator[tuple[int, int, bytes]]:
+) -> Iterator[Line]:
     """The `_lines` of a file of rows, without a table's header."""
     has_header = file_format(file, doc_format.format) in TABLES
-    return islice(_lines(file, digest), int(has_header), None)
+    return islice(_lines(file, doc_format, digest), int(has_header), None)
 
 
 def _scan(
@@ -229,9 +233,9 @@ def _scan(
                     hint="leave it out, or name its format with --format jsonl, tsv or csv",
                 )
             elif doc_format.documents == "file":
-                yield from _scan_texts(file, digest)
+                yield from _scan_texts(file, doc_format, digest)
             else:
-                yield from _scan_lines(file, doc_format.documents == "line", digest)
+                yield from _scan_lines(file, doc_format, digest)
         found.hashes[file] = digest.hexdigest()
 
 
@@ -239,7 +243,7 @@ def _scan_rows(
     file: str, doc_format: DocumentFormat, digest: "hashlib._Hash", found: _Findings
 ) -> Iterator[tuple[Document, int]]:
     parse = _row_parser(file, doc_format)
-    for number, start, line in _row_lines(file, doc_format, digest):
+    for line, _, number, start in _row_lines(file, doc_format, digest):
         try:
             texts, labels = doc_format.content(parse(line))
         except ValueError as error:
@@ -256,10 +260,13 @@ def _scan_rows(
         yield Document(file, start, start + len(line)), text_hash
 
 
-def _scan_lines(file: str, single: bool, digest: "hashlib._Hash") -> Iterator[tuple[Document, int]]:
-    """Ranges of the lines that are not blank, `single` or joined to paragraphs."""
+def _scan_lines(
+    file: str, doc_format: DocumentFormat, digest: "hashlib._Hash"
+) -> Iterator[tuple[Document, int]]:
+    """Ranges of the lines that are not blank, single ones or joined to paragraphs."""
+    single = doc_format.documents == "line"
     begin, end, text_hash = -1, 0, 0
-    for number, start, line in _lines(file, digest):
+    for line, _, number, start in _lines(file, doc_format, digest):
         try:
             line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -274,11 +281,22 @@ def _scan_lines(file: str, single: bool, digest: "hashlib._Hash") -> Iterator[tu
         yield Document(file, begin, end), text_hash
 
 
-def _scan_texts(file: str, digest: "hashlib._Hash") -> Iterator[tuple[Document, int]]:
+def _scan_texts(
+    file: str, doc_format: DocumentFormat, digest: "hashlib._Hash"
+) -> Iterator[tuple[Document, int]]:
     """Ranges between <|endoftext|> marks; line ends right after a mark belong to the mark."""
-    begin = position = 0
+    with open_bytes(file) as handle:
+        bom, chunks = text_chunks(handle, file, CHUNK_BYTES, doc_format.keep_marks)
+        digest.update(bom)
+        yield from _between_marks(file, len(bom), checked_chunks(file, chunks, digest))
+
+
+def _between_marks(
+    file: str, begin: int, chunks: Iterable[bytes]
+) -> Iterator[tuple[Document, int]]:
+    position = begin
     buffer, blank, after_mark, text_hash = b"", True, False, 0
-    for chunk in _checked_chunks(file, digest):
+    for chunk in chunks:
         buffer += chunk
         while True:
             if after_mark:  # and still so, when more line ends may come with the next chunk
@@ -296,67 +314,47 @@ def _scan_texts(file: str, digest: "hashlib._Hash") -> Iterator[tuple[Document, 
         tail = len(SEPARATOR) - 1
         blank = blank and not buffer[:-tail].strip()
         position += max(0, len(buffer) - tail)
-        text_hash = crc32(buffer[:-tail], text_hash)
+        text_hash = crc32(buffer[:-tail].replace(b"\r", b""), text_hash)
         buffer = buffer[-tail:]
     if not (blank and not buffer.strip()):
-        yield Document(file, begin, position + len(buffer)), crc32(buffer, text_hash)
+        yield (
+            Document(file, begin, position + len(buffer)),
+            crc32(buffer.replace(b"\r", b""), text_hash),
+        )
 
 
-def _chunks(file: str, digest: "hashlib._Hash | None" = None) -> Iterator[bytes]:
+def _lines(
+    file: str, doc_format: DocumentFormat, digest: "hashlib._Hash | None" = None
+) -> Iterator[Line]:
+    format = file_format(file, doc_format.format)
     with open_bytes(file) as handle:
-        while chunk := handle.read(CHUNK_BYTES):
-            if digest is not None:
-                digest.update(chunk)
-            yield chunk
-
-
-def _lines(file: str, digest: "hashlib._Hash | None" = None) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, byte offset, line without its \\n)"""
-    number = offset = 0
-    for lines in split_lines(_chunks(file, digest)):
-        for line, _ in lines:
-            number += 1
-            yield number, offset, line
-            offset += len(line) + 1
-
-
-def _checked_chunks(file: str, digest: "hashlib._Hash") -> Iterator[bytes]:
-    """The chunks of a file. Raises UserError, which names the line, where it is not UTF-8."""
-    decoder, lines = codecs.getincrementaldecoder("utf-8")(), 1
-    for chunk in chain(_chunks(file, digest), [b""]):  # b"": the end
-        try:
-            decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            number = lines + error.object[: error.start].count(b"\n")
-            raise UserError(
-                "invalid UTF-8",
-                where=f"{display_name(file)}, line {number}",
-                hint="only UTF-8 text can be read; iconv -f LATIN1 -t UTF-8 converts one",
-            ) from error
-        lines += chunk.count(b"\n")
-        if chunk:
-            yield chunk
+        for lines in read_lines(handle, file, format, digest, keep_marks=doc_format.keep_marks):
+            yield from lines
 
 
 # -- the text of documents
 
 
 class Piece(NamedTuple):
-    """Part of a document's text, cut where no token can span the cut; `last` on the last piece."""
+    """Part of a document's text, cut where no token can span the cut; `last` on the last piece.
+
+    Of a text, `size` is the bytes of the file that it takes.
+    """
 
     text: str
     document: Document
     last: bool
+    size: int
 
 
 def read_pieces(documents: Iterable[Document], doc_format: DocumentFormat) -> Iterator[Piece]:
     """The text of the documents in order, in pieces of about PIECE_CHARS characters."""
     parser = cache(partial(_row_parser, doc_format=doc_format))
     for document, chunks in _contents(documents):
-        if doc_format.has_rows(document.file):
+        if has_rows := doc_format.has_rows(document.file):
             row = parser(document.file)(b"".join(chunks))
             chunks = iter([doc_format.text(row).encode("utf-8")])
-        yield from _cut(chunks, document)
+        yield from _cut(chunks, document, has_rows or doc_format.keep_marks)
 
 
 def read_rows(
@@ -400,17 +398,25 @@ def _range_chunks(handle: BinaryIO, document: Document) -> Iterator[bytes]:
         yield chunk
 
 
-def _cut(chunks: Iterable[bytes], document: Document) -> Iterator[Piece]:
+def _cut(chunks: Iterable[bytes], document: Document, keep_cr: bool = True) -> Iterator[Piece]:
+    """The pieces of a text; unless `keep_cr`, its line ends \\r\\n become \\n."""
     decoder, text, searched = codecs.getincrementaldecoder("utf-8")(), "", 0
+    safe_cut = SAFE_CUT if keep_cr else SAFE_CUT_CRLF
+
+    def piece(text: str, last: bool) -> Piece:
+        crs = 0 if keep_cr else text.count("\r\n")
+        size = len(text.encode("utf-8"))
+        return Piece(text.replace("\r\n", "\n") if crs else text, document, last, size)
+
     for chunk in chunks:
         text += decoder.decode(chunk)
         start = 0
-        while cut := SAFE_CUT.search(text, max(start + PIECE_CHARS, searched)):
-            yield Piece(text[start : cut.start()], document, False)
-            start = cut.start()
+        while at := cut_position(text, start, max(PIECE_CHARS, searched - start), safe_cut):
+            yield piece(text[start:at], False)
+            start = at
         text = text[start:]
         searched = max(0, len(text) - 1)  # a text without a cut is searched once, not once a chunk
-    yield Piece(text + decoder.decode(b"", final=True), document, True)
+    yield piece(text + decoder.decode(b"", final=True), True)
 
 
 def line_number(file: str, at: int) -> int:

@@ -1,5 +1,6 @@
 """Files as streams of bytes: plain, .gz, .zst, and rows of .parquet as JSON Lines."""
 
+import codecs
 import gzip
 import importlib
 import io
@@ -7,7 +8,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +18,33 @@ from lmcli.errors import UserError
 from lmcli.storage import user_errors
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")  # may follow the suffix that names the format
-COMPRESSED_BYTES = 1 << 16  # read at once; the content may be some hundred times as much
+COMPRESSED_BYTES = 1 << 16  # read at once
 PARQUET_ROWS = 1024  # converted at once
 HEAD_BYTES = 1 << 16  # by which text is told from binary data
+# how text in other encodings may begin, and the name that iconv has for it; the longer ones first
+ENCODING_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+# how compressed files begin, and what turns them into text
+COMPRESSED_MARKS = (
+    (b"\x1f\x8b\x08", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"PK\3\4", "unzip"),
+)
+FREQUENT = (
+    "\n .,\u3001\u3002\uff0c"  # characters that any text in UTF-16 has among its first thousand
+)
+
+
+def display_name(file: str) -> str:
+    """The name of an input in messages and results; bytes that are not UTF-8 show as U+FFFD."""
+    if file == "-":
+        return "standard input"
+    return file if file.isascii() else os.fsencode(file).decode("utf-8", "replace")
 
 
 def open_bytes(name: str) -> BinaryIO:
@@ -46,7 +71,7 @@ class _Gzip(gzip.GzipFile):
     def read(self, size: int | None = -1) -> bytes:
         try:
             return super().read(size)
-        except (EOFError, zlib.error) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise _damaged("gzip data", error, self.name) from error
 
 
@@ -87,21 +112,70 @@ class _ChunkStream(io.RawIOBase):
 
 
 def _zst_content(name: str) -> Iterator[bytes]:
-    """The content of all frames; an incomplete last one is damage."""
+    """The content of all frames, a block at a time; an incomplete last frame is damage.
+
+    A block of a few bytes may hold 128 KB, so more than one block could fill the memory. The format
+    is RFC 8878.
+    """
     new_frame, error_type = _zst_library(name)
-    with open(name, "rb", buffering=0) as handle:
-        frame, inside = new_frame(), False
-        while data := handle.read(COMPRESSED_BYTES):
-            while data:
-                try:
-                    content = frame.decompress(data)
-                except error_type as error:
-                    raise _damaged("zstd data", error, name) from error
-                inside, data = not frame.eof, frame.unused_data if frame.eof else b""
-                frame = frame if inside else new_frame()
-                yield content
-    if inside:
-        raise _damaged("zstd data", "it ends too early", name)
+    with open(name, "rb") as handle:
+
+        def take(size: int) -> bytes:
+            if len(data := handle.read(size)) < size:
+                raise _damaged("zstd data", "it ends too early", name)
+            return data
+
+        while start := handle.read(1):
+            magic = start + take(3)
+            if magic[0] & 0xF0 == 0x50 and magic[1:] == ZST_SKIPPABLE:
+                for size in _portions(int.from_bytes(take(4), "little")):
+                    take(size)
+                continue
+            if magic != ZST_FRAME:
+                place = f"no frame begins at byte {handle.tell() - 3:,}"
+                raise _damaged("zstd data", place, name)
+            header, has_checksum = _zst_header(take, name)
+            frame = new_frame()
+            try:
+                yield frame.decompress(magic + header)
+                last = False
+                while not last:
+                    block = take(3)
+                    fields = int.from_bytes(block, "little")
+                    last, is_run = bool(fields & 1), fields >> 1 & 3 == 1
+                    yield frame.decompress(block + take(1 if is_run else fields >> 3))
+                if has_checksum:
+                    yield frame.decompress(take(4))
+            except error_type as error:
+                raise _damaged("zstd data", error, name) from error
+
+
+ZST_FRAME, ZST_SKIPPABLE = b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18"
+ZST_WINDOW = 1 << 27  # bytes; the library's limit
+
+
+def _zst_header(take: Callable[[int], bytes], name: str) -> tuple[bytes, bool]:
+    """(the rest of a frame's header, whether a checksum ends the frame); UserError: huge window."""
+    descriptor = take(1)
+    flags = descriptor[0]
+    single_segment = flags >> 5 & 1
+    sizes = (single_segment, 2, 4, 8)[flags >> 6], (0, 1, 2, 4)[flags & 3]
+    rest = take((not single_segment) + sum(sizes))
+    if not single_segment:
+        window = (8 + (rest[0] & 7)) << (rest[0] >> 3) + 7
+        if window > ZST_WINDOW:
+            raise UserError(
+                f"needs {window / 1e6:,.0f} MB of memory, more than {ZST_WINDOW / 1e6:.0f} MB",
+                where=name,
+                hint="compress it with zstd --long=27 at most",
+            )
+    return descriptor + rest, bool(flags >> 2 & 1)
+
+
+def _portions(size: int) -> Iterator[int]:
+    """The size in portions that fit into memory."""
+    for start in range(0, size, COMPRESSED_BYTES):
+        yield min(COMPRESSED_BYTES, size - start)
 
 
 def _zst_library(name: str) -> tuple[Callable[[], Any], type[Exception]]:
@@ -146,6 +220,117 @@ def _import(module: str, extra: str, name: str) -> ModuleType:
 
 def _damaged(what: str, error: Exception | str, name: str) -> OSError:
     return OSError(5, f"damaged {what} ({' '.join(str(error).split())})", name)
+
+
+# -- the beginning of a text
+
+
+def text_chunks(
+    handle: BinaryIO, name: str, size: int, keep_mark: bool = False, nul_separated: bool = False
+) -> tuple[bytes, Iterator[bytes]]:
+    """(a UTF-8 byte order mark at the start of a stream, or b""; chunks of what follows it).
+
+    With `keep_mark` it is part of the chunks. Raises UserError for text in UTF-16 or UTF-32 and for
+    compressed data. Texts that are `nul_separated` may look like UTF-16.
+    """
+    head = handle.read(size)
+    marks = (codecs.BOM_UTF8, *(mark for mark, _ in ENCODING_MARKS))
+    while any(mark != head and mark.startswith(head) for mark in marks):
+        if not (more := handle.read(size)):
+            break
+        head += more
+    refuse_other_encoding(head[:4] if nul_separated else head, name)
+    mark = codecs.BOM_UTF8 if head.startswith(codecs.BOM_UTF8) and not keep_mark else b""
+
+    def chunks() -> Iterator[bytes]:
+        if rest := head[len(mark) :]:
+            yield rest
+        while chunk := handle.read(size):
+            yield chunk
+
+    return mark, chunks()
+
+
+def limited(chunks: Iterable[bytes], name: str, limit: int) -> Iterator[bytes]:
+    """The chunks; UserError once they have more bytes than the limit."""
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        if size > limit:
+            raise UserError(
+                f"more than {limit / 1e6:,.0f} MB for one text",
+                where=display_name(name),
+                hint="give less at once",
+            )
+        yield chunk
+
+
+def refuse_other_encoding(head: bytes, name: str) -> None:
+    """Raises UserError for the beginning of UTF-16, UTF-32 or compressed data: what converts it."""
+    where, plain = display_name(name), name != "-" and not name.endswith(COMPRESSED_SUFFIXES)
+    file = f" {display_name(name)}" if plain else ""
+    for mark, tool in COMPRESSED_MARKS:
+        if head.startswith(mark):
+            command = f"{tool} -dc{file}" if tool != "unzip" else f"unzip -p{file}"
+            raise UserError(
+                f"is {tool.removeprefix('un')} data, not text",
+                where=where,
+                hint=f"decompress it: {command} | lm …",
+            )
+    if encoding := other_encoding(head):
+        raise UserError(
+            f"is {encoding} text, and only UTF-8 can be read",
+            where=where,
+            hint=f"convert it: iconv -f {encoding} -t UTF-8{file} > NEW_FILE",
+        )
+
+
+def other_encoding(head: bytes) -> str:
+    """The encoding, UTF-16 or UTF-32, of text that begins like this; "" for any other data.
+
+    Without a byte order mark: by the bytes 0 of ASCII characters, or where it is not UTF-8 by the
+    most frequent characters.
+    """
+    for mark, name in ENCODING_MARKS:
+        if head.startswith(mark):
+            return name
+    head = head[: min(len(head), HEAD_BYTES) // 4 * 4]
+    if len(head) < 8 or (head.isascii() and b"\0" not in head):
+        return ""
+    # UTF-32: no character above U+10FFFF
+    if not any(head[3::4]) and max(head[2::4]) <= 0x10 and any(head[::4]):
+        return "UTF-32LE"
+    if not any(head[::4]) and max(head[1::4]) <= 0x10 and any(head[3::4]):
+        return "UTF-32BE"
+    # UTF-16
+    even, odd = (head[i::2].count(0) / len(head[i::2]) for i in (0, 1))
+    little, big = (_frequent_share(head, name) for name in ("utf-16-le", "utf-16-be"))
+    if min(even, odd) < 0.02 and max(even, odd) > 0.7:
+        return "UTF-16LE" if odd > even else "UTF-16BE"
+    # Cyrillic or Greek in UTF-16 is valid UTF-8; Chinese has bytes 0 on both sides
+    utf_8 = _is_utf8(head)
+    if (utf_8 and (not odd or not even) and max(little, big) > 0.03) or (
+        not utf_8 and max(little, big) > 0.01
+    ):
+        return "UTF-16LE" if little > big else "UTF-16BE"
+    return ""
+
+
+def _is_utf8(head: bytes) -> bool:
+    """True if UTF-8 begins like this; its last character may be incomplete."""
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start > len(head) - 4 and error.reason == "unexpected end of data"
+    return True
+
+
+def _frequent_share(head: bytes, encoding: str) -> float:
+    text = head.decode(encoding, "replace")
+    return sum(map(text.count, FREQUENT)) / max(1, len(text))
+
+
+# -- files of arguments
 
 
 def expand(
@@ -198,10 +383,10 @@ def _is_text(name: str) -> bool:
             head = handle.read(HEAD_BYTES)
     except OSError:
         return False
-    if b"\0" in head:
+    if b"\0" in head or not head.removeprefix(codecs.BOM_UTF8):
         return False
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:  # fine if only a last character is incomplete
         return error.start > len(head) - 4 and len(head) == HEAD_BYTES
-    return bool(head)
+    return True

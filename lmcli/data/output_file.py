@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from lmcli import ownership
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import user_errors
+from lmcli.text.characters import without_surrogates
 
 # for text that must stay on one line of a TSV or of piped output
 ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
@@ -71,8 +72,10 @@ class OutputFile:
 
     def write(self, text: str) -> None:
         """Appends text as UTF-8."""
-        # a JSON field may hold a lone surrogate: \ud800, as in the input
-        data = text.encode("utf-8", "backslashreplace")
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError:  # the name of a file, or a text from Python
+            data = without_surrogates(text).encode("utf-8")
         with user_errors(self.path or "standard output", "write"):
             self.file.write(data)
 

@@ -1,22 +1,29 @@
 """Lines of text, JSON Lines, TSV or CSV → rows and records: the one row parser."""
 
+import codecs
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from lmcli.data.files import COMPRESSED_SUFFIXES, open_bytes
+from lmcli.data.files import COMPRESSED_SUFFIXES, display_name, open_bytes, text_chunks
 from lmcli.data.schema import row_text
 from lmcli.errors import UserError
 from lmcli.storage import user_errors
+from lmcli.text.characters import without_surrogates
 
 CHUNK_BYTES = 1 << 18
+MAX_LINE_BYTES = 1 << 28  # of one record: more than real ones have, and what a laptop can hold
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".tsv": "tsv", ".csv": "csv", ".parquet": "jsonl"}
-TABLES = ("tsv", "csv")  # formats whose first line names the columns
+MAX_TEXT_LINE_BYTES = 1 << 30  # of a text that is read as a stream
+DELIMITERS = {"tsv": b"\t", "csv": b","}
+TABLES = tuple(DELIMITERS)  # formats whose first line names the columns
 
 
 def file_format(file: str, format: str) -> str:
@@ -51,6 +58,8 @@ def parse_json_row(line: str) -> dict[str, Any]:
     """
     try:
         row = json.loads(line, parse_constant=lambda _: None)
+        if "\\ud" in line.lower():  # else no text can have half a surrogate pair
+            row = without_surrogates(row)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -61,44 +70,206 @@ def parse_json_row(line: str) -> dict[str, Any]:
 
 
 def split_cells(line: str, format: str) -> list[str]:
-    """The cells of one line of a table: TSV is never quoted, CSV is quoted by ".
+    """The cells of one row of a table: TSV is never quoted, CSV is quoted by " as in RFC 4180.
 
-    Raises ValueError for a quoted cell that continues in the next line.
+    Raises ValueError for a cell with text after its closing quote.
     """
     if format == "tsv":
         return line.rstrip("\r").split("\t")
     try:
+        csv.field_size_limit(MAX_LINE_BYTES)
         return next(csv.reader([line], strict=True), [])
     except csv.Error as error:
         raise ValueError(f"is no whole CSV row: {error}") from None
 
 
-def parse_header(line: bytes, format: str, file: str) -> list[str]:
+def parse_header(line: "Line", format: str, file: str) -> list[str]:
     """The column names in the first line of a table. Raises UserError for broken CSV."""
     try:
-        return split_cells(line.decode("utf-8", "replace"), format)
+        return split_cells(line.text.decode("utf-8", "replace"), format)
     except ValueError as error:
-        raise bad_record(error, file, 1) from error
+        raise bad_record(error, file, line.number) from error
 
 
 class Line(NamedTuple):
-    """The bytes of a line without its \\n; `newline` is False on a last line that has none."""
+    """A line without its end, its number from 1, and the byte of the file where it starts.
+
+    `newline` is False on a last line that has none. A row of CSV may have several lines.
+    """
 
     text: bytes
     newline: bool
+    number: int
+    start: int
 
 
-def split_lines(chunks: Iterable[bytes]) -> Iterator[list[Line]]:
-    """The lines of each chunk, split at \\n only; the pieces of a long line are joined once."""
+def read_lines(
+    handle: BinaryIO,
+    file: str,
+    format: str,
+    digest: Any = None,
+    keep_blank: bool = False,
+    keep_marks: bool = False,
+) -> Iterator[list[Line]]:
+    """The lines or rows of a stream, those of each chunk that could be read without waiting.
+
+    The lines of text end at LF or CR LF, and a byte order mark is left out; `keep_marks` keeps CR
+    and mark. Blank lines of rows are left out unless `keep_blank`. `digest` gets all bytes. Raises
+    UserError for another encoding, a line of more than MAX_LINE_BYTES, and a quote never closed.
+    """
+    mark, chunks = text_chunks(handle, file, CHUNK_BYTES, keep_marks)
+    if digest is not None:
+        digest.update(mark)
+        chunks = _digested(chunks, digest)
+    lines = split_lines(chunks, file, len(mark), strip_cr=format == "text" and not keep_marks)
+    if format == "csv":
+        lines = _join_quoted(lines, file)
+    return lines if format == "text" else _without_blank(lines, format, keep_blank)
+
+
+def _digested(chunks: Iterable[bytes], digest: Any) -> Iterator[bytes]:
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+
+
+def split_lines(
+    chunks: Iterable[bytes], file: str = "", start: int = 0, strip_cr: bool = False
+) -> Iterator[list[Line]]:
+    """The lines of each chunk, split at LF; the pieces of a long line are joined once.
+
+    `start` is the byte of the file where the first chunk starts. With `strip_cr` a CR before LF
+    belongs to the line's end. Raises UserError for a line of more than MAX_LINE_BYTES.
+    """
     pieces: list[bytes] = []
+    size, number = 0, 1
     for chunk in chunks:
         first, *rest = chunk.split(b"\n")
         pieces.append(first)
+        size += len(first)
+        if size > MAX_LINE_BYTES:
+            raise line_too_long(file, number, MAX_LINE_BYTES)
         if rest:
-            yield [Line(b"".join(pieces), True), *(Line(line, True) for line in rest[:-1])]
-            pieces = [rest[-1]]
+            lines = []
+            for text in (b"".join(pieces), *rest[:-1]):
+                shown = text[:-1] if strip_cr and text[-1:] == b"\r" else text
+                lines.append(Line(shown, True, number, start))
+                number, start = number + 1, start + len(text) + 1
+            yield lines
+            pieces, size = [rest[-1]], len(rest[-1])
     if last := b"".join(pieces):
-        yield [Line(last, False)]
+        yield [Line(last, False, number, start)]
+
+
+def line_too_long(file: str, number: int, limit: int) -> UserError:
+    """The UserError for a line of more bytes than the limit."""
+    return UserError(
+        f"more than {limit / 1e6:,.0f} MB without a line end",
+        where=f"{display_name(file)}, line {number:,}",
+        hint="split it into lines or files",
+    )
+
+
+def checked_chunks(file: str, chunks: Iterable[bytes], digest: Any) -> Iterator[bytes]:
+    """The chunks of a text, which `digest` gets too.
+
+    Raises UserError, which names the line, where it is not UTF-8 or has no line end for long.
+    """
+    decoder, lines, line_bytes = codecs.getincrementaldecoder("utf-8")(), 1, 0
+    for chunk in chain(chunks, [b""]):  # b"": the end
+        digest.update(chunk)
+        try:
+            decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            number = lines + error.object[: error.start].count(b"\n")
+            raise UserError(
+                "invalid UTF-8",
+                where=f"{display_name(file)}, line {number}",
+                hint="only UTF-8 text can be read; iconv -f LATIN1 -t UTF-8 converts Latin-1",
+            ) from error
+        line_bytes = (
+            len(chunk) - end - 1 if (end := chunk.rfind(b"\n")) >= 0 else line_bytes + len(chunk)
+        )
+        lines += chunk.count(b"\n")
+        if line_bytes > MAX_TEXT_LINE_BYTES:
+            raise line_too_long(file, lines, MAX_TEXT_LINE_BYTES)
+        if chunk:
+            yield chunk
+
+
+def _join_quoted(batches: Iterable[list[Line]], file: str) -> Iterator[list[Line]]:
+    """Rows of CSV: lines joined where a quoted cell continues in the next one (RFC 4180)."""
+    parts: list[Line] = []  # of a row whose last cell is open
+    size = 0
+    for lines in batches:
+        rows = []
+        for line in lines:
+            if parts or b'"' in line.text:
+                parts.append(line)
+                size += len(line.text)
+                if size > MAX_LINE_BYTES:
+                    raise _never_closed(file, parts[0].number)
+                if _ends_in_quotes(line.text, len(parts) > 1):
+                    continue
+                if len(parts) > 1:
+                    text = b"\n".join([part.text for part in parts])
+                    line = Line(text, line.newline, parts[0].number, parts[0].start)
+                parts, size = [], 0
+            rows.append(line)
+        yield rows
+    if parts:
+        raise _never_closed(file, parts[0].number)
+
+
+def _never_closed(file: str, number: int) -> UserError:
+    return UserError(
+        "a quoted cell begins in this row and never ends",
+        where=f"{display_name(file)}, line {number}",
+        hint='close it with ", and write a quote inside of a cell as ""',
+    )
+
+
+# the rest of a quoted cell: "" is a quote, any other " ends it
+CLOSING_QUOTE = re.compile(rb'[^"]*+(?:""[^"]*+)*+"')
+
+
+def _ends_in_quotes(line: bytes, inside: bool) -> bool:
+    """Whether a quoted cell of CSV is open at the end of a line; `inside`: one is at its start."""
+    at = 0
+    while True:
+        if not inside:  # a quote opens a cell at its start only
+            if at == 0 and line[:1] == b'"':
+                at = 1
+            elif (comma := line.find(b',"', at)) >= 0:
+                at = comma + 2
+            else:
+                return False
+        if not (closing := CLOSING_QUOTE.match(line, at)):
+            return True
+        at, inside = closing.end(), False
+
+
+def _without_blank(
+    batches: Iterable[list[Line]], format: str, keep_blank: bool
+) -> Iterator[list[Line]]:
+    """The rows, and of a table the header, without blank lines.
+
+    In a table of one column a blank line is an empty cell. `keep_blank` keeps those after a header.
+    """
+    header: bytes | None = None if format in TABLES else b""
+    for lines in batches:
+        rows = []
+        for line in lines:
+            if text := line.text.strip() if format == "jsonl" else line.text.rstrip(b"\r"):
+                header = text if header is None else header
+            elif header is None or not (keep_blank or _has_one_column(header, format)):
+                continue
+            rows.append(line)
+        yield rows
+
+
+def _has_one_column(header: bytes, format: str) -> bool:
+    return format in TABLES and DELIMITERS[format] not in header
 
 
 @dataclass(slots=True)
@@ -158,21 +329,20 @@ class RowReader:
         UserError (file and line) for an unreadable file and, with on_error="stop", a bad record.
         """
         for file in files:
-            format, columns, number = file_format(file, self.format), None, 0
+            format, columns = file_format(file, self.format), None
+            keep_blank = self.on_error == "blank"  # the lines of the output stay aligned
             with user_errors(file, "read"), open_bytes(file) as handle:
-                for lines in split_lines(iter(lambda: handle.read(CHUNK_BYTES), b"")):
+                for lines in read_lines(handle, file, format, keep_blank=keep_blank):
                     records = []
                     for line in lines:
-                        number += 1
                         if format in TABLES and columns is None:
-                            columns = parse_header(line.text, format, file)
-                        elif record := self._record(line, format, columns or [], file, number):
+                            columns = parse_header(line, format, file)
+                        elif record := self._record(line, format, columns or [], file):
                             records.append(record)
                     yield records
 
-    def _record(
-        self, line: Line, format: str, columns: list[str], file: str, number: int
-    ) -> Record | None:
+    def _record(self, line: Line, format: str, columns: list[str], file: str) -> Record | None:
+        number = line.number
         extra_texts: tuple[str, ...] = ()
         try:
             row = parse_row(line.text.decode("utf-8"), format, columns)
@@ -215,8 +385,3 @@ def bad_record(error: ValueError, file: str, number: int) -> UserError:
         where=f"{display_name(file)}, line {number}",
         hint="--on-error skip leaves such records out, --on-error blank writes an empty result",
     )
-
-
-def display_name(file: str) -> str:
-    """The name of an input in messages."""
-    return "standard input" if file == "-" else file

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lmcli.errors import UsageError
+from lmcli.text.characters import without_surrogates
 
 Row = Mapping[str, Any]
 
@@ -154,8 +155,6 @@ def check_text(text: Any, name: str, row: Row) -> str:
     """The text itself; ValueError, which names the field, for anything else."""
     if not isinstance(text, str):
         raise ValueError(f"field {name!r} is missing or not a text; fields: {field_names(row)}")
-    # a lone surrogate ("\ud800") is valid JSON but not text: UnicodeEncodeError is a ValueError
-    text.encode("utf-8")
     return text
 
 
@@ -349,8 +348,8 @@ def _parse_answers(row: Row, name: str) -> tuple[list[str], list[Any] | None]:
         if not value.startswith(("[", "{")):
             return [value] if value else [], None
         try:
-            value = json.loads(value)
-        except ValueError:
+            value = without_surrogates(json.loads(value))
+        except (ValueError, RecursionError):
             return [value], None
     # texts and starts are either two lists of an object, or two fields of a list's objects
     if isinstance(value, dict):
@@ -444,8 +443,6 @@ class ScoringFields:
             or not all(isinstance(text, str) for text in texts)
         ):
             raise ValueError(f"field {self.choices!r} is missing or no list of texts")
-        for text in texts:
-            text.encode("utf-8")
         return tuple(texts)
 
 

@@ -110,15 +110,21 @@ class EvalDataset:
         What `lm classify` and `lm generate` write is read too. Raises UserError for a row without a
         prediction.
         """
-        format = None
-        for record in self._records([file], "text"):
+        format: PredictionFormat | None = None
+        suffix = file_format(file, "auto")
+        # a row of CSV may have several lines; whether TSV has a header, its first line tells
+        for record in self._records([file], suffix if suffix in ("csv", "jsonl") else "text"):
             location = f"{display_name(file)}, line {record.line}"
             try:
                 if format is None:
-                    format = _prediction_format(file, record.text, self.schema, self.prediction)
+                    format = _prediction_format(
+                        suffix, record.text, self.schema, self.prediction, record.fields is not None
+                    )
                     if format.has_header:
                         continue
-                value, name = format.value(record.text)
+                if format.is_blank(record.text) and record.fields is None:
+                    continue
+                value, name = format.value(record.text if record.fields is None else record.fields)
                 prediction = parse_prediction(value, self.schema.kind, self.multi_label, name)
             except ValueError as error:
                 hint = "--prediction-field names another"
@@ -256,9 +262,13 @@ class PredictionFormat:
     columns: tuple[str, ...] = ()
     has_header: bool = False
 
-    def value(self, line: str) -> tuple[Any, str]:
-        """(the prediction on a line as it is written, the field that holds it)."""
-        row = parse_row(line, self.format, self.columns)
+    def is_blank(self, line: str) -> bool:
+        """True for a line of JSON Lines without a row."""
+        return self.format == "jsonl" and not line.strip()
+
+    def value(self, line: str | dict[str, Any]) -> tuple[Any, str]:
+        """(the prediction on a line or in a row as it is written, the field that holds it)."""
+        row = parse_row(line, self.format, self.columns) if isinstance(line, str) else line
         if isinstance(row, str):
             return row, "text"
         name = next((name for name in self.fields if name in row), None)
@@ -271,10 +281,15 @@ class PredictionFormat:
 
 
 def _prediction_format(
-    file: str, first_line: str, schema: TaskSchema, field: str | None
+    format: str, first_line: str, schema: TaskSchema, field: str | None, has_rows: bool
 ) -> PredictionFormat:
-    """The format of a file of predictions, from its name and its first line."""
-    format, fields = file_format(file, "auto"), (field,) if field else schema.predictions
+    """The format of a file of predictions, from that of its name and its first line.
+
+    `has_rows`: its lines are read as rows already.
+    """
+    fields = (field,) if field else schema.predictions
+    if has_rows:
+        return PredictionFormat(format, fields)
     if format == "text" and first_line.startswith("{"):
         with suppress(ValueError):
             parse_json_row(first_line)

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from lmcli.config import ModelConfig
-from lmcli.data.files import open_bytes
-from lmcli.data.rows import Record, RowReader
+from lmcli.data.files import limited, open_bytes, text_chunks
+from lmcli.data.rows import CHUNK_BYTES, MAX_LINE_BYTES, Record, RowReader
 from lmcli.errors import UsageError, UserError
 from lmcli.generation.mask_filling import mask_id
 from lmcli.text.tokenizer import Tokenizer
@@ -82,9 +82,10 @@ class Prompts:
             yield from self.reader.batches(["-"])
             return
         with open_bytes("-") as handle:
-            data = b"".join(iter(lambda: handle.read(1 << 16), b""))
+            _, chunks = text_chunks(handle, "-", CHUNK_BYTES, nul_separated=zero)
+            data = b"".join(limited(chunks, "-", MAX_LINE_BYTES))
         try:
-            text = data.decode("utf-8")
+            text = data.decode("utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             message = f"invalid UTF-8 (byte {error.start + 1})"
             raise UserError(message, where="standard input") from error

@@ -2,13 +2,22 @@
 
 import codecs
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lmcli.data.corpus import encode_documents
 from lmcli.data.documents import DocumentFormat, survey
-from lmcli.data.files import expand, open_bytes
-from lmcli.data.rows import CHUNK_BYTES, RowReader, file_format, parse_json_row
+from lmcli.data.files import expand, open_bytes, text_chunks
+from lmcli.data.rows import (
+    CHUNK_BYTES,
+    Line,
+    RowReader,
+    file_format,
+    parse_json_row,
+    read_lines,
+    split_cells,
+)
 from lmcli.errors import UserError
 from lmcli.output.facts import Summary
 from lmcli.storage import user_errors
@@ -53,7 +62,9 @@ def _text_counts(file: str, facts: dict[str, Any]) -> dict[str, int]:
     decoder, counts = codecs.getincrementaldecoder("utf-8")(), Counter[str]()
     in_word, bad_line, last = False, 0, b""
     with open_bytes(file) as handle:
-        while chunk := handle.read(CHUNK_BYTES):
+        mark, chunks = text_chunks(handle, file, CHUNK_BYTES)
+        counts["bytes"] += len(mark)
+        for chunk in chunks:
             counts["bytes"] += len(chunk)
             last = chunk
             if bad_line:
@@ -81,9 +92,11 @@ def _row_counts(
 ) -> dict[str, Any]:
     """The fields, records and bad records of a file of rows, and what their texts count."""
     with open_bytes(file) as handle:
-        first = handle.read(CHUNK_BYTES).partition(b"\n")[0].decode("utf-8", "replace").rstrip("\r")
+        lines = chain.from_iterable(read_lines(handle, file, format))
+        first = next(lines, Line(b"", True, 1, 0))
     try:
-        names = list(parse_json_row(first)) if format == "jsonl" else first.split("\t")
+        text = first.text.decode("utf-8", "replace")
+        names = list(parse_json_row(text)) if format == "jsonl" else split_cells(text, format)
     except ValueError:
         names = []
     reader, counts = RowReader("auto", fields, "skip"), Counter[str]()
@@ -95,7 +108,7 @@ def _row_counts(
         counts["words"] += sum(len(text.split()) for text in texts)
         counts["tokens"] += sum(map(len, tokenizer.encode_batch(texts))) if tokenizer else 0
     return {
-        "fields": names if first else [],
+        "fields": names if first.text else [],
         **{name: counts[name] for name in ("records", "text_bytes", "characters", "words")},
         "bad_records": reader.skipped,
         **({"tokens": counts["tokens"]} if tokenizer else {}),

@@ -12,3 +12,21 @@ SAFE_CUT = re.compile(
     r"(?<=\S\n)(?=[^\s\[<])|(?<=[^\W\d_])(?= [^\W\d_])"
     r"|(?<=[A-Za-zぁ-ゖァ-ヺ一-龥가-힣])(?=[,.;:!?，．。、；：！？])"
 )
+# the same in text whose CR LF line ends will be read as \n
+SAFE_CUT_CRLF = re.compile(rf"{SAFE_CUT.pattern}|(?<=\S\r\n)(?=[^\s\[<])")
+# A text without such a place is cut after this many characters all the same: encoding a word takes
+# 100 bytes of memory for each character, and words of real text have a few hundred at most.
+LONGEST_PIECE = 1 << 20
+
+
+def cut_position(text: str, start: int, at_least: int, cut: re.Pattern[str] = SAFE_CUT) -> int:
+    """Where a text is cut next, `at_least` characters after `start`; 0 if nowhere (yet).
+
+    >>> cut_position("one two three", 0, 2), cut_position("one", 0, 2)
+    (3, 0)
+    """
+    if match := cut.search(text, start + at_least, start + LONGEST_PIECE):
+        return match.start()
+    if len(text) <= (at := start + LONGEST_PIECE):
+        return 0
+    return at + (text[at - 1 : at + 1] == "\r\n")  # not inside of a line end

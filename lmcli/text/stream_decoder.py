@@ -1,8 +1,7 @@
 """Text of tokens as they are generated, one at a time."""
 
+from lmcli.text.characters import REPLACEMENT
 from lmcli.text.tokenizer import Tokenizer
-
-REPLACEMENT = "\ufffd"  # how a decoder shows bytes that are not a whole character
 
 
 class StreamDecoder:

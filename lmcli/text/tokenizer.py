@@ -21,7 +21,7 @@ from lmcli.text import huggingface
 from lmcli.text.huggingface import END_OF_TEXT, GENERIC_CLASS, LLAMA3_PATTERN, QWEN2_PATTERN
 from lmcli.text.library_errors import library_errors
 from lmcli.text.sentencepiece import SPACE, MarianSide, SideEncoding
-from lmcli.text.splitting import PIECE_CHARS, SAFE_CUT
+from lmcli.text.splitting import PIECE_CHARS, SAFE_CUT, cut_position
 
 # what clean_up_tokenization_spaces replaces
 CLEANED = (
@@ -31,7 +31,7 @@ CLEANED = (
 )
 CANNOT_ENCODE = "the tokenizer cannot encode this text"
 LONG_TEXT = 4 * PIECE_CHARS  # texts of more characters are encoded in pieces
-PIECES_AT_ONCE = 256
+ENCODED_AT_ONCE = 256 * PIECE_CHARS  # encoded by one call, in which no signal is handled
 Encoding = tokenizers.Encoding | SideEncoding
 
 
@@ -121,18 +121,14 @@ class Tokenizer:
         """
         split = [self._split(text) for text in texts]
         pieces = [piece for pieces in split for piece in pieces]
-        encoded = (
-            piece
-            for i in range(0, len(pieces), PIECES_AT_ONCE)
-            for piece in encode(pieces[i : i + PIECES_AT_ONCE])
-        )
+        encoded = (result for batch in _batches(pieces) for result in encode(batch))
         for own_pieces in split:
             yield list(islice(encoded, len(own_pieces)))
 
     def _split(self, text: str) -> list[str]:
         starts = [0]
-        while self.split_safe and (cut := SAFE_CUT.search(text, starts[-1] + PIECE_CHARS)):
-            starts.append(cut.start())
+        while self.split_safe and (cut := cut_position(text, starts[-1], PIECE_CHARS)):
+            starts.append(cut)
         return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)])]
 
     def decode(self, ids: list[int], special: bool = True) -> str:
@@ -324,6 +320,20 @@ class Tokenizer:
         settings = {**self.settings, **({"model_max_length": context} if context else {})}
         document = json.dumps(settings, indent=2, ensure_ascii=False)
         write_text(folder / "tokenizer_config.json", f"{document}\n")
+
+
+def _batches(pieces: list[str]) -> Iterator[list[str]]:
+    """The pieces in lists of about ENCODED_AT_ONCE."""
+    batch: list[str] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece)
+        if size >= ENCODED_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _template(step: dict[str, Any], name: str) -> list[TemplateItem]:

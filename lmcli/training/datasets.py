@@ -60,6 +60,7 @@ class Source:
             "several": self.doc_format.multi_label,
             "paired": self.doc_format.paired,
             "answers": self.doc_format.answers,
+            "keep_marks": self.doc_format.keep_marks,
             "on_error": self.doc_format.on_error,
             "on_long": self.on_long,
             **({} if self.split_seed is None else {"split_seed": self.split_seed}),
@@ -86,6 +87,7 @@ def source_from_facts(facts: dict) -> Source:
         facts.get("several", False),
         facts.get("paired", False),
         facts.get("answers", ""),
+        facts.get("keep_marks", True),  # of a run before this was stored
     )
     return Source(
         list(facts["files"]),

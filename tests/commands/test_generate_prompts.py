@@ -114,8 +114,8 @@ def test_nul_separates_prompts_and_results(generate):
 
 
 def test_an_echoed_prompt_is_escaped_like_its_continuation(generate):
-    line = generate("--echo", "-n", 2, stdin=b"a\tb\\c\r\n")
-    assert line.startswith("a\\tb\\\\c\\r") and line.count("\n") == 1
+    line = generate("--echo", "-n", 2, stdin=b"a\tb\\c\rd\r\n")
+    assert line.startswith("a\\tb\\\\c\\rd") and line.count("\n") == 1
 
 
 def test_a_prompt_longer_than_the_context_is_cut_with_a_warning(inside, trained):

@@ -17,6 +17,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from lmcli.config import TokenizerConfig
 from lmcli.data import documents as documents_module
+from lmcli.data import rows
 from lmcli.data.byte_ranges import Document
 from lmcli.data.corpus import encode_documents
 from lmcli.data.documents import DocumentFormat, first_rows, read_pieces, read_rows, survey
@@ -63,6 +64,7 @@ def small_chunks(monkeypatch):
 
     def set_sizes(chunk, piece=None):
         monkeypatch.setattr(documents_module, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(rows, "CHUNK_BYTES", chunk)
         monkeypatch.setattr(documents_module, "PIECE_CHARS", piece or chunk)
 
     return set_sizes
@@ -308,15 +310,15 @@ class TestPieces:
         assert all(50 <= len(piece) < 60 for piece in pieces[:-1]) and len(pieces) == 20
 
     def test_a_long_text_without_a_cut_costs_linear_time(self):
-        """Chinese text with \\r\\n line ends has no cut; each character is searched about once."""
-        text = ("好" * 99 + "\r\n") * 600
+        """Chinese text with two line ends has no cut; each character is searched about once."""
+        text = ("好" * 99 + "\n\n") * 600
         data = io.BytesIO(text.encode())
         looked = []
 
         class Counting:
-            def search(self, held, position):
+            def search(self, held, position, end):
                 looked.append(max(0, len(held) - position))
-                return SAFE_CUT.search(held, position)
+                return SAFE_CUT.search(held, position, end)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(documents_module, "SAFE_CUT", Counting())
@@ -377,7 +379,7 @@ class TestPieces:
 class TestSurvey:
     def test_a_file_is_one_document_with_its_newlines(self, tmp_path):
         file = written(tmp_path, "\na\r\n\nb\n")
-        assert find_all(file) == [Document(file, 0, 7)] and texts(file) == ["\na\r\n\nb\n"]
+        assert find_all(file) == [Document(file, 0, 7)] and texts(file) == ["\na\n\nb\n"]
 
     def test_the_hash_is_that_of_the_content(self, tmp_path):
         content = "text\n" * 9
@@ -431,7 +433,7 @@ class TestSurvey:
             ({"documents": "line"}, "a\n\n b \n\t\nc\rd", ["a", " b ", "c\rd"]),
             ({"documents": "blank"}, "\n\na\nb\n\n \nc\n\n", ["a\nb", "c"]),
             ({"documents": "blank"}, "a\n\n\nb\nc", ["a", "b\nc"]),
-            ({"documents": "blank"}, "a\r\n\r\nb", ["a\r", "b"]),
+            ({"documents": "blank"}, "a\r\n\r\nb", ["a", "b"]),
         ],
     )
     def test_lines_and_paragraphs(self, tmp_path, small_chunks, chunk, options, content, expected):

@@ -107,6 +107,54 @@ class TestZst:
         with pytest.raises(UserError, match="damaged zstd data"):
             survey([str(tmp_path / "a.txt.zst")], DocumentFormat())
 
+    def test_what_a_few_bytes_become_is_read_in_portions(self, tmp_path):
+        """3 kB that hold 100 MB: no chunk is larger than a block of the format, 128 kB."""
+        zstandard = pytest.importorskip("zstandard")
+        file = tmp_path / "a.txt.zst"
+        file.write_bytes(zstandard.ZstdCompressor().compress(b"\n" * 100_000_000))
+        assert file.stat().st_size < 5000
+        sizes = [len(chunk) for chunk in files._zst_content(str(file))]
+        assert max(sizes) <= 1 << 17 and sum(sizes) == 100_000_000
+
+    def test_frames_of_every_kind_against_the_library(self, tmp_path):
+        """With and without checksum, size and dictionary id, skippable ones between them."""
+        zstandard = pytest.importorskip("zstandard")
+        content, data = bytes(range(256)) * 999 + b"a" * 300_000, b""
+        skippable = b"\x5a\x2a\x4d\x18" + (70_000).to_bytes(4, "little") + b"x" * 70_000
+        for options in (
+            {"write_checksum": True},
+            {"write_content_size": False},
+            {"level": 19, "write_checksum": True},
+        ):
+            data += zstandard.ZstdCompressor(**options).compress(content) + skippable
+        (tmp_path / "a.zst").write_bytes(data)
+        assert open_bytes(str(tmp_path / "a.zst")).read() == content * 3
+        for end in (b"PK", b"some text after the end"):
+            (tmp_path / "a.zst").write_bytes(data + end)
+            with pytest.raises(OSError, match=r"no frame begins at byte|ends too early"):
+                open_bytes(str(tmp_path / "a.zst")).read()
+
+    def test_a_window_that_needs_gigabytes_is_refused(self, tmp_path):
+        """RFC 8878, 3.1.1.1.2: an exponent of 21 is a window of 2 GB."""
+        file = tmp_path / "a.txt.zst"
+        file.write_bytes(b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3]) + b"\x01\0\0")
+        pytest.importorskip("zstandard")
+        with pytest.raises(UserError, match=r"needs 2,147 MB of memory") as caught:
+            survey([str(file)], DocumentFormat())
+        assert "--long=27" in caught.value.hint
+
+
+class TestGzip:
+    @pytest.mark.parametrize("damage", [lambda d: d[:-9], lambda d: d + b"text", lambda d: d[20:]])
+    def test_damage_is_named(self, tmp_path, damage):
+        (tmp_path / "a.gz").write_bytes(damage(gzip.compress(b"some text\n" * 9)))
+        with pytest.raises(UserError, match=r"a\.gz: cannot read: damaged gzip data"):
+            survey([str(tmp_path / "a.gz")], DocumentFormat())
+
+    def test_members_follow_each_other(self, tmp_path):
+        (tmp_path / "a.gz").write_bytes(gzip.compress(b"one\n") + gzip.compress(b"two\n"))
+        assert open_bytes(str(tmp_path / "a.gz")).read() == b"one\ntwo\n"
+
 
 class TestParquet:
     def test_rows_are_documents(self, parquet):

@@ -374,7 +374,8 @@ def test_training_needs_an_answer_that_occurs_in_the_context(write):
         ("jsonl", b"[1]", "not a JSON object"),
         ("jsonl", b"\xff", "invalid UTF-8"),
         ("tsv", b"\xff\tx", "invalid UTF-8"),
-        ("csv", b'"a,x', "no whole CSV row"),
+        ("csv", b'"a"b,x', "no whole CSV row"),
+        ("csv", b'"a,x', "a quoted cell begins in this row and never ends"),
     ],
 )
 def test_a_bad_line_is_named_alike_by_all(write, format, line, message):

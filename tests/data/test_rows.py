@@ -33,7 +33,7 @@ def written(folder, data, name="a.txt"):
 
 def test_lines_end_at_newline_only(tmp_path):
     file = written(tmp_path, "a\rb\r\nc\x85d\u2028e\x0bf\x1cg\n\nh\n")
-    assert texts(file) == ["a\rb\r", "c\x85d\u2028e\x0bf\x1cg", "", "h"]
+    assert texts(file) == ["a\rb", "c\x85d\u2028e\x0bf\x1cg", "", "h"]
 
 
 @pytest.mark.parametrize(
@@ -122,12 +122,10 @@ class TestBadRecords:
         "row, message",
         [
             ("{", "invalid JSON: .*column 2"),
-            ("", "invalid JSON"),
             ("[1]", "is not a JSON object"),
             ('{"body": "x"}', "no text field among 'body'.*--field"),
             ("{}", "no text field among none"),
             ('{"text": 3}', "'text' is missing or not a text"),
-            ('{"text": "\\ud800"}', "surrogates not allowed"),
             ("[" * 100_000, "nested too deeply"),
             ('{"text": "a", "n": ' + "9" * 5000 + "}", "digits"),
         ],

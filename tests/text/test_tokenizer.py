@@ -647,7 +647,7 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole_text(text, small_tokeniz
     )
     monkeypatch.setattr(tokenizers, "LONG_TEXT", 100)
     monkeypatch.setattr(tokenizers, "PIECE_CHARS", 50)
-    monkeypatch.setattr(tokenizers, "PIECES_AT_ONCE", 3)
+    monkeypatch.setattr(tokenizers, "ENCODED_AT_ONCE", 150)
     assert (
         small_tokenizer.encode_batch([text, "short"]) == ids == [encoded.ids for encoded in whole]
     )

@@ -1,0 +1,50 @@
+"""Characters that are not text: half surrogates in input, control characters on a terminal."""
+
+import re
+from typing import Any, TextIO
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+REPLACEMENT = "\ufffd"  # for what is not text: half a surrogate pair, half a character
+
+# C0, DEL, C1; marks and overrides of the writing direction; line and paragraph separators;
+# surrogates
+CONTROLS = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def visible(text: str, keep: str = "\n\t") -> str:
+    """The text with control characters, except those in `keep`, drawn as printable ones.
+
+    C0 and DEL are drawn as their Unicode pictures, others by their code point.
+
+    >>> visible("\\x1b[31m\\u202e")
+    '␛[31m<U+202E>'
+    """
+    return CONTROLS.sub(lambda match: match[0] if match[0] in keep else _picture(match[0]), text)
+
+
+def _picture(character: str) -> str:
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\u2421" if code == 0x7F else f"<U+{code:04X}>"
+
+
+def for_stream(text: str, stream: TextIO, keep: str = "\n\t") -> str:
+    """The text as it may be written to a stream: `visible` on a terminal, elsewhere as it is."""
+    return visible(text, keep) if stream.isatty() else text
+
+
+def without_surrogates(value: Any) -> Any:
+    """A JSON value whose texts have U+FFFD for each half of a surrogate pair (as in "\\ud800").
+
+    JSON can spell such a half, but no UTF-8 text can hold it.
+    """
+    if isinstance(value, str):
+        return SURROGATE.sub(REPLACEMENT, value)
+    if isinstance(value, list):
+        return [without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {without_surrogates(key): without_surrogates(item) for key, item in value.items()}
+    return value
