@@ -21,6 +21,7 @@ from lmcli.data.documents import DocumentFormat, Piece, read_pieces
 from lmcli.data.samplers import WeightedCorpora
 from lmcli.errors import UserError
 from lmcli.storage import cached_resumable, write_text
+from lmcli.text.interruptible import DeadlineExceeded
 from lmcli.text.splitting import PIECE_CHARS
 from lmcli.text.tokenizer import Encoded, Tokenizer, learn
 
@@ -31,6 +32,7 @@ BATCHES_AT_ONCE = 2
 WHOLE_CHARACTERS = 1 << 20
 # text to learn a vocabulary from: counting its words must not need memory that grows with the text
 TOKENIZER_SAMPLE_BYTES = 1 << 26
+LEARNING_SHARE = 0.25  # of the time that is left, to read that text
 SAVE_BYTES = 1 << 26  # bytes of text after which a build saves its progress
 NOTE_SECONDS = 30.0
 
@@ -114,10 +116,13 @@ def learn_tokenizer(
     config: TokenizerConfig,
     note: Callable[[str], None],
     shape: str = "decoder",
+    deadline: float | None = None,
 ) -> Tokenizer:
     """Learns a tokenizer from documents; of a long text from a sample of its pieces.
 
-    `note` gets the size of the sample, and of a vocabulary that the text is too small for.
+    `note` gets the size of the sample, and of a vocabulary that the text is too small for. With a
+    `deadline` (of `time.monotonic`) reading ends after a quarter of the time until then. Raises
+    UserError when that is not enough.
     """
     size = documents.bytes
     stride = max(1, -(-size // TOKENIZER_SAMPLE_BYTES))
@@ -127,7 +132,19 @@ def learn_tokenizer(
             f"the vocabulary is learned from about {size / stride / 1e6:,.0f} of "
             f"{size / 1e6:,.0f} MB: one of every {stride:,} pieces of {PIECE_CHARS:,} characters"
         )
-    tokenizer = learn((piece.text for piece in pieces), config, shape)
+    texts = (piece.text for piece in pieces)
+    if deadline is not None:
+        texts = _until(
+            texts, time.monotonic() + LEARNING_SHARE * (deadline - time.monotonic()), note
+        )
+    try:
+        tokenizer = learn(texts, config, shape, deadline)
+    except DeadlineExceeded:
+        raise UserError(
+            "the time was over before a vocabulary was learned",
+            where="--time",
+            hint="give more time, or a tokenizer with --tokenizer DIR",
+        ) from None
     if tokenizer.size < config.vocab_size:
         note(f"the text has room for a vocabulary of {tokenizer.size:,}, not {config.vocab_size:,}")
     return tokenizer
@@ -141,6 +158,17 @@ def _sampled(pieces: Iterable[Piece], stride: int) -> Iterator[Piece]:
             chosen = i + int(generator.integers(stride))
         if i == chosen:
             yield piece
+
+
+def _until(texts: Iterable[str], end: float, note: Callable[[str], None]) -> Iterator[str]:
+    """The texts that can be read until `end`, at least one."""
+    size = 0
+    for text in texts:
+        yield text
+        size += len(text)
+        if time.monotonic() > end:
+            note(f"to save time the vocabulary is learned from the first {size:,} characters")
+            return
 
 
 # -- encoding

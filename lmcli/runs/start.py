@@ -108,7 +108,7 @@ def start(
         split = datasets.split(source, recipe.train.validation_bytes, note)
         if request.auto and not origin.checkpoint and objective.auto_sizes:
             recipe, reasons = _choose_sizes(request, origin, split, device_config, note)
-        data = _encode(request, origin, recipe, objective, split, note)
+        data = _encode(request, origin, recipe, objective, split, note, started_at)
         recipe, model = _build_model(origin, recipe, data, device_config, note)
         replicas = parallelism.choose(replicas, request.shard, recipe, device_config, note)
         train_step = make_train_step(
@@ -278,6 +278,7 @@ def _encode(
     objective: Objective,
     split: Split,
     note: NoteSink,
+    started_at: float,
 ) -> TrainingData:
     """The encoded data, in a context that the model of --from has."""
     context = recipe.train.context
@@ -286,8 +287,9 @@ def _encode(
         context = config.max_position_embeddings
         note(f"context is {context} tokens, all that {request.origin} has")
     labels = () if recipe.train.new_head else config.labels
+    deadline = started_at + recipe.train.time if recipe.train.time else None
     return objectives.encode(
-        objective, split, recipe.tokenizer, context, origin.tokenizer, note, labels
+        objective, split, recipe.tokenizer, context, origin.tokenizer, note, labels, deadline
     )
 
 

@@ -1,6 +1,7 @@
 """Where a long text may be split so that the pieces encode to the same tokens as the whole."""
 
 import re
+from collections.abc import Iterable, Iterator
 
 PIECE_CHARS = 1 << 12  # at least, in each piece; with 32,000 a character takes a tenth longer
 
@@ -30,3 +31,45 @@ def cut_position(text: str, start: int, at_least: int, cut: re.Pattern[str] = SA
     if len(text) <= (at := start + LONGEST_PIECE):
         return 0
     return at + (text[at - 1 : at + 1] == "\r\n")  # not inside of a line end
+
+
+# A word that a BPE is learned from: every merge rewrites all words that contain it, so that a line
+# of a million letters takes minutes. No word of a language is as long.
+LONGEST_WORD = 256
+# all that the patterns of GPT-2, Qwen2 and Llama 3 make a word of, with less than two kinds in it
+ONE_KIND = re.compile(
+    "|".join(f"(?:{kind}){{{LONGEST_WORD}}}" for kind in (r"[^\W_]", r"\s", r"[^\w\s]|_"))
+)
+LONG_WORD_CHARS = 1 << 20  # of such words, what is learned from
+
+
+def split_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, split where a word goes on for over LONGEST_WORD characters, to learn a BPE from.
+
+    Words of up to that length stay whole. Of what is split off, about LONG_WORD_CHARS are kept.
+    """
+    room = LONG_WORD_CHARS
+    for text in texts:
+        start = 0
+        for at in range(LONGEST_WORD, len(text) - LONGEST_WORD + 2, LONGEST_WORD):
+            # a run of more than two such lengths contains such a place
+            if ONE_KIND.match(text, at - 1):
+                if at - start > LONGEST_WORD or room > 0:
+                    yield text[start:at]
+                room -= LONGEST_WORD
+                start = at
+        yield text[start:]
+
+
+def in_batches(pieces: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """The pieces in lists of about so many characters."""
+    batch: list[str] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -19,9 +19,10 @@ from lmcli.errors import UserError
 from lmcli.storage import atomic_path, user_errors, write_text
 from lmcli.text import huggingface
 from lmcli.text.huggingface import END_OF_TEXT, GENERIC_CLASS, LLAMA3_PATTERN, QWEN2_PATTERN
+from lmcli.text.interruptible import run_in_thread
 from lmcli.text.library_errors import library_errors
 from lmcli.text.sentencepiece import SPACE, MarianSide, SideEncoding
-from lmcli.text.splitting import PIECE_CHARS, SAFE_CUT, cut_position
+from lmcli.text.splitting import PIECE_CHARS, SAFE_CUT, cut_position, in_batches, split_long_words
 
 # what clean_up_tokenization_spaces replaces
 CLEANED = (
@@ -121,7 +122,9 @@ class Tokenizer:
         """
         split = [self._split(text) for text in texts]
         pieces = [piece for pieces in split for piece in pieces]
-        encoded = (result for batch in _batches(pieces) for result in encode(batch))
+        encoded = (
+            result for batch in in_batches(pieces, ENCODED_AT_ONCE) for result in encode(batch)
+        )
         for own_pieces in split:
             yield list(islice(encoded, len(own_pieces)))
 
@@ -322,20 +325,6 @@ class Tokenizer:
         write_text(folder / "tokenizer_config.json", f"{document}\n")
 
 
-def _batches(pieces: list[str]) -> Iterator[list[str]]:
-    """The pieces in lists of about ENCODED_AT_ONCE."""
-    batch: list[str] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece)
-        if size >= ENCODED_AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def _template(step: dict[str, Any], name: str) -> list[TemplateItem]:
     items = []
     for entry in step[name]:
@@ -380,13 +369,19 @@ def _ends_from_offsets(text: str, offsets: list[tuple[int, int]], size: int) -> 
     return ends
 
 
-def learn(texts: Iterable[str], config: TokenizerConfig, shape: str = "decoder") -> Tokenizer:
+def learn(
+    texts: Iterable[str],
+    config: TokenizerConfig,
+    shape: str = "decoder",
+    deadline: float | None = None,
+) -> Tokenizer:
     """A byte-level BPE of at most `config.vocab_size` ids, learned from a stream of texts.
 
     (Sennrich et al. 2016; Radford et al. 2019.) The vocabulary has all 256 bytes, so any text can
     be encoded and decoded. The first ids are the special tokens of the model's shape:
     `<|endoftext|>` at the start for a decoder, `[CLS] … [SEP]` and a mask for an encoder, `… </s>`
-    for an encoder–decoder. A small text gives a smaller vocabulary: see the result's `size`.
+    for an encoder–decoder. A small text gives a smaller vocabulary: see the result's `size`. Raises
+    DeadlineExceeded unless it is learned by the `deadline` (of `time.monotonic`).
     """
     special, single, pair, settings = SHAPES[shape]
     smallest = 256 + len(special)
@@ -413,7 +408,8 @@ def learn(texts: Iterable[str], config: TokenizerConfig, shape: str = "decoder")
         min_frequency=2,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    core.train_from_iterator(texts, trainer)
+    words = split_long_words(texts)
+    run_in_thread(lambda fed: core.train_from_iterator(fed, trainer), words, deadline)
     core.post_processor = processors.TemplateProcessing(
         single=single,
         pair=pair,

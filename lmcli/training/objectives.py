@@ -102,13 +102,15 @@ def encode(
     tokenizer: Tokenizer | None,
     note: Callable[[str], None],
     labels: tuple[str, ...] = (),
+    deadline: float | None = None,
 ) -> TrainingData:
     """The encoded training and validation sets; a tokenizer is learned if none is given.
 
-    `labels` are those of a model that is trained further. Raises UserError for too little text.
+    `labels` are those of a model that is trained further. Raises UserError for too little text, and
+    for a tokenizer that is not learned by the `deadline` (of `time.monotonic`).
     """
     if tokenizer is None:
         tokenizer = corpus.learn_tokenizer(
-            split.training, split.source.doc_format, config, note, objective.shape
+            split.training, split.source.doc_format, config, note, objective.shape, deadline
         )
     return objective.encode(EncodingInput(objective, split, tokenizer, context, note, labels))

@@ -161,7 +161,7 @@ class TestLearningFromLongText:
         survey = documents.survey([str(folder / "a.txt")], doc_format)
         texts = []
         monkeypatch.setattr(
-            corpus, "learn", lambda sample, config, shape: texts.extend(sample) or LEARNED["gpt2"]
+            corpus, "learn", lambda sample, *_: texts.extend(sample) or LEARNED["gpt2"]
         )
         corpus.learn_tokenizer(
             survey.documents, doc_format, TokenizerConfig(vocab_size=300), notes.append
