@@ -77,9 +77,9 @@ def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small text file atomically."""
+    """Writes a small text file atomically; "?" for what is not UTF-8 (in the name of a file)."""
     with atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="replace")
 
 
 def copy_file(source: Path, path: Path) -> None:

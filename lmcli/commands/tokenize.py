@@ -44,7 +44,8 @@ def tokenize(args: options.Arguments) -> None:
     """Encodes records (lines) as token ids separated by spaces, one record per line.
 
     MODEL is a model folder, a tokenizer.json, or a folder with vocab.json and merges.txt. Special
-    tokens in the text are recognized. With a byte-level tokenizer --decode restores every byte.
+    tokens in the text are recognized. With a byte-level tokenizer --decode restores every byte, but
+    for a byte order mark and the CR of CR LF, which are no text.
     """
     modes = [f"--{mode}" for mode in MODES if getattr(args, mode)]
     if len(modes) > 1:
@@ -140,4 +141,4 @@ def _learn(args: options.Arguments) -> None:
     with user_errors(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder, None)
-    click.echo(args.output)
+    options.echo(args.output)

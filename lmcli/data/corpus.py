@@ -132,7 +132,7 @@ def learn_tokenizer(
             f"the vocabulary is learned from about {size / stride / 1e6:,.0f} of "
             f"{size / 1e6:,.0f} MB: one of every {stride:,} pieces of {PIECE_CHARS:,} characters"
         )
-    texts = (piece.text for piece in pieces)
+    texts: Iterator[str] = (piece.text for piece in pieces)
     if deadline is not None:
         texts = _until(
             texts, time.monotonic() + LEARNING_SHARE * (deadline - time.monotonic()), note

@@ -288,8 +288,8 @@ def refuse_other_encoding(head: bytes, name: str) -> None:
 def other_encoding(head: bytes) -> str:
     """The encoding, UTF-16 or UTF-32, of text that begins like this; "" for any other data.
 
-    Without a byte order mark: by the bytes 0 of ASCII characters, or where it is not UTF-8 by the
-    most frequent characters.
+    Without a byte order mark: by the high bytes, or where it is not UTF-8 by the most frequent
+    characters of Chinese and Japanese.
     """
     for mark, name in ENCODING_MARKS:
         if head.startswith(mark):
@@ -302,18 +302,14 @@ def other_encoding(head: bytes) -> str:
         return "UTF-32LE"
     if not any(head[::4]) and max(head[1::4]) <= 0x10 and any(head[3::4]):
         return "UTF-32BE"
-    # UTF-16
-    even, odd = (head[i::2].count(0) / len(head[i::2]) for i in (0, 1))
-    little, big = (_frequent_share(head, name) for name in ("utf-16-le", "utf-16-be"))
-    if min(even, odd) < 0.02 and max(even, odd) > 0.7:
+    # UTF-16: of all alphabets the high byte is below 0x20, as no byte of text is but line ends
+    even, odd = (sum(byte < 0x20 for byte in head[i::2]) * 2 / len(head) for i in (0, 1))
+    if min(even, odd) < 0.3 and max(even, odd) > 0.9:
         return "UTF-16LE" if odd > even else "UTF-16BE"
-    # Cyrillic or Greek in UTF-16 is valid UTF-8; Chinese has bytes 0 on both sides
-    utf_8 = _is_utf8(head)
-    if (utf_8 and (not odd or not even) and max(little, big) > 0.03) or (
-        not utf_8 and max(little, big) > 0.01
-    ):
-        return "UTF-16LE" if little > big else "UTF-16BE"
-    return ""
+    if _is_utf8(head):
+        return ""
+    little, big = (_frequent_share(head, name) for name in ("utf-16-le", "utf-16-be"))
+    return "" if max(little, big) < 0.01 else "UTF-16LE" if little > big else "UTF-16BE"
 
 
 def _is_utf8(head: bytes) -> bool:

@@ -331,7 +331,7 @@ class RowReader:
         for file in files:
             format, columns = file_format(file, self.format), None
             keep_blank = self.on_error == "blank"  # the lines of the output stay aligned
-            with user_errors(file, "read"), open_bytes(file) as handle:
+            with user_errors(display_name(file), "read"), open_bytes(file) as handle:
                 for lines in read_lines(handle, file, format, keep_blank=keep_blank):
                     records = []
                     for line in lines:

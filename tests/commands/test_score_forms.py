@@ -164,7 +164,7 @@ def test_pairs_of_blimp_and_crows_pairs(score, tmp_path):
         ),
         (("--choices-field", "c"), b"plain\n", "'c' is missing"),
         (("--prefix-field", "p"), b"plain\n", "without a field 'p'"),
-        (("--format", "csv"), b'text\n"open\n', "line 2: is no whole CSV row"),
+        (("--format", "csv"), b'text\n"a"b\n', "line 2: is no whole CSV row"),
     ],
 )
 def test_records_without_a_needed_field_are_named(inside, trained, arguments, stdin, message):

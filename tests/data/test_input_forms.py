@@ -131,6 +131,7 @@ class TestOtherEncodings:
         text = "\0".join(["one", "two", "a", "three"] * 9) + "\n"
         assert [record.text for record in records(write("a.txt", text))] == [text[:-1]]
         assert other_encoding(bytes(range(256)) * 9) == ""
+        assert other_encoding(b"nul \0 and tab\t\n") == other_encoding(b"x\0 \0 y\n" * 99) == ""
 
     def test_compressed_data_under_another_name(self, write):
         file = write("a.txt", gzip.compress(b"text\n"))
