@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lmcli.data.output_file import json_line
-from lmcli.text.characters import without_surrogates
+from lmcli.text.characters import for_stream, visible, without_surrogates
 
 if TYPE_CHECKING:
     from lmcli.training.loop import Validation
@@ -28,7 +28,7 @@ MARKDOWN_COLUMNS = 100
 
 def note(text: str) -> None:
     """Prints one line on standard error: what was chosen, skipped or changed."""
-    print(f"lm: {text}", file=sys.stderr, flush=True)
+    print(f"lm: {for_stream(text, sys.stderr)}", file=sys.stderr, flush=True)
 
 
 def clock(seconds: float | None) -> str:
@@ -54,9 +54,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table for a terminal as text; all columns but the first are right-aligned."""
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(header):
-        drawn.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
+        drawn.add_column(_cell_text(name), justify="right" if i else "left", no_wrap=bool(i))
     for row in rows:
-        drawn.add_row(*map(Text, row))
+        drawn.add_row(*map(_cell_text, row))
     wide = Console(width=1 << 14)
     # numbers are never cut off, whatever the terminal's width
     needed = Measurement.get(wide, wide.options, drawn).minimum
@@ -64,6 +64,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     with console.capture() as captured:
         console.print(drawn)
     return captured.get()
+
+
+def _cell_text(text: str) -> Text:
+    """The text of a cell: no markup, and nothing that moves the cursor."""
+    return Text(visible(text, keep="\n"))
 
 
 def print_rows(
@@ -79,7 +84,8 @@ def print_rows(
     """
     if as_json:
         for row in rows:
-            print(json_line(without_surrogates(row)), end="", flush=True)
+            line = json_line(without_surrogates(row))
+            print(for_stream(line, sys.stdout), end="", flush=True)
     elif sys.stdout.isatty():
         lines = [
             readable(row) if readable else {key: _cell(row[key]) for key in columns} for row in rows
@@ -185,9 +191,10 @@ class TrainingView:
             f"· rate {step.learning_rate:.2g}"
         )
         if self.figures:
-            panel.add_row(Text(self.figures))
+            panel.add_row(Text(visible(self.figures)))
         if self.sample_text:
-            panel.add_row(Text(self.sample_text, style="italic dim", overflow="fold"))
+            text = visible(self.sample_text, keep="")
+            panel.add_row(Text(text, style="italic dim", overflow="fold"))
         return panel
 
     def validation(self, event: Validation) -> None:
@@ -206,11 +213,11 @@ class TrainingView:
 
     def _print(self, line: str) -> None:
         if not self.live and not self.quiet:
-            print(line, file=sys.stderr, flush=True)
+            print(for_stream(line, sys.stderr), file=sys.stderr, flush=True)
 
     def note(self, event: Note) -> None:
         """Shows one line that stays: what the run has changed by itself."""
         if self.live:
-            self.console.print(f"lm: {event.text}", markup=False)
+            self.console.print(Text(f"lm: {visible(event.text)}"))
         elif not self.quiet:
             note(event.text)

@@ -1,10 +1,6 @@
-"""Signals that end a command, and standard error of a terminal that has been closed."""
+"""Signals that end a command."""
 
-import errno
-import io
-import os
 import signal
-import sys
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -33,27 +29,3 @@ def interrupt_once() -> None:
 
     for number in numbers:
         signal.signal(number, interrupt)
-
-
-class _Terminal(io.FileIO):
-    """A file whose writes are dropped once its terminal has been closed."""
-
-    def write(self, data) -> int:  # type: ignore[no-untyped-def, override]  # a buffer
-        try:
-            return super().write(data) or 0
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            return len(data)
-
-
-def outlive_terminal() -> None:
-    """Keeps notes and progress from failing once the terminal they are written to is closed."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        return
-    sys.stderr = io.TextIOWrapper(
-        io.BufferedWriter(_Terminal(os.dup(sys.stderr.fileno()), "wb")),
-        encoding=sys.stderr.encoding,
-        errors="backslashreplace",
-        line_buffering=True,
-    )

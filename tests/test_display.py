@@ -1,12 +1,15 @@
 """Terminal output: plain lines in a pipe, a panel on a terminal, nothing with --quiet."""
 
 import io
+import re
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from lmcli import display
+from lmcli.text.characters import visible
 
 STEP = SimpleNamespace(
     step=1234,
@@ -157,3 +160,55 @@ def test_markdown_is_rendered_within_the_terminal(monkeypatch):
     assert "Title" in text and "plain words" in text and " • an item" in text
     assert "#" not in text and "*" not in text
     assert max(map(len, text.splitlines())) <= 60
+
+
+EVIL = "\x1b[2J\x9b31m\u202e\u2028[red]\x07:smile:"
+DRAWN = "␛[2J<U+009B>31m<U+202E><U+2028>[red]␇:smile:"
+
+
+def test_a_sample_of_control_characters_is_drawn_in_the_panel(new_view):
+    """Such samples moved the cursor, so that the panel's earlier lines stayed as ghost bars."""
+    view, stream = new_view(terminal=True)
+    with view:
+        view.step(STEP)
+        view.sample(EVIL.replace("\u2028", "") + "\r\x0b\x7f")
+        view.note(SimpleNamespace(step=1, text=EVIL))
+    sent = stream.getvalue()
+    assert DRAWN.replace("<U+2028>", "") in sent and DRAWN in sent
+    # nothing but rich's own styles, cursor moves and line ends
+    own = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n")
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u2028\u202e]", own.sub("", sent))
+    assert "\x1b[2J" not in sent
+
+
+def test_every_picture_is_one_column_wide():
+    """So that a line is as long on the terminal as it was measured."""
+    from rich.cells import cell_len
+
+    text = "".join(map(chr, range(32))) + "\x7f"
+    assert cell_len(visible(text, keep="")) == len(text)
+
+
+def test_a_table_draws_names_without_markup():
+    text = display.table(("[red]label", EVIL), [(EVIL, "1")])
+    assert "[red]label" in text and text.count(DRAWN) == 2
+
+
+@pytest.mark.parametrize("terminal, expected", [(True, DRAWN), (False, EVIL)])
+def test_a_pipe_gets_the_text_as_it_is(monkeypatch, terminal, expected):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(display.sys, "stderr", stream)
+    display.note(EVIL)
+    assert stream.getvalue() == f"lm: {expected}\n"
+
+
+def test_every_control_character_of_unicode_is_drawn():
+    """Cc but tab and line end, Cs, Zl, Zp, and what Unicode calls Bidi_Control (UAX #9)."""
+    bidi = [*"\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"]
+    for code in range(0x110000):
+        letter = chr(code)
+        control = unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in bidi
+        assert (visible(letter) != letter) == (control and letter not in "\n\t"), hex(code)
+        if control:
+            assert visible(letter, keep="").isprintable()

@@ -1,15 +1,20 @@
 """The `lm` command group, which imports a command only when it is called; exit codes."""
 
+import codecs
 import errno
 import importlib
+import io
 import os
 import sys
 import time
+from typing import Any
 
 import click
 
 from lmcli import __version__, errors, signals
 
+# how a closed standard stream is opened: reading or writing it then fails, as on a closed one
+CLOSED_FLAGS = (os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)
 STARTED_AT = time.monotonic()  # for `lm train --time`
 COMMANDS = {
     "tokenize": "Text to token ids and back; learns a BPE with --train.",
@@ -78,16 +83,19 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         return lm.main(arguments, prog_name="lm", standalone_mode=False) or errors.EXIT_DONE
     except errors.UserError as error:
-        print(f"lm: error: {error}", file=sys.stderr)
+        _print_error(error)
         return error.exit_code
     except click.ClickException as error:
+        from lmcli.text.characters import for_stream
+
+        vars(error)["message"] = for_stream(error.message, sys.stderr)  # to mypy it is final
         error.show()
         return error.exit_code
     except errors.Interrupted as stop:
-        print(f"lm: {stop}", file=sys.stderr)
+        _print(str(stop))
         return errors.EXIT_INTERRUPTED
     except (click.Abort, KeyboardInterrupt):
-        print("lm: interrupted", file=sys.stderr)
+        _print("interrupted")
         return errors.EXIT_INTERRUPTED
     except errors.ClosedPipe:
         return errors.EXIT_CLOSED_PIPE
@@ -97,6 +105,26 @@ def run(arguments: list[str] | None = None) -> int:
         return _write_error(error)
 
 
+def _print_error(error: errors.UserError) -> None:
+    """Prints an error; on a terminal the name of a file stays on its line."""
+    if error.where and sys.stderr.isatty():
+        from lmcli.text.characters import visible
+
+        error = errors.UserError(error.what, visible(error.where, keep=""), error.hint)
+    _print(f"error: {error}")
+
+
+def _print(message: str) -> None:
+    """Prints a message on standard error, on a terminal with its control characters drawn."""
+    from lmcli.text.characters import for_stream
+
+    print(f"lm: {for_stream(message, sys.stderr)}", file=sys.stderr)
+
+
+# errors of standard output that are no fault of lm: a full disk, a closed stream
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
+
 def _write_error(error: OSError) -> int:
     """Exit code for an error of standard output; reports it unless the pipe was closed.
 
@@ -104,16 +132,74 @@ def _write_error(error: OSError) -> int:
     """
     if isinstance(error, BrokenPipeError):
         return errors.EXIT_CLOSED_PIPE
-    if error.filename or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+    if error.filename or error.errno not in UNWRITABLE:
         raise error
-    print(f"lm: error: standard output: cannot write: {error.strerror}", file=sys.stderr)
+    _print(f"error: standard output: cannot write: {error.strerror}")
     return errors.EXIT_FAILED
+
+
+def prepare_streams() -> None:
+    """Opens closed standard streams, and makes all of them UTF-8.
+
+    Otherwise the next file that is opened would become standard output. What is written to a closed
+    standard output is an error, as of coreutils; messages that cannot be written are lost.
+    """
+    for number, flags in enumerate(CLOSED_FLAGS):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, flags)  # the lowest free number, which is this one
+    if sys.stdin is None:
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(_stream(0, "r")), "utf-8")
+    if sys.stdout is None:
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(_stream(1, "w")), "utf-8")
+    # a file's name may have bytes that are not UTF-8: they are written as they are
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure:
+        reconfigure(encoding="utf-8", errors="surrogateescape")
+    if sys.stderr is None or isinstance(sys.stderr, io.TextIOWrapper):
+        encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(_Messages(2, "w", closefd=False)),
+            encoding,
+            "backslashreplace",
+            line_buffering=True,
+        )
+
+
+def _stream(number: int, mode: str) -> io.FileIO:
+    return io.FileIO(number, mode, closefd=False)
+
+
+class _Messages(io.FileIO):
+    """Standard error; what cannot be written, as to a closed terminal, is lost and ends nothing."""
+
+    def write(self, data: Any) -> int:
+        try:
+            written = super().write(data)  # None: it would have to wait
+        except OSError:
+            written = None
+        return len(data) if written is None else written
+
+
+def restart_in_utf_8() -> None:
+    """Starts the command again in Python's UTF-8 mode if the locale knows ASCII only.
+
+    Else names of files and arguments could not be UTF-8. Does nothing on Windows, and where it has
+    been done.
+    """
+    encoding = codecs.lookup(sys.getfilesystemencoding()).name
+    if encoding != "ascii" or os.name != "posix" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def main() -> None:
     """The entry point. Exits without cleaning up: unloading torch would take most of a second."""
+    restart_in_utf_8()
+    prepare_streams()
     signals.interrupt_once()
-    signals.outlive_terminal()
     # OpenMP threads that spin long lose 5 to 20 times their speed when another program uses a
     # core; with this limit they lose half, and nothing on an idle machine (4 × 128 training, two
     # cores). Must be set before torch is loaded.

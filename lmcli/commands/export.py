@@ -45,7 +45,7 @@ def export(args: options.Arguments) -> None:
     if not args.quiet:
         size = (folder / "model.safetensors").stat().st_size
         display.note(f"{size / 1e6:,.1f} MB of {args.dtype} weights")
-    click.echo(folder)
+    options.echo(folder)
 
 
 def _check_output(folder: Path, overwrite: bool) -> None:

@@ -63,8 +63,11 @@ def info(args: options.Arguments) -> None:
                     text = as_table(summary.facts, shutil.get_terminal_size().columns)
                 out.write("\n" * bool(number) + text)
             out.flush()
-    for problem in damage[:-1]:
-        click.echo(f"lm: error: {problem}", err=True)
+    if len(damage) > 1:
+        from lmcli.display import note
+
+        for problem in damage[:-1]:
+            note(f"error: {problem}")
     if damage:
         raise UserError(damage[-1].what, damage[-1].where, damage[-1].hint)
 

@@ -93,11 +93,14 @@ class Command(click.Command):
                 )
 
 
-PATHS = re.compile(r"\b(FILE|DIR|DATA|MODEL|GLOB)\b")  # in the metavar of what names files
+PATHS = re.compile(r"\b(FILE|DATA|GLOB)\b")  # in the metavar of what names files of data
 
 
 def _refuse_invalid_text(values: Mapping[str, Any]) -> None:
-    """Raises UsageError for arguments with bytes that are not UTF-8, unless they name files."""
+    """Raises UsageError for arguments with bytes that are not UTF-8, unless they name files.
+
+    safetensors cannot read a model in a folder with such a name.
+    """
     from lmcli.text.characters import SURROGATE
 
     for parameter in click.get_current_context().command.params:
@@ -422,6 +425,13 @@ def input_files(paths: tuple[str, ...], include: str | None, quiet: bool) -> lis
     if skipped and not quiet:
         print(f"lm: {skipped} files that are not UTF-8 text left out", file=sys.stderr)
     return names
+
+
+def echo(text: object) -> None:
+    """Prints a result on standard output, on a terminal with its control characters drawn."""
+    from lmcli.text.characters import for_stream
+
+    click.echo(for_stream(str(text), sys.stdout))
 
 
 def report_skipped(count: int, quiet: bool) -> None:

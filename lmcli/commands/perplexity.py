@@ -112,7 +112,8 @@ def perplexity(args: options.Arguments) -> None:
         lambda row: output.readable(row, columns),
     )
     if sys.stdout.isatty() and not args.as_json:
-        click.echo("".join(f"{row['signature']}\n" for row in rows), nl=False)
+        for row in rows:
+            options.echo(row["signature"])
     for text in () if args.quiet else output.remarks(rows):
         note(text)
 

@@ -114,7 +114,7 @@ def plan(args: options.Arguments) -> None:
         lambda row: output.readable(row, display.clock(row["seconds"]), many),
     )
     if sys.stdout.isatty() and not args.as_json:
-        print("\n".join(output.advice(rows, many)))
+        options.echo("\n".join(output.advice(rows, many)))
     for group, (_, best) in zip(groups, advised):
         note(f"{output.devices(group.size)}: {best}" if len(groups) > 1 else best)
 

@@ -135,7 +135,7 @@ def score(args: options.Arguments) -> None:
     header = rows.columns if args.header and not args.as_json else ()
     signable = args.verbose and not args.resume and reader.extract is None
     totals = LineTotals(scorer) if signable and scorer.method == "causal" else None
-    with OutputFile(args.output, args.resume) as out:
+    with OutputFile(args.output, args.resume, styled=args.color) as out:
         finished = options.write_header(out, header)
         batches = (part for batch in reader.batches(files) for part in doubling_batches(batch))
         todo = unfinished_batches(batches, finished, args.pairs)

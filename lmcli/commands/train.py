@@ -157,7 +157,7 @@ def _lead(args: options.Arguments, replicas: "ReplicaGroup", note: Callable[[str
             args.output, args.resume, args.overwrite
         )
     if args.check_resume:
-        click.echo(resume_check.check(_request(args), note))
+        options.echo(resume_check.check(_request(args), note))
         return
     if args.resume:
         request = ResumeRequest(
@@ -174,7 +174,7 @@ def _lead(args: options.Arguments, replicas: "ReplicaGroup", note: Callable[[str
     _show(run, args.quiet)
     for line in run.closing_lines():
         note(line)
-    click.echo(run.folder)
+    options.echo(run.folder)
 
 
 def _show(run: "TrainingRun", quiet: bool) -> None:

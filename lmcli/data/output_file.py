@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from lmcli import ownership
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import user_errors
-from lmcli.text.characters import without_surrogates
+from lmcli.text.characters import visible, without_surrogates
 
 # for text that must stay on one line of a TSV or of piped output
 ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
@@ -43,11 +43,13 @@ class OutputFile:
     """Writes results to standard output or to a file, which appears under its name at the end.
 
     An interrupted file stays as FILE.part; with `resume` its complete lines are kept and counted in
-    `resumed_lines`. Raises ClosedPipe when the reader is gone, UserError when writing fails.
+    `resumed_lines`. On a terminal control characters are drawn; `styled` texts have done so and
+    have colors. Raises ClosedPipe when the reader is gone, UserError when writing fails.
     """
 
-    def __init__(self, path: str | None = None, resume: bool = False):
+    def __init__(self, path: str | None = None, resume: bool = False, styled: bool = False):
         self.path = Path(path) if path and path != "-" else None
+        self._drawn = self.path is None and not styled and sys.stdout.isatty()
         self.resumed_lines = 0
         if self.path is None:
             if resume:
@@ -73,7 +75,7 @@ class OutputFile:
     def write(self, text: str) -> None:
         """Appends text as UTF-8."""
         try:
-            data = text.encode("utf-8")
+            data = (visible(text) if self._drawn else text).encode("utf-8")
         except UnicodeEncodeError:  # the name of a file, or a text from Python
             data = without_surrogates(text).encode("utf-8")
         with user_errors(self.path or "standard output", "write"):

@@ -9,6 +9,7 @@ from typing import Any
 from lmcli.config import ModelConfig
 from lmcli.data.output_file import escaped
 from lmcli.errors import UserError
+from lmcli.text.characters import visible
 
 MAX_ITEMS = 12  # of a list or mapping on a terminal
 MIN_TEXT_WIDTH = 20
@@ -39,7 +40,7 @@ def as_lines(facts: Mapping[str, Any]) -> str:
 
 def as_table(facts: Mapping[str, Any], width: int) -> str:
     """Two columns in `width`, for readers: sizes with units, shares of parameters, lists cut."""
-    cells = [(key, escaped(_readable(key, value, facts))) for key, value in _flat(facts)]
+    cells = [(key, visible(escaped(_readable(key, value, facts)))) for key, value in _flat(facts)]
     indent = max(len(key) for key, _ in cells) + 2
     lines = []
     for key, text in cells:

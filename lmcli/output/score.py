@@ -13,6 +13,7 @@ from lmcli.distributed.work_queue import RemoteTask
 from lmcli.evaluation.intervals import wilson_interval
 from lmcli.output.cells import cell, numbered, tsv_line
 from lmcli.scoring.scorer import NATS_PER_BIT, Score, Scorer, ScoringInput, Unit, choose
+from lmcli.text.characters import visible
 
 SCORE_COLUMNS = ("logprob", "tokens", "bytes", "bits_per_byte")
 PIECE_COLUMNS = ("line", "index", "piece", "start", "end", "bytes", "logprob", "surprisal")
@@ -268,7 +269,7 @@ class ColoredRows(RecordRows):
     """The text of each record, the background of each token colored by its surprisal.
 
     No color below 2 bits, then pale yellow to red; tokens that are context only are dim. Control
-    characters are shown as their Unicode pictures.
+    characters are drawn.
     """
 
     per: str = "token"
@@ -293,10 +294,7 @@ def _shade(bits: float | None) -> int | None:
 
 
 def _paint(data: bytes, shade: int | None) -> str:
-    text = "".join(
-        chr(0x2400 + ord(letter)) if letter < " " and letter != "\t" else letter
-        for letter in data.decode("utf-8", "replace")
-    )
+    text = visible(data.decode("utf-8", "replace"), keep="\t")
     if not text or shade == 0:
         return text
     return f"\x1b[2m{text}\x1b[0m" if shade is None else f"\x1b[48;5;{shade};38;5;16m{text}\x1b[0m"
