@@ -296,10 +296,15 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16"),
     )
     # evaluation, saving, samples
-    validation_bytes: int = knob(250_000, "bytes of the validation set that are read, at most", 1)
+    validation_bytes: int = knob(
+        0,
+        "bytes of the validation set that are evaluated; 0: 250,000, in a short run by steps, "
+        "tokens or epochs as many as a tenth of its time affords",
+        0,
+    )
     eval_every: int = knob(
         0,
-        "steps between evaluations; 0: an eighth of the budget, more if they took over 1/15 of it",
+        "steps between evaluations; 0: an eighth of the budget, more if they took a tenth of it",
         0,
     )
     save_every: int = knob(

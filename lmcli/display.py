@@ -19,7 +19,7 @@ from lmcli.data.output_file import json_line
 from lmcli.text.characters import for_stream, visible, without_surrogates
 
 if TYPE_CHECKING:
-    from lmcli.training.loop import Validation
+    from lmcli.training.loop import Due, Validation
     from lmcli.training.train_step import Note, Step
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -124,7 +124,7 @@ class TrainingView:
         self.last: Step | None = None
         self.loss: float | None = None
         self.speed: float | None = None
-        self.figures = self.sample_text = ""
+        self.figures = self.sample_text = self.status = ""
         self._printed = time.monotonic()
 
     def __enter__(self) -> TrainingView:
@@ -138,9 +138,10 @@ class TrainingView:
             self.live.stop()
 
     def show(self, kind: str, event: Any) -> None:
-        """Shows an event of a run; `kind` is step, validation, sample or note."""
+        """Shows an event of a run; `kind` is step, evaluation, validation, sample or note."""
         views: dict[str, Callable[[Any], None]] = {
             "step": self.step,
+            "evaluation": self.evaluation,
             "validation": self.validation,
             "sample": self.sample,
             "note": self.note,
@@ -154,13 +155,12 @@ class TrainingView:
         self.last = step
         if self.live:
             self._draw()
-        elif not self.quiet and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
-            self._printed = time.monotonic()
-            print(self._line(step), file=sys.stderr, flush=True)
+        elif self._line_is_due():
+            self._print(self._line(step))
 
     def _draw(self) -> None:
-        if self.live and self.last:
-            self.live.update(self._panel(self.last))
+        if self.live:
+            self.live.update(self._panel(self.last) if self.last else Text(self.status))
 
     def _line(self, step: Step) -> str:
         return (
@@ -190,6 +190,8 @@ class TrainingView:
             f"training   loss {self._loss('[bold]', '[/bold]')} · {self.speed:,.0f} tokens/s "
             f"· rate {step.learning_rate:.2g}"
         )
+        if self.status:
+            panel.add_row(Text(self.status))
         if self.figures:
             panel.add_row(Text(visible(self.figures)))
         if self.sample_text:
@@ -197,8 +199,24 @@ class TrainingView:
             panel.add_row(Text(text, style="italic dim", overflow="fold"))
         return panel
 
+    def evaluation(self, event: Due) -> None:
+        """Shows that the model is evaluated; as a line, if there was none for a while."""
+        self.status = f"evaluating after step {event.step:,} …"
+        if self.live:
+            self._draw()
+        elif self._line_is_due():
+            self._print(self.status)
+
+    def _line_is_due(self) -> bool:
+        """True every SECONDS_BETWEEN_LINES, where lines are printed."""
+        if self.quiet or time.monotonic() - self._printed < SECONDS_BETWEEN_LINES:
+            return False
+        self._printed = time.monotonic()
+        return True
+
     def validation(self, event: Validation) -> None:
         """Shows the figures of an evaluation."""
+        self.status = ""
         when = f"step {event.step:,}" if event.step else "before the first step"
         best = ", best" if event.best else ""
         self.figures = f"validation {event.figures.headline()} ({when}{best})"

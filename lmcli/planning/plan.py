@@ -33,7 +33,7 @@ from lmcli.planning.expected_quality import expected_bits_per_byte, xz_bits_per_
 from lmcli.scoring.scorer import Scorer
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.tokenizer import Tokenizer
-from lmcli.training import datasets, loop, objectives
+from lmcli.training import datasets, loop, objectives, schedules
 from lmcli.training.train_step import micro_batch_tokens
 
 SAMPLE_BYTES = 1_000_000
@@ -89,6 +89,14 @@ class Speed(NamedTuple):
     token: float
     update: float
     evaluated: float
+
+
+class Pauses(NamedTuple):
+    """What interrupts training: `times` evaluations; seconds of each, and of what follows it."""
+
+    times: int
+    evaluation: float
+    rest: float
 
 
 @dataclass
@@ -233,8 +241,8 @@ class Planner:
         step = speed.token * share.rows * train.context + update + layout.seconds(group)
         reading = self.text.seconds * (1 if group.size == 1 else 2)  # by the leader, then the rest
         before = self.startup + reading + vocabulary.seconds + parameters / 1e8
-        pause = self._pause(config, vocabulary, speed)
-        steps, seconds = _steps(train, step, step_tokens, text_tokens, before, pause)
+        pauses = self._pauses(recipe, vocabulary, speed)
+        steps, seconds = _steps(train, step, step_tokens, text_tokens, before, pauses)
         tokens, needed = steps * step_tokens, layout.memory
         return Plan(
             preset=name,
@@ -307,14 +315,21 @@ class Planner:
             device=device.type,
         )
 
-    def _pause(
-        self, config: ModelConfig, vocabulary: LearnedVocabulary, speed: Speed
-    ) -> tuple[float, float]:
-        """(seconds of an evaluation, of the save and the sample text that follow)."""
-        tokens = self.text.validation_bytes / vocabulary.bytes_per_token
+    def _pauses(self, recipe: Recipe, vocabulary: LearnedVocabulary, speed: Speed) -> Pauses:
+        """The evaluations of a run, and the save and the sample text that follow each."""
+        config, train = recipe.model, recipe.train
+        passes = 2.0 if config.shape == "decoder" else 1.0  # its windows overlap by half
+        ratio = loop.evaluated_per_trained(self.device_config.dtype)
+        size = schedules.validation_bytes(train, self.text.bytes, ratio / passes)
+        tokens = min(size, self.text.validation_bytes) / vocabulary.bytes_per_token
+        planned = schedules.planned_tokens(train, self.text.bytes / vocabulary.bytes_per_token)
         layers = config.num_hidden_layers * (config.shape == "decoder")
         saving = 16 * flops.parameters(config).total / DISK_BYTES_PER_SECOND
-        return tokens * speed.evaluated, saving + SAMPLE_SECONDS * layers
+        return Pauses(
+            schedules.counted_evaluations(planned, passes * tokens, ratio),
+            tokens * speed.evaluated,
+            saving + SAMPLE_SECONDS * layers,
+        )
 
     def _speed(self, recipe: Recipe, vocabulary: LearnedVocabulary, count: int) -> Speed:
         """The speed of one of `count` devices with its share of a step.
@@ -450,12 +465,11 @@ def _steps(
     step_tokens: int,
     text_tokens: int,
     before: float,
-    pause: tuple[float, float],
+    pauses: Pauses,
 ) -> tuple[int, float]:
     """(steps, seconds) until the first budget is reached.
 
-    Seconds: `step` of one step, `before` until the first step, `pause` of an evaluation and of what
-    follows it.
+    Seconds: `step` of one step, `before` until the first step.
     """
     rows = max(1, step_tokens // train.context)
     budgets = [
@@ -464,19 +478,15 @@ def _steps(
         math.ceil(train.epochs * max(1, text_tokens // train.context) / rows),
     ]
     max_steps = min((budget for budget in budgets if budget), default=0)
-    evaluation, rest = pause
     if max_steps:
-        seconds = before + max_steps * step + _evaluations(train, max_steps) * (evaluation + rest)
+        times = min(schedules.EVALUATIONS, max_steps)
+        looks = max_steps // train.eval_every if train.eval_every else min(times, pauses.times)
+        seconds = before + max_steps * step + max(1, looks) * pauses.evaluation
+        seconds += times * pauses.rest
         if not train.time or seconds <= train.time:
             return max_steps, seconds
-    count = loop.evaluations(train.time, evaluation) if not train.eval_every else 1
-    training = train.time - before - count * evaluation - loop.EVALUATIONS * rest
+    timed = schedules.timed_evaluations(train.time, pauses.evaluation)
+    count = 1 if train.eval_every else min(timed, pauses.times)
+    training = train.time - before - count * pauses.evaluation - schedules.EVALUATIONS * pauses.rest
     steps = int(training / step)
     return max(0, min(steps, max_steps or steps)), train.time
-
-
-def _evaluations(train: TrainConfig, steps: int) -> int:
-    """The number of evaluations of a run with a budget in steps."""
-    if train.eval_every:
-        return max(1, steps // train.eval_every)
-    return min(loop.EVALUATIONS, steps)

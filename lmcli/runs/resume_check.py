@@ -97,7 +97,7 @@ def _short_recipe(recipe: Recipe) -> Recipe:
         sample_every=STEPS // 2,
         batch_tokens=2 * recipe.train.context,
         micro_batch_tokens=recipe.train.context,
-        validation_bytes=min(recipe.train.validation_bytes, VALIDATION_BYTES),
+        validation_bytes=min(recipe.train.validation_bytes or VALIDATION_BYTES, VALIDATION_BYTES),
         # compiling alone takes a minute
         compile="off" if recipe.train.compile == "auto" else recipe.train.compile,
     )

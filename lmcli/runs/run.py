@@ -23,9 +23,9 @@ from lmcli.scoring.perplexity import measure_perplexity
 from lmcli.scoring.scorer import Scorer
 from lmcli.signals import stop_signals
 from lmcli.text.tokenizer import Tokenizer
-from lmcli.training import datasets, resume_state
+from lmcli.training import datasets, resume_state, schedules
 from lmcli.training.divergence import Diverged
-from lmcli.training.loop import Due, Event, Trainer, Validation
+from lmcli.training.loop import Due, Event, Trainer, Validation, evaluated_per_trained
 from lmcli.training.objective import Evaluation, Objective, TrainingData
 from lmcli.training.resume_state import Counters
 from lmcli.training.train_step import Note, Step, TrainStep
@@ -73,8 +73,12 @@ def make_trainer(train_step: TrainStep, data: TrainingData, started_at: float) -
         tokens = tokens * scorer.context // scorer.stride
         return Evaluation(lambda: measure_perplexity(scorer, documents), tokens)
 
-    evaluation = data.evaluation(train_step.model, train_step.config, perplexity)
-    return Trainer(train_step, evaluation, started_at)
+    config = train_step.config
+    evaluation = data.evaluation(train_step.model, config, perplexity)
+    ratio = evaluated_per_trained(train_step.device_config.dtype)
+    planned = schedules.planned_tokens(config, data.tokens)
+    times = schedules.counted_evaluations(planned, evaluation.tokens, ratio)
+    return Trainer(train_step, evaluation, started_at, times)
 
 
 def sample_text(model: Transformer, data: TrainingData, config: GenerateConfig, step: int) -> str:
@@ -129,7 +133,7 @@ class TrainingRun:
         return self.record.data.bytes_per_token
 
     def events(self) -> Iterator[tuple[str, object]]:
-        """("step" | "validation" | "sample" | "note", record) as they happen, after any save.
+        """("step" | "evaluation" | "validation" | "sample" | "note", record) as they happen.
 
         Raises UserError if the time is over before the first step (nothing is left behind), and if
         the run diverges (the best model and earlier states stay). Then the folder is unlocked.
@@ -147,6 +151,8 @@ class TrainingRun:
                     case Validation():
                         record.log_validation(event, trainer.train_step, trainer.elapsed())
                         yield "validation", event
+                    case Due("evaluation"):
+                        yield "evaluation", event
                     case Due("sample"):
                         if sample := self._sample():
                             yield "sample", sample
@@ -165,7 +171,8 @@ class TrainingRun:
         first = isinstance(event, Note | Step) or (
             isinstance(event, Validation) and not event.final
         )
-        if first or self.step or self.trainer.stop:
+        announced = isinstance(event, Due) and event.what == "evaluation"
+        if first or announced or self.step or self.trainer.stop:
             return
         self.record.folder.abandon()
         raise UserError(

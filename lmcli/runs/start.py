@@ -22,8 +22,9 @@ from lmcli.runs.run import TrainingRun, make_train_step, make_trainer
 from lmcli.runs.run_record import RunRecord
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.tokenizer import Tokenizer
-from lmcli.training import datasets, learning_rate_search, lora_init, objectives
+from lmcli.training import datasets, learning_rate_search, lora_init, objectives, schedules
 from lmcli.training.datasets import Source, Split
+from lmcli.training.loop import evaluated_per_trained
 from lmcli.training.objective import Objective, TrainingData
 from lmcli.training.train_step import Note, TrainStep
 
@@ -108,6 +109,7 @@ def start(
         split = datasets.split(source, recipe.train.validation_bytes, note)
         if request.auto and not origin.checkpoint and objective.auto_sizes:
             recipe, reasons = _choose_sizes(request, origin, split, device_config, note)
+        recipe, split = _choose_validation(recipe, origin, objective, split, device_config, note)
         data = _encode(request, origin, recipe, objective, split, note, started_at)
         recipe, model = _build_model(origin, recipe, data, device_config, note)
         replicas = parallelism.choose(replicas, request.shard, recipe, device_config, note)
@@ -269,6 +271,23 @@ def _choose_sizes(
     for reason in reasons:
         note(f"auto: {reason}")
     return recipe, reasons
+
+
+def _choose_validation(
+    recipe: Recipe,
+    origin: Origin,
+    objective: Objective,
+    split: Split,
+    device_config: DeviceConfig,
+    note: NoteSink,
+) -> tuple[Recipe, Split]:
+    """The recipe with the bytes to evaluate, and the split with as many of them."""
+    ratio = evaluated_per_trained(device_config.dtype) / objective.evaluation_passes
+    if origin.checkpoint:  # it is evaluated before the first step as well
+        ratio /= 2
+    size = schedules.validation_bytes(recipe.train, split.training.bytes, ratio)
+    recipe = replace(recipe, train=replace(recipe.train, validation_bytes=size))
+    return recipe, datasets.measure_fewer(split, size, note)
 
 
 def _encode(

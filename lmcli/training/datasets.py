@@ -16,6 +16,7 @@ from lmcli.data.samplers import MixtureSampler
 from lmcli.data.schema import TEXT_LABEL_FIELDS
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import cache_folder
+from lmcli.training.schedules import EVALUATED_BYTES
 
 MIN_SHARE = 1e-5  # the smallest weight of a source, as a share of all weights
 MAX_LISTED_FIELDS = 20
@@ -328,6 +329,8 @@ class Split:
 def split(source: Source, validation_bytes: int, note: Callable[[str], None]) -> Split:
     """Reads all files once and splits their documents; about `validation_bytes` are evaluated.
 
+    0 bytes stand for EVALUATED_BYTES, as nothing is known of the run yet (see `measure_fewer`).
+
     Raises UserError for empty text, and if a file differs from what `source.hashes` records.
     """
     doc_format, seed = source.doc_format, source.split_seed
@@ -357,11 +360,28 @@ def split(source: Source, validation_bytes: int, note: Callable[[str], None]) ->
         replace(source, hashes=hashes),
         Documents.joined(training),
         held_out,
-        splits.limit(held_out, doc_format, validation_bytes, seed),
+        splits.limit(held_out, doc_format, validation_bytes or EVALUATED_BYTES, seed),
         training if source.shares else [],
     )
     note(_sizes(result, doc_format))
     return result
+
+
+def measure_fewer(split: Split, validation_bytes: int, note: Callable[[str], None]) -> Split:
+    """The split with about `validation_bytes` evaluated, if these are fewer; `note` gets that."""
+    if split.measured.bytes <= validation_bytes:
+        return split
+    source = split.source
+    measured = splits.limit(
+        split.validation, source.doc_format, validation_bytes, source.split_seed
+    )
+    if measured.bytes >= split.measured.bytes:
+        return split
+    note(
+        f"{measured.bytes:,} bytes of the validation set are measured, so that this takes less "
+        "than a tenth of the run (train.validation_bytes)"
+    )
+    return replace(split, measured=measured)
 
 
 def _require_unchanged(known: dict[str, str], hashes: dict[str, str]) -> None:

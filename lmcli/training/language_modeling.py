@@ -250,6 +250,7 @@ CAUSAL = Objective(
     ),
     mixable=True,
     plotted="val_bits_per_byte",
+    evaluation_passes=2.0,  # windows overlap by half
     auto_sizes=True,
     random_rows=random_packed,
 )

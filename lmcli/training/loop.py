@@ -16,7 +16,6 @@ from lmcli.training.objective import Evaluation, ValidationFigures
 from lmcli.training.resume_state import Counters
 from lmcli.training.train_step import Note, Step, TrainStep
 
-EVALUATIONS = 8  # of a run unless eval_every is set; as many saves and sample texts
 SECONDS_BETWEEN_SAVES = 600.0  # at most, however long the run is
 
 
@@ -32,7 +31,10 @@ class Validation:
 
 @dataclass
 class Due:
-    """What the caller is to do between two steps: "save" the resume state, or draw a "sample"."""
+    """What is due between two steps.
+
+    The caller is to "save" the resume state or to draw a "sample"; an "evaluation" follows.
+    """
 
     what: str
     step: int
@@ -41,28 +43,26 @@ class Due:
 Event = Step | Validation | Due | Note
 
 
-def evaluations(budget: float, cost: float) -> int:
-    """How many evaluations a run has, the last one included.
+def evaluated_per_trained(dtype: torch.dtype) -> float:
+    """How many tokens are evaluated in the time of training one, in `dtype`.
 
-    In a run of `budget` seconds (0: limited by steps) all of them, each `cost` seconds, take a
-    fifteenth of it.
+    A backward pass costs two forward passes; evaluations are float32, half as fast as bfloat16.
     """
-    if not budget:
-        return EVALUATIONS
-    return min(EVALUATIONS, max(1, int(budget / 15 / max(cost, 1e-9))))
+    return 3.0 if dtype == torch.float32 else 1.5
 
 
 @dataclass
 class Trainer:
     """Repeats a train step until the budget is used up; evaluates, samples and saves between.
 
-    `started_at` is the clock (time.monotonic) when the command started. Set `stop` to end after
-    the current step.
+    `started_at` is the clock (time.monotonic) when the command started. `evaluations` is how many
+    there are at most, unless eval_every is set. Set `stop` to end after the current step.
     """
 
     train_step: TrainStep
     evaluation: Evaluation
     started_at: float
+    evaluations: int = schedules.EVALUATIONS
     stop: bool = False
     _earlier_seconds: float = field(default=0.0, init=False)
     _saved_at: float = field(default=0.0, init=False)
@@ -97,7 +97,7 @@ class Trainer:
         # the initial model, with --from
         if counters.look_first:
             counters.look_first = False
-            yield self._validate(final=False)
+            yield from self._evaluate(final=False)
         counters.preparation += self.elapsed() - counters.seconds
         start = self.elapsed()
         share = first = self._share()
@@ -161,7 +161,8 @@ class Trainer:
         last = counters.looked
         if share <= last:
             return
-        times = evaluations(config.time, self._evaluation_cost())
+        timed = schedules.timed_evaluations(config.time, self._evaluation_cost())
+        times = min(timed, self.evaluations)
         evaluates = self._is_due(config.eval_every, last, share, times)
         # doubtful states are not saved: they would replace sound ones
         doubtful = self.train_step.steps_above_limit()
@@ -171,7 +172,7 @@ class Trainer:
         counters.looked = share
         if evaluates:
             with self._averaged_weights():
-                yield self._validate(final=False)
+                yield from self._evaluate(final=False)
         if self._is_due(config.sample_every, last, share) and self._worth_a_sample():
             started = time.monotonic()
             with self._averaged_weights():
@@ -210,7 +211,7 @@ class Trainer:
                 yield self._save()
             counters.looked = share
             with self._averaged_weights():
-                yield self._validate(final=True)
+                yield from self._evaluate(final=True)
         save = self._save()
         if ended and counters.best == math.inf:
             raise self._diverged("no evaluation gave a number")
@@ -223,7 +224,7 @@ class Trainer:
                 "saved; stopped before any evaluation, it is measured now (Ctrl-C leaves that out)",
             )
             with self._averaged_weights():
-                yield self._validate(final=False)
+                yield from self._evaluate(final=False)
 
     def change_budget(self) -> None:
         """Tells a resumed run that it has another budget: nothing is due at the present share."""
@@ -242,26 +243,25 @@ class Trainer:
         return progress.share(self.config, counters.preparation, at_the_end)
 
     def _evaluation_cost(self) -> float:
-        """Seconds of an evaluation: of the last one, else estimated from the speed of training.
-
-        A backward pass costs two forward passes; evaluations are float32, half as fast as bfloat16.
-        """
+        """Seconds of an evaluation: of the last one, else estimated from the speed of training."""
         if self.counters.evaluation_seconds:
             return self.counters.evaluation_seconds
         if self.evaluation.tokens and self.train_step.tokens_per_second:
-            ratio = 3 if self.train_step.device_config.dtype == torch.float32 else 1.5
+            ratio = evaluated_per_trained(self.train_step.device_config.dtype)
             return self.evaluation.tokens / (ratio * self.train_step.tokens_per_second)
         return 0.04 * self.config.time
 
-    def _is_due(self, every: int, last: float, share: float, times: int = EVALUATIONS) -> bool:
+    def _is_due(
+        self, every: int, last: float, share: float, times: int = schedules.EVALUATIONS
+    ) -> bool:
         """True after every so many steps; by default `times` in a run."""
         if every:
             return self.counters.step % every == 0
         return math.floor(last * times) < math.floor(share * times)
 
     def _worth_a_sample(self) -> bool:
-        """False if samples would take more than a fiftieth of a run limited by time."""
-        if self.config.sample_every or not self.config.time:
+        """False if samples would take more than a fiftieth of the time; they change no result."""
+        if self.config.sample_every:
             return True
         since = time.monotonic() - (self._sampled_at or self.started_at)
         return since >= 50 * self._sample_seconds
@@ -277,6 +277,10 @@ class Trainer:
         if self.counters.averaged:
             self.replicas.run_on_all("swap")
             self.train_step.optimizer.swap_averages()
+
+    def _evaluate(self, final: bool) -> Iterator[Due | Validation]:
+        yield Due("evaluation", self.counters.step)
+        yield self._validate(final)
 
     def _validate(self, final: bool) -> Validation:
         counters, started = self.counters, time.monotonic()

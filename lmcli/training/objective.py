@@ -175,6 +175,7 @@ class Objective:
     plotted: str = "val_loss"  # the validation metric in loss.svg
     preset: str = ""  # the preset that `auto` takes from scratch; "" for `auto` itself
     finetune_preset: str = "finetune"  # the preset that `auto` takes with --from
+    evaluation_passes: float = 1.0  # how often an evaluation reads a token of the validation set
     auto_sizes: bool = False  # whether `auto` chooses the model's sizes by the text
     # rows of random ids for `lm bench`; None if it is not measured
     random_rows: Callable[[ModelConfig, TrainConfig], BatchSource] | None = None

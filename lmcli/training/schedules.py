@@ -1,4 +1,4 @@
-"""How far a run has come, and the learning-rate factor there. Pure functions."""
+"""How far a run has come, its learning-rate factor there, its evaluations. Pure functions."""
 
 import math
 from dataclasses import dataclass
@@ -47,3 +47,54 @@ def factor(schedule: str, share: float, warmup: float) -> float:
         "cosine": 0.5 * (1.0 + math.cos(math.pi * fall)),
     }[schedule]
     return after if share >= warmup else share / warmup * after
+
+
+EVALUATIONS = 8  # of a run unless eval_every is set; as many saves and sample texts
+EVALUATION_SHARE = 1 / 15  # of a run's time, for all its evaluations
+COUNTED_SHARE = 1 / 20  # where their time is estimated by their tokens
+EVALUATED_BYTES = 250_000  # that are evaluated unless validation_bytes is set
+FEWER_BYTES, FEWEST_BYTES = 20_000, 2_000  # to afford several evaluations; to afford one
+# bytes a token, when no tokenizer is there yet; low, so that evaluations are not underestimated
+FEW_BYTES_PER_TOKEN = 2.0
+
+
+def planned_tokens(config: TrainConfig, tokens_per_epoch: float) -> float:
+    """Tokens that a run trains on by its budgets; 0 if only time limits it."""
+    budgets = config.steps * config.batch_tokens, config.tokens, config.epochs * tokens_per_epoch
+    return min((tokens for tokens in budgets if tokens), default=0)
+
+
+def timed_evaluations(budget: float, cost: float) -> int:
+    """How many evaluations of `cost` seconds a run of `budget` seconds (0: no limit) affords.
+
+    The last one is counted, and made in any case.
+    """
+    if not budget:
+        return EVALUATIONS
+    return min(EVALUATIONS, max(1, int(budget * EVALUATION_SHARE / max(cost, 1e-9))))
+
+
+def counted_evaluations(planned: float, evaluated: float, ratio: float) -> int:
+    """How many evaluations a run of `planned` training tokens (0: no limit) affords.
+
+    Each reads `evaluated` tokens, `ratio` of them in the time of one training token. The clock has
+    no part in it, so that a run by steps, tokens or epochs always gives the same result.
+    """
+    if not planned or not evaluated:
+        return EVALUATIONS
+    return min(EVALUATIONS, max(1, int(planned * COUNTED_SHARE * ratio / evaluated)))
+
+
+def validation_bytes(config: TrainConfig, bytes_per_epoch: int, ratio: float) -> int:
+    """Bytes of the validation set to evaluate: fewer than EVALUATED_BYTES in a short run.
+
+    Rather fewer bytes than fewer than four evaluations, but no fewer than FEWER_BYTES for that.
+    `ratio` is as for `counted_evaluations`, how often a byte is read included. What is set, or
+    evaluations that are (eval_every), are taken as they are.
+    """
+    planned = FEW_BYTES_PER_TOKEN * planned_tokens(config, bytes_per_epoch / FEW_BYTES_PER_TOKEN)
+    if config.validation_bytes or config.eval_every or not planned:
+        return config.validation_bytes or EVALUATED_BYTES
+    affordable = int(planned * COUNTED_SHARE * ratio)
+    size = max(affordable // 4, min(affordable, FEWER_BYTES), FEWEST_BYTES)
+    return min(EVALUATED_BYTES, size)

@@ -477,7 +477,9 @@ def test_chinese_progress_has_bits_per_character(inside, tmp_path):
     text.write_text(
         "".join(f"却说第{i}回，宝玉来到园中，见了黛玉，说了一回话。\n" for i in range(150))
     )
-    done = inside("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 3)
+    done = inside(
+        "train", text, "-o", tmp_path / "run", *SMALL, "--steps", 3, "--set", "train.eval_every=1"
+    )
     stderr = done.stderr.decode()
     assert stderr.count("bits/character") >= 3
     result = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["result"]

@@ -116,9 +116,9 @@ def test_other_shapes_have_no_bits_per_byte(planner, preset):
     assert plan.bits_per_byte is None and plan.steps == 2 and plan.memory > plan.process
 
 
-def steps(train, sets=(), before=3.0, pause=(0.5, 0.25), step_tokens=2048, text_tokens=100_000):
-    recipe = resolve("tiny", sets, train)
-    return plan._steps(recipe.train, 2.048 + 0.1, step_tokens, text_tokens, before, pause)
+def steps(train, sets=(), before=3.0, times=8, step_tokens=2048, text_tokens=100_000):
+    recipe, pauses = resolve("tiny", sets, train), plan.Pauses(times, 0.5, 0.25)
+    return plan._steps(recipe.train, 2.048 + 0.1, step_tokens, text_tokens, before, pauses)
 
 
 def test_steps_and_seconds_of_each_budget():
@@ -126,8 +126,9 @@ def test_steps_and_seconds_of_each_budget():
     assert steps({"steps": 100}) == (100, pytest.approx(3 + 100 * step + 8 * 0.75))
     assert steps({"steps": 100}, ("train.eval_every=50",)) == (
         100,
-        pytest.approx(3 + 100 * step + 2 * 0.75),
+        pytest.approx(3 + 100 * step + 2 * 0.5 + 8 * 0.25),
     )
+    assert steps({"steps": 100}, times=3)[1] == pytest.approx(3 + 100 * step + 3 * 0.5 + 8 * 0.25)
     assert steps({"steps": 3}) == (3, pytest.approx(3 + 3 * step + 3 * 0.75))
     assert steps({"tokens": 10_000})[0] == 5  # the last one is whole
     assert steps({"epochs": 2})[0] == -(-2 * (100_000 // 128) // 16)

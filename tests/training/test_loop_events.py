@@ -78,6 +78,14 @@ def test_events_of_a_run_by_steps(run):
     assert [event.final for event in validations] == [False, False, True]
 
 
+def test_an_evaluation_is_announced(run):
+    trainer = run(steps=3, eval_every=1)
+    trainer.counters.look_first = True
+    announced = kinds(loop.Trainer.events(trainer))
+    for step in range(4):
+        assert announced[announced.index(f"validation {step}") - 1] == f"evaluation {step}"
+
+
 def test_by_default_a_run_is_evaluated_eight_times(run):
     steps = [event.step for event in run(steps=16).events() if isinstance(event, loop.Validation)]
     assert steps == [2, 4, 6, 8, 10, 12, 14, 16]

@@ -10,7 +10,7 @@ from lmcli.config import ModelConfig, TrainConfig
 from lmcli.data.batches import PackedRows
 from lmcli.kernels.fast_path import build_model
 from lmcli.model.device import DeviceConfig
-from lmcli.training.loop import Trainer
+from lmcli.training.loop import Due, Trainer
 from lmcli.training.objective import Evaluation
 from lmcli.training.objectives import OBJECTIVES
 from lmcli.training.train_step import TrainStep
@@ -41,6 +41,15 @@ def make_step(model=None, rows=None, dtype=torch.float32, **config) -> TrainStep
     )
 
 
+class UnannouncedTrainer(Trainer):
+    """A Trainer whose events leave out that an evaluation follows."""
+
+    def events(self):
+        for event in super().events():
+            if not (isinstance(event, Due) and event.what == "evaluation"):
+                yield event
+
+
 def make_trainer(
     evaluate=lambda: SimpleNamespace(criterion=9.0),
     evaluation_tokens=0,
@@ -51,7 +60,7 @@ def make_trainer(
     """A Trainer of `make_step`."""
     started_at = time.monotonic() if started_at is None else started_at
     step = step or make_step(**options)
-    return Trainer(step, Evaluation(evaluate, evaluation_tokens), started_at)
+    return UnannouncedTrainer(step, Evaluation(evaluate, evaluation_tokens), started_at)
 
 
 def run_step(step: TrainStep, share: float):
