@@ -75,6 +75,11 @@ class DocumentFormat:
         return file_format(file, self.format) != "text"
 
     @property
+    def has_examples(self) -> bool:
+        """True if a row is an example: a pair, a labeled text, or a question."""
+        return bool(self.paired or self.label or self.answers)
+
+    @property
     def pair_schema(self) -> PairSchema:
         """The PairSchema of `fields`. Raises UsageError when they are none."""
         if (schema := pair_schema(self.fields)) is None:

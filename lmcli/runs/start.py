@@ -29,6 +29,7 @@ from lmcli.training.objective import Objective, TrainingData
 from lmcli.training.train_step import Note, TrainStep
 
 NoteSink = Callable[[str], None]
+FEWEST_EXAMPLES = 20  # that are evaluated, unless there are fewer, or fewer bytes are asked for
 
 
 class RecipeChooser(Protocol):
@@ -286,6 +287,8 @@ def _choose_validation(
     if origin.checkpoint:  # it is evaluated before the first step as well
         ratio /= 2
     size = schedules.validation_bytes(recipe.train, split.training.bytes, ratio)
+    if split.source.doc_format.has_examples and not recipe.train.validation_bytes:
+        size = max(size, FEWEST_EXAMPLES * split.validation.bytes // len(split.validation) + 1)
     recipe = replace(recipe, train=replace(recipe.train, validation_bytes=size))
     return recipe, datasets.measure_fewer(split, size, note)
 

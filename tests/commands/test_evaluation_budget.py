@@ -84,3 +84,14 @@ def test_counted_evaluations_and_bytes_of_a_run():
     assert size(tokens=200_000) == 20_000  # one of them, not four of a quarter
     assert size(tokens=50_000) == 7_500
     assert size(tokens=1_000) == 2_000
+
+
+def test_twenty_examples_are_evaluated_however_long(inside, tmp_path):
+    rows = [{"text": "long " * 300 + str(i), "label": i % 2} for i in range(300)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--preset", "classify", *SMALL[2:-2], "--set", "train.batch_tokens=64")
+    done = inside("train", data, "-o", tmp_path / "run", *options, "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    result = load_yaml(tmp_path / "run" / "recipe.yaml")["result"]
+    assert 15 <= result["val_targets"] < 30 and result["val_unigram_entropy"] > 0.5
