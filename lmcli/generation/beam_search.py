@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmcli.config import GenerateConfig
 from lmcli.generation.constraints import Constraints, SequenceState
-from lmcli.model.cached_forward import DecodingState
+from lmcli.kernels.fast_decoding import State
 
 WORST = -1.0e9  # score of a beam that does not exist or has ended, below those that go on
 NOTHING = -torch.inf  # score of a finished text that does not exist, below all that do
@@ -84,7 +84,7 @@ class _Beams:
 
 
 def search(
-    decoding: DecodingState, state: SequenceState, config: GenerateConfig, stop_ids: list[int]
+    decoding: State, state: SequenceState, config: GenerateConfig, stop_ids: list[int]
 ) -> list[list[Hypothesis]]:
     """The best texts of each prompt, best first, at most `config.num_beams`.
 

@@ -17,8 +17,8 @@ from lmcli.config import GenerateConfig
 from lmcli.generation import sampling
 from lmcli.generation.beam_search import UNDEFINED, Hypothesis, search
 from lmcli.generation.constraints import Constraints, sequence_state
+from lmcli.kernels.fast_decoding import State, decoding_state
 from lmcli.model import finite
-from lmcli.model.cached_forward import DecodingState
 from lmcli.model.transformer import Transformer
 from lmcli.text.stream_decoder import StreamDecoder
 from lmcli.text.tokenizer import Tokenizer
@@ -144,7 +144,7 @@ class Decoder:
         most, end = self.max_source, self.tokenizer.suffix
         return ids if most is None or len(ids) <= most else ids[: most - len(end)] + end
 
-    def _prefill(self, rows: list["_Row"]) -> DecodingState:
+    def _prefill(self, rows: list["_Row"]) -> State:
         """Reads the windows of all rows."""
         for row in rows:
             if len(row.window) > self.context and not self.has_encoder:
@@ -154,9 +154,9 @@ class Decoder:
         capacity = max(len(row.window) for row in rows) + new_tokens
         return self._state(rows, capacity if self.has_encoder else min(self.context, capacity))
 
-    def _state(self, rows: list["_Row"], capacity: int) -> DecodingState:
+    def _state(self, rows: list["_Row"], capacity: int) -> State:
         sources = [row.source for row in rows] if self.has_encoder else None
-        return DecodingState(self.model, [row.window for row in rows], sources, capacity)
+        return decoding_state(self.model, [row.window for row in rows], sources, capacity)
 
     def _choose(self, rows: list["_Row"], logits: Tensor) -> Iterator[TextChunk]:
         """Chooses the next token of every row from logits (B, V)."""

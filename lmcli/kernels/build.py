@@ -1,4 +1,4 @@
-"""kernels.c: compiled once per machine with its C compiler, and called on tensors."""
+"""kernels.c and decode_step.c: compiled once per machine with its C compiler; calls on tensors."""
 
 import ctypes
 import functools
@@ -21,6 +21,7 @@ from lmcli.ownership import ForeignFile, open_own
 from lmcli.storage import atomic_path, cache_folder, user_errors
 
 SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = (SOURCE, Path(__file__).with_name("decode_step.c"))
 # Apple's compiler has no OpenMP: kernels.c then takes dispatch_apply, which macOS brings
 OPENMP = sys.platform != "darwin"
 ARM_MAC = not OPENMP and platform.machine() == "arm64"
@@ -125,13 +126,15 @@ def _library_file() -> Path:
         version = subprocess.run(
             [*compiler, "--version"], capture_output=True, check=True, text=True
         ).stdout
-    facts = SOURCE.read_bytes() + repr((version, compiler, FLAGS)).encode() + _processor()
+    code = b"".join(source.read_bytes() for source in SOURCES)
+    facts = code + repr((version, compiler, FLAGS)).encode() + _processor()
     return cache_folder("kernels", action="write") / f"{hashlib.sha256(facts).hexdigest()[:32]}.so"
 
 
 def _compile(file: Path) -> None:
     with atomic_path(file, private=True) as unfinished:
-        command = [*_compiler(), *FLAGS, "-o", str(unfinished), str(SOURCE), "-lm"]
+        sources = map(str, SOURCES)
+        command = [*_compiler(), *FLAGS, "-o", str(unfinished), *sources, "-lm"]
         subprocess.run(command, capture_output=True, check=True, text=True)
         digest = hashlib.sha256(unfinished.read_bytes()).digest()
         with unfinished.open("ab") as output:

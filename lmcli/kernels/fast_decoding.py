@@ -1,0 +1,295 @@
+"""Sequences token by token through a decoder in C: the fast twin of `model.cached_forward`.
+
+One call of decode_step.c takes rows of tokens through all layers. It reads no padding, and the
+numbers of a sequence do not depend on the other sequences, to the bit.
+"""
+
+import ctypes
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lmcli.config import ModelConfig
+from lmcli.kernels.decode_step import (
+    Array,
+    _Call,
+    _Model,
+    _Rows,
+    float_array,
+    forward,
+    supports,
+    weights_of,
+)
+from lmcli.model.cached_forward import SPARE_COLUMNS, DecodingState, pad
+from lmcli.model.layers import rotary_frequencies, sinusoidal_embedding
+from lmcli.model.transformer import Transformer
+
+ALIGN = 64  # rows of activations are padded with zeros to a multiple of this, as in decode_step.c
+BLOCK = 96  # most tokens of a call: prompts are read in blocks of this size
+
+Integers = NDArray[np.int64]
+
+
+def decoding_state(
+    model: Transformer, sequences: list[list[int]], sources: list[list[int]] | None, capacity: int
+) -> "State":
+    """A FastDecodingState where the model and the machine allow it, else a DecodingState."""
+    state = FastDecodingState if supports(model) else DecodingState
+    return state(model, sequences, sources, capacity)
+
+
+class _Sources(NamedTuple):
+    """Keys and values of the encoder's output in every layer, for each different source."""
+
+    keys: list[Array]  # (sources, K, S, D) for each layer
+    values: list[Array]
+    lengths: Integers  # (sources,)
+
+    @property
+    def longest(self) -> int:
+        return self.keys[0].shape[2]
+
+
+class FastDecodingState:
+    """Sequences, their key–value cache and the `logits` (B, V) of their next token.
+
+    For an encoder–decoder `sources` are encoded, equal ones once. At most `capacity` tokens of a
+    sequence are read; then the state is `full`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        sequences: list[list[int]],
+        sources: list[list[int]] | None,
+        capacity: int,
+    ):
+        self.model, self.capacity = model, capacity
+        self.config, self.weights = model.config, weights_of(model)
+        # this state's own copy, for the pointers to its cache
+        self._layers = type(self.weights.layers).from_buffer_copy(self.weights.layers)
+        self._model = _Model.from_buffer_copy(self.weights.model)
+        self._model.layer = ctypes.addressof(self._layers)
+        self._sources: _Sources | None = None
+        self._source_of: Integers = np.zeros(len(sequences), np.int64)
+        if sources is not None:
+            numbers: dict[tuple[int, ...], int] = {}
+            of_rows = [numbers.setdefault(tuple(source), len(numbers)) for source in sources]
+            self._source_of = np.array(of_rows, np.int64)
+            self._set_sources(_encode(model, [list(source) for source in numbers]))
+        self._lengths = np.zeros(len(sequences), np.int64)  # tokens read of each sequence
+        self._slots = np.arange(len(sequences))  # its place in the cache
+        longest = max(map(len, sequences))
+        self._allocate(len(sequences), min(capacity, longest + SPARE_COLUMNS))
+        self._scratch: dict[str, NDArray[Any]] = {}
+        self.logits = torch.from_numpy(self._prefill(sequences))
+
+    @property
+    def length(self) -> int:
+        """Tokens read of the longest sequence."""
+        return int(self._lengths.max())
+
+    @property
+    def full(self) -> bool:
+        """True if no further token can be added."""
+        return self.length == self.capacity
+
+    def add(self, tokens: Tensor) -> None:
+        """Reads one more token (B,) of each sequence."""
+        if self.length == self._keys.shape[3]:
+            self._grow()
+        rows = np.arange(len(self._slots))
+        self.logits = torch.from_numpy(self._forward(tokens.numpy(), rows, self._lengths, rows))
+        self._lengths = self._lengths + 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Selects, reorders or repeats sequences (B', int64)."""
+        chosen = rows.numpy()
+        self._lengths, self._source_of = self._lengths[chosen], self._source_of[chosen]
+        self._slots = self._slots[chosen]
+        if len(np.unique(self._slots)) < len(self._slots):  # a repeated one needs its own place
+            keys, values = self._keys[:, self._slots], self._values[:, self._slots]
+            self._slots = np.arange(len(chosen))
+            self._allocate(len(chosen), keys.shape[3])
+            self._keys[:], self._values[:] = keys, values
+
+    def reorder(self, rows: Tensor, common: int) -> None:
+        """Reorders sequences (B, int64) that are equal up to token `common`, as beams are.
+
+        `common` counts tokens of the longest sequence; the tokens after it are copied.
+        """
+        chosen, newest = rows.numpy(), self.length - common
+        moved = np.nonzero(chosen != np.arange(len(chosen)))[0]
+        for cache in (self._keys, self._values):
+            ends = [self._end(cache, int(row), newest).copy() for row in chosen[moved]]
+            for row, end in zip(moved, ends):
+                self._end(cache, int(row), newest)[:] = end
+
+    def _end(self, cache: Array, row: int, count: int) -> Array:
+        """The last `count` tokens of a sequence in the cache, (layers, K, count, D)."""
+        length = self._lengths[row]
+        return cache[:, self._slots[row], :, length - count : length]
+
+    def _prefill(self, sequences: list[list[int]]) -> Array:
+        """Reads all sequences, BLOCK tokens at a time; the logits after each one's last token."""
+        counts = [len(sequence) for sequence in sequences]
+        tokens = np.concatenate([np.array(sequence, np.int64) for sequence in sequences])
+        rows = np.repeat(np.arange(len(sequences)), counts)
+        positions = np.concatenate([np.arange(count) for count in counts])
+        last = np.cumsum(counts) - 1
+        logits = np.empty((len(sequences), self.config.vocab_size), np.float32)
+        for start in range(0, len(tokens), BLOCK):
+            block = slice(start, start + BLOCK)
+            ends = np.nonzero((last >= start) & (last < start + BLOCK))[0]
+            logits[ends] = self._forward(
+                tokens[block], rows[block], positions[block], last[ends] - start
+            )
+        self._lengths = np.array(counts, np.int64)
+        return logits
+
+    def _forward(
+        self, tokens: Integers, rows: Integers, positions: Integers, logit_rows: Integers
+    ) -> Array:
+        """Logits (n, V) after n of N tokens; a token belongs to a sequence and has a position."""
+        logits = np.empty((len(logit_rows), self.config.vocab_size), np.float32)
+        sources = self._source_of[rows]
+        arrays: dict[str, NDArray[Any]] = {
+            "slot": self._slots[rows],
+            "position": np.ascontiguousarray(positions),
+            "source": sources,
+            "logit_row": np.ascontiguousarray(logit_rows),
+            "x": self._embed(tokens, positions),
+            "logits": logits,
+            **self._rotary(positions),
+        }
+        if self._sources is not None:
+            arrays["source_length"] = self._sources.lengths[sources]
+        scratch = self._buffers(len(tokens))
+        forward(
+            self._model,
+            _Call(
+                rows=len(tokens),
+                logit_rows=len(logit_rows),
+                longest=scratch["scores"].shape[1],
+                **{name: values.ctypes.data for name, values in arrays.items()},
+                **{name: scratch[name].ctypes.data for name in ("key", "value", "scores")},
+                **{name: _rows(scratch, name) for name in ("normed", "query", "mixed", "inner")},
+            ),
+        )
+        return logits
+
+    def _embed(self, tokens: Integers, positions: Integers) -> Array:
+        """Embeddings of tokens and positions, (N, C) float32."""
+        config, weights = self.config, self.weights
+        x = weights.embedding[tokens]
+        if x.dtype == np.uint16:  # bfloat16
+            x = (x.astype(np.uint32) << 16).view(np.float32)
+        if config.scale_embedding:
+            x = x * np.float32(config.hidden_size**0.5)
+        if weights.positions is not None:
+            x = x + weights.positions[positions + config.position_offset]
+        elif config.positions == "sinusoidal":
+            x = x + sinusoidal_embedding(torch.from_numpy(positions), x.shape[1]).numpy()
+        norm = self.model.stacks()[-1].embedding_norm
+        if norm is not None:
+            dtype = self.model.embedding.weight.dtype
+            x = float_array(norm(torch.from_numpy(x).to(dtype)))
+        return np.ascontiguousarray(x)
+
+    def _rotary(self, positions: Integers) -> dict[str, Array]:
+        """cos and sin (N, R/2) of the positions, for layers with full and with local attention."""
+        config = self.config
+        if config.positions != "rotary":
+            return {}
+        tables = _angles(positions, config, config.rope_theta, "")
+        if config.local_rope_theta:
+            plain = replace(config, rope_type="default")
+            tables |= _angles(positions, plain, config.local_rope_theta, "local_")
+        return tables
+
+    def _buffers(self, count: int) -> dict[str, NDArray[Any]]:
+        """Arrays for intermediate results of `count` tokens; the padding of their rows is 0."""
+        config, keys = self.config, self._keys.shape[3]
+        longest = max(keys, self._sources.longest if self._sources else 0)
+        threads = torch.get_num_threads()
+        scratch = self._scratch
+        if not scratch or len(scratch["key"]) != count or scratch["scores"].shape[1] != longest:
+            key_width = config.num_key_value_heads * config.head_dim
+            width = config.num_attention_heads * config.head_dim
+            self._scratch = scratch = {
+                "key": np.empty((count, key_width), np.float32),
+                "value": np.empty((count, key_width), np.float32),
+                "scores": np.empty((threads, longest), np.float32),
+            }
+            sizes = {"normed": config.hidden_size, "query": width, "mixed": width}
+            for name, size in {**sizes, "inner": config.intermediate_size}.items():
+                stride = -(-size // ALIGN) * ALIGN
+                rows = 2 * count if name == "inner" else count  # the rows of the gate follow
+                scratch[name] = np.zeros((rows, stride), np.float32)
+                if self.weights.embedding.dtype == np.uint16:
+                    scratch[f"{name}_packed"] = np.zeros((count, stride), np.uint16)
+        return scratch
+
+    def _allocate(self, slots: int, capacity: int) -> None:
+        """A new cache, (layers, slots, K, capacity, D)."""
+        config = self.config
+        heads, layers = config.num_key_value_heads, config.num_hidden_layers
+        shape = (layers, slots, heads, capacity, config.head_dim)
+        self._keys, self._values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        for layer, keys, values in zip(self._layers, self._keys, self._values):
+            layer.keys, layer.values = keys.ctypes.data, values.ctypes.data
+        self._model.capacity = capacity
+        relative = self.model.stacks()[-1].relative
+        if relative is not None:
+            buckets = relative.bucket(-torch.arange(capacity))
+            self._relative = float_array(relative.table(buckets).T)  # (H, capacity)
+            self._model.relative = self._relative.ctypes.data
+
+    def _grow(self) -> None:
+        keys, values, length = self._keys, self._values, self.length
+        self._allocate(keys.shape[1], min(self.capacity, 2 * keys.shape[3]))
+        self._keys[:, :, :, :length] = keys[:, :, :, :length]
+        self._values[:, :, :, :length] = values[:, :, :, :length]
+
+    def _set_sources(self, sources: _Sources) -> None:
+        self._sources = sources
+        self._model.cross_capacity = sources.longest
+        for layer, keys, values in zip(self._layers, sources.keys, sources.values):
+            layer.cross_keys, layer.cross_values = keys.ctypes.data, values.ctypes.data
+
+
+State = DecodingState | FastDecodingState
+
+
+def _angles(
+    positions: Integers, config: ModelConfig, theta: float, prefix: str
+) -> dict[str, Array]:
+    frequencies, factor = rotary_frequencies(config, theta, torch.device("cpu"))
+    angles = positions[:, None].astype(np.float32) * frequencies.numpy()
+    scale = np.float32(factor)
+    return {f"{prefix}cos": np.cos(angles) * scale, f"{prefix}sin": np.sin(angles) * scale}
+
+
+def _rows(scratch: dict[str, NDArray[Any]], name: str) -> _Rows:
+    data = scratch[name]
+    packed = scratch.get(f"{name}_packed", data)
+    return _Rows(data.ctypes.data, packed.ctypes.data, data.shape[1])
+
+
+@torch.inference_mode()
+def _encode(model: Transformer, sources: list[list[int]]) -> _Sources:
+    """Keys and values of each layer's cross-attention to these sources."""
+    ids, mask = pad(sources, 0, left=False, device=model.embedding.weight.device)
+    states = model.encode(ids, mask).states
+    keys, values = [], []
+    for block in model.blocks()[-model.config.num_hidden_layers :]:
+        cross = block.cross
+        assert cross is not None
+        key, value = cross.project_keys(states)
+        keys.append(float_array(cross.split_heads(key, cross.key_norm)))
+        values.append(float_array(cross.split_heads(value)))
+    return _Sources(keys, values, np.array([len(source) for source in sources], np.int64))
