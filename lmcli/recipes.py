@@ -74,25 +74,25 @@ def resolve(
         values["train"].update(dict.fromkeys(BUDGETS, 0))
     for key, value in defaults.items():
         _set(values, f"{key}={value}")
-    given = _set_once(values, sets)
+    seen = _set_once(values, sets)
     for key, value in options.items():
         option = OPTIONS.get(key, f"--{key}")
         _put(values, "train", key, value, option)
-        _refuse_second(given, f"train.{key}", values["train"][key], f"{option} {value}")
+        _refuse_second(seen, f"train.{key}", values["train"][key], f"{option} {value}")
     return _recipe(values)
 
 
 def _set_once(values: Values, sets: Iterable[str]) -> Given:
     """Applies "section.key=value" settings; returns them by key. UsageError for two of one key."""
-    given: Given = {}
+    seen: Given = {}
     for setting in sets:
         section, key = _set(values, setting)
-        _refuse_second(given, f"{section}.{key}", values[section][key], f"--set {setting}")
-    return given
+        _refuse_second(seen, f"{section}.{key}", values[section][key], f"--set {setting}")
+    return seen
 
 
-def _refuse_second(given: Given, key: str, value: Any, source: str) -> None:
-    first, first_source = given.setdefault(key, (value, source))
+def _refuse_second(seen: Given, key: str, value: Any, source: str) -> None:
+    first, first_source = seen.setdefault(key, (value, source))
     if value != first:
         raise UsageError(
             f"{key} is given two values: {first_source} and {source}", hint="give one of them"

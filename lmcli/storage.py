@@ -49,17 +49,17 @@ def atomic_path(path: Path, private: bool = False) -> Iterator[Path]:
     It is empty, and nobody else can write it; with `private` that holds for `path` too. A link at
     `path` is replaced, never followed. Raises UserError when the file cannot be written.
     """
-    part = ownership.temporary_name(path)
+    temporary = ownership.temporary_name(path)
     try:
         with user_errors(path, "write"):
-            ownership.create(part).close()
-            yield part
-            _flush(part, 0o600 if private else 0o666 & ~_umask())
-            os.replace(part, path)
+            ownership.create(temporary).close()
+            yield temporary
+            _flush(temporary, 0o600 if private else 0o666 & ~_umask())
+            os.replace(temporary, path)
             _flush_entries(path.parent)
     finally:
         with suppress(OSError):  # the error that ended the block is the one to report
-            part.unlink()
+            temporary.unlink()
 
 
 def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
@@ -78,8 +78,8 @@ def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small text file atomically; "?" for what is not UTF-8 (in the name of a file)."""
-    with atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8", errors="replace")
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def copy_file(source: Path, path: Path) -> None:
@@ -87,8 +87,8 @@ def copy_file(source: Path, path: Path) -> None:
     with user_errors(source, "read"):
         needed = source.stat().st_size
     require_disk_space(path, needed)
-    with atomic_path(path) as part:
-        shutil.copyfile(source, part)
+    with atomic_path(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 @contextmanager
@@ -98,23 +98,23 @@ def atomic_folder(path: Path, private: bool = False) -> Iterator[Path]:
     Nobody else can write in it; with `private` that holds for `path` too. A folder or link at
     `path` is replaced at the moment of the rename, and restored if that fails.
     """
-    part, old = (ownership.temporary_name(path, end) for end in ("part", "old"))
+    temporary, old = (ownership.temporary_name(path, end) for end in ("part", "old"))
     try:
         with user_errors(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.mkdir(0o700)
-            yield part
-            for file in part.iterdir():
+            temporary.mkdir(0o700)
+            yield temporary
+            for file in temporary.iterdir():
                 _flush(file, 0o600 if private else None)
-            _flush_entries(part)
+            _flush_entries(temporary)
             if not private:
-                part.chmod(0o777 & ~_umask())
+                temporary.chmod(0o777 & ~_umask())
             if os.path.lexists(path):  # renamed first: a kill while deleting would leave half of it
                 os.rename(path, old)
-            os.rename(part, path)
+            os.rename(temporary, path)
             _flush_entries(path.parent)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
             if not os.path.lexists(path):
                 os.rename(old, path)
@@ -219,9 +219,9 @@ def write_tensors(
     from safetensors.torch import save_file
 
     require_disk_space(path, tensor_bytes(tensors))
-    with atomic_path(path) as part:
+    with atomic_path(path) as temporary:
         try:
-            save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
+            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
             raise UserError(f"cannot write: {error}", where=str(path)) from error
 
@@ -307,8 +307,8 @@ def cached(kind: str, key: str, write: Callable[[Path], None]) -> Path:
     """
     folder = cache_folder(kind) / key
     if not _is_cached(folder):
-        with atomic_folder(folder, private=True) as part:
-            write(part)
+        with atomic_folder(folder, private=True) as temporary:
+            write(temporary)
     return folder
 
 
@@ -331,7 +331,7 @@ def cached_resumable(
     `write` must recognize partial files it cannot use. If it raises an error, nothing is kept.
     """
     folder = cache_folder(kind) / key
-    part = folder.with_name(f".{key}.part")
+    temporary = folder.with_name(f".{key}.part")
     if _is_cached(folder):
         return folder
     with user_errors(folder, CACHING):
@@ -341,22 +341,22 @@ def cached_resumable(
             return cached(kind, key, write)
         try:
             if not _is_cached(folder):  # another process may have finished it
-                make_private_folder(part)
-                _complete(part, folder, write)
+                make_private_folder(temporary)
+                _complete(temporary, folder, write)
         finally:
             unlock(held)
     return folder
 
 
-def _complete(part: Path, folder: Path, write: Callable[[Path], None]) -> None:
+def _complete(temporary: Path, folder: Path, write: Callable[[Path], None]) -> None:
     try:
-        write(part)
-        for file in part.iterdir():
+        write(temporary)
+        for file in temporary.iterdir():
             _flush(file, 0o600)
         shutil.rmtree(folder, ignore_errors=True)  # may be incomplete, after a full disk
-        os.rename(part, folder)
+        os.rename(temporary, folder)
     except Exception:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from lmcli import __version__, errors, signals
+from lmcli import __version__, errors
+from lmcli.distributed import signals
 
 # how a closed standard stream is opened: reading or writing it then fails, as on a closed one
 CLOSED_FLAGS = (os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)

@@ -60,10 +60,10 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """The arguments that are left over; UsageError naming the first option given twice."""
-        given = list(args)  # click empties `args`
+        arguments = list(args)  # click empties `args`
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:  # shell completion
-            self._refuse_two_values(ctx, given)
+            self._refuse_two_values(ctx, arguments)
         return rest
 
     def _refuse_two_values(self, ctx: click.Context, args: list[str]) -> None:
@@ -75,12 +75,12 @@ class Command(click.Command):
         for option in single:
             option.multiple = True  # the parser then keeps all values
         try:
-            given, _, _ = self.make_parser(ctx).parse_args(args)
+            values_of, _, _ = self.make_parser(ctx).parse_args(args)
         finally:
             for option in single:
                 option.multiple = False
         for option in single:
-            texts = list(dict.fromkeys(given.get(option.name or "") or ()))
+            texts = list(dict.fromkeys(values_of.get(option.name or "") or ()))
             # 90 and 90s are one value
             values = [option.type_cast_value(ctx, text) for text in texts]
             if any(value != values[0] for value in values):

@@ -238,8 +238,8 @@ def _work(args: options.Arguments, replicas: "ReplicaGroup") -> None:
     """Trains as a worker: prints nothing, and leaves errors and signals to the leader."""
     import signal
 
+    from lmcli.distributed.signals import stop_signals
     from lmcli.runs import worker
-    from lmcli.signals import stop_signals
 
     for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)

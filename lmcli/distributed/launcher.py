@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmcli.distributed.signals import stop_signals
 from lmcli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, ProcessLost, UsageError
-from lmcli.signals import stop_signals
 
 RESTARTS = 3
 SECONDS_TO_END = 10  # for the other processes once one has ended

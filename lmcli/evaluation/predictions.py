@@ -221,8 +221,8 @@ class EvalDataset:
 
     def _references_in(self, row: dict, name: str) -> tuple[str, ...]:
         if self.schema.kind == "labels":
-            found = row_labels(row, name, self.multi_label)
-            return tuple(matching_label(label, self.labels) for label in found)
+            names = row_labels(row, name, self.multi_label)
+            return tuple(matching_label(label, self.labels) for label in names)
         return answer_texts(row, name) if self.schema.kind == "answers" else row_texts(row, name)
 
     def _predicted(self, row: dict) -> Prediction | None:
@@ -340,13 +340,13 @@ def zip_records(
             return
         rest = 1 + sum(1 for _ in (records if other is None else others))
         if record is not None:
-            found, total, missing, location = count, count + rest, "one", record.location
+            present, total, missing, location = count, count + rest, "one", record.location
         else:
-            found, total, missing = count + rest, count, "a record"
+            present, total, missing = count + rest, count, "a record"
             extra: Any = other  # an EvalRecord, or (prediction, location)
             location = extra.location if isinstance(extra, EvalRecord) else extra[1]
         raise UserError(
-            f"{found:,} {what} for {total:,} records",
+            f"{present:,} {what} for {total:,} records",
             where=display_name(file),
             hint=f"the first without {missing} is {location}",
         )

@@ -432,7 +432,7 @@ void NAME(cross_entropy)(OUT logits, const int64_t *targets, SUMS losses, long r
         losses[row] = log(sum) - (target - most);
         for (long i = 0; i < size; i++) x[i] = STORE(EXP(LOAD(x[i]) - most) * r);
         x[targets[row]] = STORE(EXP(target - most) * r - 1);
-    }
+    } END_CHUNKS
 }
 
 /* The same, the loss mixed with the mean over all tokens, which is infinite if one is impossible. */

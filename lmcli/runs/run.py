@@ -12,6 +12,7 @@ from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import GenerateConfig, TrainConfig
 from lmcli.data.corpus import EncodedDocument
 from lmcli.data.length_batching import tokens_per_forward
+from lmcli.distributed.signals import stop_signals
 from lmcli.errors import UserError
 from lmcli.generation.decoding import Decoder
 from lmcli.kernels import build
@@ -21,7 +22,6 @@ from lmcli.runs import forgetting
 from lmcli.runs.run_record import RunRecord
 from lmcli.scoring.perplexity import measure_perplexity
 from lmcli.scoring.scorer import Scorer
-from lmcli.signals import stop_signals
 from lmcli.text.tokenizer import Tokenizer
 from lmcli.training import datasets, resume_state, schedules
 from lmcli.training.divergence import Diverged

@@ -10,9 +10,8 @@ import time
 
 import pytest
 
-from lmcli import signals
 from lmcli.data.output_file import OutputFile
-from lmcli.distributed import launcher
+from lmcli.distributed import launcher, signals
 from lmcli.errors import EXIT_INTERRUPTED, ProcessLost
 from lmcli.training import loop, resume_state
 
