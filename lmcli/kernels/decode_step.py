@@ -14,7 +14,7 @@ from lmcli.kernels import build
 from lmcli.kernels.fast_path import FastTransformer
 from lmcli.model.transformer import Block, Transformer
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATION_NUMBERS = {
     "silu": 0,
     "gelu": 1,
@@ -86,7 +86,7 @@ def supports(model: Transformer) -> bool:
         config.shape != "encoder"
         and plain_head
         and build.serve(weight.device)
-        and weight.dtype in DTYPES
+        and weight.dtype in DTYPE_NUMBERS
         and all(
             type(parameter) is nn.Parameter and parameter.dtype == weight.dtype
             for parameter in model.parameters()
@@ -116,7 +116,7 @@ class DecoderWeights:
                 self.layers[i].window = config.sliding_window
                 self.layers[i].local = bool(config.local_rope_theta)
         self.model = _Model(
-            dtype=DTYPES[model.embedding.weight.dtype],
+            dtype=DTYPE_NUMBERS[model.embedding.weight.dtype],
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             heads=config.num_attention_heads,

@@ -29,7 +29,7 @@ from lmcli.model.layers import rotary_frequencies, sinusoidal_embedding
 from lmcli.model.transformer import Transformer
 
 ALIGN = 64  # rows of activations are padded with zeros to a multiple of this, as in decode_step.c
-BLOCK = 96  # most tokens of a call: prompts are read in blocks of this size
+TOKENS_AT_ONCE = 96  # most tokens of a call: prompts are read in blocks of this size
 
 Integers = NDArray[np.int64]
 
@@ -135,16 +135,16 @@ class FastDecodingState:
         return cache[:, self._slots[row], :, length - count : length]
 
     def _prefill(self, sequences: list[list[int]]) -> Array:
-        """Reads all sequences, BLOCK tokens at a time; the logits after each one's last token."""
+        """Reads all sequences in blocks; the logits after the last token of each."""
         counts = [len(sequence) for sequence in sequences]
         tokens = np.concatenate([np.array(sequence, np.int64) for sequence in sequences])
         rows = np.repeat(np.arange(len(sequences)), counts)
         positions = np.concatenate([np.arange(count) for count in counts])
         last = np.cumsum(counts) - 1
         logits = np.empty((len(sequences), self.config.vocab_size), np.float32)
-        for start in range(0, len(tokens), BLOCK):
-            block = slice(start, start + BLOCK)
-            ends = np.nonzero((last >= start) & (last < start + BLOCK))[0]
+        for start in range(0, len(tokens), TOKENS_AT_ONCE):
+            block = slice(start, start + TOKENS_AT_ONCE)
+            ends = np.nonzero((last >= start) & (last < start + TOKENS_AT_ONCE))[0]
             logits[ends] = self._forward(
                 tokens[block], rows[block], positions[block], last[ends] - start
             )

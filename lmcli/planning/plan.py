@@ -27,7 +27,7 @@ from lmcli.model import flops, memory
 from lmcli.model.device import DeviceConfig, dtype_name, machine_memory, peak_memory
 from lmcli.planning import cluster
 from lmcli.planning.background_load import BackgroundLoad
-from lmcli.planning.benchmark import MANY_STEPS, TrainingWorkload
+from lmcli.planning.benchmark import MANY_STEPS, TrainingWorkload, predicting_tokens
 from lmcli.planning.cluster import SINGLE_DEVICE, DeviceGroup, DeviceShare
 from lmcli.planning.expected_quality import expected_bits_per_byte, xz_bits_per_byte
 from lmcli.scoring.scorer import Scorer
@@ -349,6 +349,7 @@ class Planner:
 
     def _measure(self, recipe: Recipe, vocabulary: LearnedVocabulary, seconds: float) -> Speed:
         """Trains for some seconds; also measures the memory of the process once."""
+        recipe = predicting_tokens(recipe)
         workload = TrainingWorkload(recipe, self.device_config)
         optimizer = workload.train_step.optimizer
         steps: list[float] = []

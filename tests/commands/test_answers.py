@@ -89,7 +89,7 @@ def test_figures_are_reported_and_recorded(run):
     assert len(losses) == 12 and sum(losses[-4:]) < sum(losses[:4])
     card = (folder / "README.md").read_text()
     assert (
-        "question-answering" in card
+        "ModernBertForQuestionAnswering" in card
         and f"| exact match | {result['val_exact_match']:.1%} |" in card
     )
 

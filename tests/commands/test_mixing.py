@@ -37,9 +37,8 @@ def recipe(folder):
 
 
 def test_shares_and_epochs_are_reported_and_stored(inside, sources, tmp_path):
-    done = inside(
-        "train", *sources, "--weights", "3,1", "-o", tmp_path / "run", *SMALL, "--steps", 20
-    )
+    options = ("--weights", "3,1", "--steps", 20, "--set", "train.validation_bytes=250000")
+    done = inside("train", *sources, "-o", tmp_path / "run", *SMALL, *options)
     stderr = done.stderr.decode()
     assert done.returncode == 0, stderr
     facts = recipe(tmp_path / "run")

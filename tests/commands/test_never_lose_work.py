@@ -55,7 +55,7 @@ def replaced(file, old: str, new: str) -> None:
 
 def test_changes_are_named_and_refused_without_allow_changes(inside, text, tmp_path):
     folder = tmp_path / "run"
-    data = trained(inside, text, folder, "--steps", 4)
+    data = trained(inside, text, folder, "--steps", 4, "--set", "train.eval_every=1")
     replaced(data, "baker", "miller")
     replaced(folder / "recipe.yaml", "  steps: 4\n", "  steps: 6\n")
     replaced(folder / "recipe.yaml", "  learning_rate: 0.01\n", "  learning_rate: 0.02\n")

@@ -519,7 +519,7 @@ def test_no_data_on_a_terminal_is_a_usage_error(inside, monkeypatch):
     [
         (("--time", "0s"), 2, "no budget"),
         (("--set", "train.time=0"), 2, "no budget"),
-        (("--time", "0.1s"), 1, "were over before the first step"),
+        (("--time", "0.1s"), 1, "over before"),
         (
             (
                 "--preset",

@@ -84,7 +84,8 @@ def run(request, rows, lm, tmp_path_factory):
     """(case, folder, standard error) of a run of 12 steps."""
     preset, file, more = CASES[request.param]
     folder = tmp_path_factory.mktemp("runs") / request.param
-    done = lm("train", rows / file, "-o", folder, "--preset", preset, *SMALL, *more, "--steps", 12)
+    more = (*more, "--steps", 12, "--set", "train.sample_every=6")
+    done = lm("train", rows / file, "-o", folder, "--preset", preset, *SMALL, *more)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode() == f"{folder}\n"
     return request.param, folder, done.stderr.decode()
