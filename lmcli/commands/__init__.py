@@ -205,6 +205,8 @@ def main() -> None:
     # core; with this limit they lose half, and nothing on an idle machine (4 × 128 training, two
     # cores). Must be set before torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # oneDNN keeps the code of so many products, a third of a megabyte each; 1,024 by default
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     try:
         code = run()
     except KeyboardInterrupt:  # a second Ctrl-C, while the first one was cleaned up after

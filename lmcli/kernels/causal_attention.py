@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmcli.kernels import build
+from lmcli.kernels import build, products
 from lmcli.kernels.build import CHUNKS
 from lmcli.model.memory import KEPT_WEIGHTS, QUERIES_AT_ONCE
 
@@ -91,6 +91,9 @@ def attend(
     Each chunk of queries is multiplied with the keys that it can see: on a CPU, batched products
     are faster than torch's fused kernel.
     """
+    if products.varied(heads[0], heads[1]):
+        mixed, kept_weights = attend(_float32(heads), document_start, shape)
+        return mixed.to(heads[0].dtype), kept_weights
     mixed, kept_weights = torch.empty_like(heads[0]), []
     out, query = mixed.flatten(0, 1), heads[0].flatten(0, 1)  # (B·H, T, D)
     key, value = (_repeat_groups(x, shape) for x in heads[1:])
@@ -110,6 +113,11 @@ def attend_backward(
     shape: BlockShape,
 ) -> Heads:
     """The gradients of query, key and value (`heads`), given that of `attend`."""
+    if products.varied(heads[0], heads[1]):
+        above = dmixed.float()
+        gradients = attend_backward(_float32(heads), above, kept_weights, document_start, shape)
+        query, key, value = (x.to(dmixed.dtype) for x in gradients)
+        return query, key, value
     query, dmixed = heads[0].flatten(0, 1), dmixed.flatten(0, 1)  # (B·H, T, D)
     key, value = (_repeat_groups(x, shape) for x in heads[1:])
     dquery, dkey, dvalue = (torch.empty_like(query) for _ in range(3))
@@ -145,6 +153,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     sizes = (rows, heads, key_heads, length, keys, head_dim)
     build.run("attention", query.dtype, *arrays, out, strides, *sizes, scale)
     return out
+
+
+def _float32(heads: Heads) -> Heads:
+    query, key, value = (x.float() for x in heads)
+    return query, key, value
 
 
 def _chunks(length: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
-from lmcli.kernels import build, fused_block, fused_loss
+from lmcli.kernels import build, fused_block, fused_loss, products
 from lmcli.kernels.causal_attention import BlockShape, causal_attention
 from lmcli.kernels.dropout import dropped_sum
 from lmcli.model import likelihood
@@ -220,6 +220,15 @@ class FastBlock(Block):
         return super().add(residual, update)
 
 
+class FastLinear(Linear):
+    """A Linear that trains on rows of texts in few shapes (see `products`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, inputs) → (…, outputs)."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return products.linear(x, self.weight.to(x.dtype), bias)
+
+
 class FastRMSNorm(RMSNorm):
     """RMSNorm in one pass over memory, forward and backward."""
 
@@ -246,7 +255,7 @@ class FastMLP(MLP):
                 gate_up = torch.cat([gate(x), up(x)], dim=-1)
             else:
                 matrix = torch.cat([weight_of(gate), weight_of(up)])
-                gate_up = F.linear(x, matrix.to(x.dtype))
+                gate_up = products.linear(x, matrix.to(x.dtype))
             return self.down(fused_block.gated(gate_up, fused_block.CURVES[self.activation]))
         gated, upper = joint_product(x, gate, up)
         return self.down(self.activation(gated) * upper)
@@ -286,6 +295,11 @@ class FastAttention(Attention):
         """As of Attention."""
         queries, keys = query.shape[2], key.shape[2]
         if _slow_backward(query):
+            if products.varied(query, key):
+                if mask is not None and mask.dtype != torch.bool:
+                    mask = mask.float()
+                heads = query.float(), key.float(), value.float()
+                return super().attend(*heads, mask).to(query.dtype)
             return super().attend(query, key, value, mask)
         if queries == 1 and mask is None and self.groups > 1:
             # the heads of a group take the place of T, and keys need no copies
@@ -336,6 +350,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     Transformer: FastTransformer,
     Stack: FastStack,
     Block: FastBlock,
+    Linear: FastLinear,
     RMSNorm: FastRMSNorm,
     MLP: FastMLP,
     Attention: FastAttention,
@@ -351,8 +366,8 @@ def joint_product(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     biases: list[Tensor] = [linear.bias for linear in linears]
     bias = None if biases[0] is None else torch.cat(biases).to(x.dtype)
     matrix = torch.cat(tuple(linear.weight for linear in linears)).to(x.dtype)
-    products = F.linear(x, matrix, bias)
-    return products.split([linear.out_features for linear in linears], dim=-1)
+    joined = products.linear(x, matrix, bias)
+    return joined.split([linear.out_features for linear in linears], dim=-1)
 
 
 def _can_fuse(block: FastBlock) -> bool:

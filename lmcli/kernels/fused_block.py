@@ -27,6 +27,7 @@ from lmcli.kernels.causal_attention import (
 )
 from lmcli.kernels.dropout import dropped
 from lmcli.kernels.lora_products import LoraProducts
+from lmcli.kernels.products import matrix_gradient, regular
 from lmcli.model.layers import gelu_tanh
 from lmcli.model.lora import LowRank, added
 
@@ -114,7 +115,9 @@ class _Block(Function):
         ctx.seeds = torch.randint(1 << 31, (2,)).tolist() if shape.dropout else (0, 0)
         seeds = torch.randint(1 << 31, (4,)).tolist() if shape.lora_dropout else (0,) * 4
         ctx.products = [
-            LoraProducts(branches[group], list(map(len, matrices[group])), shape.lora_dropout, seed)
+            LoraProducts(
+                branches[group], list(map(len, matrices[group])), shape.lora_dropout, seed, trained
+            )
             for group, seed in zip((QKV, OUTPUT, GATE_UP, DOWN), seeds)
         ]
         qkv_products, output_products, gate_up_products, down_products = ctx.products
@@ -189,10 +192,10 @@ def _matrix_gradients(
     trained = ctx.needs_input_grad[MATRICES][group]
     gradients: Any
     if all(trained):
-        gradients = (dy.T @ x).to(ctx.dtype).split(products.outputs)
+        gradients = matrix_gradient(dy, x).to(ctx.dtype).split(products.outputs)
     else:
         gradients = [
-            (columns.T @ x).to(ctx.dtype) if needed else None
+            matrix_gradient(columns, x).to(ctx.dtype) if needed else None
             for columns, needed in zip(dy.split(products.outputs, dim=1), trained)
         ]
     return list(zip(gradients, products.gradients(dy, x)))
@@ -206,7 +209,7 @@ def _add(
     residual: Tensor, x: Tensor, weight: Tensor, products: LoraProducts, dropout: float, seed: int
 ) -> Tensor:
     """residual + dropout(x · weightᵀ)."""
-    if not (dropout or products.dropout):
+    if not (dropout or products.dropout) and (not products.trained or regular(x)):
         return torch.addmm(residual, x, weight.T)
     y = products.product(x, weight)
     return dropped(y, dropout, seed, residual) if dropout else y.add_(residual)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lmcli.kernels import build
+from lmcli.kernels import build, products
 from lmcli.kernels.build import ACCUMULATED
 from lmcli.model.memory import LOGIT_ROWS_AT_ONCE, logit_rows
 
@@ -96,13 +96,18 @@ class _CrossEntropy(Function):
             lora = a, b.to(dtype), torch.empty_like(a), torch.zeros_like(b)
         for first in range(0, len(hidden), rows):
             chunk = slice(first, first + rows)
-            x = hidden[chunk]
+            x = hidden[chunk] if lora is not None else products.filled(hidden[chunk])
+            real = len(targets[chunk])
             logits = x @ matrix.T if offset is None else torch.addmm(offset, x, matrix.T)
             if lora is not None:
                 logits.addmm_(lora[0][chunk], lora[1].T)
-            losses, dlogits = loss_with_gradient(logits, targets[chunk], smoothing)
+            losses, dlogits = loss_with_gradient(logits[:real], targets[chunk], smoothing)
             total += losses.sum()
-            torch.mm(dlogits, matrix, out=dhidden[chunk])
+            if real < len(x):
+                dlogits = products.filled(dlogits)
+                dhidden[chunk] = (dlogits @ matrix)[:real]
+            else:
+                torch.mm(dlogits, matrix, out=dhidden[chunk])
             if dweight is not None:
                 dweight += dlogits.T @ x
             if dbias is not None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lmcli.kernels import products
 from lmcli.kernels.dropout import dropped
 from lmcli.model.lora import LowRank
 
@@ -21,6 +22,7 @@ class LoraProducts(NamedTuple):
     outputs: list[int]
     dropout: float
     seed: int
+    trained: bool = True  # inference leaves products as they are
 
     @property
     def _separate(self) -> bool:
@@ -32,7 +34,7 @@ class LoraProducts(NamedTuple):
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x times the joined matrices (Σ out, in), and the branches if separate: (N, Σ out)."""
-        y = x @ weight.T
+        y = products.product(x, weight.T) if self.trained else x @ weight.T
         if self._separate:
             inner = self._inner(dropped(x, self.dropout, self.seed)).split(self._ranks, dim=1)
             for columns, xa, lora in zip(y.split(self.outputs, dim=1), inner, self.branches):
@@ -42,9 +44,9 @@ class LoraProducts(NamedTuple):
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
         """The gradient of x (N, in), given dy (N, Σ out) of the product."""
-        dx = dy @ weight
+        dx = products.product(dy, weight)
         if self._separate:
-            through = self._inner_gradient(dy) @ self._joined_a(dy.dtype)
+            through = products.product(self._inner_gradient(dy), self._joined_a(dy.dtype))
             dx = dropped(through, self.dropout, self.seed, dx)
         return dx
 
@@ -56,26 +58,28 @@ class LoraProducts(NamedTuple):
         if not any(self.branches):
             return [(None, None)] * len(self.branches)
         x = dropped(x, self.dropout, self.seed)
-        das = (self._inner_gradient(dy).T @ x).split(self._ranks)
+        das = products.matrix_gradient(self._inner_gradient(dy), x).split(self._ranks)
         dys, inner = dy.split(self.outputs, dim=1), self._inner(x).split(self._ranks, dim=1)
         pairs: list[tuple[Tensor | None, Tensor | None]] = []
         for lora, da, columns, xa in zip(self.branches, das, dys, inner):
             if lora is None:
                 pairs.append((None, None))
             else:
-                db = (columns.T @ xa).to(lora.b.dtype).mul_(lora.scale)
+                db = products.matrix_gradient(columns, xa).to(lora.b.dtype).mul_(lora.scale)
                 pairs.append((da.to(lora.a.dtype), db))
         return pairs
 
     def _inner(self, x: Tensor) -> Tensor:
         """x aᵀ of each branch, (N, Σ ranks)."""
-        return x @ self._joined_a(x.dtype).T
+        return products.product(x, self._joined_a(x.dtype).T)
 
     def _inner_gradient(self, dy: Tensor) -> Tensor:
         """scale · dy b of each branch, (N, Σ ranks)."""
         pairs = zip(dy.split(self.outputs, dim=1), self.branches)
         gradients = [
-            columns @ (lora.b * lora.scale).to(dy.dtype) for columns, lora in pairs if lora
+            products.product(columns, (lora.b * lora.scale).to(dy.dtype))
+            for columns, lora in pairs
+            if lora
         ]
         return torch.cat(gradients, dim=1)
 

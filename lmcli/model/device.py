@@ -124,6 +124,13 @@ def give_back_freed_memory() -> None:
     _set_malloc(mmap_max=1 << 16, trim_threshold=1 << 20, mmap_threshold=1 << 20)
 
 
+def trim_memory() -> None:
+    """Returns all freed pages to the system, also between blocks in use; only with glibc."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def _set_malloc(**options: int) -> None:
     # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX of malloc.h
     parameters = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}

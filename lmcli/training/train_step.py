@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lmcli.config import TrainConfig
-from lmcli.data.batches import Batch
+from lmcli.data.batches import Batch, ExampleRows
 from lmcli.distributed.data_parallel import SINGLE_PROCESS, ReplicaGroup
 from lmcli.errors import UserError
 from lmcli.kernels.fast_path import compile_blocks
@@ -26,6 +26,9 @@ from lmcli.training.resume_state import Counters
 
 MICRO_BATCH_TOKENS = {"cpu": 16_384, "mps": 16_384, "cuda": 65_536}  # of one forward pass at most
 ROWS_NAMED = 4  # in an error
+# bfloat16 batches of many shapes leave holes between blocks of memory; to give them back takes at
+# most this share of the time, and to take them again a little more
+TRIM_SHARE = 0.005
 SMALLER = "lower train.context, model.hidden_size, model.num_hidden_layers or tokenizer.vocab_size"
 
 
@@ -91,6 +94,7 @@ class TrainStep:
     replicas: ReplicaGroup = SINGLE_PROCESS
     tokens_per_second: float = field(default=0.0, init=False)  # the best so far
     _warm: bool = field(default=False, init=False)
+    _next_trim: float = field(default=0.0, init=False)  # when to give memory back
 
     def __post_init__(self) -> None:
         self.model.set_training_dtype(self.device_config.dtype)
@@ -220,6 +224,16 @@ class TrainStep:
             hint=hint,
         )
 
+    def _trim_memory(self) -> None:
+        """Gives freed memory back now and then, if batches have many shapes."""
+        on_cpu = self.device_config.device.type == "cpu"
+        varied = isinstance(self.rows, ExampleRows) and self.device_config.dtype == torch.bfloat16
+        started = time.monotonic()
+        if on_cpu and varied and started >= self._next_trim:
+            device.trim_memory()
+            ended = time.monotonic()
+            self._next_trim = ended + (ended - started) / TRIM_SHARE
+
     def update(self, gradients: Gradients, share: float) -> Step:
         """Updates the weights at `share` of the budget.
 
@@ -240,6 +254,7 @@ class TrainStep:
                 self.optimizer.average(counters.averaged)
         counters.step += 1
         counters.tokens += gradients.tokens
+        self._trim_memory()
         speed = gradients.tokens / (time.monotonic() - gradients.started)
         # the first step is not counted: it may take many times as long as the others
         if self._warm:
