@@ -4,14 +4,17 @@ import ctypes
 import functools
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lmcli.config import ModelConfig
 from lmcli.kernels import build
 from lmcli.kernels.fast_path import FastTransformer
+from lmcli.model.layers import rotary_frequencies
 from lmcli.model.transformer import Block, Transformer
 
 DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
@@ -108,6 +111,7 @@ class DecoderWeights:
         self._tensors: list[Tensor] = []  # what the pointers point to
         self.embedding = array(model.embedding.weight)
         self.positions = None if stack.positions is None else float_array(stack.positions.weight)
+        self.rotary = _rotary(config)
         types = config.resolved_layer_types(config.num_hidden_layers)
         self.layers = (_Layer * len(types))()
         for i, (block, kind) in enumerate(zip(model.blocks()[-len(types) :], types)):
@@ -174,6 +178,20 @@ class DecoderWeights:
         tensor = tensor.detach().contiguous()
         self._tensors.append(tensor)
         return tensor.data_ptr()
+
+
+def _rotary(config: ModelConfig) -> dict[str, tuple[Array, np.float32]]:
+    """(frequencies (R/2,), factor on cos and sin) of full and of local layers ("local_")."""
+    if config.positions != "rotary":
+        return {}
+    rules = {"": (config, config.rope_theta)}
+    if config.local_rope_theta:
+        rules["local_"] = replace(config, rope_type="default"), config.local_rope_theta
+    tables = {}
+    for prefix, (options, theta) in rules.items():
+        frequencies, factor = rotary_frequencies(options, theta, torch.device("cpu"))
+        tables[prefix] = frequencies.numpy(), np.float32(factor)
+    return tables
 
 
 def float_array(tensor: Tensor) -> Array:

@@ -5,7 +5,6 @@ numbers of a sequence do not depend on the other sequences, to the bit.
 """
 
 import ctypes
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmcli.config import ModelConfig
 from lmcli.kernels.decode_step import (
     Array,
     _Call,
@@ -25,7 +23,7 @@ from lmcli.kernels.decode_step import (
     weights_of,
 )
 from lmcli.model.cached_forward import SPARE_COLUMNS, DecodingState, pad
-from lmcli.model.layers import rotary_frequencies, sinusoidal_embedding
+from lmcli.model.layers import sinusoidal_embedding
 from lmcli.model.transformer import Transformer
 
 ALIGN = 64  # rows of activations are padded with zeros to a multiple of this, as in decode_step.c
@@ -202,13 +200,11 @@ class FastDecodingState:
 
     def _rotary(self, positions: Integers) -> dict[str, Array]:
         """cos and sin (N, R/2) of the positions, for layers with full and with local attention."""
-        config = self.config
-        if config.positions != "rotary":
-            return {}
-        tables = _angles(positions, config, config.rope_theta, "")
-        if config.local_rope_theta:
-            plain = replace(config, rope_type="default")
-            tables |= _angles(positions, plain, config.local_rope_theta, "local_")
+        tables = {}
+        for prefix, (frequencies, factor) in self.weights.rotary.items():
+            angles = positions[:, None].astype(np.float32) * frequencies
+            tables[f"{prefix}cos"] = np.cos(angles) * factor
+            tables[f"{prefix}sin"] = np.sin(angles) * factor
         return tables
 
     def _buffers(self, count: int) -> dict[str, NDArray[Any]]:
@@ -263,15 +259,6 @@ class FastDecodingState:
 
 
 State = DecodingState | FastDecodingState
-
-
-def _angles(
-    positions: Integers, config: ModelConfig, theta: float, prefix: str
-) -> dict[str, Array]:
-    frequencies, factor = rotary_frequencies(config, theta, torch.device("cpu"))
-    angles = positions[:, None].astype(np.float32) * frequencies.numpy()
-    scale = np.float32(factor)
-    return {f"{prefix}cos": np.cos(angles) * scale, f"{prefix}sin": np.sin(angles) * scale}
 
 
 def _rows(scratch: dict[str, NDArray[Any]], name: str) -> _Rows:
