@@ -22,7 +22,8 @@ from lmcli.kernels.decode_step import (
     supports,
     weights_of,
 )
-from lmcli.model.cached_forward import SPARE_COLUMNS, DecodingState, pad
+from lmcli.model.attention import EncoderOutput
+from lmcli.model.cached_forward import SPARE_COLUMNS, DecodingState, encode_different
 from lmcli.model.layers import sinusoidal_embedding
 from lmcli.model.transformer import Transformer
 
@@ -75,10 +76,9 @@ class FastDecodingState:
         self._sources: _Sources | None = None
         self._source_of: Integers = np.zeros(len(sequences), np.int64)
         if sources is not None:
-            numbers: dict[tuple[int, ...], int] = {}
-            of_rows = [numbers.setdefault(tuple(source), len(numbers)) for source in sources]
-            self._source_of = np.array(of_rows, np.int64)
-            self._set_sources(_encode(model, [list(source) for source in numbers]))
+            encoder_output, rows = encode_different(model, sources)
+            self._source_of = np.array(rows, np.int64)
+            self._set_sources(_cross_heads(model, encoder_output))
         self._lengths = np.zeros(len(sequences), np.int64)  # tokens read of each sequence
         self._slots = np.arange(len(sequences))  # its place in the cache
         longest = max(map(len, sequences))
@@ -268,10 +268,9 @@ def _rows(scratch: dict[str, NDArray[Any]], name: str) -> _Rows:
 
 
 @torch.inference_mode()
-def _encode(model: Transformer, sources: list[list[int]]) -> _Sources:
-    """Keys and values of each layer's cross-attention to these sources."""
-    ids, mask = pad(sources, 0, left=False, device=model.embedding.weight.device)
-    states = model.encode(ids, mask).states
+def _cross_heads(model: Transformer, encoder_output: EncoderOutput) -> _Sources:
+    """Keys and values of each layer's cross-attention to the encoder's output."""
+    states, mask = encoder_output
     keys, values = [], []
     for block in model.blocks()[-model.config.num_hidden_layers :]:
         cross = block.cross
@@ -279,4 +278,6 @@ def _encode(model: Transformer, sources: list[list[int]]) -> _Sources:
         key, value = cross.project_keys(states)
         keys.append(float_array(cross.split_heads(key, cross.key_norm)))
         values.append(float_array(cross.split_heads(value)))
-    return _Sources(keys, values, np.array([len(source) for source in sources], np.int64))
+    rows, longest = states.shape[:2]
+    lengths = np.full(rows, longest) if mask is None else mask.sum(1).numpy()
+    return _Sources(keys, values, lengths.astype(np.int64))

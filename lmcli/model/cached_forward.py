@@ -84,14 +84,20 @@ class DecodingState:
 
 def encode_sources(model: Transformer, sources: list[list[int]]) -> EncoderOutput:
     """The encoder's output, a row for each source; equal sources are encoded once."""
-    device = model.embedding.weight.device
-    row_of = {source: row for row, source in enumerate(dict.fromkeys(map(tuple, sources)))}
-    ids, mask = pad([list(source) for source in row_of], 0, left=False, device=device)
-    output = model.encode(ids, mask)
-    if len(row_of) == len(sources):
+    output, rows = encode_different(model, sources)
+    if len(output.states) == len(sources):
         return output
-    rows = torch.tensor([row_of[tuple(source)] for source in sources], device=device)
-    return _select(output, rows)
+    return _select(output, torch.tensor(rows, device=output.states.device))
+
+
+def encode_different(
+    model: Transformer, sources: list[list[int]]
+) -> tuple[EncoderOutput, list[int]]:
+    """The encoder's output, a row for each different source, and the row of each source in it."""
+    row_of = {source: row for row, source in enumerate(dict.fromkeys(map(tuple, sources)))}
+    device = model.embedding.weight.device
+    ids, mask = pad([list(source) for source in row_of], 0, left=False, device=device)
+    return model.encode(ids, mask), [row_of[tuple(source)] for source in sources]
 
 
 def _select(output: EncoderOutput, rows: Tensor) -> EncoderOutput:
