@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from lmcli import __version__, errors
-from lmcli.distributed import signals
 
 # how a closed standard stream is opened: reading or writing it then fails, as on a closed one
 CLOSED_FLAGS = (os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)
@@ -198,6 +197,8 @@ def restart_in_utf_8() -> None:
 
 def main() -> None:
     """The entry point. Exits without cleaning up: unloading torch would take most of a second."""
+    from lmcli.distributed import signals
+
     restart_in_utf_8()
     prepare_streams()
     signals.interrupt_once()
