@@ -82,7 +82,7 @@ def pack(values: NDArray[np.int8], bits: int) -> NDArray[np.int32]:
     stored = values.view(np.uint8) + np.uint8(1 << (bits - 1))  # modulo 256
     stored = np.pad(stored, ((0, 0), (0, -stored.shape[1] % count)))
     if bits == 4:
-        stored = stored[:, ::2] | stored[:, 1::2] << 4
+        stored = stored[:, ::2] | stored[:, 1::2] * np.uint8(16)
     return np.ascontiguousarray(stored).view("<i4").astype(np.int32, copy=False)
 
 
