@@ -6,12 +6,9 @@ from pathlib import Path
 import torch
 
 from lmcli.checkpoints import adapter_base, folder
-from lmcli.checkpoints.file_names import TOKENIZER_FILES, TOKENIZER_PARTS
+from lmcli.checkpoints.file_names import MORE_TEMPLATES, TOKENIZER_FILES, TOKENIZER_PARTS
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import atomic_folder
-
-# files that are copied unchanged
-COPIED_FILES = (*TOKENIZER_FILES, *TOKENIZER_PARTS, "generation_config.json")
 
 
 def export(source: Path, target: Path, dtype: torch.dtype, merge: bool) -> None:
@@ -41,10 +38,14 @@ def export(source: Path, target: Path, dtype: torch.dtype, merge: bool) -> None:
         folder.save(
             unfinished, checkpoint.model, checkpoint.tokenizer, checkpoint.generate, dtype=dtype
         )
-        for name in COPIED_FILES:
-            file = folder.find_file(source, base, name)
+        home = folder.find_file(source, base, *TOKENIZER_FILES).parent
+        names = {*TOKENIZER_FILES, *TOKENIZER_PARTS}
+        if (home / MORE_TEMPLATES).is_dir():  # `save` has put all templates into the settings
+            names -= {"tokenizer_config.json", "chat_template.jinja"}
+        copied = [home / name for name in names]
+        for file in (*copied, folder.find_file(source, base, "generation_config.json")):
             if file.is_file():
-                shutil.copyfile(file, unfinished / name)
+                shutil.copyfile(file, unfinished / file.name)
 
 
 def _check_range(model: torch.nn.Module, dtype: torch.dtype) -> None:

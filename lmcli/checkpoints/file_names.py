@@ -22,4 +22,5 @@ TOKENIZER_PARTS = (
     "target_vocab.json",
     "chat_template.jinja",
 )
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of .jinja files
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")

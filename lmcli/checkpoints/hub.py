@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lmcli import storage
 from lmcli.checkpoints.file_names import (
+    MORE_TEMPLATES,
     TOKENIZER_FILES,
     TOKENIZER_PARTS,
     WEIGHTS_FILE,
@@ -23,7 +24,7 @@ DOWNLOADED_FILES = [
     *WEIGHTS_FILES,
     *TOKENIZER_FILES,
     *TOKENIZER_PARTS,
-    "additional_chat_templates/*.jinja",
+    f"{MORE_TEMPLATES}/*.jinja",
 ]
 INSTALL = "to download it from the Hub: pip install 'lmcli[hub]'"
 

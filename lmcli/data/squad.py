@@ -25,7 +25,8 @@ from lmcli.data.examples import ArrayWriter, Texts, fingerprint, id_type
 from lmcli.data.schema import SquadExample
 from lmcli.errors import UsageError
 from lmcli.storage import cached
-from lmcli.text.tokenizer import Tokenizer, byte_offsets
+from lmcli.text.characters import byte_offsets
+from lmcli.text.tokenizer import Tokenizer
 from lmcli.text.windows import overlapping_windows
 
 CONTEXTS_AT_ONCE = 512

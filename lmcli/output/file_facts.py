@@ -31,7 +31,7 @@ TensorHeader = dict[str, tuple[str, tuple[int, ...]]]  # name → (dtype as in t
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Its kind, number of ids, template around a text, tokens with a role, all special tokens."""
+    """Its kind, number of ids, templates, tokens with a role, all special tokens."""
     definition = json.loads(tokenizer.core.to_str())
     model = definition.get("model") or {}
     kind = model.get("type") or ("Unigram" if "unk_id" in model else "BPE")
@@ -49,6 +49,7 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
         "kind": kind,
         "ids": tokenizer.size,
         "template": " ".join(template),
+        "chat_template": bool(tokenizer.settings.get("chat_template")),
         "roles": {role: tokenizer.pieces([id_])[0] for role, id_ in ids.items() if id_ is not None},
         "special": special,
     }

@@ -20,7 +20,8 @@ from lmcli.scoring.token_logprobs import (
     ScoreRequest,
     TokenScores,
 )
-from lmcli.text.tokenizer import Encoded, Tokenizer, byte_offsets
+from lmcli.text.characters import byte_offsets
+from lmcli.text.tokenizer import Encoded, Tokenizer
 
 NATS_PER_BIT = math.log(2)
 METHODS = {"decoder": "causal", "encoder-decoder": "conditional", "encoder": "pseudo"}

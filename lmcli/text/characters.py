@@ -1,6 +1,8 @@
 """Characters that are not text: half surrogates in input, control characters on a terminal."""
 
 import re
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, TextIO
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -34,6 +36,13 @@ def _picture(character: str) -> str:
 def for_stream(text: str, stream: TextIO, keep: str = "\n\t") -> str:
     """The text as it may be written to a stream: `visible` on a terminal, elsewhere as it is."""
     return visible(text, keep) if stream.isatty() else text
+
+
+def byte_offsets(text: str) -> Sequence[int]:
+    """The UTF-8 bytes before each character and before the end: "aé!" → [0, 1, 3, 4]."""
+    if text.isascii():
+        return range(len(text) + 1)
+    return [0, *accumulate(len(character.encode("utf-8")) for character in text)]
 
 
 def without_surrogates(value: Any) -> Any:

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from lmcli.errors import UserError
 from lmcli.storage import read_json, user_errors
-from lmcli.text import sentencepiece
+from lmcli.text import chat_template, sentencepiece
 from lmcli.text.library_errors import library_errors
 from lmcli.text.sentencepiece import SPACE, MarianSide, SentencePieceModel
 from lmcli.text.tokenizer_classes import (
@@ -140,8 +140,8 @@ def _is_byte_level(file: Path) -> bool:
 
 
 def read_settings(folder: Path) -> Settings:
-    """`tokenizer_config.json`, with the special tokens of an older folder's special_tokens_map."""
-    settings = _json(folder / "tokenizer_config.json")
+    """`tokenizer_config.json`, with the chat template files and an older special_tokens_map."""
+    settings = _json(folder / "tokenizer_config.json") | chat_template.read_files(folder)
     if not settings.get("extra_special_tokens") and "additional_special_tokens" in settings:
         settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
     if "added_tokens_decoder" not in settings:

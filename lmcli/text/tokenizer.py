@@ -18,6 +18,7 @@ from lmcli.config import TokenizerConfig
 from lmcli.errors import UserError
 from lmcli.storage import atomic_path, user_errors, write_text
 from lmcli.text import huggingface
+from lmcli.text.characters import byte_offsets
 from lmcli.text.huggingface import END_OF_TEXT, GENERIC_CLASS, LLAMA3_PATTERN, QWEN2_PATTERN
 from lmcli.text.interruptible import run_in_thread
 from lmcli.text.library_errors import library_errors
@@ -343,13 +344,6 @@ def _concatenate(pieces: list[Encoded]) -> Encoded:
         ids += piece.ids
         ends += [start + end for end in piece.ends]
     return Encoded(ids, ends)
-
-
-def byte_offsets(text: str) -> Sequence[int]:
-    """The UTF-8 bytes before each character and before the end: "aé!" → [0, 1, 3, 4]."""
-    if text.isascii():
-        return range(len(text) + 1)
-    return [0, *accumulate(len(character.encode("utf-8")) for character in text)]
 
 
 def _ends_from_offsets(text: str, offsets: list[tuple[int, int]], size: int) -> list[int]:

@@ -349,6 +349,24 @@ class TestExport:
                 tmp_path / "base" / name
             ).read_bytes()
 
+    def test_chat_templates_travel_along(self, make, tmp_path):
+        from transformers import AutoTokenizer
+
+        _, path = make()
+        more = tmp_path / "base" / "additional_chat_templates"
+        more.mkdir()
+        (more / "tools.jinja").write_text("tools")
+        (tmp_path / "base" / "chat_template.jinja").write_text("of the base")
+        export.export(tmp_path / "base", tmp_path / "half", torch.float16, merge=False)
+        assert AutoTokenizer.from_pretrained(tmp_path / "half").chat_template == {
+            "default": "of the base",
+            "tools": "tools",
+        }
+        (path / "chat_template.jinja").write_text("of the adapter")
+        export.export(path, tmp_path / "whole", torch.float32, merge=True)
+        whole = folder.load(tmp_path / "whole").tokenizer
+        assert whole.settings["chat_template"] == "of the adapter"
+
     def test_numbers_too_large_for_float16_are_named(self, make, tmp_path):
         make()
         weights = load_file(tmp_path / "base" / "model.safetensors")

@@ -12,9 +12,10 @@ from tokenizers import AddedToken, processors
 from lmcli.config import TokenizerConfig
 from lmcli.errors import UserError
 from lmcli.text import tokenizer as tokenizers
+from lmcli.text.characters import byte_offsets
 from lmcli.text.sentencepiece import parse
 from lmcli.text.stream_decoder import REPLACEMENT, StreamDecoder
-from lmcli.text.tokenizer import END_OF_TEXT, byte_offsets
+from lmcli.text.tokenizer import END_OF_TEXT
 
 SAMPLE = [
     "The baker's child didn't sleep; it's 2024, they'll say.\r\n\tHello  world!\n\n",
