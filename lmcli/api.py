@@ -4,6 +4,7 @@ The commands and notebooks call the same methods.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,14 +18,15 @@ from lmcli.data.corpus import encode_text
 from lmcli.errors import UsageError, UserError
 from lmcli.generation.batch_generation import can_stream, generate_all, new_seed
 from lmcli.generation.decoding import Decoder, Generated, TextChunk
-from lmcli.generation.mask_filling import MaskFiller, mask_id
+from lmcli.generation.mask_filling import MaskFiller
 from lmcli.generation.options import (
     check_forced_ids,
     check_stop_strings,
     check_stop_strings_of_config,
     generation_config,
 )
-from lmcli.generation.prompts import encode_prompt
+from lmcli.generation.prompts import encode_prompt, mask_id
+from lmcli.kernels.fast_decoding import decoding_state
 from lmcli.model import finite
 from lmcli.model.device import DeviceConfig, select_device
 from lmcli.scoring.classifier import Classification, Classifier
@@ -227,13 +229,15 @@ class Model:
         check_forced_ids(config, self.model.config.vocab_size)
         check_stop_strings_of_config(config)
         return Decoder(
-            self.model,
+            self.model.config,
+            partial(decoding_state, self.model),
             self.tokenizer,
             self.bos_ids(bos),
             self.checkpoint.stop_ids,
             config,
             stop_strings,
             decoder_start=self.checkpoint.decoder_start,
+            device_type=self.device_config.device.type,
         )
 
     def generate(

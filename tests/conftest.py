@@ -1,5 +1,6 @@
 """Fixtures for several folders: real data, small models with random weights."""
 
+import functools
 import os
 import signal
 from pathlib import Path
@@ -103,6 +104,7 @@ def decoder(small_model, small_tokenizer):
     """decoder(model, stop_ids, stop_strings, use_cache, bos, **options); greedy by default."""
     from lmcli.config import GenerateConfig
     from lmcli.generation.decoding import Decoder
+    from lmcli.kernels.fast_decoding import decoding_state
 
     def build(
         model=None, stop_ids=(), stop_strings=(), use_cache=True, bos=(0,), **options
@@ -110,8 +112,10 @@ def decoder(small_model, small_tokenizer):
         config = GenerateConfig(
             **{"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 20, **options}
         )
-        return Decoder(
-            model or small_model(max_position_embeddings=64, vocab_size=small_tokenizer.size),
+        model = model or small_model(max_position_embeddings=64, vocab_size=small_tokenizer.size)
+        decoder = Decoder(
+            model.config,
+            functools.partial(decoding_state, model),
             small_tokenizer,
             list(bos),
             list(stop_ids),
@@ -119,6 +123,8 @@ def decoder(small_model, small_tokenizer):
             tuple(stop_strings),
             use_cache,
         )
+        decoder.model = model  # for the tests; it knows the model by its states only
+        return decoder
 
     return build
 

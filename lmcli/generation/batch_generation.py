@@ -4,15 +4,17 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple
 from itertools import chain
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, Union
 
 from lmcli.data.length_batching import group_by_length, tokens_per_forward
 from lmcli.distributed.work_queue import LOCAL_POOL, RemoteTask, WorkerPool
 from lmcli.errors import UsageError
 from lmcli.generation.decoding import Decoder, Generated
-from lmcli.generation.mask_filling import MaskFiller
 
-TextGenerator = Decoder | MaskFiller
+if TYPE_CHECKING:
+    from lmcli.generation.mask_filling import MaskFiller
+
+TextGenerator = Union[Decoder, "MaskFiller"]
 Batch = tuple[Any, list[list[int]], int]  # any value, prompts (ids), the seed of the first sample
 
 
@@ -115,10 +117,9 @@ def _groups(
             f"--num-samples {num_samples} is more than --num-beams {width}",
             hint=f"set --num-beams {num_samples}, or draw samples with --temperature 1",
         )
-    model = generator.model
     max_tokens = min(
-        4 * tokens_per_forward(model.embedding.weight.device.type, batch_tokens),
-        64 * model.config.max_position_embeddings,
+        4 * tokens_per_forward(generator.device_type, batch_tokens),
+        64 * generator.model_config.max_position_embeddings,
     )
     for batch, prompts, first in batches:
         rows = [

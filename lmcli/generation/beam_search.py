@@ -6,17 +6,19 @@ Which beams are kept, and when a search ends, follows transformers: equal models
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from lmcli.config import GenerateConfig
 from lmcli.generation.constraints import Constraints, SequenceState
-from lmcli.kernels.fast_decoding import State
+from lmcli.generation.sampling import Flags, Floats, Integers, log_sum_exp
+
+if TYPE_CHECKING:
+    from lmcli.kernels.fast_decoding import State
 
 WORST = -1.0e9  # score of a beam that does not exist or has ended, below those that go on
-NOTHING = -torch.inf  # score of a finished text that does not exist, below all that do
+NOTHING = -np.inf  # score of a finished text that does not exist, below all that do
 
 
 class Hypothesis(NamedTuple):
@@ -41,41 +43,37 @@ class _Beams:
     `logprobs` (P, K, n); tokens are −1 after the end.
     """
 
-    scores: Tensor
-    tokens: Tensor
-    logprobs: Tensor
-    valid: Tensor
+    scores: Floats
+    tokens: Integers
+    logprobs: Floats
+    valid: Flags
 
-    def take(self, scores: Tensor, indices: Tensor) -> "_Beams":
+    def take(self, scores: Floats, indices: Integers) -> "_Beams":
         """The beams at `indices` (P, k) of each prompt, with new scores (P, k)."""
-        columns = indices[:, :, None].expand(-1, -1, self.tokens.shape[2])
-        return _Beams(
-            scores,
-            self.tokens.gather(1, columns),
-            self.logprobs.gather(1, columns),
-            self.valid.gather(1, indices),
-        )
+        rows = np.arange(len(indices))[:, None]
+        tokens, logprobs = self.tokens[rows, indices], self.logprobs[rows, indices]
+        return _Beams(scores, tokens, logprobs, self.valid[rows, indices])
 
-    def extend(self, tokens: Tensor, logprobs: Tensor) -> "_Beams":
+    def extend(self, tokens: Integers, logprobs: Floats) -> "_Beams":
         """The beams with one more token (P, K) each."""
-        tokens = torch.cat([self.tokens, tokens[:, :, None]], 2)
-        logprobs = torch.cat([self.logprobs, logprobs[:, :, None]], 2)
+        tokens = np.concatenate([self.tokens, tokens[:, :, None]], 2)
+        logprobs = np.concatenate([self.logprobs, logprobs[:, :, None]], 2)
         return _Beams(self.scores, tokens, logprobs, self.valid)
 
     def best(self, others: "_Beams", count: int) -> "_Beams":
         """The best `count` of these beams and others."""
         pairs = zip(vars(self).values(), vars(others).values())
-        both = _Beams(*(torch.cat(pair, 1) for pair in pairs))
-        return both.take(*both.scores.topk(count))
+        both = _Beams(*(np.concatenate(pair, 1) for pair in pairs))
+        return both.take(*_largest(both.scores, count))
 
-    def prompts(self, rows: Tensor) -> "_Beams":
+    def prompts(self, rows: Integers) -> "_Beams":
         """The beams of these prompts (P', int64)."""
-        return _Beams(*(tensor[rows] for tensor in vars(self).values()))
+        return _Beams(*(array[rows] for array in vars(self).values()))
 
     def hypotheses(self, prompt: int) -> list[Hypothesis]:
         """The finished texts of a prompt, best first."""
         texts = []
-        rows = zip(*(tensor[prompt].tolist() for tensor in vars(self).values()))
+        rows = zip(*(array[prompt].tolist() for array in vars(self).values()))
         for score, tokens, logprobs, valid in rows:
             length = tokens.index(-1) if -1 in tokens else len(tokens)
             if valid:
@@ -84,7 +82,7 @@ class _Beams:
 
 
 def search(
-    decoding: State, state: SequenceState, config: GenerateConfig, stop_ids: list[int]
+    decoding: "State", state: SequenceState, config: GenerateConfig, stop_ids: list[int]
 ) -> list[list[Hypothesis]]:
     """The best texts of each prompt, best first, at most `config.num_beams`.
 
@@ -93,46 +91,47 @@ def search(
     vocabulary of 3 has 3 texts of one token. A prompt for which the model's numbers are NaN has
     the text UNDEFINED.
     """
-    width, device = config.num_beams, decoding.logits.device
+    width = config.num_beams
     candidate_count = max(2, 1 + len(stop_ids)) * width  # enough that `width` of them continue
-    rules = Constraints(config, stop_ids, decoding.logits.shape[1], device)
-    ends = torch.tensor(stop_ids, dtype=torch.long, device=device)
+    rules = Constraints(config, stop_ids, decoding.logits.shape[1])
     results: dict[int, list[Hypothesis]] = {}
-    prompts, limits = torch.arange(len(state.limits), device=device), state.limits
+    prompts, limits = np.arange(len(state.limits)), state.limits
     prompt_columns = decoding.length
-    running, finished = _first_beams(len(prompts), width, device)
+    running, finished = _first_beams(len(prompts), width)
     while True:
-        logprobs = decoding.logits.log_softmax(-1)  # (rows, V)
+        logprobs = _log_softmax(decoding.logits)  # (rows, V)
         allowed = rules.apply(logprobs, state) if rules.active else logprobs
-        if not state.count:  # the first step: from a row per prompt to a row per beam
-            repeated = torch.arange(len(prompts), device=device).repeat_interleave(width)
+        written = int(state.counts[0])
+        if not written:  # the first step: from a row per prompt to a row per beam
+            repeated = np.arange(len(prompts)).repeat(width)
             logprobs, allowed, state = logprobs[repeated], allowed[repeated], state.select(repeated)
             decoding.keep(repeated)
         if rules.active:
-            finished = _with_dead_ends(finished, running, allowed, state.count, config)
+            finished = _with_dead_ends(finished, running, allowed, written, config)
         # extend the beams; candidates that end here become finished texts
-        length = state.count + 1
+        length = written + 1
         parents, candidates = _candidates(running, allowed, logprobs, candidate_count)
-        final = torch.isin(candidates.tokens[:, :, -1], ends)  # (P, candidates)
+        final = np.isin(candidates.tokens[:, :, -1], stop_ids)  # (P, candidates)
         final |= (length >= limits)[:, None]
-        best = (candidates.scores + final * WORST).topk(width)
-        running = candidates.take(*best)
-        running.valid &= ~final.gather(1, best.indices)
+        open_scores = np.where(final, candidates.scores + WORST, candidates.scores)
+        scores, best = _largest(open_scores, width)
+        running = candidates.take(scores, best)
+        running.valid &= ~np.take_along_axis(final, best, 1)
         finished = _with_finished(finished, candidates, final, length, config)
         # collect the prompts that are done
-        undefined = candidates.scores.isnan().any(1)
-        done = undefined | ~running.valid.any(1)
+        undefined: Flags = np.asarray(np.isnan(candidates.scores).any(1))
+        done = undefined | ~np.asarray(running.valid.any(1))
         done |= _unbeatable(running, finished, length, limits, config)
-        for row in done.nonzero()[:, 0].tolist():
+        for row in np.nonzero(done)[0].tolist():
             texts = [UNDEFINED] if undefined[row] else finished.hypotheses(row)
             results[int(prompts[row])] = texts
         if done.all():
             return [results[i] for i in range(len(results))]
         # move cache rows to the beams that continue, then read their new tokens
-        first_rows = torch.arange(len(prompts), device=device)[:, None] * width
-        source = first_rows + parents.gather(1, best.indices)  # (P, K)
+        first_rows = np.arange(len(prompts))[:, None] * width
+        source = first_rows + np.take_along_axis(parents, best, 1)  # (P, K)
         if done.any():
-            open_rows = (~done).nonzero()[:, 0]
+            open_rows = np.nonzero(~done)[0]
             running, finished = running.prompts(open_rows), finished.prompts(open_rows)
             prompts, limits, source = prompts[open_rows], limits[open_rows], source[open_rows]
             decoding.keep(source.flatten())
@@ -143,75 +142,98 @@ def search(
         decoding.add(tokens)
 
 
-def _first_beams(prompts: int, width: int, device: torch.device) -> tuple[_Beams, _Beams]:
+def _log_softmax(logits: Floats) -> Floats:
+    return logits - log_sum_exp(logits).astype(np.float32)[:, None]
+
+
+def _largest(scores: Floats, count: int) -> tuple[Floats, Integers]:
+    """(values, indices), each (P, count), of the largest scores (P, N), NaN first; descending."""
+    indices = np.arange(count)[None].repeat(len(scores), 0)
+    if count < scores.shape[1]:
+        indices = np.argpartition(scores, -count, 1)[:, -count:]
+    values = np.take_along_axis(scores, indices, 1)
+    order = np.argsort(values, 1, kind="stable")[:, ::-1]
+    return np.take_along_axis(values, order, 1), np.take_along_axis(indices, order, 1)
+
+
+def _first_beams(prompts: int, width: int) -> tuple[_Beams, _Beams]:
     """(running, finished) before the first step."""
-    empty = torch.zeros(prompts, width, 0, device=device)
-    valid = torch.zeros(prompts, width, dtype=torch.bool, device=device)
-    scores = torch.full((prompts, width), WORST, device=device)
-    running = _Beams(scores, empty.long(), empty, valid.clone())
+    tokens = np.zeros((prompts, width, 0), np.int64)
+    logprobs = np.zeros((prompts, width, 0), np.float32)
+    valid = np.zeros((prompts, width), np.bool_)
+    scores = np.full((prompts, width), WORST, np.float32)
+    running = _Beams(scores, tokens, logprobs, valid.copy())
     # all beams of a prompt are equal: only the first may branch
     running.scores[:, 0], running.valid[:, 0] = 0, True
-    return running, _Beams(torch.full_like(scores, NOTHING), empty.long(), empty, valid)
+    return running, _Beams(np.full_like(scores, NOTHING), tokens, logprobs, valid)
 
 
 def _candidates(
-    running: _Beams, allowed: Tensor, logprobs: Tensor, count: int
-) -> tuple[Tensor, _Beams]:
+    running: _Beams, allowed: Floats, logprobs: Floats, count: int
+) -> tuple[Integers, _Beams]:
     """(beams continued, new beams) of the best `count` continuations of each prompt.
 
     `allowed` (P · K, V) ranks them; `logprobs` (P · K, V) are the model's.
     """
     size = allowed.shape[1]
     prompts, width = running.scores.shape
-    totals = (running.scores[:, :, None] + allowed.view(prompts, width, size)).flatten(1)
-    scores, index = totals.topk(min(count, totals.shape[1]))
+    totals = (running.scores[:, :, None] + allowed.reshape(prompts, width, size)).reshape(
+        prompts, -1
+    )
+    scores, index = _largest(totals, min(count, totals.shape[1]))
     parents, tokens = index // size, index % size
-    token_logprobs = logprobs.view(prompts, -1).gather(1, index)
+    token_logprobs = np.take_along_axis(logprobs.reshape(prompts, -1), index, 1)
     candidates = running.take(scores, parents).extend(tokens, token_logprobs)
-    candidates.valid &= scores > -torch.inf
+    candidates.valid &= scores > -np.inf
     return parents, candidates
 
 
 def _with_dead_ends(
-    finished: _Beams, running: _Beams, allowed: Tensor, length: int, config: GenerateConfig
+    finished: _Beams, running: _Beams, allowed: Floats, length: int, config: GenerateConfig
 ) -> _Beams:
     """The best finished texts, with those of the running ones that no token may follow."""
     shape = running.scores.shape
-    ended = running.valid & (allowed.amax(-1) == -torch.inf).view(shape)
+    ended = running.valid & (allowed.max(-1) == -np.inf).reshape(shape)
     if not ended.any():
         return finished
-    scores = _ranking(running.scores, max(1, length), config).masked_fill(~ended, NOTHING)
+    scores = np.where(ended, _ranking(running.scores, max(1, length), config), NOTHING)
     return finished.best(_Beams(scores, running.tokens, running.logprobs, ended), shape[1])
 
 
-def _ranking(scores: Tensor, length: int, config: GenerateConfig) -> Tensor:
+def _ranking(scores: Floats, length: int, config: GenerateConfig) -> Floats:
     """Log-probabilities divided by length to the power of `length_penalty`."""
     # a strong penalty may divide by 0; the text is still better than none
-    return (scores / length**config.length_penalty).clamp(min=torch.finfo(scores.dtype).min)
+    scores = _per_length(scores, length, config.length_penalty)
+    return np.maximum(scores, np.finfo(np.float32).min)
+
+
+def _per_length(scores: Floats, lengths: Integers | int, power: float) -> Floats:
+    """Scores divided by lengths to a power, which may be 0 or infinite in float32."""
+    with np.errstate(all="ignore"):
+        result: Floats = scores / np.power(np.float64(lengths), power).astype(np.float32)
+    return result
 
 
 def _with_finished(
-    finished: _Beams, candidates: _Beams, final: Tensor, length: int, config: GenerateConfig
+    finished: _Beams, candidates: _Beams, final: Flags, length: int, config: GenerateConfig
 ) -> _Beams:
     """The best finished texts, with those of the best `width` candidates that end here."""
     width = finished.scores.shape[1]
     ended = final & candidates.valid
     ended[:, width:] = False
-    scores = _ranking(candidates.scores, length, config).masked_fill(~ended, NOTHING)
+    scores = np.where(ended, _ranking(candidates.scores, length, config), NOTHING)
     new = _Beams(scores, candidates.tokens, candidates.logprobs, ended)
-    padding = torch.full_like(finished.scores, -1, dtype=torch.long)
-    return finished.extend(padding, padding.float()).best(new, width)
+    padding = np.full_like(finished.scores, -1, np.int64)
+    return finished.extend(padding, padding.astype(np.float32)).best(new, width)
 
 
 def _unbeatable(
-    running: _Beams, finished: _Beams, length: int, limits: Tensor, config: GenerateConfig
-) -> Tensor:
+    running: _Beams, finished: _Beams, length: int, limits: Integers, config: GenerateConfig
+) -> Flags:
     """(P,) True for prompts whose finished texts are the best by the rule of `early_stopping`."""
-    power, full = config.length_penalty, finished.valid.all(1)
-    if config.early_stopping == "never" and power > 0:  # at the longest text a beam could become
-        divisors = torch.tensor([limit**power for limit in limits.tolist()], device=limits.device)
-        reachable = running.scores[:, 0] / divisors
-    else:
-        reachable = running.scores[:, 0] / length**power
-    beaten = ~(reachable > finished.scores.amin(1))
+    power, full, lengths = config.length_penalty, finished.valid.all(1), limits
+    if config.early_stopping != "never" or power <= 0:  # else at the longest text of a beam
+        lengths = np.full_like(limits, length)
+    reachable = _per_length(running.scores[:, 0], lengths, power)
+    beaten = ~(reachable > finished.scores.min(1))
     return full & (beaten | (config.early_stopping == "true"))

@@ -6,22 +6,26 @@ and the newer half. An encoder–decoder reads its prompt as the source and gene
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from lmcli.config import GenerateConfig
+from lmcli.config import GenerateConfig, ModelConfig
 from lmcli.generation import sampling
 from lmcli.generation.beam_search import UNDEFINED, Hypothesis, search
 from lmcli.generation.constraints import Constraints, sequence_state
-from lmcli.kernels.fast_decoding import State, decoding_state
+from lmcli.generation.sampling import Floats
 from lmcli.model import finite
-from lmcli.model.transformer import Transformer
 from lmcli.text.stream_decoder import StreamDecoder
 from lmcli.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lmcli.kernels.fast_decoding import State
+
+# (sequences, sources of an encoder–decoder, capacity) → the state after reading them
+DecodingStates = Callable[[list[list[int]], list[list[int]] | None, int], "State"]
 
 
 @dataclass
@@ -52,10 +56,12 @@ class TextChunk(NamedTuple):
 class Decoder:
     """A decoder or encoder–decoder: `bos` starts a context, `stop_ids`, `stop_strings` end a text.
 
-    `decoder_start` begins the target of an encoder–decoder (None: as config.json says).
+    `decoding_state` reads texts with the model that `model_config` describes. `decoder_start`
+    begins the target of an encoder–decoder (None: as config.json says).
     """
 
-    model: Transformer
+    model_config: ModelConfig
+    decoding_state: DecodingStates
     tokenizer: Tokenizer
     bos: list[int]
     stop_ids: list[int]
@@ -63,23 +69,24 @@ class Decoder:
     stop_strings: tuple[str, ...] = ()
     use_cache: bool = True
     decoder_start: int | None = None
+    device_type: str = "cpu"
 
     def __post_init__(self) -> None:
-        config = self.model.config
+        config = self.model_config
         self.has_encoder = config.shape == "encoder-decoder"
         starts = (self.decoder_start, config.decoder_start_token_id, config.bos_token_id, 0)
         self.target_start = next(token for token in starts if token is not None)
-        self.rules = Constraints(self.config, self.stop_ids, config.vocab_size, self._device)
+        self.rules = Constraints(self.config, self.stop_ids, config.vocab_size)
 
     @property
     def context(self) -> int:
         """Tokens the model attends to."""
-        return self.model.config.max_position_embeddings
+        return self.model_config.max_position_embeddings
 
     @property
     def max_source(self) -> int | None:
         """Tokens read of a source, special tokens included; None (no limit): relative positions."""
-        return None if self.model.config.positions == "relative" else self.context
+        return None if self.model_config.positions == "relative" else self.context
 
     @property
     def one_row_per_sample(self) -> bool:
@@ -99,7 +106,6 @@ class Decoder:
             return self.beams(prompts, len(seeds[0]))
         return [[result] for result in self.generate(prompts, [seed for (seed,) in seeds])]
 
-    @torch.inference_mode()
     def stream(self, prompts: list[list[int]], seeds: list[int]) -> Iterator[TextChunk]:
         """Yields a chunk per row and step; row i continues `prompts[i]` (ids), drawn by `seeds[i]`.
 
@@ -113,18 +119,14 @@ class Decoder:
             if state is None or state.full:
                 state = self._prefill(rows)
             else:
-                state.add(torch.tensor([row.window[-1] for row in rows], device=self._device))
+                state.add(np.array([row.window[-1] for row in rows]))
             yield from self._choose(rows, state.logits)
             unfinished = [i for i, row in enumerate(rows) if row.finish_reason is None]
             if not self.use_cache:
                 state = None
             elif 0 < len(unfinished) < len(rows):
-                state.keep(torch.tensor(unfinished, device=self._device))
+                state.keep(np.array(unfinished))
             rows = [rows[i] for i in unfinished]
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.embedding.weight.device
 
     def _row(self, number: int, prompt: list[int], seed: int) -> "_Row":
         window, source = list(prompt), []
@@ -144,7 +146,7 @@ class Decoder:
         most, end = self.max_source, self.tokenizer.suffix
         return ids if most is None or len(ids) <= most else ids[: most - len(end)] + end
 
-    def _prefill(self, rows: list["_Row"]) -> State:
+    def _prefill(self, rows: list["_Row"]) -> "State":
         """Reads the windows of all rows."""
         for row in rows:
             if len(row.window) > self.context and not self.has_encoder:
@@ -154,28 +156,25 @@ class Decoder:
         capacity = max(len(row.window) for row in rows) + new_tokens
         return self._state(rows, capacity if self.has_encoder else min(self.context, capacity))
 
-    def _state(self, rows: list["_Row"], capacity: int) -> State:
+    def _state(self, rows: list["_Row"], capacity: int) -> "State":
         sources = [row.source for row in rows] if self.has_encoder else None
-        return decoding_state(self.model, [row.window for row in rows], sources, capacity)
+        return self.decoding_state([row.window for row in rows], sources, capacity)
 
-    def _choose(self, rows: list["_Row"], logits: Tensor) -> Iterator[TextChunk]:
+    def _choose(self, rows: list["_Row"], logits: Floats) -> Iterator[TextChunk]:
         """Chooses the next token of every row from logits (B, V)."""
         allowed = logits
         if self.rules.active:
             tokens, limits = [row.tokens for row in rows], [row.limit for row in rows]
-            state = sequence_state([row.prompt for row in rows], tokens, limits, logits.device)
+            state = sequence_state([row.prompt for row in rows], tokens, limits)
             allowed = self.rules.apply(logits, state)
-        allowed = sampling.apply_filters(allowed, self.config)
-        if self.config.temperature:
-            uniform = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
-            chosen = sampling.draw(allowed, uniform).to(logits.device)
-        else:
-            chosen = allowed.argmax(-1)
-        logprobs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
-        dead_ends = allowed.gather(1, chosen[:, None])[:, 0] == sampling.FORBIDDEN
-        chosen_now = chosen.tolist(), logprobs.tolist(), dead_ends.tolist()
-        for row, token, logprob, dead_end in zip(rows, *chosen_now):
-            text = row.end() if dead_end else row.add(token, logprob)
+        normalizers = sampling.log_sum_exp(logits).tolist()
+        for row, own, scores, normalizer in zip(rows, logits, allowed, normalizers):
+            if not math.isfinite(normalizer):
+                text = row.end(finite.LOGPROB)
+            elif (token := sampling.choose(scores, self.config, row.random)) is None:
+                text = row.end()
+            else:
+                text = row.add(token, float(own[token]) - normalizer)
             yield TextChunk(row.number, text, row.result() if row.finish_reason else None)
 
     def generate(self, prompts: list[list[int]], seeds: list[int]) -> list[Generated]:
@@ -183,7 +182,6 @@ class Decoder:
         results = {chunk.row: chunk.result for chunk in self.stream(prompts, seeds) if chunk.result}
         return [results[i] for i in range(len(prompts))]
 
-    @torch.inference_mode()
     def beams(self, prompts: list[list[int]], count: int) -> list[list[Generated]]:
         """The `count` best continuations of each prompt by beam search, best first.
 
@@ -198,7 +196,7 @@ class Decoder:
         limits = [row.limit for row in rows]
         state = self._state(rows, max(len(row.window) for row in rows) + max(limits))
         written: list[list[int]] = [[] for _ in rows]
-        sequences = sequence_state([row.prompt for row in rows], written, limits, self._device)
+        sequences = sequence_state([row.prompt for row in rows], written, limits)
         by_prompt = search(state, sequences, self.config, self.stop_ids)
         return [
             [self._result(prompt, hypothesis, limit) for hypothesis in hypotheses[:count]]

@@ -12,24 +12,13 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lmcli.config import GenerateConfig
-from lmcli.errors import UserError
+from lmcli.config import GenerateConfig, ModelConfig
 from lmcli.generation import sampling
 from lmcli.generation.decoding import Generated
 from lmcli.model import finite
 from lmcli.model.cached_forward import pad
 from lmcli.model.transformer import Transformer
 from lmcli.text.tokenizer import Tokenizer
-
-
-def mask_id(tokenizer: Tokenizer) -> int:
-    """The id of the tokenizer's mask token; raises UserError without one."""
-    if (mask := tokenizer.special_id("mask_token")) is not None:
-        return mask
-    raise UserError(
-        "the tokenizer names no mask token, so this encoder can neither fill nor score",
-        hint="add mask_token to tokenizer_config.json",
-    )
 
 
 @dataclass
@@ -65,6 +54,16 @@ class MaskFiller:
     mask: int
     sampled: bool = False
     one_row_per_sample = False  # all results of a prompt come from one row
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The sizes of the model."""
+        return self.model.config
+
+    @property
+    def device_type(self) -> str:
+        """Where the model is: cpu, cuda or mps."""
+        return self.model.embedding.weight.device.type
 
     def cost(self, prompt: list[int], num_samples: int) -> int:
         """Tokens of the forward passes of a row."""
@@ -113,14 +112,13 @@ class MaskFiller:
         logprobs = logits.log_softmax(-1)  # (masks, V)
         surest = int(logprobs.amax(-1).argmax())
         if self.sampled:
-            allowed = sampling.apply_filters(logits[surest : surest + 1], self.config)
-            uniform = torch.tensor([state.random.random()], dtype=torch.float64)
-            tokens = sampling.draw(allowed, uniform)
+            row = logits[surest].cpu().numpy()
+            tokens = [sampling.choose(row, self.config, state.random) or 0]
         else:
-            tokens = logprobs[surest].topk(min(count, logprobs.shape[1])).indices
+            tokens = logprobs[surest].topk(min(count, logprobs.shape[1])).indices.tolist()
         return [
             state.with_token(state.open_masks[surest], token, logprobs[surest, token].item())
-            for token in tokens.tolist()
+            for token in tokens
         ]
 
     def _result(self, state: FillState) -> Generated:

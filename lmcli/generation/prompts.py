@@ -6,12 +6,21 @@ from lmcli.config import ModelConfig
 from lmcli.data.files import limited, open_bytes, text_chunks
 from lmcli.data.rows import CHUNK_BYTES, MAX_LINE_BYTES, Record, RowReader
 from lmcli.errors import UsageError, UserError
-from lmcli.generation.mask_filling import mask_id
 from lmcli.text.tokenizer import Tokenizer
 
 PROMPTS_PER_BATCH = 256
 
 Prompt = tuple[str, list[int] | None]
+
+
+def mask_id(tokenizer: Tokenizer) -> int:
+    """The id of the tokenizer's mask token; raises UserError without one."""
+    if (mask := tokenizer.special_id("mask_token")) is not None:
+        return mask
+    raise UserError(
+        "the tokenizer names no mask token, so this encoder can neither fill nor score",
+        hint="add mask_token to tokenizer_config.json",
+    )
 
 
 def encode_prompt(

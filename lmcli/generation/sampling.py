@@ -1,65 +1,101 @@
-"""Sampling: filters on logits (B, V) in the order of transformers, and the draw of the next token.
+"""Sampling: filters on the logits of one text in the order of transformers, and the draw.
 
-All functions are pure; a filtered logit is −∞.
+A filter tells which of the tokens that are left it keeps, so later ones see fewer tokens: nothing
+sorts a whole vocabulary. A forbidden logit is −∞.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lmcli.config import GenerateConfig
 
 FORBIDDEN = float("-inf")
 
-
-def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Makes the ids `seen` (B, n) less likely by a factor on their logits (Keskar et al. 2019)."""
-    seen_logits = logits.gather(1, seen)
-    penalized = torch.where(seen_logits > 0, seen_logits / penalty, seen_logits * penalty)
-    return logits.scatter(1, seen, penalized)
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 
-def apply_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keeps the k ≥ 1 largest logits, and those equal to the k-th."""
-    if k >= logits.shape[-1]:
-        return logits
-    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], FORBIDDEN)
+def keep_top_k(logits: Floats, k: int) -> Flags:
+    """(N,) True for the k ≥ 1 largest logits, and those equal to the k-th."""
+    if k >= len(logits):
+        return np.ones(len(logits), np.bool_)
+    return logits >= np.partition(logits, len(logits) - k)[-k]
 
 
-def apply_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps the likeliest tokens until their probability reaches p ≤ 1 (Holtzman et al. 2020)."""
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # total of the tokens likelier than this
-    drop = before >= p
-    drop[:, 0] = False
-    return logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), FORBIDDEN)
+def keep_top_p(logits: Floats, p: float) -> Flags:
+    """(N,) True for the likeliest tokens until their probability reaches p ≤ 1, at least one.
+
+    Of equal logits the first ones are kept (Holtzman et al. 2020).
+    """
+    count, size = len(logits), 256
+    best = logits.max()
+    total = np.exp(logits - best).sum(dtype=np.float64)
+    while True:  # mostly few tokens are enough: look at more only if they are not
+        size = min(8 * size, count)
+        ordered = np.sort(np.partition(logits, count - size)[count - size :])[::-1]
+        probabilities = np.exp(ordered - best).astype(np.float64) / total
+        cumulative = probabilities.cumsum()
+        if size == count or cumulative[-1] >= p:
+            break
+    before = cumulative - probabilities  # total of the tokens likelier than this
+    number = max(1, int((before < p).sum()))
+    keep = logits > ordered[number - 1]
+    equal = np.nonzero(logits == ordered[number - 1])[0]
+    keep[equal[: number - int(keep.sum())]] = True
+    return keep
 
 
-def apply_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps tokens at least p times as likely as the likeliest, 0 ≤ p ≤ 1 (Nguyen et al. 2024)."""
-    probabilities = logits.softmax(-1)
-    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), FORBIDDEN)
+def keep_min_p(logits: Floats, p: float) -> Flags:
+    """(N,) True for tokens at least p times as likely as the likeliest (Nguyen et al. 2024)."""
+    return np.exp(logits - logits.max()) >= p
 
 
-def apply_filters(logits: Tensor, config: GenerateConfig) -> Tensor:
-    """Logits (B, V) after temperature, top-k, top-p and min-p; unchanged at temperature 0."""
-    if not config.temperature:
-        return logits
+def apply_filters(logits: Floats, config: GenerateConfig) -> tuple[Integers, Floats]:
+    """(ids, logits) of what temperature, top-k, top-p and min-p leave of logits (V,).
+
+    Ids ascend; there is none if all logits are FORBIDDEN. The temperature is above 0.
+    """
     # a smaller divisor would overflow; it would draw the same token
-    logits = logits / max(config.temperature, 1e-30)
-    if config.top_k:
-        logits = apply_top_k(logits, config.top_k)
-    if config.top_p < 1.0:
-        logits = apply_top_p(logits, config.top_p)
-    if config.min_p:
-        logits = apply_min_p(logits, config.min_p)
-    return logits
+    logits = logits / np.float32(max(config.temperature, 1e-30))
+    ids = np.nonzero(logits > FORBIDDEN)[0]
+    logits = logits[ids]
+    filters: tuple[tuple[bool, Callable[[Floats, Any], Flags], float], ...] = (
+        (config.top_k > 0, keep_top_k, config.top_k),
+        (config.top_p < 1.0, keep_top_p, config.top_p),
+        (config.min_p > 0, keep_min_p, config.min_p),
+    )
+    for applies, keeps, value in filters:
+        if applies and len(ids):
+            keep = keeps(logits, value)
+            ids, logits = ids[keep], logits[keep]
+    return ids, logits
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Ids (B,) drawn from softmax(logits) by random numbers `uniform` (B,) float64 in [0, 1)."""
-    cumulative = logits.cpu().double().softmax(-1).cumsum(-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    # the first id whose cumulative sum exceeds the target; ids of probability 0 never do
-    ids = torch.searchsorted(cumulative, target, right=True)
-    return ids.clamp(max=logits.shape[-1] - 1)[:, 0]
+def draw(logits: Floats, uniform: float) -> int:
+    """An index drawn from softmax(logits), (N,), by a random number `uniform` in [0, 1)."""
+    cumulative = np.exp(logits.astype(np.float64) - logits.max()).cumsum()
+    # the first one whose cumulative sum exceeds the target; those of probability 0 never do
+    index = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+    return min(int(index), len(logits) - 1)
+
+
+def choose(logits: Floats, config: GenerateConfig, random: Random) -> int | None:
+    """The next id after logits (V,): drawn, or the likeliest at temperature 0; None without any."""
+    if not config.temperature:
+        best = int(logits.argmax())
+        return None if logits[best] == FORBIDDEN else best
+    ids, logits = apply_filters(logits, config)
+    return int(ids[draw(logits, random.random())]) if len(ids) else None
+
+
+def log_sum_exp(logits: Floats) -> NDArray[np.float64]:
+    """log Σ exp over the last axis; NaN or infinite if a logit is NaN or +∞, or all are −∞."""
+    best = logits.max(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        total = np.exp(logits - best[..., None]).sum(-1, dtype=np.float64)
+        return best + np.log(total)

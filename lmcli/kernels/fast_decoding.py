@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lmcli.kernels.decode_step import (
     Array,
@@ -60,6 +59,7 @@ class FastDecodingState:
     sequence are read; then the state is `full`.
     """
 
+    @torch.inference_mode()
     def __init__(
         self,
         model: Transformer,
@@ -84,7 +84,7 @@ class FastDecodingState:
         longest = max(map(len, sequences))
         self._allocate(len(sequences), min(capacity, longest + SPARE_COLUMNS))
         self._scratch: dict[str, NDArray[Any]] = {}
-        self.logits = torch.from_numpy(self._prefill(sequences))
+        self.logits = self._prefill(sequences)
 
     @property
     def length(self) -> int:
@@ -96,34 +96,34 @@ class FastDecodingState:
         """True if no further token can be added."""
         return self.length == self.capacity
 
-    def add(self, tokens: Tensor) -> None:
+    @torch.inference_mode()
+    def add(self, tokens: Integers) -> None:
         """Reads one more token (B,) of each sequence."""
         if self.length == self._keys.shape[3]:
             self._grow()
         rows = np.arange(len(self._slots))
-        self.logits = torch.from_numpy(self._forward(tokens.numpy(), rows, self._lengths, rows))
+        self.logits = self._forward(tokens, rows, self._lengths, rows)
         self._lengths = self._lengths + 1
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: Integers) -> None:
         """Selects, reorders or repeats sequences (B', int64)."""
-        chosen = rows.numpy()
-        self._lengths, self._source_of = self._lengths[chosen], self._source_of[chosen]
-        self._slots = self._slots[chosen]
+        self._lengths, self._source_of = self._lengths[rows], self._source_of[rows]
+        self._slots = self._slots[rows]
         if len(np.unique(self._slots)) < len(self._slots):  # a repeated one needs its own place
             keys, values = self._keys[:, self._slots], self._values[:, self._slots]
-            self._slots = np.arange(len(chosen))
-            self._allocate(len(chosen), keys.shape[3])
+            self._slots = np.arange(len(rows))
+            self._allocate(len(rows), keys.shape[3])
             self._keys[:], self._values[:] = keys, values
 
-    def reorder(self, rows: Tensor, common: int) -> None:
+    def reorder(self, rows: Integers, common: int) -> None:
         """Reorders sequences (B, int64) that are equal up to token `common`, as beams are.
 
         `common` counts tokens of the longest sequence; the tokens after it are copied.
         """
-        chosen, newest = rows.numpy(), self.length - common
-        moved = np.nonzero(chosen != np.arange(len(chosen)))[0]
+        newest = self.length - common
+        moved = np.nonzero(rows != np.arange(len(rows)))[0]
         for cache in (self._keys, self._values):
-            ends = [self._end(cache, int(row), newest).copy() for row in chosen[moved]]
+            ends = [self._end(cache, int(row), newest).copy() for row in rows[moved]]
             for row, end in zip(moved, ends):
                 self._end(cache, int(row), newest)[:] = end
 

@@ -1,6 +1,8 @@
 """A batch of sequences through a model: padded, then token by token with a key–value cache."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lmcli.model.attention import EncoderOutput, KeyValueCache
@@ -9,14 +11,19 @@ from lmcli.model.transformer import Transformer
 # columns that a new cache has beyond the first texts; a full cache is doubled
 SPARE_COLUMNS = 64
 
+Integers = NDArray[np.int64]
+
 
 class DecodingState:
     """Sequences (left-padded), their key–value cache and the `logits` (B, V) of their next token.
+
+    Logits, tokens and rows are numpy arrays, whatever the device.
 
     For an encoder–decoder `sources` are encoded, equal ones once, and their keys and values kept.
     At most `capacity` columns are read; then the state is `full`.
     """
 
+    @torch.inference_mode()
     def __init__(
         self,
         model: Transformer,
@@ -44,31 +51,36 @@ class DecodingState:
     def _device(self) -> torch.device:
         return self.model.embedding.weight.device
 
-    def add(self, tokens: Tensor) -> None:
+    @torch.inference_mode()
+    def add(self, tokens: Integers) -> None:
         """Reads one more token (B,) of each sequence."""
+        ids = torch.from_numpy(tokens).to(self._device)[:, None]
         if self.cache.length == self.cache.capacity:
             self._double_cache()
         if self.mask is not None:
-            self.mask = torch.cat([self.mask, torch.ones_like(tokens)[:, None]], dim=1)
-        self.logits = self._forward(tokens[:, None])
+            self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
+        self.logits = self._forward(ids)
 
-    def keep(self, rows: Tensor) -> None:
+    @torch.inference_mode()
+    def keep(self, rows: Integers) -> None:
         """Selects, reorders or repeats sequences (B', int64)."""
-        self.cache.keep_rows(rows)
-        self.mask = None if self.mask is None else self.mask[rows]
+        chosen = torch.from_numpy(rows).to(self._device)
+        self.cache.keep_rows(chosen)
+        self.mask = None if self.mask is None else self.mask[chosen]
         if self.encoder_output is not None:
-            self.encoder_output = _select(self.encoder_output, rows)
+            self.encoder_output = _select(self.encoder_output, chosen)
 
-    def reorder(self, rows: Tensor, common: int) -> None:
+    @torch.inference_mode()
+    def reorder(self, rows: Integers, common: int) -> None:
         """Reorders sequences (B, int64) that are equal up to column `common`, as beams are."""
-        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        moved = np.nonzero(rows != np.arange(len(rows)))[0]
         for tensor in (self.cache.keys, self.cache.values) if len(moved) else ():
             columns = tensor[:, :, :, common : self.cache.length]  # (layers, B, K, n, D)
             columns[:, moved] = columns[:, rows[moved]]
 
-    def _forward(self, ids: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor) -> NDArray[np.float32]:
         hidden = self.model.hidden(ids, self.mask, self.cache, self.encoder_output)
-        return self.model.head(hidden[:, -1]).float()
+        return self.model.head(hidden[:, -1]).float().cpu().numpy()
 
     def _new_cache(self, rows: int, capacity: int) -> KeyValueCache:
         weight = self.model.embedding.weight

@@ -5,10 +5,12 @@ as infinity instead (`scoring.token_logprobs`), and whoever writes a record's re
 error in its place.
 """
 
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from lmcli.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # problems of a result
 LOGPROB = "a log-probability is NaN or infinite"
@@ -30,7 +32,9 @@ class BadResult(UserError):
         return BadResult(self.problem, self.name, place, self.hint or "", self.index)
 
 
-def not_finite(model: nn.Module, name: str, problem: str, place: str, index: int = 0) -> BadResult:
+def not_finite(
+    model: "nn.Module", name: str, problem: str, place: str, index: int = 0
+) -> BadResult:
     """The error of the model called `name`, which has this problem at a place in the input.
 
     The hint tells whether weights are the reason; they are read for it.
@@ -41,6 +45,6 @@ def not_finite(model: nn.Module, name: str, problem: str, place: str, index: int
         hint = f"the model is damaged: NaN or infinity in {weights[0]}{more}"
     else:
         hint = "all weights are finite, so numbers in between overflow"
-    if next(model.parameters()).dtype == torch.float16:
+    if str(next(model.parameters()).dtype) == "torch.float16":
         hint += "; float16 holds no number above 65,504: try --dtype float32"
     return BadResult(problem, name, place, hint, index)

@@ -4,6 +4,7 @@ import dataclasses
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from lmcli.distributed.signals import stop_signals
 from lmcli.errors import UserError
 from lmcli.generation.decoding import Decoder
 from lmcli.kernels import build
+from lmcli.kernels.fast_decoding import decoding_state
 from lmcli.model.device import DeviceConfig
 from lmcli.model.transformer import Transformer
 from lmcli.runs import forgetting
@@ -90,7 +92,8 @@ def sample_text(model: Transformer, data: TrainingData, config: GenerateConfig, 
     if prompt.greedy:
         config = dataclasses.replace(config, temperature=0.0)
     tokenizer = data.tokenizer
-    decoder = Decoder(model.eval(), tokenizer, tokenizer.prefix, prompt.stop_ids, config)
+    states = partial(decoding_state, model.eval())
+    decoder = Decoder(model.config, states, tokenizer, tokenizer.prefix, prompt.stop_ids, config)
     text = decoder.generate([prompt.ids], [step])[0].text
     model.train()
     return f"{prompt.text} → {text}" if prompt.text else text

@@ -7,6 +7,7 @@ process. Prints tokens per second and ratios; fails if lm is slower than transfo
 """
 
 import argparse
+import functools
 import os
 import random
 import statistics
@@ -25,6 +26,7 @@ from lmcli.api import generate_all
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import GenerateConfig, TokenizerConfig
 from lmcli.generation.decoding import Decoder
+from lmcli.kernels.fast_decoding import decoding_state
 from lmcli.text import tokenizer
 
 NEW_TOKENS, ROUNDS = 64, 5
@@ -111,7 +113,9 @@ def compare_with_transformers(
 def endless_decoder(checkpoint: checkpoints.Checkpoint, beams: int, new_tokens: int) -> Decoder:
     """A Decoder without stop ids."""
     config = GenerateConfig(temperature=0.0, num_beams=beams, max_new_tokens=new_tokens)
-    return Decoder(checkpoint.model, checkpoint.tokenizer, [], [], config)
+    model = checkpoint.model
+    states = functools.partial(decoding_state, model)
+    return Decoder(model.config, states, checkpoint.tokenizer, [], [], config)
 
 
 def compare_batched(checkpoint: checkpoints.Checkpoint) -> None:

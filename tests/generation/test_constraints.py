@@ -1,29 +1,31 @@
 """The rules of generation_config.json, by hand: what each forbids, when, and in which row."""
 
+import numpy as np
 import pytest
-import torch
 
 from lmcli.config import GenerateConfig
 from lmcli.generation.constraints import Constraints, block_repeated_ngrams, sequence_state
 
-CPU = torch.device("cpu")
+
+def blocked(scores) -> list[list[int]]:
+    return [np.nonzero(row == -np.inf)[0].tolist() for row in scores]
 
 
 def forbidden(prompts, tokens, stop_ids=(0,), limits=None, **options) -> list[list[int]]:
     """For each row the forbidden ones of ten ids."""
-    rules = Constraints(GenerateConfig(**options), list(stop_ids), 10, CPU)
-    state = sequence_state(prompts, tokens, limits or [20] * len(prompts), CPU)
-    scores = rules.apply(torch.ones(len(prompts), 10), state)
-    return [(row == float("-inf")).nonzero()[:, 0].tolist() for row in scores]
+    rules = Constraints(GenerateConfig(**options), list(stop_ids), 10)
+    state = sequence_state(prompts, tokens, limits or [20] * len(prompts))
+    scores = rules.apply(np.ones((len(prompts), 10), np.float32), state)
+    return blocked(scores)
 
 
-def test_repeated_ngrams_and_short_texts():
-    scores = torch.zeros(3, 6)
-    history = torch.tensor([[1, 2, 3, 1], [-1, -1, -1, 1], [-1, 1, 1, 1]])
-    results = block_repeated_ngrams(scores, history, 2)
-    assert [(row == float("-inf")).nonzero()[:, 0].tolist() for row in results] == [[2], [], [1]]
-    assert torch.equal(block_repeated_ngrams(scores, history, 5), scores)
-    assert (block_repeated_ngrams(scores, history, 1) == float("-inf")).sum(1).tolist() == [3, 1, 1]
+@pytest.mark.parametrize(
+    ("size", "expected"), [(1, [[1, 2, 3], [1], [1]]), (2, [[2], [], [1]]), (5, [[], [], []])]
+)
+def test_repeated_ngrams_and_short_texts(size, expected):
+    scores = np.zeros((3, 6), np.float32)
+    block_repeated_ngrams(scores, np.array([[1, 2, 3, 1], [-1, -1, -1, 1], [-1, 1, 1, 1]]), size)
+    assert blocked(scores) == expected
 
 
 @pytest.mark.parametrize(
@@ -61,5 +63,5 @@ def test_the_last_token_is_forced_at_the_limit():
 
 def test_without_rules_nothing_is_done():
     assert not Constraints(
-        GenerateConfig(min_new_tokens=3), [], 10, CPU
+        GenerateConfig(min_new_tokens=3), [], 10
     ).active  # there is no end to forbid

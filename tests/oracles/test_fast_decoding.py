@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from random_checkpoints import CASES, pair
@@ -42,25 +43,24 @@ def inputs(model, seed=0):
     return rows(LENGTHS), rows((5, 9, 2, 4, 9, 9)) if model.encoder and model.decoder else None
 
 
-@torch.inference_mode()
 def walk(state_of, model, dtype=torch.float32):
     """Logits of a prefill and 12 steps, in which sequences are dropped, repeated and reordered."""
     model = copy.deepcopy(model).to(dtype)
     state = state_of(model, *inputs(model), 40)
-    logits, rows = [state.logits], len(LENGTHS)
+    logits, rows = [torch.from_numpy(state.logits)], len(LENGTHS)
     generator = torch.Generator().manual_seed(1)
     for step in range(9):
         if step == 3:  # two sequences of one prompt, as beams
-            state.keep(torch.tensor([0, 0, 3, 3, 1]))
+            state.keep(np.array([0, 0, 3, 3, 1]))
             rows, common = 5, state.length
         if step == 6:
-            state.reorder(torch.tensor([1, 1, 3, 2, 4]), common)
+            state.reorder(np.array([1, 1, 3, 2, 4]), common)
         if step == 8:
-            state.keep(torch.tensor([4, 2]))
+            state.keep(np.array([4, 2]))
             rows = 2
         size = model.config.vocab_size
-        state.add(torch.randint(3, size, (rows,), generator=generator))
-        logits.append(state.logits)
+        state.add(torch.randint(3, size, (rows,), generator=generator).numpy())
+        logits.append(torch.from_numpy(state.logits))
     return logits
 
 
@@ -86,46 +86,41 @@ def test_bfloat16_is_as_near_to_float32_as_the_pytorch_path(case, model_of, diff
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", DECODERS[::3], ids=str)
-@torch.inference_mode()
 def test_a_row_does_not_depend_on_the_others_to_the_bit(case, dtype, model_of):
     model = copy.deepcopy(model_of(case)).to(dtype)
     sequences, sources = inputs(model)
     sources = sources and [sources[0]] * len(sequences)  # the encoder's bits depend on its batch
-    tokens = torch.arange(len(sequences)) + 3
+    tokens = np.arange(len(sequences)) + 3
     together = FastDecodingState(model, sequences, sources, 40)
     first = together.logits
     together.add(tokens)
     for row, sequence in enumerate(sequences):
         alone = FastDecodingState(model, [sequence], sources and [sources[row]], 40)
-        assert alone.logits[0].equal(first[row])
+        assert np.array_equal(alone.logits[0], first[row])
         alone.add(tokens[row : row + 1])
-        assert alone.logits[0].equal(together.logits[row])
+        assert np.array_equal(alone.logits[0], together.logits[row])
 
 
-@torch.inference_mode()
 def test_two_states_of_a_model_do_not_disturb_each_other(small_model):
     model = small_model()
     first, second = (FastDecodingState(model, [ids], None, 30) for ids in ([1, 2, 3], [9, 8]))
     for state in (first, second):
-        state.add(torch.tensor([5]))
+        state.add(np.array([5]))
     alone = FastDecodingState(model, [[1, 2, 3]], None, 30)
-    alone.add(torch.tensor([5]))
-    assert first.logits.equal(alone.logits)
+    alone.add(np.array([5]))
+    assert np.array_equal(first.logits, alone.logits)
 
 
-def test_weights_that_change_are_seen(small_model, difference):
+def test_weights_that_change_are_seen(small_model):
     model = copy.deepcopy(small_model())
     before = weights_of(model)
     assert weights_of(model) is before
     with torch.no_grad():
         model.embedding.weight.mul_(1.5)
     assert weights_of(model) is not before
-    with torch.inference_mode():
-        slow, fast = (
-            state(model, [[1, 2, 3]], None, 30) for state in (DecodingState, decoding_state)
-        )
-        assert isinstance(fast, FastDecodingState)
-        assert difference(fast.logits, slow.logits) < 1e-5
+    slow, fast = (state(model, [[1, 2, 3]], None, 30) for state in (DecodingState, decoding_state))
+    assert isinstance(fast, FastDecodingState)
+    assert np.abs(fast.logits - slow.logits).max() < 1e-5
 
 
 def test_other_precisions_and_encoders_keep_the_pytorch_path(small_model):
