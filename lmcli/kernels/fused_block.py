@@ -27,7 +27,7 @@ from lmcli.kernels.causal_attention import (
 )
 from lmcli.kernels.dropout import dropped
 from lmcli.kernels.lora_products import LoraProducts
-from lmcli.kernels.products import matrix_gradient, regular
+from lmcli.kernels.products import matmul, matrix_gradient, regular
 from lmcli.model.layers import gelu_tanh
 from lmcli.model.lora import LowRank, added
 
@@ -209,8 +209,10 @@ def _add(
     residual: Tensor, x: Tensor, weight: Tensor, products: LoraProducts, dropout: float, seed: int
 ) -> Tensor:
     """residual + dropout(x · weightᵀ)."""
-    if not (dropout or products.dropout) and (not products.trained or regular(x)):
+    if not (dropout or products.dropout or products.trained):
         return torch.addmm(residual, x, weight.T)
+    if not (dropout or products.dropout) and regular(x):
+        return matmul(x, weight.T, residual)
     y = products.product(x, weight)
     return dropped(y, dropout, seed, residual) if dropout else y.add_(residual)
 

@@ -96,25 +96,26 @@ class _CrossEntropy(Function):
             lora = a, b.to(dtype), torch.empty_like(a), torch.zeros_like(b)
         for first in range(0, len(hidden), rows):
             chunk = slice(first, first + rows)
-            x = hidden[chunk] if lora is not None else products.filled(hidden[chunk])
+            x = products.padded(hidden[chunk])
             real = len(targets[chunk])
-            logits = x @ matrix.T if offset is None else torch.addmm(offset, x, matrix.T)
+            logits = products.matmul(x, matrix.T, offset)
             if lora is not None:
-                logits.addmm_(lora[0][chunk], lora[1].T)
+                low_rank = products.padded(lora[0][chunk])
+                logits.addmm_(low_rank, lora[1].T)
             losses, dlogits = loss_with_gradient(logits[:real], targets[chunk], smoothing)
             total += losses.sum()
             if real < len(x):
-                dlogits = products.filled(dlogits)
-                dhidden[chunk] = (dlogits @ matrix)[:real]
+                dlogits = products.padded(dlogits)
+                dhidden[chunk] = products.matmul(dlogits, matrix)[:real]
             else:
-                torch.mm(dlogits, matrix, out=dhidden[chunk])
+                products.matmul(dlogits, matrix, out=dhidden[chunk])
             if dweight is not None:
-                dweight += dlogits.T @ x
+                dweight += products.matmul(dlogits.T, x)
             if dbias is not None:
                 dbias += dlogits.sum(0, dtype=dbias.dtype)
             if lora is not None:
-                torch.mm(dlogits, lora[1], out=lora[2][chunk])
-                lora[3].add_(dlogits.T @ lora[0][chunk])
+                lora[2][chunk] = products.matmul(dlogits, lora[1])[:real]
+                lora[3].add_(products.matmul(dlogits.T, low_rank))
         ctx.save_for_backward(dhidden, dweight, dbias, *(lora[2:] if lora else (None, None)))
         return total
 

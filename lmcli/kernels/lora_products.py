@@ -34,13 +34,14 @@ class LoraProducts(NamedTuple):
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x times the joined matrices (Σ out, in), and the branches if separate: (N, Σ out)."""
-        y = products.product(x, weight.T) if self.trained else x @ weight.T
+        padded = products.padded(x) if self.trained else x
+        y = products.matmul(padded, weight.T) if self.trained else x @ weight.T
         if self._separate:
             inner = self._inner(dropped(x, self.dropout, self.seed)).split(self._ranks, dim=1)
             for columns, xa, lora in zip(y.split(self.outputs, dim=1), inner, self.branches):
                 if lora:
-                    columns.addmm_(xa, lora.b.T.to(x.dtype), alpha=lora.scale)
-        return y
+                    columns.addmm_(products.padded(xa), lora.b.T.to(x.dtype), alpha=lora.scale)
+        return y[: len(x)]
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
         """The gradient of x (N, in), given dy (N, Σ out) of the product."""

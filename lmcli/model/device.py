@@ -146,10 +146,10 @@ def track_peak_memory() -> bool:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    trim_memory()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed blocks are kept otherwise: see keep_freed_memory
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError, TypeError):  # not Linux, not glibc, no C library by that name
+    except OSError:  # not Linux
         return False
     return True
 

@@ -30,9 +30,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Linear(nn.Linear):
     """x Wᵀ + b, (…, inputs) → (…, outputs), in the precision of x, which may be lower than W's."""
 
+    multiply: Callable[..., Tensor] = staticmethod(F.linear)
+
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return self.multiply(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):

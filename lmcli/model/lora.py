@@ -54,6 +54,7 @@ class LoraLinear(Linear):
 
     def __init__(self, base: Linear, lora_a: nn.Parameter, scale: float, dropout: float):
         nn.Module.__init__(self)
+        self.multiply = base.multiply
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias, self.lora_a = base.weight, base.bias, lora_a
         self.scale, self.dropout = scale, dropout
@@ -72,12 +73,12 @@ class LoraLinear(Linear):
     def lora_branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(scale · dropout(x) Aᵀ (…, rank), B (out, rank)): their product is added to x Wᵀ."""
         x = F.dropout(x, self.dropout, self.training)
-        return F.linear(x, self.lora_a.to(x.dtype)) * self.scale, self.lora_b
+        return self.multiply(x, self.lora_a.to(x.dtype)) * self.scale, self.lora_b
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
             inner, b = self.lora_branch(x)
-            return super().forward(x) + F.linear(inner, b.to(x.dtype))
+            return super().forward(x) + self.multiply(inner, b.to(x.dtype))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.matrix.to(x.dtype), bias)
 

@@ -1,18 +1,20 @@
 """Schedules, optimizers and states: the arithmetic of a step and of resuming."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcli.config import ModelConfig, TrainConfig
-from lmcli.data.batches import Batch
+from lmcli.data.batches import Batch, ExampleRows
 from lmcli.kernels.fast_path import build_model
 from lmcli.model.transformer import Transformer
 from lmcli.runs.initial_model import set_trainable
-from lmcli.training import optimizers, resume_state, schedules
+from lmcli.training import optimizers, resume_state, schedules, train_step
 from lmcli.training.objectives import OBJECTIVES
 
 SHARES = st.floats(0, 1)
@@ -342,3 +344,26 @@ def test_orthogonal_updates_are_near_the_polar_factor():
 
 def test_a_gradient_of_zeros_updates_nothing():
     assert not optimizers.orthogonal(torch.zeros(2, 8, 12).bfloat16()).any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "times"),
+    [(True, "bfloat16", 10), (True, "float32", 0), (False, "bfloat16", 0)],
+)
+def test_freed_memory_goes_back_in_a_200th_of_the_time(rows, dtype, times, monkeypatch):
+    """400 steps of a second; to give memory back takes 0.2 s."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(train_step.time, "monotonic", lambda: now[0])
+
+    def trim():
+        calls.append(now[0])
+        now[0] += 0.2
+
+    monkeypatch.setattr(train_step.device, "trim_memory", trim)
+    examples = ExampleRows(np.ones(5), lambda chosen: None, 0) if rows else None
+    config = SimpleNamespace(device=torch.device("cpu"), dtype=getattr(torch, dtype))
+    step = SimpleNamespace(rows=examples, device_config=config, _next_trim=0.0)
+    for _ in range(400):
+        train_step.TrainStep._trim_memory(step)
+        now[0] += 1
+    assert len(calls) == times
