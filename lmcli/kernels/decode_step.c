@@ -44,6 +44,8 @@
 #define ALIGN 64  /* rows of activations are padded with zeros to a multiple of this */
 
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float eight __attribute__((vector_size(32)));
+typedef float four __attribute__((vector_size(16)));
 typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
 
@@ -145,10 +147,14 @@ INLINE floats load_bfloat16_end(const uint16_t *x, int64_t count) {
     return load_bfloat16(padded);
 }
 
-INLINE float total(floats x) {  /* halves onto each other, always in this order */
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) x[i] += x[i + width];
-    return x[0];
+INLINE float total(floats x) {  /* halves onto each other, always in this order; by vectors: compiles 4 times faster */
+    eight a[2];
+    memcpy(a, &x, sizeof a);
+    a[0] += a[1];
+    four b[2];
+    memcpy(b, a, sizeof b);
+    b[0] += b[1];
+    return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
 }
 
 /* sums[r][s] = weights[r] · x[s] for R rows of weights and S rows of activations; each in one vector of LANES sums. */
