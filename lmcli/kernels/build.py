@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lmcli.errors import UserError
 from lmcli.ownership import ForeignFile, open_own
-from lmcli.storage import atomic_path, cache_folder, user_errors
+from lmcli.storage import NoLocks, atomic_path, cache_folder, lock, unlock, user_errors
 
 SOURCE = Path(__file__).with_name("kernels.c")
 SOURCES = (SOURCE, Path(__file__).with_name("decode_step.c"))
@@ -58,7 +59,7 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def problem() -> str:
-    """Why the kernels cannot be used on this machine; "" if they can. Compiles them (2 s), once.
+    """Why the kernels cannot be used on this machine; "" if they can. Compiles them once.
 
     Raises ForeignFile for a cache folder or a library that another user owns or may write.
     """
@@ -101,7 +102,7 @@ def _compiler() -> list[str]:
 def _loaded() -> ctypes.CDLL:
     file = _library_file()
     if not _is_complete(file):
-        _compile(file)
+        _compile_once(file)
     try:
         return _open(file)
     except OSError:  # perhaps it was linked with libraries that no longer exist
@@ -129,6 +130,19 @@ def _library_file() -> Path:
     code = b"".join(source.read_bytes() for source in SOURCES)
     facts = code + repr((version, compiler, FLAGS)).encode() + _processor()
     return cache_folder("kernels", action="write") / f"{hashlib.sha256(facts).hexdigest()[:32]}.so"
+
+
+def _compile_once(file: Path) -> None:
+    """Compiles the library; of several processes one does, and the others wait for it."""
+    held = None
+    with user_errors(file, "write"), suppress(NoLocks):
+        held = lock(file.with_suffix(".lock"), waiting=lambda: None)
+    try:
+        if not _is_complete(file):
+            _compile(file)
+    finally:
+        if held:
+            unlock(held)
 
 
 def _compile(file: Path) -> None:
