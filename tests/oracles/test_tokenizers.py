@@ -79,13 +79,13 @@ def lines_of(shared, count):
 
 @pytest.fixture(scope="module")
 def lines(shared):
-    return lines_of(shared, 240)
+    return lines_of(shared, 90)
 
 
 @pytest.fixture(scope="module")
 def many_lines(shared):
     """For the tokenizers that others learned from far more text."""
-    return lines_of(shared, 1000)
+    return lines_of(shared, 300)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +122,9 @@ def spm(training):
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             **{
-                "sentence_iterator": iter(training[:3200]),
+                "sentence_iterator": iter(training[:3200:3]),
                 "model_writer": model,
-                "vocab_size": 2000,
+                "vocab_size": 1200,
                 "num_threads": 1,
                 "character_coverage": 0.98,
                 "minloglevel": 2,
@@ -484,7 +484,7 @@ def marian(shared, tmp_path_factory):
         json.loads(line)
         for line in (shared / "translation" / "multi30k.train.en-de.jsonl")
         .read_text(encoding="utf-8")
-        .split("\n")[:8000]
+        .split("\n")[:2000]
         if line
     ]
     models_ = []
@@ -493,7 +493,7 @@ def marian(shared, tmp_path_factory):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(row[side] for row in rows),
             model_writer=model,
-            vocab_size=1500,
+            vocab_size=900,
             num_threads=1,
             minloglevel=2,
             character_coverage=0.9999,
@@ -527,7 +527,7 @@ def test_marian(tmp_path, shared, lines, marian):
         json.loads(line)
         for line in (shared / "translation" / "multi30k.val.en-de.jsonl")
         .read_text(encoding="utf-8")
-        .split("\n")[:1000]
+        .split("\n")[:200]
         if line
     ]
     english, german = [row["source"] for row in rows], [row["target"] for row in rows]
@@ -539,7 +539,7 @@ def test_marian(tmp_path, shared, lines, marian):
     assert [ours.target.with_template(ids)[0] for ids in encoded] == expected
     for ids in expected:
         assert ours.decode(ids, special=False) == theirs.decode(ids, skip_special_tokens=True)
-    assert sum(ours.encode(text) != ours.target.encode(text) for text in german) > 900
+    assert sum(ours.encode(text) != ours.target.encode(text) for text in german) > 180
     for name in ("source.spm", "target.spm", "vocab.json"):
         assert (tmp_path / "b" / name).read_bytes() == (marian / name).read_bytes()
     assert not (tmp_path / "b" / "tokenizer.json").exists()
