@@ -218,7 +218,7 @@ class TestPieces:
 
     @patterns
     @given(text=adversarial | st.text(max_size=60), least=st.integers(1, 8))
-    @settings(max_examples=500)
+    @settings(max_examples=150)
     @example(text="x\n\ny a\n b", least=1)
     @example(text="it's a b\r\nc d", least=1)
     @example(text="don't\n's", least=1)
@@ -267,10 +267,10 @@ class TestPieces:
         tokenizer = LEARNED[pattern]
         letters = [
             character
-            for character in map(chr, range(0x80, 0x110000, 7))
+            for character in map(chr, range(0x80, 0x110000, 29))
             if SAFE_CUT.search(f"{character} b")
         ]
-        assert len(letters) > 15_000
+        assert len(letters) > 3_600
         whole = tokenizer.encode_batch([f"{character} {character}" for character in letters])
         halves = zip(
             tokenizer.encode_batch(letters),
@@ -282,7 +282,7 @@ class TestPieces:
     @patterns
     @pytest.mark.parametrize(
         "name, share",
-        [("zh-hongloumeng", 60_000), ("wikitext-2-test", 200_000), ("tinyshakespeare", 200_000)],
+        [("zh-hongloumeng", 20_000), ("wikitext-2-test", 40_000), ("tinyshakespeare", 40_000)],
     )
     def test_real_text(self, shared, pattern, name, share):
         text = (shared / "text" / f"{name}.txt").read_bytes().decode("utf-8")[:share]

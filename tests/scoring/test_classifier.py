@@ -57,7 +57,7 @@ def classifier(shared, randomize, tmp_path_factory):
 @pytest.fixture(scope="module")
 def lines(shared):
     with (shared / "classification" / "sst2.dev.jsonl").open() as file:
-        return [SENTENCE, *(json.loads(line)["text"] for line in file)][:501]
+        return [SENTENCE, *(json.loads(line)["text"] for line in file)][:151]
 
 
 @pytest.fixture(scope="module")
