@@ -3,22 +3,19 @@
 The commands and notebooks call the same methods.
 """
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints import hub
 from lmcli.config import ModelConfig
-from lmcli.data.corpus import encode_text
 from lmcli.errors import UsageError, UserError
 from lmcli.generation.batch_generation import can_stream, generate_all, new_seed
 from lmcli.generation.decoding import Decoder, Generated, TextChunk
-from lmcli.generation.mask_filling import MaskFiller
 from lmcli.generation.options import (
     check_forced_ids,
     check_stop_strings,
@@ -26,13 +23,21 @@ from lmcli.generation.options import (
     generation_config,
 )
 from lmcli.generation.prompts import encode_prompt, mask_id
-from lmcli.kernels.fast_decoding import decoding_state
+from lmcli.kernels import processor
+from lmcli.kernels.decode_step import DecoderWeights, in_precision
+from lmcli.kernels.fast_decoding import FastDecodingState
 from lmcli.model import finite
-from lmcli.model.device import DeviceConfig, select_device
-from lmcli.scoring.classifier import Classification, Classifier
-from lmcli.scoring.perplexity import Perplexity, measure_perplexity
-from lmcli.scoring.question_answering import Answer, QuestionAnswerer
-from lmcli.scoring.scorer import Score, Scorer, ScoringInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lmcli.generation.mask_filling import MaskFiller
+    from lmcli.model.device import DeviceConfig
+    from lmcli.model.transformer import Transformer
+    from lmcli.scoring.classifier import Classification, Classifier
+    from lmcli.scoring.perplexity import Perplexity
+    from lmcli.scoring.question_answering import Answer, QuestionAnswerer
+    from lmcli.scoring.scorer import Score, Scorer, ScoringInput
 
 # (shape, head) → what such a model is, and {command that can use it: what it does}
 ABILITIES = {
@@ -57,7 +62,7 @@ ABILITIES = {
     ("encoder", "none"): ("an encoder without a head", {}),
 }
 
-Result = TypeVar("Result", Generated, Score, Classification, Answer)
+Result = TypeVar("Result", Generated, "Score", "Classification", "Answer")
 
 
 def load(
@@ -72,10 +77,22 @@ def load(
     `dtype` "auto" is float32, or with `training` (also for generation) bfloat16 on hardware that is
     faster in it. Raises UserError for an unreadable folder, UsageError for a missing device.
     """
-    device_config = select_device(device, dtype, threads, training)
+    options = device, dtype, threads, training
+    precision = processor.cpu_precision(device, dtype, training)
+    if not precision:  # an error of the options comes before one of the folder
+        _select_device(*options)
     folder = hub.find(path)
-    checkpoint = checkpoints.load(folder, device_config.device, device_config.dtype)
-    return Model(checkpoint, device_config, str(path), Path(folder))
+    contents = checkpoints.read_folder(folder)
+    model = Model(contents, options, precision, str(path), Path(folder))
+    if not model.decodes_without_torch:
+        model.model  # noqa: B018  # raises the errors of the weights
+    return model
+
+
+def _select_device(device: str, dtype: str, threads: int, training: bool) -> "DeviceConfig":
+    from lmcli.model.device import select_device
+
+    return select_device(device, dtype, threads, training)
 
 
 def abilities(config: ModelConfig) -> tuple[str, dict[str, str]]:
@@ -84,22 +101,74 @@ def abilities(config: ModelConfig) -> tuple[str, dict[str, str]]:
 
 
 class Model:
-    """A loaded model: `model` (torch.nn.Module), `tokenizer`, `folder`; `name` is for errors."""
+    """A loaded model: `model` (torch.nn.Module), `tokenizer`, `folder`; `name` is for errors.
+
+    A decoder that runs in C generates without torch: `model` and `device_config` load it on first
+    use. `device_options` are those of `select_device`; `precision` is that of a decoder in C, "" if
+    it cannot run with these options.
+    """
 
     def __init__(
         self,
-        checkpoint: checkpoints.Checkpoint,
-        device_config: DeviceConfig,
+        contents: checkpoints.ModelFolder,
+        device_options: tuple[str, str, int, bool],
+        precision: str,
         name: str = "the model",
         folder: Path | None = None,
     ):
-        self.checkpoint, self.device_config = checkpoint, device_config
+        self.checkpoint, self.tokenizer = contents, contents.tokenizer
         self.name, self.folder = name, folder
-        self.model, self.tokenizer = checkpoint.model, checkpoint.tokenizer
+        self._device_options, self._precision = device_options, precision
+        self._parameters: Mapping[str, NDArray[Any]] | None = None
+        self.config = contents.config
+        if found := contents.decoder_parameters() if precision else None:
+            self.config, self._parameters = found
+            self._device_options = "cpu", precision, *device_options[2:]
+            if threads := device_options[2]:
+                processor.set_thread_count(threads)
+
+    @property
+    def decodes_without_torch(self) -> bool:
+        """True if text is generated by the decoder in C, from the files' own weights."""
+        return self._parameters is not None and "model" not in vars(self)
+
+    @cached_property
+    def device_config(self) -> "DeviceConfig":
+        """Where the model runs, and in which precision."""
+        return _select_device(*self._device_options)
+
+    @cached_property
+    def model(self) -> "Transformer":
+        """The model as a torch.nn.Module. What changes in it changes what is generated."""
+        device_config = self.device_config
+        model = self.checkpoint.with_model(device_config.device, device_config.dtype).model
+        self.config = model.config
+        return model
+
+    @cached_property
+    def _weights(self) -> DecoderWeights:
+        assert self._parameters is not None
+        weights = {n: in_precision(array, self._precision) for n, array in self._parameters.items()}
+        return DecoderWeights(self.config, weights)
+
+    def _decoding_states(self) -> Callable[..., Any]:
+        """(sequences, sources, capacity) → the state of a decoder that has read them."""
+        if self.decodes_without_torch:
+            return lambda rows, _, capacity: FastDecodingState(self._weights, rows, capacity)
+        from lmcli.kernels.decoding_state import decoding_state
+
+        return partial(decoding_state, self.model)
+
+    @property
+    def runs_on(self) -> str:
+        """Device, threads and precision, for people."""
+        if self.decodes_without_torch:
+            return f"cpu, {processor.thread_count()} threads, {self._precision}"
+        return str(self.device_config)
 
     def require(self, command: str) -> None:
         """Raises UserError with what the model is and can do if a command cannot use it."""
-        kind, commands = abilities(self.model.config)
+        kind, commands = abilities(self.config)
         if command not in commands:
             able = ", ".join(f"lm {name} ({does})" for name, does in commands.items())
             raise UserError(
@@ -113,9 +182,9 @@ class Model:
         self.require("classify")
         if not 0 <= threshold <= 1:
             raise UsageError(f"{threshold} is outside 0 to 1", where="--threshold")
-        if self.model.config.head not in heads:
+        if self.config.head not in heads:
             raise UserError(
-                f"is {abilities(self.model.config)[0]}",
+                f"is {abilities(self.config)[0]}",
                 where=self.name,
                 hint="answering needs a question-answering model, labeling a classifier",
             )
@@ -123,7 +192,7 @@ class Model:
     @property
     def context(self) -> int:
         """Tokens the model attends to."""
-        return self.model.config.max_position_embeddings
+        return self.config.max_position_embeddings
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens."""
@@ -133,39 +202,44 @@ class Model:
         """Text of ids."""
         return self.tokenizer.decode(ids)
 
-    @torch.inference_mode()
     def logits(
         self,
-        input_ids: Tensor | list[list[int]],
-        attention_mask: Tensor | list[list[int]] | None = None,
-        decoder_input_ids: Tensor | list[list[int]] | None = None,
-        token_type_ids: Tensor | list[list[int]] | None = None,
-    ) -> Tensor:
+        input_ids: "Tensor | list[list[int]]",
+        attention_mask: "Tensor | list[list[int]] | None" = None,
+        decoder_input_ids: "Tensor | list[list[int]] | None" = None,
+        token_type_ids: "Tensor | list[list[int]] | None" = None,
+    ) -> "Tensor":
         """Logits of ids (B, T), to which no token is added; the mask (B, T) is 0 on padding.
 
         (B, T, V) over the vocabulary; (B, labels) or (B, T, labels) of a classifier; (B, T, 2) of a
         question-answering model; the first token's hidden state (B, C) without a head. An
         encoder–decoder returns the logits of `decoder_input_ids`; raises UsageError without them.
         """
-        if (decoder_input_ids is None) == (self.model.config.shape == "encoder-decoder"):
+        if (decoder_input_ids is None) == (self.config.shape == "encoder-decoder"):
             raise UsageError(
                 "an encoder–decoder, and no other model, needs decoder_input_ids", where=self.name
             )
+        import torch
+
+        model = self.model
         ids = torch.as_tensor(input_ids, device=self.device_config.device)
         mask, target, types = (
             None if values is None else torch.as_tensor(values, device=ids.device)
             for values in (attention_mask, decoder_input_ids, token_type_ids)
         )
-        return self.model(ids, mask, decoder_input_ids=target, token_type_ids=types)
+        with torch.inference_mode():
+            return model(ids, mask, decoder_input_ids=target, token_type_ids=types)
 
-    def classifier(self, threshold: float = 0.5, batch: int = 0) -> Classifier:
+    def classifier(self, threshold: float = 0.5, batch: int = 0) -> "Classifier":
         """A Classifier of this model; raises UserError if it has no labels."""
+        from lmcli.scoring.classifier import Classifier
+
         self._require_head(("sequence", "token"), threshold)
         return Classifier(self.model, self.tokenizer, threshold, batch)
 
     def classify(
         self, texts: str | list[str | tuple[str, str]], **options: Any
-    ) -> list[Classification]:
+    ) -> "list[Classification]":
         """The Classification of each text or pair of texts: .label .probability .logits .truncated.
 
         A classifier of tokens gives .pieces.
@@ -173,14 +247,16 @@ class Model:
         texts = [texts] if isinstance(texts, str) else texts
         return self._all_checked(self.classifier(**options).classify(texts), "text")
 
-    def question_answerer(self, threshold: float = 0.5, **options: Any) -> QuestionAnswerer:
+    def question_answerer(self, threshold: float = 0.5, **options: Any) -> "QuestionAnswerer":
         """A QuestionAnswerer; `options` are its fields: max_answer_tokens, count, stride, batch."""
+        from lmcli.scoring.question_answering import QuestionAnswerer
+
         self._require_head(("span",), threshold)
         return QuestionAnswerer(self.model, self.tokenizer, threshold, **options)
 
     def answer(
         self, questions: str | list[str], contexts: str | list[str], **options: Any
-    ) -> list[Answer]:
+    ) -> "list[Answer]":
         """The Answer to each question in its context; one context may serve all questions."""
         questions = [questions] if isinstance(questions, str) else questions
         contexts = [contexts] * len(questions) if isinstance(contexts, str) else contexts
@@ -200,20 +276,20 @@ class Model:
             return []
         token = self.tokenizer.special_id("bos_token")
         if token is None:
-            token = self.model.config.bos_token_id
+            token = self.config.bos_token_id
         if token is None:
             raise UsageError("this model has no beginning token", where="--bos")
-        if token >= self.model.config.vocab_size:
+        if token >= self.config.vocab_size:
             raise UserError(f"bos_token_id {token} is no id of this model", where=self.name)
         return [token]
 
     def prompt(self, text: str, bos: bool | None = None) -> list[int]:
         """Ids of a prompt with special tokens; bos is never doubled (see prompts.encode_prompt)."""
-        return encode_prompt(text, self.tokenizer, self.model.config, self.bos_ids(bos))
+        return encode_prompt(text, self.tokenizer, self.config, self.bos_ids(bos))
 
     def decoder(
         self, stop: str | tuple[str, ...] = (), bos: bool | None = None, **options: Any
-    ) -> Decoder | MaskFiller:
+    ) -> "Decoder | MaskFiller":
         """What generates text: a Decoder, or for an encoder a MaskFiller.
 
         `options` are fields of GenerateConfig over the folder's defaults (generation/options.py). A
@@ -222,22 +298,24 @@ class Model:
         self.require("generate")
         config = generation_config(self.checkpoint.generate, options)
         stop_strings = check_stop_strings(stop)
-        if self.model.config.shape == "encoder":
+        if self.config.shape == "encoder":
+            from lmcli.generation.mask_filling import MaskFiller
+
             sampled = options.get("temperature") is not None and config.temperature > 0
             mask = mask_id(self.tokenizer)
             return MaskFiller(self.model, self.tokenizer, config, mask, sampled)
-        check_forced_ids(config, self.model.config.vocab_size)
+        check_forced_ids(config, self.config.vocab_size)
         check_stop_strings_of_config(config)
         return Decoder(
-            self.model.config,
-            partial(decoding_state, self.model),
+            self.config,
+            self._decoding_states(),
             self.tokenizer,
             self.bos_ids(bos),
             self.checkpoint.stop_ids,
             config,
             stop_strings,
             decoder_start=self.checkpoint.decoder_start,
-            device_type=self.device_config.device.type,
+            device_type="cpu" if self.decodes_without_torch else self.device_config.device.type,
         )
 
     def generate(
@@ -314,13 +392,15 @@ class Model:
         stride: int | None = None,
         batch: int = 0,
         within_word: bool = False,
-    ) -> Scorer:
+    ) -> "Scorer":
         """A Scorer; `eos` scores the closing token too, `within_word` is for encoders (see Scorer).
 
         Raises UsageError for a context or stride out of range and for tokens that are not there.
         """
+        from lmcli.scoring.scorer import Scorer
+
         self.require("score")
-        shape = self.model.config.shape
+        shape = self.config.shape
         if context is not None and not 2 <= context <= self.context:
             raise UsageError(
                 f"{context} is outside 2 to {self.context}, the model's context", where="--context"
@@ -355,11 +435,11 @@ class Model:
 
     def score(
         self,
-        texts: str | list[str | ScoringInput],
+        texts: "str | list[str | ScoringInput]",
         per: str = "record",
         alternatives: int = 0,
         **options: Any,
-    ) -> list[Score]:
+    ) -> "list[Score]":
         """The Score of each text: .logprob (nats) .tokens .bytes .bits_per_byte.
 
         A ScoringInput adds a prefix or a source. With `per` "token" or "word" there are .pieces, of
@@ -372,8 +452,11 @@ class Model:
 
     def perplexity(
         self, text: str, context: int | None = None, stride: int | None = None, **options: Any
-    ) -> Perplexity:
+    ) -> "Perplexity":
         """Perplexity, bits per byte and counts of a text as one document."""
+        from lmcli.data.corpus import encode_text
+        from lmcli.scoring.perplexity import measure_perplexity
+
         self.require("perplexity")
         scorer = self.scorer(context=context, stride=stride, **options)
         figures = measure_perplexity(scorer, [encode_text(text, self.tokenizer)])

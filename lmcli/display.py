@@ -1,4 +1,7 @@
-"""Terminal output: live progress, tables and Markdown on a terminal, plain lines elsewhere."""
+"""Terminal output: live progress, tables and Markdown on a terminal, plain lines elsewhere.
+
+rich is loaded when it draws something: it takes as long as a short text takes to write.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.live import Live
-from rich.measure import Measurement
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
-
 from lmcli.data.output_file import json_line
 from lmcli.text.characters import for_stream, visible, without_surrogates
 
 if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
     from lmcli.training.loop import Due, Validation
     from lmcli.training.train_step import Note, Step
 
@@ -42,6 +42,7 @@ def clock(seconds: float | None) -> str:
 
 def markdown(text: str) -> str:
     """Markdown rendered for this terminal, at most MARKDOWN_COLUMNS wide."""
+    from rich.console import Console
     from rich.markdown import Markdown
 
     console = Console(width=min(MARKDOWN_COLUMNS, Console().width))
@@ -52,6 +53,10 @@ def markdown(text: str) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table for a terminal as text; all columns but the first are right-aligned."""
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(header):
         drawn.add_column(_cell_text(name), justify="right" if i else "left", no_wrap=bool(i))
@@ -68,6 +73,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _cell_text(text: str) -> Text:
     """The text of a cell: no markup, and nothing that moves the cursor."""
+    from rich.text import Text
+
     return Text(visible(text, keep="\n"))
 
 
@@ -118,6 +125,8 @@ class TrainingView:
     """
 
     def __init__(self, quiet: bool, bytes_per_token: float = 0.0, target: str = "token"):
+        from rich.console import Console
+
         self.console = Console(stderr=True, highlight=False)
         self.quiet, self.bytes_per_token, self.target = quiet, bytes_per_token, target
         self.live: Live | None = None
@@ -129,6 +138,8 @@ class TrainingView:
 
     def __enter__(self) -> TrainingView:
         if self.console.is_terminal and not self.quiet:
+            from rich.live import Live
+
             self.live = Live(console=self.console, refresh_per_second=8, transient=False)
             self.live.start()
         return self
@@ -160,6 +171,8 @@ class TrainingView:
 
     def _draw(self) -> None:
         if self.live:
+            from rich.text import Text
+
             self.live.update(self._panel(self.last) if self.last else Text(self.status))
 
     def _line(self, step: Step) -> str:
@@ -176,6 +189,10 @@ class TrainingView:
         return f"{nats} = {style}{loss / math.log(2) / self.bytes_per_token:.3f}{end} bits/byte"
 
     def _panel(self, step: Step) -> Table:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
         progress = Table.grid(padding=(0, 1))
         progress.add_row(
             ProgressBar(total=1.0, completed=step.share, width=30),
@@ -236,6 +253,8 @@ class TrainingView:
     def note(self, event: Note) -> None:
         """Shows one line that stays: what the run has changed by itself."""
         if self.live:
+            from rich.text import Text
+
             self.console.print(Text(f"lm: {visible(event.text)}"))
         elif not self.quiet:
             note(event.text)

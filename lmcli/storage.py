@@ -228,12 +228,20 @@ def write_tensors(
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Any]:
     """The tensors of a .safetensors file in their stored dtype; UserError if it is damaged."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    with safetensors_errors(path):
+        return load_file(path, device=device)
+
+
+@contextmanager
+def safetensors_errors(path: Path) -> Iterator[None]:
+    """Turns errors of reading a .safetensors file into a UserError naming `path`."""
+    from safetensors import SafetensorError
 
     with user_errors(path, "read"):
         try:
-            return load_file(path, device=device)
+            yield
         except SafetensorError as error:
             raise UserError(
                 f"is damaged or no safetensors file ({error})",

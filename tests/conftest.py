@@ -104,7 +104,7 @@ def decoder(small_model, small_tokenizer):
     """decoder(model, stop_ids, stop_strings, use_cache, bos, **options); greedy by default."""
     from lmcli.config import GenerateConfig
     from lmcli.generation.decoding import Decoder
-    from lmcli.kernels.fast_decoding import decoding_state
+    from lmcli.kernels.decoding_state import decoding_state
 
     def build(
         model=None, stop_ids=(), stop_strings=(), use_cache=True, bos=(0,), **options

@@ -2,15 +2,16 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from numpy.typing import NDArray
 
-from lmcli.checkpoints import adapter_base, adapter_folder
+from lmcli.checkpoints import adapter_base
 from lmcli.checkpoints.config_json import family_of, is_no_id, read_config, write_config
+from lmcli.checkpoints.family import Family
 from lmcli.checkpoints.file_names import PICKLED, TOKENIZER_FILES, WEIGHTS_FILE, WEIGHTS_INDEX
 from lmcli.checkpoints.generation_json import file_value, ignored_keys, read_generate_config
 from lmcli.checkpoints.weights import (
@@ -18,18 +19,22 @@ from lmcli.checkpoints.weights import (
     current_names,
     file_tensors,
     load_tensors,
+    map_tensors,
+    read_parameters,
     without_wrappers,
 )
 from lmcli.config import GenerateConfig, ModelConfig
 from lmcli.errors import UserError
-from lmcli.kernels.fast_path import build_model
-from lmcli.model.device import dtype_name
-from lmcli.model.initialization import meta_device
-from lmcli.model.lora import adapters_of
-from lmcli.model.transformer import Transformer
+from lmcli.kernels import build, decode_step
 from lmcli.storage import read_json, read_tensors, user_errors, write_tensors, write_text
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from lmcli.checkpoints.adapter_folder import Adapter
+    from lmcli.model.transformer import Transformer
 
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p")
 # the other keys are written only if they are not at their default
@@ -43,27 +48,77 @@ ALWAYS_WRITTEN = (
 
 
 @dataclass
-class Checkpoint:
-    """What a model folder holds.
+class ModelFolder:
+    """What a model folder holds, before its weights are read: this loads no torch.
 
-    `bos` are the ids before a text, `stop_ids` those that end one, `unused` the names of tensors in
-    the file that the model does not need, `decoder_start` the id that an encoder–decoder's target
-    starts with (None for other models), `ignored` a line that names settings of generation that
-    lm does not follow ("" for none).
+    `bos` are the ids before a text, `stop_ids` those that end one, `decoder_start` the id that an
+    encoder–decoder's target starts with (None for other models), `ignored` a line that names
+    settings of generation that lm does not follow ("" for none). `weights` is a safetensors file
+    or an index of several.
     """
 
-    model: Transformer
+    family: Family
+    config: ModelConfig
     tokenizer: Tokenizer
     generate: GenerateConfig
     bos: list[int]
     stop_ids: list[int]
+    decoder_start: int | None
+    ignored: str
+    weights: Path
+    adapter: "Adapter | None"
+
+    def with_model(
+        self, device: "torch.device | str" = "cpu", dtype: "torch.dtype | str" = "float32"
+    ) -> "Checkpoint":
+        """The Checkpoint of this folder, see `load`."""
+        from lmcli.kernels.fast_path import build_model
+        from lmcli.model.device import torch_dtype
+        from lmcli.model.initialization import meta_device
+
+        tensors = self._tensors(read_tensors)
+        if self.adapter:
+            from lmcli.checkpoints import adapter_folder
+
+            tensors = adapter_folder.merge(self.adapter, self.family, self.config, tensors)
+        with meta_device():  # no memory for weights that the file already holds
+            model = build_model(config_for_tensors(self.config, self.family, tensors))
+        unused = load_tensors(model, self.family, tensors, str(self.weights))
+        model = model.to(device=device, dtype=torch_dtype(dtype)).eval()
+        return Checkpoint(**vars(self), model=model, unused=unused)
+
+    def decoder_parameters(self) -> tuple[ModelConfig, dict[str, NDArray[Any]]] | None:
+        """The parameters for the decoder in C, uncopied; None where only torch can compute.
+
+        Raises UserError as `load`.
+        """
+        if self.adapter or decode_step.needs_torch(self.config) or build.library() is None:
+            return None
+        arrays = self._tensors(map_tensors)
+        if arrays is None:
+            return None
+        config, where = config_for_tensors(self.config, self.family, arrays), str(self.weights)
+        shapes = decode_step.parameter_shapes(config)
+        return config, read_parameters(config, shapes, self.family, arrays, where)[0]
+
+    def _tensors(self, read: Callable[[Path], Any]) -> Any:
+        """All tensors of the weights as `read` returns those of a file, with our spelling."""
+        tensors = _read_weights(self.weights, self.family.heads[self.config.head], read)
+        if tensors is None:
+            return None
+        return current_names(without_wrappers(tensors, str(self.weights)))
+
+
+@dataclass
+class Checkpoint(ModelFolder):
+    """A ModelFolder with its model; `unused` are the tensors that the model does not need."""
+
+    model: "Transformer"
     unused: list[str]
-    decoder_start: int | None = None
-    ignored: str = ""
 
 
 def load(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: str | Path, device: "torch.device | str" = "cpu", dtype: "torch.dtype | str" = "float32"
 ) -> Checkpoint:
     """The checkpoint in a folder, its model in evaluation mode on `device` in `dtype`.
 
@@ -71,6 +126,11 @@ def load(
     the file for one that is missing or damaged, a missing tensor or a wrong shape, a tokenizer with
     more ids than the model has rows, and a family that is not supported.
     """
+    return read_folder(folder).with_model(device, dtype)
+
+
+def read_folder(folder: str | Path) -> ModelFolder:
+    """The ModelFolder of a folder. Raises UserError as `load`."""
     folder = Path(folder)
     adapter, base, document = _document(folder)
     family, config = read_config(document, str(base / "config.json"))
@@ -83,25 +143,19 @@ def load(
         )
     _check_ids(tokenizer, config, folder)
     is_sharded = not (base / WEIGHTS_FILE).is_file() and (base / WEIGHTS_INDEX).is_file()
-    weights = base / (WEIGHTS_INDEX if is_sharded else WEIGHTS_FILE)
-    tensors = _read_weights(weights, family.heads[config.head])
-    tensors = current_names(without_wrappers(tensors, str(weights)))
-    if adapter:
-        tensors = adapter_folder.merge(adapter, family, config, tensors)
-    with meta_device():  # no memory for weights that the file already holds
-        model = build_model(config_for_tensors(config, family, tensors))
-    unused = load_tensors(model, family, tensors, str(weights))
     generation_file = find_file(folder, base, "generation_config.json")
     generation = read_json(generation_file) if generation_file.is_file() else None
-    return Checkpoint(
-        model.to(device=device, dtype=dtype).eval(),
+    return ModelFolder(
+        family,
+        config,
         tokenizer,
         read_generate_config(generation, document, config.shape, folder),
         tokenizer.prefix,
         _stop_ids(generation, document, tokenizer, folder),
-        unused,
         _decoder_start(generation, config, folder),
         "" if config.shape == "encoder" else ignored_keys(generation, document),
+        base / (WEIGHTS_INDEX if is_sharded else WEIGHTS_FILE),
+        adapter,
     )
 
 
@@ -128,7 +182,7 @@ def load_config(folder: str | Path) -> ModelConfig:
     return read_config(document, str(base / "config.json"))[1]
 
 
-def _document(folder: Path) -> tuple[adapter_folder.Adapter | None, Path, dict[str, Any]]:
+def _document(folder: Path) -> tuple["Adapter | None", Path, dict[str, Any]]:
     """(a folder's adapter or None, its base's folder or this one, the resulting config.json)."""
     with user_errors(folder, "read"):
         exists = folder.is_dir()
@@ -138,12 +192,14 @@ def _document(folder: Path) -> tuple[adapter_folder.Adapter | None, Path, dict[s
             where=str(folder),
             hint="-m takes a folder that holds a config.json",
         )
-    adapter = adapter_folder.read(folder) if adapter_base.is_adapter(folder) else None
-    base = adapter.base if adapter else folder
-    document = read_json(
-        base / "config.json", "a model folder needs config.json, model.safetensors, tokenizer.json"
-    )
-    return adapter, base, adapter_folder.adapted_config(adapter, document) if adapter else document
+    needed = "a model folder needs config.json, model.safetensors, tokenizer.json"
+    if not adapter_base.is_adapter(folder):
+        return None, folder, read_json(folder / "config.json", needed)
+    from lmcli.checkpoints import adapter_folder
+
+    adapter = adapter_folder.read(folder)
+    document = read_json(adapter.base / "config.json", needed)
+    return adapter, adapter.base, adapter_folder.adapted_config(adapter, document)
 
 
 def find_file(folder: Path, base: Path, *names: str) -> Path:
@@ -161,8 +217,13 @@ def _conversion_hint(folder: Path, architecture: str) -> str:
     return f"if you trust where it comes from: python -c {shlex.quote(code)}"
 
 
-def _read_weights(file: Path, architecture: str) -> dict[str, torch.Tensor]:
-    """All tensors of a weights file, or of the shards in an index; `architecture` is for a hint."""
+def _read_weights(
+    file: Path, architecture: str, read: Callable[[Path], dict[str, Any] | None]
+) -> dict[str, Any] | None:
+    """All tensors of a weights file, or of the shards in an index; `architecture` is for a hint.
+
+    None if `read` returns None for a file.
+    """
     if not file.is_file():
         if any(file.with_name(name).is_file() for name in PICKLED):
             raise UserError(
@@ -176,16 +237,19 @@ def _read_weights(file: Path, architecture: str) -> dict[str, torch.Tensor]:
             hint="lm reads weights from safetensors files only",
         )
     if file.name == WEIGHTS_FILE:
-        return read_tensors(file)
+        return read(file)
     shards = read_json(file).get("weight_map")
     if not isinstance(shards, dict):
         raise UserError("has no weight_map", where=str(file))
-    tensors = {}
+    tensors: dict[str, Any] = {}
     names = {name if isinstance(name, str) else f"/{name}" for name in shards.values()}
     for name in sorted(names):
         if name in ("", "..") or Path(name).name != name or not name.isprintable():
             raise UserError(f"names a file outside the folder: {name!r}", where=str(file))
-        tensors.update(read_tensors(file.with_name(name)))
+        part = read(file.with_name(name))
+        if part is None:
+            return None
+        tensors.update(part)
     return tensors
 
 
@@ -228,24 +292,27 @@ def _stop_ids(
 
 def save(
     folder: Path,
-    model: Transformer,
+    model: "Transformer",
     tokenizer: Tokenizer,
     generate: GenerateConfig,
     base: str = "",
-    dtype: torch.dtype = torch.float32,
+    dtype: "torch.dtype | str" = "float32",
 ) -> None:
     """Writes a whole model folder, which must exist, with weights in `dtype`.
 
     The weights come last, so a folder with weights is complete. Of a model with adapters only the
     adapters are written, for the base model that `base` names.
     """
+    from lmcli.checkpoints import adapter_folder
+    from lmcli.model.lora import adapters_of
+
     tokenizer.save(folder, model.config.max_position_embeddings)
     _save_generation(folder, model.config, generate)
     if adapters_of(model):
         # no config.json: with one, transformers would look for the base in this folder
         adapter_folder.save(folder, model, base)
     else:
-        document = write_config(model.config, dtype_name(dtype))
+        document = write_config(model.config, str(dtype).removeprefix("torch."))
         write_text(folder / "config.json", json.dumps(document, indent=2) + "\n")
         save_weights(folder, model, dtype)
 
@@ -277,8 +344,13 @@ def _save_generation(folder: Path, config: ModelConfig, generate: GenerateConfig
     write_text(folder / "generation_config.json", json.dumps(document, indent=2) + "\n")
 
 
-def save_weights(folder: Path, model: Transformer, dtype: torch.dtype = torch.float32) -> None:
+def save_weights(
+    folder: Path, model: "Transformer", dtype: "torch.dtype | str" = "float32"
+) -> None:
     """Replaces a folder's weights atomically; of a model with adapters only theirs, in float32."""
+    from lmcli.checkpoints import adapter_folder
+    from lmcli.model.lora import adapters_of
+
     if adapters_of(model):
         adapter_folder.save_weights(folder, model)
     else:

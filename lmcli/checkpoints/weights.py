@@ -1,18 +1,67 @@
-"""Tensors of a checkpoint's files ↔ parameters of a Transformer, by a family's row."""
+"""Tensors of a checkpoint's files ↔ parameters of a Transformer, by a family's row.
 
+Reading works on torch's tensors and on numpy's arrays alike, and loads no torch.
+"""
+
+import json
+import math
+import mmap
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from lmcli.checkpoints.family import Family, TensorMap
 from lmcli.config import ModelConfig
 from lmcli.errors import UserError
-from lmcli.model.device import dtype_name
-from lmcli.model.transformer import Transformer
+from lmcli.kernels.decode_step import BFLOAT16
+from lmcli.storage import safetensors_errors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lmcli.model.transformer import Transformer
+
+Shape = tuple[int, ...]
+ARRAY_DTYPES: dict[str, np.dtype[Any]] = {  # of safetensors; a file with others is read by torch
+    "BF16": BFLOAT16,
+    "BOOL": np.dtype(np.bool_),
+    **{f"F{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
+    **{f"I{8 * size}": np.dtype(f"i{size}") for size in (1, 2, 4, 8)},
+    **{f"U{8 * size}": np.dtype(f"u{size}") for size in (1, 2, 4, 8)},
+}
+
+
+def map_tensors(path: Path) -> dict[str, NDArray[Any]] | None:
+    """The arrays of a .safetensors file, uncopied: their memory is the file's.
+
+    None if one has a dtype that numpy lacks. Raises UserError as `storage.read_tensors`.
+    """
+    with safetensors_errors(path):
+        from safetensors import safe_open
+
+        with safe_open(path, framework="numpy"):  # checks the header: sizes, places, no gaps
+            pass
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8))
+            memory = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    header.pop("__metadata__", None)
+    if any(entry["dtype"] not in ARRAY_DTYPES for entry in header.values()):
+        return None
+    arrays = {}
+    for name, entry in header.items():
+        first, end = (start + offset for offset in entry["data_offsets"])
+        dtype = ARRAY_DTYPES[entry["dtype"]]
+        data = memory[first:end] if first % dtype.itemsize == 0 else memory[first:end].copy()
+        arrays[name] = data.view(dtype).reshape(entry["shape"])
+    return arrays
 
 
 class StoredTensor(NamedTuple):
@@ -23,12 +72,16 @@ class StoredTensor(NamedTuple):
     layout: str
 
 
-def stored_tensors(family: Family, model: Transformer) -> Iterator[StoredTensor]:
+def stored_tensors(family: Family, model: "Transformer") -> Iterator[StoredTensor]:
     """Every tensor in a file of this model. Each parameter is in one tensor, LoRA's are in none."""
-    config = model.config
-    left = {
-        name for name, _ in model.named_parameters() if not name.endswith((".lora_a", ".lora_b"))
-    }
+    return tensors_for(family, model.config, (name for name, _ in model.named_parameters()))
+
+
+def tensors_for(
+    family: Family, config: ModelConfig, parameters: Iterable[str]
+) -> Iterator[StoredTensor]:
+    """Every tensor in a file of a model with parameters of these names; LoRA's are in none."""
+    left = {name for name in parameters if not name.endswith((".lora_a", ".lora_b"))}
     head_tensors = family.head_tensors.get(config.head, ())
     for entry in (*family.tensors, *head_tensors):
         if entry.when and getattr(config, entry.when[0]) != entry.when[1]:
@@ -66,8 +119,10 @@ def _of_another_head(family: Family, name: str) -> bool:
     )
 
 
-def join_tensors(parameters: Sequence[Tensor], layout: str, heads: int) -> Tensor:
+def join_tensors(parameters: Sequence["Tensor"], layout: str, heads: int) -> "Tensor":
     """One stored tensor from our parameters; the inverse of `split_tensor`."""
+    import torch
+
     first = parameters[0]
     if layout == "flat":
         return first.reshape(1, -1)
@@ -78,16 +133,16 @@ def join_tensors(parameters: Sequence[Tensor], layout: str, heads: int) -> Tenso
     return joined.T if layout == "columns" and joined.ndim == 2 else joined
 
 
-def joined_shape(parameters: Sequence[Tensor], layout: str) -> tuple[int, ...]:
-    """The shape of `join_tensors`, without its operations: on "meta" they load torch's compiler."""
-    first, rows = parameters[0], sum(len(parameter) for parameter in parameters)
+def joined_shape(shapes: Sequence[Shape], layout: str) -> Shape:
+    """The shape of the stored tensor that holds parameters of these shapes."""
+    first, rows = shapes[0], sum(shape[0] for shape in shapes)
     if layout == "flat":
-        return (1, first.numel())
-    shape = (rows, *first.shape[1:])
+        return (1, math.prod(first))
+    shape = (rows, *first[1:])
     return shape[::-1] if layout == "columns" and len(shape) == 2 else shape
 
 
-def split_tensor(tensor: Tensor, sizes: list[int], layout: str, heads: int) -> list[Tensor]:
+def split_tensor(tensor: Any, sizes: list[int], layout: str, heads: int) -> list[Any]:
     """Our parameters, with `sizes` rows each, from one stored tensor."""
     if layout == "flat":
         return [tensor.reshape(-1)]
@@ -96,28 +151,45 @@ def split_tensor(tensor: Tensor, sizes: list[int], layout: str, heads: int) -> l
         return [by_head[:, i].reshape(-1, *tensor.shape[1:]) for i in range(len(sizes))]
     if layout == "columns" and tensor.ndim == 2:
         tensor = tensor.T
-    return list(tensor.split(sizes)) if len(sizes) > 1 else [tensor]
+    return [tensor[end - size : end] for size, end in zip(sizes, accumulate(sizes))]
 
 
 def load_tensors(
-    model: Transformer, family: Family, tensors: dict[str, Tensor], where: str
+    model: "Transformer", family: Family, tensors: dict[str, "Tensor"], where: str
 ) -> list[str]:
     """Assigns a file's tensors to a model on the "meta" device, uncopied; returns the unused names.
+
+    Raises UserError as `read_parameters`.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    state, unused = read_parameters(model.config, shapes, family, tensors, where)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie()
+    return unused
+
+
+def read_parameters(
+    config: ModelConfig,
+    shapes: Mapping[str, Shape],
+    family: Family,
+    tensors: Mapping[str, Any],
+    where: str,
+) -> tuple[dict[str, Any], list[str]]:
+    """(the parameters with these names and shapes from a file's tensors, the unused tensors).
 
     Raises UserError naming a tensor that is missing, has a wrong shape (with both shapes) or holds
     no floating-point numbers, and one that no model of the family has.
     """
-    config, heads = model.config, model.config.num_attention_heads
+    heads = config.num_attention_heads
     # each parameter from its tensor
-    state: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
     used = set()
-    for stored in stored_tensors(family, model):
-        parameters = [model.get_parameter(name) for name in stored.parameters]
-        shape = joined_shape(parameters, stored.layout)
+    for stored in tensors_for(family, config, shapes):
+        shape = joined_shape([shapes[name] for name in stored.parameters], stored.layout)
         name = _name_in_file(stored.name, family, config, tensors)
         if name is None and stored.name in family.optional:
             name = stored.name
-            tensors = {**tensors, name: torch.zeros(shape)}
+            tensors = {**tensors, name: _zeros(shape)}
         if name is None:
             raise _missing(stored.name, tensors, where)
         tensor = tensors[name]
@@ -125,11 +197,10 @@ def load_tensors(
             raise UserError(
                 f"{name} has shape {tuple(tensor.shape)}, config.json says {shape}", where=where
             )
-        if not tensor.is_floating_point():
-            raise UserError(
-                f"{name} holds {dtype_name(tensor.dtype)}, not floating-point numbers", where=where
-            )
-        sizes = [len(parameter) for parameter in parameters]
+        kind = file_dtype(tensor)
+        if not kind.startswith(("float", "bfloat")):
+            raise UserError(f"{name} holds {kind}, not floating-point numbers", where=where)
+        sizes = [shapes[parameter][0] for parameter in stored.parameters]
         state.update(zip(stored.parameters, split_tensor(tensor, sizes, stored.layout, heads)))
         used.add(name)
     # tensors that are left over
@@ -151,12 +222,22 @@ def load_tensors(
                 where=where,
                 hint="config.json may name the wrong model_type",
             )
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie()
-    return unused
+    return state, unused
 
 
-def current_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _zeros(shape: Shape) -> "Tensor":
+    import torch
+
+    return torch.zeros(shape)
+
+
+def file_dtype(tensor: Any) -> str:
+    """The dtype of a file's tensor or array by torch's name: bfloat16."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return {BFLOAT16.str: "bfloat16"}.get(name, name)
+
+
+def current_names(tensors: dict[str, Any]) -> dict[str, Any]:
     """The tensors with TensorFlow's names of a norm's parameters, gamma and beta, replaced."""
     return {
         re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)): tensor
@@ -176,12 +257,12 @@ WRAPPERS = {
 PEFT_PREFIX = "base_model.model."
 
 
-def without_wrappers(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+def without_wrappers(tensors: dict[str, Any], where: str) -> dict[str, Any]:
     """The tensors without what wrappers left in their names, such as "_orig_mod.".
 
     Raises UserError if two tensors would then have one name.
     """
-    plain: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
     for name, tensor in tensors.items():
         own = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         own = own.removeprefix(PEFT_PREFIX)
@@ -195,7 +276,7 @@ def without_wrappers(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor
     return plain
 
 
-def _missing(name: str, tensors: Mapping[str, Tensor], where: str) -> UserError:
+def _missing(name: str, tensors: Mapping[str, Any], where: str) -> UserError:
     """The error for a missing tensor; it names the prefix under which the file has the tensor."""
     prefixed = next((other for other in tensors if other.endswith(f".{name}")), None)
     if prefixed:
@@ -212,7 +293,7 @@ def _missing(name: str, tensors: Mapping[str, Tensor], where: str) -> UserError:
 
 
 def config_for_tensors(
-    config: ModelConfig, family: Family, tensors: Mapping[str, Tensor]
+    config: ModelConfig, family: Family, tensors: Mapping[str, Any]
 ) -> ModelConfig:
     """The configuration with two corrections that only a file's tensors can tell.
 
@@ -231,12 +312,12 @@ def config_for_tensors(
     return config
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def _equal(a: Any, b: Any) -> bool:
     return a.shape == b.shape and bool((a == b).all())
 
 
 def _refuse_separate_embeddings(
-    family: Family, config: ModelConfig, tensors: Mapping[str, Tensor], where: str
+    family: Family, config: ModelConfig, tensors: Mapping[str, Any], where: str
 ) -> None:
     """Raises UserError if encoder and decoder have different embeddings: ours share one."""
     embedding = _name_in_file(f"{family.file_module('embedding')}.weight", family, config, tensors)
@@ -258,7 +339,7 @@ def _embedding_copies(family: Family, config: ModelConfig) -> list[str]:
 
 
 def _name_in_file(
-    name: str, family: Family, config: ModelConfig, tensors: Mapping[str, Tensor]
+    name: str, family: Family, config: ModelConfig, tensors: Mapping[str, Any]
 ) -> str | None:
     """The name under which a file holds a tensor; other names only if its own is missing."""
     pairs = family.duplicates.items()
@@ -269,7 +350,7 @@ def _name_in_file(
     return next((name for name in names_in_file if name), None)
 
 
-def find_name(name: str, prefix: str, tensors: Mapping[str, Tensor]) -> str | None:
+def find_name(name: str, prefix: str, tensors: Mapping[str, Any]) -> str | None:
     """The name of a tensor in a file, with or without the prefix; None if the file lacks it.
 
     A bare model's file usually leaves the prefix out, but some have it.
@@ -279,15 +360,17 @@ def find_name(name: str, prefix: str, tensors: Mapping[str, Tensor]) -> str | No
 
 
 def file_tensors(
-    model: Transformer, family: Family, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
+    model: "Transformer", family: Family, dtype: "torch.dtype | str" = "float32"
+) -> dict[str, "Tensor"]:
     """The tensors of a file of this model, in `dtype` on the CPU."""
+    from lmcli.model.device import torch_dtype
+
     state, heads = dict(model.named_parameters()), model.config.num_attention_heads
     tensors = {}
     for stored in stored_tensors(family, model):
         parameters = [state[name].detach() for name in stored.parameters]
         joined = join_tensors(parameters, stored.layout, heads)
-        tensors[stored.name] = joined.to(dtype).cpu().contiguous()
+        tensors[stored.name] = joined.to(torch_dtype(dtype)).cpu().contiguous()
     copies = {
         copy: tensors[name].clone() for copy, name in family.duplicates.items() if name in tensors
     }

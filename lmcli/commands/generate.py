@@ -113,7 +113,7 @@ def generate(args: options.Arguments) -> None:
     if model.checkpoint.ignored:
         note(model.checkpoint.ignored)
     encode = partial(model.prompt, bos=args.bos)
-    prompts = Prompts(encode, model.model.config, args.on_error, note)
+    prompts = Prompts(encode, model.config, args.on_error, note)
     batches = prompts.batches(args.prompts, args.whole, args.zero)
     with OutputFile() as out:
         if from_arguments and not args.as_json and batch_generation.can_stream(decoder):

@@ -405,7 +405,7 @@ def load_model(name: str | None, args: Arguments, generating: bool = False) -> "
 
     model = api.load(name, args.device, args.dtype, args.threads or 0, training=generating)
     if vars(args).get("verbose"):  # lm bench has no -v
-        note(f"{name} on {model.device_config}, context {model.context}")
+        note(f"{name} on {model.runs_on}, context {model.context}")
     return model
 
 

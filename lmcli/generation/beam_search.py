@@ -15,7 +15,7 @@ from lmcli.generation.constraints import Constraints, SequenceState
 from lmcli.generation.sampling import Flags, Floats, Integers, log_sum_exp
 
 if TYPE_CHECKING:
-    from lmcli.kernels.fast_decoding import State
+    from lmcli.kernels.decoding_state import State
 
 WORST = -1.0e9  # score of a beam that does not exist or has ended, below those that go on
 NOTHING = -np.inf  # score of a finished text that does not exist, below all that do

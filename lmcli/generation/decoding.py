@@ -22,7 +22,7 @@ from lmcli.text.stream_decoder import StreamDecoder
 from lmcli.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from lmcli.kernels.fast_decoding import State
+    from lmcli.kernels.decoding_state import State
 
 # (sequences, sources of an encoder–decoder, capacity) → the state after reading them
 DecodingStates = Callable[[list[list[int]], list[list[int]] | None, int], "State"]

@@ -1,25 +1,23 @@
-"""kernels.c and decode_step.c: compiled once per machine with its C compiler; calls on tensors."""
+"""kernels.c and decode_step.c: compiled once per machine with its C compiler. Loads no torch."""
 
 import ctypes
 import functools
 import hashlib
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, BinaryIO
 
 from lmcli.errors import UserError
 from lmcli.ownership import ForeignFile, open_own
 from lmcli.storage import NoLocks, atomic_path, cache_folder, lock, unlock, user_errors
+
+if TYPE_CHECKING:
+    import torch
 
 SOURCE = Path(__file__).with_name("kernels.c")
 SOURCES = (SOURCE, Path(__file__).with_name("decode_step.c"))
@@ -41,14 +39,6 @@ FLAGS: tuple[str, ...] = (
 )
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS += ("-mprefer-vector-width=512",)  # compilers use half of AVX-512 by default
-SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float64: "double"}
-ACCUMULATED = {
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float64: torch.float64,
-}
-WIDEST_HEAD = 1024  # BUFFER of kernels.c
-CHUNKS = 64  # of all work, for any number of threads: results are then the same to the bit
 
 
 @functools.cache
@@ -178,45 +168,6 @@ def _processor() -> bytes:
     return b"\n".join(sorted({line for line in lines if line.startswith(names)}))
 
 
-def serve(device: torch.device) -> bool:
+def serve(device: "torch.device") -> bool:
     """True if the kernels can be used for work on this device."""
     return device.type == "cpu" and library() is not None
-
-
-def usable(x: Tensor) -> bool:
-    """True if the kernels can work on tensors like this one."""
-    return x.dtype in SUFFIX and serve(x.device)
-
-
-def run(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
-    """Calls the kernel `name` for a `dtype` with its arguments in kernels.c; CHUNKS is the last."""
-    values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-    if not OPENMP:
-        _set_threads()(torch.get_num_threads())
-    _function(name, dtype)(*values, CHUNKS)
-
-
-@functools.cache
-def _set_threads() -> Callable[[int], None]:
-    function = getattr(library(), "set_threads")  # noqa: B009  # typed as any function
-    function.argtypes, function.restype = [ctypes.c_long], None
-    return function
-
-
-@functools.cache
-def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    """The compiled function, with the argument types that its line in kernels.c declares."""
-    declaration = re.search(
-        rf"^void NAME\({name}\)\((.*?)\) {{",
-        SOURCE.read_text(encoding="utf-8"),
-        re.DOTALL | re.MULTILINE,
-    )
-    assert declaration is not None
-    number = ctypes.c_double if dtype == torch.float64 else ctypes.c_float
-    types = {"long": ctypes.c_long, "A": number}
-    function = getattr(library(), f"{name}_{SUFFIX[dtype]}")
-    # "long rows" and "A eps" are numbers; everything else ("IN x", "const int64_t *targets") arrays
-    names = re.findall(r"(?:^|, ?)\s*(\w+)", declaration[1])
-    function.argtypes = [types.get(name, ctypes.c_void_p) for name in names]
-    function.restype = None
-    return function

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmcli.kernels import build, products
-from lmcli.kernels.build import CHUNKS
+from lmcli.kernels import calls, products
+from lmcli.kernels.calls import CHUNKS
 from lmcli.model.memory import KEPT_WEIGHTS, QUERIES_AT_ONCE
 
 
@@ -50,7 +50,7 @@ def split_heads(
         qkv.new_empty(rows, count, length, head_dim) for count in (heads, key_heads, key_heads)
     )
     arrays = (qkv, *rotary, *norms, query, key, value)
-    build.run("split_heads", qkv.dtype, *arrays, *shape.sizes, shape.head_eps)
+    calls.run("split_heads", qkv.dtype, *arrays, *shape.sizes, shape.head_eps)
     return query, key, value
 
 
@@ -60,7 +60,7 @@ def split_heads_backward(
     """The gradients of qkv and of the norms' weights, given those of query, key and value."""
     dqkv, sums = torch.empty_like(qkv), rotary[0].new_zeros(CHUNKS, 2, shape.head_dim)
     arrays = (qkv, *rotary, *norms, *gradients, dqkv, sums)
-    build.run("split_heads_backward", qkv.dtype, *arrays, *shape.sizes, shape.head_eps)
+    calls.run("split_heads_backward", qkv.dtype, *arrays, *shape.sizes, shape.head_eps)
     if norms[0] is None:
         return dqkv, (None, None)
     dquery_norm, dkey_norm = sums.sum(0).unbind()
@@ -71,7 +71,7 @@ def join_heads(x: Tensor, shape: BlockShape) -> Tensor:
     """(B, H, T, D) → (N, H·D)."""
     rows, length, heads, _, head_dim = shape.sizes
     y = x.new_empty(rows * length, heads * head_dim)
-    build.run("join_heads", x.dtype, x, y, rows, length, heads, head_dim)
+    calls.run("join_heads", x.dtype, x, y, rows, length, heads, head_dim)
     return y
 
 
@@ -79,7 +79,7 @@ def unjoin_heads(x: Tensor, shape: BlockShape) -> Tensor:
     """(N, H·D) → (B, H, T, D)."""
     rows, length, heads, _, head_dim = shape.sizes
     y = x.new_empty(rows, heads, length, head_dim)
-    build.run("join_heads", x.dtype, x, y, rows, heads, length, head_dim)
+    calls.run("join_heads", x.dtype, x, y, rows, heads, length, head_dim)
     return y
 
 
@@ -133,7 +133,7 @@ def attend_backward(
         dvalue[:, :last].baddbmm_(weights.mT, above, beta=beta)
         scores = above @ value[:, :last].mT  # the gradient of the weights, then of the scores
         sizes = (*scores.shape, first, shape.scale)
-        build.run("causal_softmax_backward", query.dtype, weights, scores, *sizes)
+        calls.run("causal_softmax_backward", query.dtype, weights, scores, *sizes)
         torch.bmm(scores, key[:, :last], out=dquery[:, first:last])
         dkey[:, :last].baddbmm_(scores.mT, query[:, first:last], beta=beta)
     return dquery, _sum_groups(dkey, shape), _sum_groups(dvalue, shape)
@@ -151,7 +151,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     arrays = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
     strides = torch.tensor([x.stride()[:3] for x in (*arrays, out)])
     sizes = (rows, heads, key_heads, length, keys, head_dim)
-    build.run("attention", query.dtype, *arrays, out, strides, *sizes, scale)
+    calls.run("attention", query.dtype, *arrays, out, strides, *sizes, scale)
     return out
 
 
@@ -176,7 +176,7 @@ def _weights(
     """Attention weights (B·H, last − first, last) of a chunk of queries."""
     weights = query[:, first:last] @ key[:, :last].mT
     sizes = (*weights.shape, first, shape.heads, shape.length, shape.scale)
-    build.run("causal_softmax", query.dtype, weights, document_start, *sizes)
+    calls.run("causal_softmax", query.dtype, weights, document_start, *sizes)
     return weights
 
 

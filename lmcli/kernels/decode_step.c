@@ -569,3 +569,12 @@ void decode_step(const Model *model, const Call *call, int64_t threads) {
         if (call->logit_rows) head_share(model, call);
     }
 }
+
+/* y = x in bfloat16. */
+void round_to_bfloat16(const float *x, uint16_t *y, int64_t size, int64_t threads) {
+    PARALLEL {
+        int64_t from, to;
+        share(size, ALIGN, &from, &to);
+        for (int64_t i = from; i < to; i++) y[i] = to_bfloat16(x[i]);
+    }
+}

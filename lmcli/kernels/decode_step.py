@@ -1,23 +1,26 @@
-"""decode_step.c's view of a model: its structures, filled with pointers to a decoder's weights."""
+"""decode_step.c's view of a model: its structures, filled with pointers to a decoder's weights.
+
+Weights are numpy's arrays, of float32 numbers or of the bits of bfloat16 ones (uint16): nothing
+here loads torch.
+"""
 
 import ctypes
 import functools
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
 from lmcli.kernels import build
-from lmcli.kernels.fast_path import FastTransformer
-from lmcli.model.layers import rotary_frequencies
-from lmcli.model.transformer import Block, Transformer
+from lmcli.kernels.processor import thread_count
+from lmcli.model.positions import rotary_frequencies
 
-DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
+BFLOAT16 = np.dtype("V2")  # two bytes: numpy has no such numbers
+BFLOAT16_BITS = np.dtype(np.uint16)
+DTYPE_NUMBERS = {np.dtype(np.float32): 0, BFLOAT16_BITS: 1}
 ACTIVATION_NUMBERS = {
     "silu": 0,
     "gelu": 1,
@@ -29,6 +32,8 @@ ACTIVATION_NUMBERS = {
 }
 
 Array = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Weight = NDArray[np.float32] | NDArray[np.uint16]
 _long, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
@@ -79,48 +84,90 @@ class _Call(ctypes.Structure):
     ]
 
 
-def supports(model: Transformer) -> bool:
-    """True if decode_step.c can run this model's decoder: fast path, on a CPU, no adapters."""
-    if type(model) is not FastTransformer:
-        return False
-    config, weight = model.config, model.embedding.weight
-    plain_head = config.head == "lm" and not (config.head_dense or config.head_norm)
+def needs_torch(config: ModelConfig) -> bool:
+    """True for a model of which decode_step.c can run a part at most, as the decoder of a T5."""
     return (
-        config.shape != "encoder"
-        and plain_head
-        and build.serve(weight.device)
-        and weight.dtype in DTYPE_NUMBERS
-        and all(
-            type(parameter) is nn.Parameter and parameter.dtype == weight.dtype
-            for parameter in model.parameters()
-        )
-        and not any(name.endswith(".lora_a") for name, _ in model.named_parameters())
+        config.shape != "decoder"
+        or config.head != "lm"
+        or config.positions not in ("rotary", "learned")
+        or bool(config.embedding_norm or config.type_vocab_size)
+        or config.head_dense
+        or config.head_norm
     )
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter that a decoder without an encoder has, as in `Transformer`."""
+    size, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    width, key_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    normed = config.norm == "layer" and config.norm_bias
+    biased, all_biased = config.attention_bias != "none", config.attention_bias == "all"
+
+    def add(name: str, *shape: int, bias: bool = False) -> None:
+        shapes[f"{name}.weight"] = shape
+        if bias:
+            shapes[f"{name}.bias"] = shape[:1]
+
+    add("embedding", config.vocab_size, size)
+    if config.positions == "learned":
+        add("decoder.positions", config.max_position_embeddings + config.position_offset, size)
+    for i in range(config.num_hidden_layers):
+        layer = f"decoder.layers.{i}"
+        if i or config.first_attention_norm:
+            add(f"{layer}.attention_norm", size, bias=normed)
+        add(f"{layer}.attention.query", width, size, bias=biased)
+        add(f"{layer}.attention.key", key_width, size, bias=biased)
+        add(f"{layer}.attention.value", key_width, size, bias=biased)
+        add(f"{layer}.attention.output", size, width, bias=all_biased)
+        if config.query_key_norm:
+            add(f"{layer}.attention.query_norm", head_dim)
+            add(f"{layer}.attention.key_norm", head_dim)
+        add(f"{layer}.mlp_norm", size, bias=normed)
+        if config.gated_mlp:
+            add(f"{layer}.mlp.gate", inner, size, bias=config.mlp_bias)
+        add(f"{layer}.mlp.up", inner, size, bias=config.mlp_bias)
+        add(f"{layer}.mlp.down", size, inner, bias=config.mlp_bias)
+    if not config.post_norm:
+        add("decoder.norm", size, bias=normed)
+    add("head.output", config.vocab_size, size, bias=config.head_bias)
+    if config.tie_word_embeddings:
+        del shapes["head.output.weight"]
+    return shapes
+
+
 class DecoderWeights:
-    """The weights of a model's decoder as structures of decode_step.c.
+    """The weights of a decoder as structures of decode_step.c, from parameters by their names.
 
     Matrices are used where they are; those that are not contiguous are copied once. Norms and
-    biases are float32.
+    biases are float32. `finish_embedding` makes the first block's input of embeddings (N, C) at
+    positions (N,), `relative_bias` a table (H, n) of what is added to scores by distance: an
+    encoder–decoder brings them.
     """
 
-    def __init__(self, model: Transformer):
-        config, stack = model.config, model.stacks()[-1]
-        self.version = version(model)
-        self._tensors: list[Tensor] = []  # what the pointers point to
-        self.embedding = array(model.embedding.weight)
-        self.positions = None if stack.positions is None else float_array(stack.positions.weight)
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: Mapping[str, Weight],
+        finish_embedding: Callable[[Array, Integers], Array] | None = None,
+        relative_bias: Callable[[int], Array] | None = None,
+    ):
+        self.config, self._parameters = config, parameters
+        self.finish_embedding, self.relative_bias = finish_embedding, relative_bias
+        self._arrays: list[NDArray[Any]] = []  # what the pointers point to
+        self.embedding = parameters["embedding.weight"]
+        positions = parameters.get("decoder.positions.weight")
+        self.positions = None if positions is None else float_array(positions)
         self.rotary = _rotary(config)
         types = config.resolved_layer_types(config.num_hidden_layers)
         self.layers = (_Layer * len(types))()
-        for i, (block, kind) in enumerate(zip(model.blocks()[-len(types) :], types)):
-            self.layers[i] = self._layer(block)
+        for i, kind in enumerate(types):
+            self.layers[i] = self._layer(f"decoder.layers.{i}")
             if kind == "sliding_attention":
                 self.layers[i].window = config.sliding_window
                 self.layers[i].local = bool(config.local_rope_theta)
         self.model = _Model(
-            dtype=DTYPE_NUMBERS[model.embedding.weight.dtype],
+            dtype=DTYPE_NUMBERS[self.embedding.dtype],
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -135,49 +182,47 @@ class DecoderWeights:
             eps=config.norm_eps,
             attention_scale=config.head_dim**-0.5 if config.scale_attention else 1.0,
             logit_scale=config.hidden_size**-0.5 if config.scale_logits else 1.0,
-            final_norm=self._norm(stack.norm),
-            head=self._matrix(getattr(model.head, "output", None)),
+            final_norm=self._norm("decoder.norm"),
+            head=self._matrix("head.output", default=self.embedding),  # tied
         )
 
-    def _layer(self, block: Block) -> _Layer:
-        attention, cross, mlp = block.attention, block.cross, block.mlp
+    def _layer(self, name: str) -> _Layer:
         return _Layer(
-            attention_norm=self._norm(block.attention_norm),
-            query_norm=self._norm(attention.query_norm),
-            key_norm=self._norm(attention.key_norm),
-            query=self._matrix(attention.query),
-            key=self._matrix(attention.key),
-            value=self._matrix(attention.value),
-            output=self._matrix(attention.output),
-            cross_norm=self._norm(block.cross_norm),
-            cross_query_norm=self._norm(None if cross is None else cross.query_norm),
-            cross_query=self._matrix(None if cross is None else cross.query),
-            cross_output=self._matrix(None if cross is None else cross.output),
-            mlp_norm=self._norm(block.mlp_norm),
-            gate=self._matrix(mlp.gate),
-            up=self._matrix(mlp.up),
-            down=self._matrix(mlp.down),
+            attention_norm=self._norm(f"{name}.attention_norm"),
+            query_norm=self._norm(f"{name}.attention.query_norm"),
+            key_norm=self._norm(f"{name}.attention.key_norm"),
+            query=self._matrix(f"{name}.attention.query"),
+            key=self._matrix(f"{name}.attention.key"),
+            value=self._matrix(f"{name}.attention.value"),
+            output=self._matrix(f"{name}.attention.output"),
+            cross_norm=self._norm(f"{name}.cross_norm"),
+            cross_query_norm=self._norm(f"{name}.cross.query_norm"),
+            cross_query=self._matrix(f"{name}.cross.query"),
+            cross_output=self._matrix(f"{name}.cross.output"),
+            mlp_norm=self._norm(f"{name}.mlp_norm"),
+            gate=self._matrix(f"{name}.mlp.gate"),
+            up=self._matrix(f"{name}.mlp.up"),
+            down=self._matrix(f"{name}.mlp.down"),
         )
 
-    def _matrix(self, linear: nn.Linear | None) -> _Matrix:
-        if linear is None:
-            return _Matrix()
-        outputs, inputs = linear.weight.shape
-        bias = None if linear.bias is None else self._pointer(linear.bias.float())
-        return _Matrix(self._pointer(linear.weight), bias, outputs, inputs)
-
-    def _norm(self, norm: nn.Module | None) -> _Norm:
-        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    def _matrix(self, name: str, default: Weight | None = None) -> _Matrix:
+        """A matrix (outputs, inputs) with its bias, or an empty one."""
+        weight = self._parameters.get(f"{name}.weight", default)
         if weight is None:
-            return _Norm()
-        return _Norm(
-            self._pointer(weight.float()), None if bias is None else self._pointer(bias.float())
-        )
+            return _Matrix()
+        return _Matrix(self._pointer(weight), self._floats(f"{name}.bias"), *weight.shape)
 
-    def _pointer(self, tensor: Tensor) -> int:
-        tensor = tensor.detach().contiguous()
-        self._tensors.append(tensor)
-        return tensor.data_ptr()
+    def _norm(self, name: str) -> _Norm:
+        return _Norm(self._floats(f"{name}.weight"), self._floats(f"{name}.bias"))
+
+    def _floats(self, name: str) -> int | None:
+        """A parameter in float32, if the decoder has it."""
+        parameter = self._parameters.get(name)
+        return None if parameter is None else self._pointer(float_array(parameter))
+
+    def _pointer(self, weight: Weight) -> int:
+        self._arrays.append(np.ascontiguousarray(weight))
+        return self._arrays[-1].ctypes.data
 
 
 def _rotary(config: ModelConfig) -> dict[str, tuple[Array, np.float32]]:
@@ -189,50 +234,49 @@ def _rotary(config: ModelConfig) -> dict[str, tuple[Array, np.float32]]:
         rules["local_"] = replace(config, rope_type="default"), config.local_rope_theta
     tables = {}
     for prefix, (options, theta) in rules.items():
-        frequencies, factor = rotary_frequencies(options, theta, torch.device("cpu"))
-        tables[prefix] = frequencies.numpy(), np.float32(factor)
+        # powers in float64, so that the result is torch's up to its rounding
+        index = np.arange(config.rotary_size // 2, dtype=np.float32)
+        frequencies, factor = rotary_frequencies(options, np.float64(theta), index)
+        tables[prefix] = frequencies.astype(np.float32), np.float32(factor)
     return tables
 
 
-def float_array(tensor: Tensor) -> Array:
-    """The numbers of a tensor in float32, contiguous."""
-    return tensor.detach().float().contiguous().numpy()
+def float_array(weight: Weight) -> Array:
+    """The numbers of a weight in float32, contiguous."""
+    if weight.dtype == BFLOAT16_BITS:
+        return (np.ascontiguousarray(weight).astype(np.uint32) << 16).view(np.float32)
+    return np.ascontiguousarray(weight, np.float32)
 
 
-def array(tensor: Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:
-    """A tensor's own memory: float32 numbers, or the bits of bfloat16 ones."""
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.uint16)
-    return tensor.numpy()
+def in_precision(numbers: NDArray[Any], dtype: str) -> Weight:
+    """Numbers of any floating-point type (see BFLOAT16) as a Weight in float32 or bfloat16.
+
+    What is in `dtype` already is not copied.
+    """
+    if numbers.dtype == BFLOAT16:
+        bits: NDArray[np.uint16] = numbers.view(BFLOAT16_BITS)
+        return bits if dtype == "bfloat16" else float_array(bits)
+    floats = numbers.astype(np.float32, copy=False)
+    return _round_to_bfloat16(floats) if dtype == "bfloat16" else floats
 
 
-def version(model: Transformer) -> tuple[tuple[int, int], ...]:
-    """Changes whenever a weight is replaced or changed in place, as in training."""
-    return tuple(
-        (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
-        for parameter in model.parameters()
-    )
-
-
-_cached: "weakref.WeakKeyDictionary[Transformer, DecoderWeights]" = weakref.WeakKeyDictionary()
-
-
-def weights_of(model: Transformer) -> DecoderWeights:
-    """The DecoderWeights of a model in its present state."""
-    weights = _cached.get(model)
-    if weights is None or weights.version != version(model):
-        weights = _cached[model] = DecoderWeights(model)
-    return weights
+def _round_to_bfloat16(numbers: Array) -> NDArray[np.uint16]:
+    """The bits of the nearest bfloat16 numbers, ties to even, as torch rounds."""
+    numbers = np.ascontiguousarray(numbers)
+    bits = np.empty(numbers.shape, np.uint16)
+    arguments = numbers.ctypes.data, bits.ctypes.data, numbers.size, thread_count()
+    _function("round_to_bfloat16", _pointer, _pointer, _long, _long)(*arguments)
+    return bits
 
 
 def forward(model: _Model, call: _Call) -> None:
-    """Runs decode_step.c's `decode_step` on all threads of torch."""
-    _function()(ctypes.byref(model), ctypes.byref(call), torch.get_num_threads())
+    """Runs decode_step.c's `decode_step` on all threads."""
+    step = _function("decode_step", _pointer, _pointer, _long)
+    step(ctypes.byref(model), ctypes.byref(call), thread_count())
 
 
 @functools.cache
-def _function() -> Callable[..., None]:
-    function = build.library().decode_step  # type: ignore[union-attr]  # `supports` says it is there
-    function.argtypes, function.restype = [_pointer, _pointer, _long], None
-    return function
+def _function(name: str, *argument_types: type) -> Callable[..., None]:
+    function = getattr(build.library(), name)
+    function.argtypes, function.restype = argument_types, None
+    return function  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lmcli.kernels import build
+from lmcli.kernels import calls
 
 
 def dropped(x: Tensor, dropout: float, seed: int, residual: Tensor | None = None) -> Tensor:
@@ -21,7 +21,7 @@ def dropped(x: Tensor, dropout: float, seed: int, residual: Tensor | None = None
     y, width = torch.empty_like(x), x.shape[-1]
     threshold = min(round((1.0 - dropout) * 2**32), 2**32 - 1)
     sizes = (x.numel() // width, width, seed, threshold, 1.0 / (1.0 - dropout))
-    build.run("dropout", x.dtype, x, residual, y, *sizes)
+    calls.run("dropout", x.dtype, x, residual, y, *sizes)
     return y
 
 

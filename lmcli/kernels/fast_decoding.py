@@ -1,88 +1,74 @@
 """Sequences token by token through a decoder in C: the fast twin of `model.cached_forward`.
 
 One call of decode_step.c takes rows of tokens through all layers. It reads no padding, and the
-numbers of a sequence do not depend on the other sequences, to the bit.
+numbers of a sequence do not depend on the other sequences, to the bit. Nothing here loads torch.
 """
 
 import ctypes
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lmcli.kernels.decode_step import (
+    BFLOAT16_BITS,
     Array,
+    DecoderWeights,
+    Integers,
     _Call,
     _Model,
     _Rows,
     float_array,
     forward,
-    supports,
-    weights_of,
 )
-from lmcli.model.attention import EncoderOutput
-from lmcli.model.cached_forward import SPARE_COLUMNS, DecodingState, encode_different
-from lmcli.model.layers import sinusoidal_embedding
-from lmcli.model.transformer import Transformer
+from lmcli.kernels.processor import thread_count
 
 ALIGN = 64  # rows of activations are padded with zeros to a multiple of this, as in decode_step.c
 TOKENS_AT_ONCE = 96  # most tokens of a call: prompts are read in blocks of this size
-
-Integers = NDArray[np.int64]
-
-
-def decoding_state(
-    model: Transformer, sequences: list[list[int]], sources: list[list[int]] | None, capacity: int
-) -> "State":
-    """A FastDecodingState where the model and the machine allow it, else a DecodingState."""
-    state = FastDecodingState if supports(model) else DecodingState
-    return state(model, sequences, sources, capacity)
+# tokens that a new cache has room for beyond the longest sequence; a full cache is doubled
+SPARE_TOKENS = 64
 
 
-class _Sources(NamedTuple):
+class CrossHeads(NamedTuple):
     """Keys and values of the encoder's output in every layer, for each different source."""
 
     keys: list[Array]  # (sources, K, S, D) for each layer
     values: list[Array]
     lengths: Integers  # (sources,)
+    rows: Integers  # (B,): the source of each sequence
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest source."""
         return self.keys[0].shape[2]
 
 
 class FastDecodingState:
     """Sequences, their key–value cache and the `logits` (B, V) of their next token.
 
-    For an encoder–decoder `sources` are encoded, equal ones once. At most `capacity` tokens of a
-    sequence are read; then the state is `full`.
+    An encoder–decoder reads the `sources`. At most `capacity` tokens of a sequence are read; then
+    the state is `full`.
     """
 
-    @torch.inference_mode()
     def __init__(
         self,
-        model: Transformer,
+        weights: DecoderWeights,
         sequences: list[list[int]],
-        sources: list[list[int]] | None,
         capacity: int,
+        sources: CrossHeads | None = None,
     ):
-        self.model, self.capacity = model, capacity
-        self.config, self.weights = model.config, weights_of(model)
+        self.config, self.weights, self.capacity = weights.config, weights, capacity
         # this state's own copy, for the pointers to its cache
         self._layers = type(self.weights.layers).from_buffer_copy(self.weights.layers)
         self._model = _Model.from_buffer_copy(self.weights.model)
         self._model.layer = ctypes.addressof(self._layers)
-        self._sources: _Sources | None = None
-        self._source_of: Integers = np.zeros(len(sequences), np.int64)
+        self._sources, self._source_of = sources, np.zeros(len(sequences), np.int64)
         if sources is not None:
-            encoder_output, rows = encode_different(model, sources)
-            self._source_of = np.array(rows, np.int64)
-            self._set_sources(_cross_heads(model, encoder_output))
+            self._set_sources(sources)
         self._lengths = np.zeros(len(sequences), np.int64)  # tokens read of each sequence
         self._slots = np.arange(len(sequences))  # its place in the cache
         longest = max(map(len, sequences))
-        self._allocate(len(sequences), min(capacity, longest + SPARE_COLUMNS))
+        self._allocate(len(sequences), min(capacity, longest + SPARE_TOKENS))
         self._scratch: dict[str, NDArray[Any]] = {}
         self.logits = self._prefill(sequences)
 
@@ -96,7 +82,6 @@ class FastDecodingState:
         """True if no further token can be added."""
         return self.length == self.capacity
 
-    @torch.inference_mode()
     def add(self, tokens: Integers) -> None:
         """Reads one more token (B,) of each sequence."""
         if self.length == self._keys.shape[3]:
@@ -183,19 +168,13 @@ class FastDecodingState:
     def _embed(self, tokens: Integers, positions: Integers) -> Array:
         """Embeddings of tokens and positions, (N, C) float32."""
         config, weights = self.config, self.weights
-        x = weights.embedding[tokens]
-        if x.dtype == np.uint16:  # bfloat16
-            x = (x.astype(np.uint32) << 16).view(np.float32)
+        x = float_array(weights.embedding[tokens])
         if config.scale_embedding:
             x = x * np.float32(config.hidden_size**0.5)
         if weights.positions is not None:
             x = x + weights.positions[positions + config.position_offset]
-        elif config.positions == "sinusoidal":
-            x = x + sinusoidal_embedding(torch.from_numpy(positions), x.shape[1]).numpy()
-        norm = self.model.stacks()[-1].embedding_norm
-        if norm is not None:
-            dtype = self.model.embedding.weight.dtype
-            x = float_array(norm(torch.from_numpy(x).to(dtype)))
+        if weights.finish_embedding is not None:
+            x = weights.finish_embedding(x, positions)
         return np.ascontiguousarray(x)
 
     def _rotary(self, positions: Integers) -> dict[str, Array]:
@@ -211,7 +190,7 @@ class FastDecodingState:
         """Arrays for intermediate results of `count` tokens; the padding of their rows is 0."""
         config, keys = self.config, self._keys.shape[3]
         longest = max(keys, self._sources.longest if self._sources else 0)
-        threads = torch.get_num_threads()
+        threads = thread_count()
         scratch = self._scratch
         if not scratch or len(scratch["key"]) != count or scratch["scores"].shape[1] != longest:
             key_width = config.num_key_value_heads * config.head_dim
@@ -226,7 +205,7 @@ class FastDecodingState:
                 stride = -(-size // ALIGN) * ALIGN
                 rows = 2 * count if name == "inner" else count  # the rows of the gate follow
                 scratch[name] = np.zeros((rows, stride), np.float32)
-                if self.weights.embedding.dtype == np.uint16:
+                if self.weights.embedding.dtype == BFLOAT16_BITS:
                     scratch[f"{name}_packed"] = np.zeros((count, stride), np.uint16)
         return scratch
 
@@ -239,10 +218,8 @@ class FastDecodingState:
         for layer, keys, values in zip(self._layers, self._keys, self._values):
             layer.keys, layer.values = keys.ctypes.data, values.ctypes.data
         self._model.capacity = capacity
-        relative = self.model.stacks()[-1].relative
-        if relative is not None:
-            buckets = relative.bucket(-torch.arange(capacity))
-            self._relative = float_array(relative.table(buckets).T)  # (H, capacity)
+        if self.weights.relative_bias is not None:
+            self._relative = self.weights.relative_bias(capacity)
             self._model.relative = self._relative.ctypes.data
 
     def _grow(self) -> None:
@@ -251,33 +228,14 @@ class FastDecodingState:
         self._keys[:, :, :, :length] = keys[:, :, :, :length]
         self._values[:, :, :, :length] = values[:, :, :, :length]
 
-    def _set_sources(self, sources: _Sources) -> None:
-        self._sources = sources
+    def _set_sources(self, sources: CrossHeads) -> None:
+        self._source_of = sources.rows
         self._model.cross_capacity = sources.longest
         for layer, keys, values in zip(self._layers, sources.keys, sources.values):
             layer.cross_keys, layer.cross_values = keys.ctypes.data, values.ctypes.data
-
-
-State = DecodingState | FastDecodingState
 
 
 def _rows(scratch: dict[str, NDArray[Any]], name: str) -> _Rows:
     data = scratch[name]
     packed = scratch.get(f"{name}_packed", data)
     return _Rows(data.ctypes.data, packed.ctypes.data, data.shape[1])
-
-
-@torch.inference_mode()
-def _cross_heads(model: Transformer, encoder_output: EncoderOutput) -> _Sources:
-    """Keys and values of each layer's cross-attention to the encoder's output."""
-    states, mask = encoder_output
-    keys, values = [], []
-    for block in model.blocks()[-model.config.num_hidden_layers :]:
-        cross = block.cross
-        assert cross is not None
-        key, value = cross.project_keys(states)
-        keys.append(float_array(cross.split_heads(key, cross.key_norm)))
-        values.append(float_array(cross.split_heads(value)))
-    rows, longest = states.shape[:2]
-    lengths = np.full(rows, longest) if mask is None else mask.sum(1).numpy()
-    return _Sources(keys, values, lengths.astype(np.int64))

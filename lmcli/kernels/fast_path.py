@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
-from lmcli.kernels import build, fused_block, fused_loss, products
+from lmcli.kernels import calls, fused_block, fused_loss, products
 from lmcli.kernels.causal_attention import BlockShape, causal_attention
 from lmcli.kernels.dropout import dropped_sum
 from lmcli.model import likelihood
@@ -375,7 +375,7 @@ def _can_fuse(block: FastBlock) -> bool:
         and isinstance(block.mlp_norm, RMSNorm)
         and block.cross is None
         and block.attention.causal
-        and block.attention.head_dim <= build.WIDEST_HEAD
+        and block.attention.head_dim <= calls.WIDEST_HEAD
         and block.mlp.activation is F.silu
         and all(linear is not None and linear.bias is None for linear in linears)
         and not (block.post_norm or block.parallel)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lmcli.kernels import build
-from lmcli.kernels.build import ACCUMULATED, CHUNKS
+from lmcli.kernels import calls
+from lmcli.kernels.calls import ACCUMULATED, CHUNKS
 from lmcli.kernels.causal_attention import (
     BlockShape,
     attend,
@@ -65,7 +65,7 @@ def active(x: Tensor) -> bool:
     return (
         (x.requires_grad or not torch.is_grad_enabled())
         and not torch.compiler.is_compiling()
-        and build.usable(x)
+        and calls.usable(x)
     )
 
 
@@ -239,7 +239,7 @@ class _RMSNorm(Function):
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty_like(x)
-    build.run("rms_norm", x.dtype, x, weight, y, *x.shape, eps)
+    calls.run("rms_norm", x.dtype, x, weight, y, *x.shape, eps)
     return y
 
 
@@ -248,7 +248,7 @@ def _rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x (plus `residual`) and of the weight."""
     dx, sums = torch.empty_like(x), weight.new_zeros(CHUNKS, len(weight))
-    build.run("rms_norm_backward", x.dtype, x, weight, dy, residual, dx, sums, *x.shape, eps)
+    calls.run("rms_norm_backward", x.dtype, x, weight, dy, residual, dx, sums, *x.shape, eps)
     return dx, sums.sum(0)
 
 
@@ -275,18 +275,18 @@ class _Gated(Function):
 def _gated(gate_up: Tensor, curve: Curve = SILU) -> Tensor:
     rows, size = len(gate_up), gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, size)
-    build.run("gated", gate_up.dtype, gate_up, y, rows, size, *curve)
+    calls.run("gated", gate_up.dtype, gate_up, y, rows, size, *curve)
     return y
 
 
 def _gated_backward(gate_up: Tensor, dy: Tensor, curve: Curve = SILU) -> tuple[Tensor, Tensor]:
     """(the gradient, the result of the forward pass)."""
     dx, y = torch.empty_like(gate_up), torch.empty_like(dy)
-    build.run("gated_backward", gate_up.dtype, gate_up, dy, dx, y, *dy.shape, *curve)
+    calls.run("gated_backward", gate_up.dtype, gate_up, dy, dx, y, *dy.shape, *curve)
     return dx, y
 
 
 def gelu_tanh_(x: Tensor) -> Tensor:
     """Replaces x (…, F), contiguous, by GELU(x) (Hendrycks & Gimpel 2016), without a gradient."""
-    build.run("gelu_tanh", x.dtype, x, x.numel() // x.shape[-1], x.shape[-1])
+    calls.run("gelu_tanh", x.dtype, x, x.numel() // x.shape[-1], x.shape[-1])
     return x

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lmcli.kernels import build, products
-from lmcli.kernels.build import ACCUMULATED
+from lmcli.kernels import calls, products
+from lmcli.kernels.calls import ACCUMULATED
 from lmcli.model.memory import LOGIT_ROWS_AT_ONCE, logit_rows
 
 WORDS_AT_ONCE = 2048  # columns of logits that are only read; memory for more is slow to allocate
@@ -42,9 +42,9 @@ def _with_gradient_by_kernels(
     losses = torch.empty(len(logits), dtype=ACCUMULATED[logits.dtype])
     arrays = logits, targets, losses
     if smoothing:
-        build.run("smoothed_cross_entropy", logits.dtype, *arrays, *logits.shape, smoothing)
+        calls.run("smoothed_cross_entropy", logits.dtype, *arrays, *logits.shape, smoothing)
     else:
-        build.run("cross_entropy", logits.dtype, *arrays, *logits.shape)
+        calls.run("cross_entropy", logits.dtype, *arrays, *logits.shape)
     return losses, logits
 
 
@@ -64,7 +64,7 @@ def cross_entropy(
     gradients without one of a whole matrix.
     """
     a, b = branch or (None, None)
-    if not build.usable(hidden):
+    if not calls.usable(hidden):
         rows = logit_rows(hidden.device.type, len(weight))
         options = smoothing, rows, loss_with_gradient
         return _CrossEntropy.apply(hidden, weight, bias, targets, options, a, b)
@@ -152,7 +152,7 @@ def target_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
                 torch.mm(x, matrix.T, out=logits)
             else:
                 torch.addmm(bias[block].to(hidden.dtype), x, matrix.T, out=logits)
-            build.run("merge_logits", hidden.dtype, logits, answers, known, *logits.shape, first)
+            calls.run("merge_logits", hidden.dtype, logits, answers, known, *logits.shape, first)
     return statistics[:, 1].log() - (statistics[:, 2] - statistics[:, 0])
 
 

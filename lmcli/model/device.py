@@ -104,6 +104,11 @@ def _bfloat16_gain() -> float:
     return fastest[torch.float32] / fastest[torch.bfloat16]
 
 
+def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype itself, or the one of this name in DTYPES."""
+    return DTYPES[dtype] if isinstance(dtype, str) else dtype
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """bfloat16 for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")

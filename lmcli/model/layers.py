@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcli.config import ModelConfig
+from lmcli.model.positions import rotary_frequencies
 
 gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -88,47 +89,13 @@ class MLP(nn.Module):
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-def rotary_frequencies(
-    config: ModelConfig, theta: float, device: torch.device
-) -> tuple[Tensor, float]:
-    """(radians per position (R/2,) float32, factor on cos and sin) of rotary position encoding.
-
-    The default is theta^(−2i/R) (Su et al. 2021). For contexts longer than in training, "linear"
-    divides all frequencies by `rope_factor` (Chen et al. 2023), "llama3" only the low ones, and
-    "yarn" the low ones while it sharpens attention (Peng et al. 2023).
-    """
-    size, factor = config.rotary_size, config.rope_factor
-    trained_context = config.rope_original_context or config.max_position_embeddings
-    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
-    frequencies = theta**-exponents
-    if config.rope_type == "linear":
-        return frequencies / factor, 1.0
-    if config.rope_type == "llama3":
-        turns = trained_context * frequencies / (2 * math.pi)  # full turns in a training context
-        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-        unchanged = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * (unchanged + (1 - unchanged) / factor), 1.0
-    if config.rope_type == "yarn":
-
-        def dimension(turns: float) -> float:
-            """The index at which a frequency makes this many turns in a training context."""
-            length = trained_context / (turns * 2 * math.pi)
-            return size * math.log(length) / (2 * math.log(theta))
-
-        first = max(math.floor(dimension(32)), 0)
-        last = min(math.ceil(dimension(1)), size - 1)
-        width = last - first if last > first else 0.001
-        ramp = ((torch.arange(size // 2, device=device) - first) / width).clamp(0, 1)
-        return frequencies * (1 - ramp + ramp / factor), 0.1 * math.log(factor) + 1.0
-    return frequencies, 1.0
-
-
 def rotary_embedding(positions: Tensor, config: ModelConfig, theta: float) -> tuple[Tensor, Tensor]:
     """(cos, sin), each (B, 1, T, R) float32, for integer positions (B, T).
 
     Both halves of R hold the same R/2 angles.
     """
-    frequencies, factor = rotary_frequencies(config, theta, positions.device)
+    index = torch.arange(config.rotary_size // 2, device=positions.device)
+    frequencies, factor = rotary_frequencies(config, theta, index)
     angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, R/2)
     angles = torch.cat([angles, angles], dim=-1)  # (B, 1, T, R)
     return angles.cos() * factor, angles.sin() * factor

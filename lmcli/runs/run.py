@@ -17,7 +17,7 @@ from lmcli.distributed.signals import stop_signals
 from lmcli.errors import UserError
 from lmcli.generation.decoding import Decoder
 from lmcli.kernels import build
-from lmcli.kernels.fast_decoding import decoding_state
+from lmcli.kernels.decoding_state import decoding_state
 from lmcli.model.device import DeviceConfig
 from lmcli.model.transformer import Transformer
 from lmcli.runs import forgetting

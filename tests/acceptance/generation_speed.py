@@ -26,7 +26,7 @@ from lmcli.api import generate_all
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import GenerateConfig, TokenizerConfig
 from lmcli.generation.decoding import Decoder
-from lmcli.kernels.fast_decoding import decoding_state
+from lmcli.kernels.decoding_state import decoding_state
 from lmcli.text import tokenizer
 
 NEW_TOKENS, ROUNDS = 64, 5

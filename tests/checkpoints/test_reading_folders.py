@@ -231,4 +231,4 @@ def test_the_shape_of_a_stored_tensor_is_that_of_its_parameters_joined(layout, s
     count = 2 if layout in ("rows", "heads") else 1
     parameters = [torch.zeros(size)] * count
     joined = weights.join_tensors(parameters, layout, heads=4)
-    assert weights.joined_shape(parameters, layout) == tuple(joined.shape)
+    assert weights.joined_shape([size] * count, layout) == tuple(joined.shape)

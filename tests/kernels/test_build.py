@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lmcli import ownership
-from lmcli.kernels import build
+from lmcli.kernels import build, calls
 from lmcli.ownership import ForeignFile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,12 +84,12 @@ def cached_files() -> list[Path]:
 def works() -> bool:
     """True if a kernel computes correctly: 3 and 4 have a root mean square of √12.5."""
     y = torch.empty(2)
-    build.run("rms_norm", torch.float32, torch.tensor([3.0, 4]), torch.ones(2), y, 1, 2, 0.0)
+    calls.run("rms_norm", torch.float32, torch.tensor([3.0, 4]), torch.ones(2), y, 1, 2, 0.0)
     return y.tolist() == pytest.approx([3 / 12.5**0.5, 4 / 12.5**0.5])
 
 
 def unusable(reason: str) -> bool:
-    return build.problem() == reason and build.library() is None and not build.usable(torch.ones(1))
+    return build.problem() == reason and build.library() is None and not calls.usable(torch.ones(1))
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="kernels are built on Linux alone")
@@ -170,7 +170,7 @@ def test_a_planted_library_is_refused_by_name_and_not_run(
     loaded = []
     monkeypatch.setattr(build.ctypes, "CDLL", loaded.append)
     with pytest.raises(ForeignFile) as caught:
-        build.usable(torch.ones(1))
+        calls.usable(torch.ones(1))
     assert caught.value.where == str(file.parent if planted == "folder" else file)
     assert not loaded and "lm does not" in str(caught.value)
 
@@ -230,9 +230,9 @@ def test_cc_may_have_options(unloaded, compiler, compiled, monkeypatch):
 def test_of_two_processes_at_once_one_builds(unloaded, compiler, compiled):
     log = compiler(compiled)
     script = (
-        "import torch; from lmcli.kernels import build; assert not build.problem()\n"
+        "import torch; from lmcli.kernels import build, calls; assert not build.problem()\n"
         "x, y = torch.ones(2), torch.empty(2)\n"
-        "build.run('rms_norm', torch.float32, x, x, y, 1, 2, 0.0); print(y.tolist())"
+        "calls.run('rms_norm', torch.float32, x, x, y, 1, 2, 0.0); print(y.tolist())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     both = [

@@ -20,7 +20,7 @@ from torch.autograd import gradcheck
 
 from lmcli.config import ModelConfig, TrainConfig
 from lmcli.data.batches import IGNORED, Batch
-from lmcli.kernels import build, fused_block, fused_loss
+from lmcli.kernels import build, calls, fused_block, fused_loss
 from lmcli.kernels import causal_attention as kernel_attention
 from lmcli.kernels.causal_attention import BlockShape, causal_attention
 from lmcli.kernels.dropout import dropped_sum
@@ -50,7 +50,7 @@ def compiled():
 def plain_layers():
     """Inside, models compute as without kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "usable", lambda x: False)
+        patch.setattr(calls, "usable", lambda x: False)
         yield
 
 
@@ -283,7 +283,7 @@ CASES = [
         block_case(1, read, 2, 2, width, read % 2 == 0)
         for read, width in ((1, 8), (128, 34), (129, 32), (300, 6))
     ),
-    block_case(1, 2, 1, 1, build.WIDEST_HEAD, True),
+    block_case(1, 2, 1, 1, calls.WIDEST_HEAD, True),
     block_case(3, 11, 2, 1, 6, True, hidden=64, inner=96),
     block_case(1, 1100, 1, 1, 4, False),  # longer than the buffer
     *(
@@ -421,7 +421,7 @@ def test_dropout_is_random(share):
     x, masks = torch.ones(500, 800), []
     for seed in (1, 2):
         y = torch.empty_like(x)
-        build.run(
+        calls.run(
             "dropout",
             torch.float32,
             x,
@@ -598,9 +598,9 @@ def kernel_results() -> list[Tensor]:
             for shape in ((3, 50, 80), (3, 50, 80), (70, 133))
         )
         losses = torch.empty(70)
-        build.run("causal_softmax", dtype, scores, None, *scores.shape, 30, 3, 80, 0.3)
-        build.run("causal_softmax_backward", dtype, scores, gradient, *scores.shape, 30, 0.3)
-        build.run(
+        calls.run("causal_softmax", dtype, scores, None, *scores.shape, 30, 3, 80, 0.3)
+        calls.run("causal_softmax_backward", dtype, scores, gradient, *scores.shape, 30, 0.3)
+        calls.run(
             "smoothed_cross_entropy",
             dtype,
             logits,
@@ -693,9 +693,9 @@ def test_a_decoder_has_the_loss_and_gradients_of_a_plain_one(options, randomize)
 
 def test_which_kernels_run_in_training_and_scoring(randomize, monkeypatch):
     model, ids, ran = decoder(randomize), random_ids(1, 9), []
-    run = build.run
+    run = calls.run
     monkeypatch.setattr(
-        build, "run", lambda name, *arguments: ran.append(name) or run(name, *arguments)
+        calls, "run", lambda name, *arguments: ran.append(name) or run(name, *arguments)
     )
     step(model, Batch(ids[:, :-1], ids[:, 1:]))
     both = ("rms_norm", "gated", "split_heads", "causal_softmax")
@@ -713,7 +713,7 @@ def test_which_kernels_run_in_training_and_scoring(randomize, monkeypatch):
 
 def test_too_wide_heads_use_pytorch(randomize, monkeypatch):
     model = decoder(
-        randomize, num_attention_heads=2, head_dim=build.WIDEST_HEAD + 2, num_hidden_layers=1
+        randomize, num_attention_heads=2, head_dim=calls.WIDEST_HEAD + 2, num_hidden_layers=1
     )
     ids = random_ids(1, 6)
     batch = Batch(ids[:, :-1], ids[:, 1:])

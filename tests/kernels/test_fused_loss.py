@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from lmcli.data.batches import IGNORED
-from lmcli.kernels import build, fused_loss
+from lmcli.kernels import build, calls, fused_loss
 from lmcli.model import memory
 
 needs_kernels = pytest.mark.skipif(bool(build.problem()), reason="no compiled kernels here")
@@ -27,7 +27,7 @@ def head_case(words: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, T
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("biased", [False, True])
 def test_torch_computes_the_gradient_with_the_loss(smoothing, biased, monkeypatch):
-    monkeypatch.setattr(build, "usable", lambda x: False)
+    monkeypatch.setattr(calls, "usable", lambda x: False)
     # several chunks, the last a short one
     monkeypatch.setattr(memory, "LOGITS_AT_ONCE", {"cpu": 16 * 33})
     monkeypatch.setattr(memory, "FEWEST_ROWS", 1)
@@ -68,7 +68,7 @@ def test_losses_without_gradient_equal_torch(words, dtype, biased):
     logits = F.linear(hidden, weight, bias if biased else None)
     expected = F.cross_entropy(logits.double(), targets, reduction="none")
     result = fused_loss.target_losses(hidden, weight, bias if biased else None, targets)
-    assert result.dtype == build.ACCUMULATED[dtype]
+    assert result.dtype == calls.ACCUMULATED[dtype]
     np.testing.assert_allclose(result, expected, rtol=2e-6, atol=2e-6)
     with pytest.raises(ValueError, match="outside the vocabulary"):
         fused_loss.target_losses(hidden, weight, None, torch.full((50,), words))
@@ -133,7 +133,7 @@ def test_losses_and_gradients_of_strange_logits_equal_torch(name, smoothing, dty
     rows.append(torch.cat([torch.linspace(-1, 1, 35).to(dtype), rows[0].flip(0)]))
     for logits, target in zip(rows, (0, 40)):
         targets = torch.tensor([target])
-        known = logits[None].to(build.ACCUMULATED[dtype]).requires_grad_()
+        known = logits[None].to(calls.ACCUMULATED[dtype]).requires_grad_()
         expected = F.cross_entropy(known, targets, reduction="none", label_smoothing=smoothing)
         expected.sum().backward()
         compute = fused_loss._with_gradient_by_kernels if by_kernels else fused_loss.with_gradient

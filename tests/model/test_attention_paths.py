@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lmcli.config import ModelConfig
-from lmcli.kernels import build
+from lmcli.kernels import calls
 from lmcli.kernels.fast_path import FastAttention
 from lmcli.model.attention import KeyValueCache, attention, attention_mask, causal_mask
 from lmcli.model.transformer import Transformer
@@ -48,7 +48,7 @@ def test_fast_attention_equals_the_readable_one(kind, difference):
 @pytest.mark.parametrize("kernels", [True, False])
 def test_causal_without_a_mask_equals_the_mask(kernels, monkeypatch, difference):
     if not kernels:
-        monkeypatch.setattr(build, "usable", lambda x: False)
+        monkeypatch.setattr(calls, "usable", lambda x: False)
     query, key, value = random(2, 3, 7, 8), random(2, 3, 7, 8, seed=2), random(2, 3, 7, 8, seed=3)
     expected = attention(query, key, value, causal_mask(7, 7, CPU))
     result = fast_attention(causal=True).attend(query, key, value, None)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from lmcli.errors import UsageError
-from lmcli.kernels import build, fused_block
+from lmcli.kernels import build, calls, fused_block
 from lmcli.kernels.dropout import dropped
 from lmcli.model import likelihood
 from lmcli.model.activation_checkpointing import set_activation_checkpointing
@@ -154,7 +154,7 @@ def test_the_loss_of_the_head_has_the_gradients_of_plain_autograd(
     if compiled and build.problem():
         pytest.skip("no compiled kernels here")
     if not compiled:
-        monkeypatch.setattr(build, "usable", lambda x: False)
+        monkeypatch.setattr(calls, "usable", lambda x: False)
     model = adapted(
         small_model(head_bias=biased, **OUTER).double().train(), Lora(3, 5.0, dropout, ("head",))
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmcli.config import ModelConfig, TrainConfig
-from lmcli.kernels import build
+from lmcli.kernels import build, calls
 from lmcli.kernels.fast_path import build_model
 from lmcli.model import flops, likelihood, memory
 from lmcli.model.lora import Lora, put_on
@@ -98,7 +98,7 @@ def test_activations_equal_what_autograd_keeps(options, context, dropout, dtype)
     ],
 )
 def test_activations_without_kernels_are_close(options, monkeypatch):
-    monkeypatch.setattr(build, "usable", lambda x: False)
+    monkeypatch.setattr(calls, "usable", lambda x: False)
     model_config, train = config(**options), TrainConfig(context=256)
     estimate = memory.MicroBatch(model_config, train, 4096, 4, kernels=False).kept()
     assert estimate == pytest.approx(bytes_kept(model_config, 16, 256, torch.float32), rel=0.3)

@@ -9,8 +9,8 @@ from random_checkpoints import CASES, pair
 
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.kernels import build
-from lmcli.kernels.decode_step import supports, weights_of
-from lmcli.kernels.fast_decoding import FastDecodingState, decoding_state
+from lmcli.kernels.decoding_state import decoding_state, fast_state, supports, weights_of
+from lmcli.kernels.fast_decoding import FastDecodingState
 from lmcli.model.cached_forward import DecodingState
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason=build.problem())
@@ -68,7 +68,7 @@ def walk(state_of, model, dtype=torch.float32):
 def test_logits_of_every_family_equal_the_pytorch_path(case, model_of, difference):
     model = model_of(case)
     assert supports(model)
-    expected, results = walk(DecodingState, model), walk(FastDecodingState, model)
+    expected, results = walk(DecodingState, model), walk(fast_state, model)
     for step, (a, b) in enumerate(zip(results, expected, strict=True)):
         assert difference(a, b) < 1e-5, f"step {step}"
 
@@ -79,7 +79,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_pytorch_path(case, model_of, diff
     exact = torch.cat([*walk(DecodingState, model)[:3]])
     torch_error, error = (
         difference(torch.cat([*walk(kind, model, torch.bfloat16)[:3]]), exact)
-        for kind in (DecodingState, FastDecodingState)
+        for kind in (DecodingState, fast_state)
     )
     assert error < 1.25 * torch_error
 
@@ -91,11 +91,11 @@ def test_a_row_does_not_depend_on_the_others_to_the_bit(case, dtype, model_of):
     sequences, sources = inputs(model)
     sources = sources and [sources[0]] * len(sequences)  # the encoder's bits depend on its batch
     tokens = np.arange(len(sequences)) + 3
-    together = FastDecodingState(model, sequences, sources, 40)
+    together = fast_state(model, sequences, sources, 40)
     first = together.logits
     together.add(tokens)
     for row, sequence in enumerate(sequences):
-        alone = FastDecodingState(model, [sequence], sources and [sources[row]], 40)
+        alone = fast_state(model, [sequence], sources and [sources[row]], 40)
         assert np.array_equal(alone.logits[0], first[row])
         alone.add(tokens[row : row + 1])
         assert np.array_equal(alone.logits[0], together.logits[row])
@@ -103,10 +103,10 @@ def test_a_row_does_not_depend_on_the_others_to_the_bit(case, dtype, model_of):
 
 def test_two_states_of_a_model_do_not_disturb_each_other(small_model):
     model = small_model()
-    first, second = (FastDecodingState(model, [ids], None, 30) for ids in ([1, 2, 3], [9, 8]))
+    first, second = (fast_state(model, [ids], None, 30) for ids in ([1, 2, 3], [9, 8]))
     for state in (first, second):
         state.add(np.array([5]))
-    alone = FastDecodingState(model, [[1, 2, 3]], None, 30)
+    alone = fast_state(model, [[1, 2, 3]], None, 30)
     alone.add(np.array([5]))
     assert np.array_equal(first.logits, alone.logits)
 
