@@ -12,6 +12,7 @@ from lmcli.checkpoints.family import (
     LM_HEAD,
     SHAPE_KEYS,
     Family,
+    GgufArchitecture,
     LayerPattern,
     WindowRule,
     choice,
@@ -55,6 +56,12 @@ LLAMA = Family(
     prefix="model.",
     tensors=LLAMA_TENSORS,
     head_tensors=LM_HEAD,
+    gguf=GgufArchitecture(
+        "llama",
+        {"attention_bias": ("none", "all"), "mlp_bias": (False, True)},
+        paired=True,
+        frequencies=True,
+    ),
 )
 MISTRAL = replace(
     LLAMA,
@@ -98,6 +105,7 @@ QWEN2 = replace(
     defaults=QWEN_DEFAULTS,
     choices={},
     window=QWEN_WINDOW,
+    gguf=GgufArchitecture("qwen2", {"attention_bias": ("qkv",)}, square=True),
 )
 QWEN3 = replace(
     LLAMA,
@@ -107,9 +115,19 @@ QWEN3 = replace(
     defaults={**QWEN_DEFAULTS, "head_dim": 128},
     choices={"attention_bias": LLAMA_ATTENTION_BIAS},
     window=QWEN_WINDOW,
+    gguf=GgufArchitecture("qwen3", {"query_key_norm": (True,)}),
 )
 
 # GPT-2 and GPT-NeoX -------------------------------------------------------------------------------
+
+GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+GGUF_PLAIN = {
+    "norm": ("layer",),
+    "gated_mlp": (False,),
+    "mlp_bias": (True,),
+    "attention_bias": ("all",),
+    "hidden_act": GELU_TANH,
+}
 
 GPT2 = Family(
     model_type="gpt2",
@@ -162,6 +180,7 @@ GPT2 = Family(
     """),
     head_tensors=LM_HEAD,
     ignored=r"\.attn\.(masked_)?bias$",
+    gguf=GgufArchitecture("gpt2", {**GGUF_PLAIN, "positions": ("learned",)}, joined=True),
 )
 GPT_NEOX = Family(
     model_type="gpt_neox",
@@ -198,6 +217,18 @@ GPT_NEOX = Family(
     head_tensors={"lm": tensors("embed_out head.output")},
     peft_names={"embed_out": "lm_head"},
     ignored=r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$",
+    gguf=GgufArchitecture(
+        "gptneox",
+        {
+            **GGUF_PLAIN,
+            "hidden_act": ("gelu", *GELU_TANH),
+            "rotary_fraction": (),
+            "parallel_block": (),
+        },
+        joined=True,
+        own_head=True,
+        parallel_key=True,
+    ),
 )
 
 # a model without a `model_type` is saved as the first family that has all its options

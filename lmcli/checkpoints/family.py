@@ -110,6 +110,27 @@ class WindowRule(NamedTuple):
 
 
 @dataclass(frozen=True)
+class GgufArchitecture:
+    """How llama.cpp has a family: its `name`, and the values of options that it can compute.
+
+    An empty tuple allows any value; an option that is left out has its default alone. With `paired`
+    it rotates neighboring dimensions, so the rows of queries and keys are stored in another order.
+    With `joined` queries, keys and values are one matrix. `frequencies`: it reads factors of rotary
+    frequencies. `own_head`: it never takes the embedding as the head. `square`: its heads divide
+    the hidden size. `parallel_key`: a key tells if its blocks are parallel.
+    """
+
+    name: str
+    options: Mapping[str, tuple[Any, ...]]
+    paired: bool = False
+    joined: bool = False
+    frequencies: bool = False
+    own_head: bool = False
+    square: bool = False
+    parallel_key: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One family: its `model_type`, its shape, its heads with their architectures, and these rules.
 
@@ -137,6 +158,7 @@ class Family:
       other_heads      modules of heads that lm does not have
       peft_names       a module's name in files → its name in transformers and PEFT, if different
       ignored          pattern of tensors that some files carry and no forward pass needs
+      gguf             its architecture in llama.cpp, if it has one
     """
 
     model_type: str
@@ -165,6 +187,7 @@ class Family:
     other_heads: tuple[str, ...] = ()
     peft_names: Mapping[str, str] = field(default_factory=dict)
     ignored: str = r"rotary_emb\.inv_freq$"
+    gguf: GgufArchitecture | None = None
 
     def options_for(self, head: str) -> dict[str, Any]:
         """Every option that the family fixes for a head."""

@@ -7,27 +7,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from lmcli.checkpoints import adapter_base
+from lmcli.checkpoints import adapter_base, gguf_file
 from lmcli.checkpoints.config_json import family_of, is_no_id, read_config, write_config
 from lmcli.checkpoints.family import Family
 from lmcli.checkpoints.file_names import PICKLED, TOKENIZER_FILES, WEIGHTS_FILE, WEIGHTS_INDEX
 from lmcli.checkpoints.generation_json import file_value, ignored_keys, read_generate_config
+from lmcli.checkpoints.quantization import quantization_config, quantized_bits
 from lmcli.checkpoints.weights import (
     config_for_tensors,
     current_names,
+    dequantize_arrays,
     file_tensors,
     load_tensors,
     map_tensors,
+    quantize_tensors,
     read_parameters,
     without_wrappers,
 )
 from lmcli.config import GenerateConfig, ModelConfig
 from lmcli.errors import UserError
 from lmcli.kernels import build, decode_step
+from lmcli.kernels.decode_step import in_precision
 from lmcli.storage import read_json, read_tensors, user_errors, write_tensors, write_text
 from lmcli.text import tokenizer as tokenizers
+from lmcli.text.gguf_header import is_gguf
 from lmcli.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -53,8 +59,9 @@ class ModelFolder:
 
     `bos` are the ids before a text, `stop_ids` those that end one, `decoder_start` the id that an
     encoder–decoder's target starts with (None for other models), `ignored` a line that names
-    settings of generation that lm does not follow ("" for none). `weights` is a safetensors file
-    or an index of several.
+    settings of generation that lm does not follow ("" for none). `weights` is a safetensors file,
+    an index of several, or a GGUF file, which `gguf` describes. `bits` are those of quantized
+    weights, 0 for others.
     """
 
     family: Family
@@ -67,24 +74,33 @@ class ModelFolder:
     ignored: str
     weights: Path
     adapter: "Adapter | None"
+    bits: int
+    gguf: gguf_file.GgufModel | None
 
     def with_model(
-        self, device: "torch.device | str" = "cpu", dtype: "torch.dtype | str" = "float32"
+        self, device: "torch.device | str" = "cpu", dtype: "torch.dtype | str | None" = "float32"
     ) -> "Checkpoint":
         """The Checkpoint of this folder, see `load`."""
         from lmcli.kernels.fast_path import build_model
         from lmcli.model.device import torch_dtype
         from lmcli.model.initialization import meta_device
 
-        tensors = self._tensors(read_tensors)
-        if self.adapter:
-            from lmcli.checkpoints import adapter_folder
+        number_type = torch_dtype(dtype) if dtype else None
+        unused: list[str] = []
+        if self.gguf:
+            with meta_device():
+                model = build_model(self.config)
+            gguf_file.load_parameters(model, self.gguf, number_type)
+        else:
+            tensors = self._tensors(read_tensors)
+            if self.adapter:
+                from lmcli.checkpoints import adapter_folder
 
-            tensors = adapter_folder.merge(self.adapter, self.family, self.config, tensors)
-        with meta_device():  # no memory for weights that the file already holds
-            model = build_model(config_for_tensors(self.config, self.family, tensors))
-        unused = load_tensors(model, self.family, tensors, str(self.weights))
-        model = model.to(device=device, dtype=torch_dtype(dtype)).eval()
+                tensors = adapter_folder.merge(self.adapter, self.family, self.config, tensors)
+            with meta_device():  # no memory for weights that the file already holds
+                model = build_model(config_for_tensors(self.config, self.family, tensors))
+            unused = load_tensors(model, self.family, tensors, str(self.weights))
+        model = model.to(device=device, dtype=number_type).eval()
         return Checkpoint(**vars(self), model=model, unused=unused)
 
     def decoder_parameters(self) -> tuple[ModelConfig, dict[str, NDArray[Any]]] | None:
@@ -94,6 +110,9 @@ class ModelFolder:
         """
         if self.adapter or decode_step.needs_torch(self.config) or build.library() is None:
             return None
+        if self.gguf:
+            shapes = decode_step.parameter_shapes(self.config)
+            return self.config, dict(gguf_file.parameters(self.gguf, shapes))
         arrays = self._tensors(map_tensors)
         if arrays is None:
             return None
@@ -103,10 +122,23 @@ class ModelFolder:
 
     def _tensors(self, read: Callable[[Path], Any]) -> Any:
         """All tensors of the weights as `read` returns those of a file, with our spelling."""
-        tensors = _read_weights(self.weights, self.family.heads[self.config.head], read)
-        if tensors is None:
-            return None
-        return current_names(without_wrappers(tensors, str(self.weights)))
+        where, architecture = str(self.weights), self.family.heads[self.config.head]
+        if not self.bits:
+            tensors = _read_weights(self.weights, architecture, read)
+            return tensors and current_names(without_wrappers(tensors, where))
+        arrays = _read_weights(self.weights, architecture, map_tensors)
+        if arrays is None:
+            raise UserError("holds numbers of a type that lm does not read", where=where)
+        plain = dequantize_arrays(without_wrappers(arrays, where), self.bits, where)
+        if read is map_tensors:
+            return current_names(plain)
+        import torch
+
+        floats = {
+            name: np.require(in_precision(array, "float32"), requirements="W")
+            for name, array in plain.items()
+        }
+        return current_names({name: torch.from_numpy(each) for name, each in floats.items()})
 
 
 @dataclass
@@ -118,13 +150,16 @@ class Checkpoint(ModelFolder):
 
 
 def load(
-    folder: str | Path, device: "torch.device | str" = "cpu", dtype: "torch.dtype | str" = "float32"
+    folder: str | Path,
+    device: "torch.device | str" = "cpu",
+    dtype: "torch.dtype | str | None" = "float32",
 ) -> Checkpoint:
     """The checkpoint in a folder, its model in evaluation mode on `device` in `dtype`.
 
-    An adapter's folder is loaded as its base model with the adapter merged. Raises UserError naming
-    the file for one that is missing or damaged, a missing tensor or a wrong shape, a tokenizer with
-    more ids than the model has rows, and a family that is not supported.
+    An adapter's folder is loaded as its base model with the adapter merged; a GGUF file and
+    quantized weights are dequantized. With `dtype` None weights stay in the file's. Raises
+    UserError naming the file for one that is missing or damaged, a missing tensor or a wrong shape,
+    a tokenizer with more ids than the model has rows, and a family that is not supported.
     """
     return read_folder(folder).with_model(device, dtype)
 
@@ -132,6 +167,8 @@ def load(
 def read_folder(folder: str | Path) -> ModelFolder:
     """The ModelFolder of a folder. Raises UserError as `load`."""
     folder = Path(folder)
+    if is_gguf(folder):
+        return _read_gguf(folder)
     adapter, base, document = _document(folder)
     family, config = read_config(document, str(base / "config.json"))
     tokenizer = tokenizers.load(find_file(folder, base, *TOKENIZER_FILES).parent)
@@ -156,6 +193,17 @@ def read_folder(folder: str | Path) -> ModelFolder:
         "" if config.shape == "encoder" else ignored_keys(generation, document),
         base / (WEIGHTS_INDEX if is_sharded else WEIGHTS_FILE),
         adapter,
+        quantized_bits(document, str(base / "config.json")),
+        None,
+    )
+
+
+def _read_gguf(file: Path) -> ModelFolder:
+    model, generate = gguf_file.read(file), GenerateConfig()
+    tokenizer, family = model.tokenizer(), family_of(model.config)
+    ids = tokenizer.prefix, model.stop_ids()
+    return ModelFolder(
+        family, model.config, tokenizer, generate, *ids, None, "", file, None, 0, model
     )
 
 
@@ -178,6 +226,8 @@ def _check_id(name: str, ids: Sequence[int | None], config: ModelConfig, file: P
 
 def load_config(folder: str | Path) -> ModelConfig:
     """The configuration of the model in a folder. Raises UserError as `load` does."""
+    if is_gguf(folder):
+        return gguf_file.read(Path(folder)).config
     _, base, document = _document(Path(folder))
     return read_config(document, str(base / "config.json"))[1]
 
@@ -297,11 +347,13 @@ def save(
     generate: GenerateConfig,
     base: str = "",
     dtype: "torch.dtype | str" = "float32",
+    bits: int = 0,
 ) -> None:
     """Writes a whole model folder, which must exist, with weights in `dtype`.
 
     The weights come last, so a folder with weights is complete. Of a model with adapters only the
-    adapters are written, for the base model that `base` names.
+    adapters are written, for the base model that `base` names. With `bits` (8 or 4) the matrices of
+    the blocks are quantized.
     """
     from lmcli.checkpoints import adapter_folder
     from lmcli.model.lora import adapters_of
@@ -313,8 +365,13 @@ def save(
         adapter_folder.save(folder, model, base)
     else:
         document = write_config(model.config, str(dtype).removeprefix("torch."))
+        family = family_of(model.config)
+        tensors = file_tensors(model, family, dtype)
+        if bits:
+            tensors, ignored = quantize_tensors(tensors, model, family, bits)
+            document["quantization_config"] = quantization_config(bits, ignored)
         write_text(folder / "config.json", json.dumps(document, indent=2) + "\n")
-        save_weights(folder, model, dtype)
+        write_tensors(folder / WEIGHTS_FILE, tensors)
 
 
 def _save_generation(folder: Path, config: ModelConfig, generate: GenerateConfig) -> None:

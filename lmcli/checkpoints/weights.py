@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lmcli.checkpoints import quantization
 from lmcli.checkpoints.family import Family, TensorMap
+from lmcli.checkpoints.quantization import GROUP, PACKED, SCALE, SHAPE
 from lmcli.config import ModelConfig
 from lmcli.errors import UserError
-from lmcli.kernels.decode_step import BFLOAT16
+from lmcli.kernels.decode_step import BFLOAT16, in_precision
 from lmcli.storage import safetensors_errors
 
 if TYPE_CHECKING:
@@ -375,3 +377,59 @@ def file_tensors(
         copy: tensors[name].clone() for copy, name in family.duplicates.items() if name in tensors
     }
     return {**tensors, **copies}
+
+
+def quantize_tensors(
+    tensors: dict[str, "Tensor"], model: "Transformer", family: Family, bits: int
+) -> tuple[dict[str, "Tensor"], list[str]]:
+    """A file's tensors with the matrices of all blocks packed, and the modules that are not packed.
+
+    A matrix stays as it is if GROUP does not divide its inputs, and so does a head. Raises
+    UserError for weights that are not finite, and for a family that stores its matrices transposed.
+    """
+    import torch
+
+    quantized, ignored = dict(tensors), []
+    for stored in stored_tensors(family, model):
+        owner, _, end = stored.parameters[0].rpartition(".")
+        if end != "weight" or not isinstance(model.get_submodule(owner), torch.nn.Linear):
+            continue
+        module = stored.name.removesuffix(".weight")
+        if stored.layout == "columns":
+            raise UserError(
+                f"{family.model_type} stores its matrices transposed, for which the format has no "
+                "place",
+                hint="lm export --gguf FILE --type q8_0 quantizes it",
+            )
+        if owner.startswith("head.") or tensors[stored.name].shape[1] % GROUP:
+            ignored.append(module)
+            continue
+        weight = quantized.pop(stored.name).float().numpy()
+        if not np.isfinite(weight).all():
+            raise UserError(f"{stored.name} holds NaN or infinity: the model is damaged")
+        values, scales = quantization.quantize_groups(weight, bits)
+        quantized[f"{module}{PACKED}"] = torch.from_numpy(quantization.pack(values, bits))
+        quantized[f"{module}{SCALE}"] = torch.from_numpy(scales)
+        quantized[f"{module}{SHAPE}"] = torch.tensor(values.shape)
+    heads = (entry.file_name for entry in family.head_tensors.get(model.config.head, ()))
+    return quantized, sorted({*ignored, *heads})
+
+
+def dequantize_arrays(
+    arrays: Mapping[str, NDArray[Any]], bits: int, where: str
+) -> dict[str, NDArray[Any]]:
+    """A file's arrays with every packed matrix as float32.
+
+    Raises UserError if the parts of a matrix do not fit together.
+    """
+    plain = {name: each for name, each in arrays.items() if not name.endswith((SCALE, SHAPE))}
+    for name in [name for name in plain if name.endswith(PACKED)]:
+        module = name.removesuffix(PACKED)
+        parts = {f"{module}{end}": arrays.get(f"{module}{end}") for end in (PACKED, SCALE, SHAPE)}
+        found = {name: array for name, array in parts.items() if array is not None}
+        if (scales := found.get(f"{module}{SCALE}")) is not None:
+            found[f"{module}{SCALE}"] = in_precision(scales, "float32")
+        matrix = quantization.packed_matrix(found, module, bits, where)
+        plain[f"{module}.weight"] = matrix.weight()
+        del plain[name]
+    return plain

@@ -14,6 +14,7 @@ from lmcli.errors import UsageError
 from lmcli.scoring.perplexity import Perplexity
 from lmcli.scoring.scorer import Score, Scorer
 from lmcli.storage import user_errors
+from lmcli.text.gguf_header import is_gguf
 
 HASH_DIGITS = 12
 # relative difference in nats that other threads, batches and processors may cause
@@ -104,12 +105,13 @@ def sign(
 
 
 def model_hash(folder: Path) -> str:
-    """The hash of a model folder: config.json and all weights; for an adapter also its base's."""
+    """The hash of a model's folder (config.json, all weights, an adapter's base) or GGUF file."""
     digest, config = hashlib.sha256(), folder / "config.json"
     if adapter_base.is_adapter(folder):
         base, config = adapter_base.find_base(folder), folder / adapter_base.ADAPTER_CONFIG
         digest.update(b"" if base == folder else model_hash(base).encode())
-    for file in sorted((config, *folder.glob("*.safetensors"))):
+    files = [folder] if is_gguf(folder) else sorted((config, *folder.glob("*.safetensors")))
+    for file in files:
         digest.update(file.name.encode())
         with user_errors(file, "read"), file.open("rb") as handle:
             while chunk := handle.read(16 * CHUNK_BYTES):

@@ -14,6 +14,7 @@ from lmcli.output.file_facts import read_header, tensor_facts, tokenizer_facts
 from lmcli.output.text_facts import corpus_summary, text_summary
 from lmcli.storage import user_errors
 from lmcli.text import tokenizer as tokenizers
+from lmcli.text.gguf_header import is_gguf
 from lmcli.text.tokenizer import Tokenizer
 
 MODEL_FILES = {
@@ -29,7 +30,7 @@ MODEL_FILES = {
 def describe(
     path: str | Path, tokenizer: Tokenizer | None = None, fields: tuple[str, ...] = ()
 ) -> Summary:
-    """The summary of a model or run folder, tokenizer, weights file, text, or folder of texts.
+    """The summary of a model or run folder, GGUF file, tokenizer, weights file, text or texts.
 
     With a `tokenizer` the tokens of a text are counted too; `fields` name the text in rows. Raises
     UserError for anything else.
@@ -45,6 +46,10 @@ def describe(
 
         kind = "adapter" if ADAPTER_CONFIG in names else "model"
         return model_summary(path, "run" if "recipe.yaml" in names else kind)
+    if is_gguf(path):
+        from lmcli.output.model_facts import gguf_summary
+
+        return gguf_summary(path)
     if names.intersection(TOKENIZER_FILES) or _is_tokenizer(path):
         summary = Summary({"kind": "tokenizer", "path": str(path)})
         with summary.noting():

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from lmcli import recipes
-from lmcli.checkpoints import adapter_base, adapter_folder, folder
+from lmcli.checkpoints import adapter_base, adapter_folder, folder, gguf_file
 from lmcli.checkpoints.adapter_folder import Adapter
 from lmcli.checkpoints.config_json import read_config
 from lmcli.checkpoints.family import Family
 from lmcli.checkpoints.file_names import TOKENIZER_FILES, WEIGHTS_FILE, WEIGHTS_INDEX
+from lmcli.checkpoints.quantization import PACKED, SCALE, SHAPE, quantized_bits
 from lmcli.checkpoints.weights import load_tensors, stored_tensors
 from lmcli.config import ModelConfig
 from lmcli.errors import UserError
@@ -68,8 +69,9 @@ def model_summary(path: Path, kind: str) -> Summary:
             return summary
 
     family = tokenizer = header = None
+    bits = 0
     with summary.noting():
-        family = _add_config(summary, base, adapter)
+        family, bits = _add_config(summary, base, adapter)
     with summary.noting():
         tokenizer = tokenizers.load(folder.find_file(path, base, *TOKENIZER_FILES).parent)
     with summary.noting():
@@ -81,6 +83,7 @@ def model_summary(path: Path, kind: str) -> Summary:
         facts["weights"] = weights
 
     if family and summary.config:
+        header = _plain_header(header, bits) if bits else header
         parameters, tensor_names = _check_tensors(summary, summary.config, family, header, base)
         facts["parameters"] = parameters
         facts["weights"] = facts.pop("weights", {}) | tensor_names  # after the parameters
@@ -98,6 +101,43 @@ def model_summary(path: Path, kind: str) -> Summary:
         with summary.noting():
             facts["run"] = _run_facts(recipes.load_yaml(path / "recipe.yaml"))
     return summary
+
+
+def gguf_summary(path: Path) -> Summary:
+    """The summary of a GGUF file; damage is noted, not raised."""
+    summary = Summary({"kind": "model", "path": str(path)})
+    facts = summary.facts
+    with summary.noting():
+        file = gguf_file.read(path)
+        summary.config = config = file.config
+        facts |= {"family": config.model_type, "architecture": file.architecture.name}
+        facts |= _config_facts(config)
+        with meta_device():
+            parameters = count_parameters(Transformer(config))
+        tensors = {
+            name: (gguf_file.type_name(tensor.type), tensor.shape)
+            for name, tensor in file.header.tensors.items()
+        }
+        facts |= {
+            "parameters": parameters,
+            "weights": {"bytes": path.stat().st_size, **tensor_facts(tensors)},
+            "memory": {name: parameters["total"] * n for name, n in NUMBER_BYTES.items()},
+            **_cache_facts(config),
+            "tokenizer": tokenizer_facts(file.tokenizer()),
+        }
+    return summary
+
+
+def _plain_header(header: TensorHeader | None, bits: int) -> TensorHeader | None:
+    """The header with the packed matrices as they are when read."""
+    if header is None:
+        return None
+    plain = {name: each for name, each in header.items() if not name.endswith((SCALE, SHAPE))}
+    for name in [name for name in plain if name.endswith(PACKED)]:
+        module = name.removesuffix(PACKED)
+        rows, words = plain.pop(name)[1]
+        plain[f"{module}.weight"] = "F32", (rows, words * 32 // bits)
+    return plain
 
 
 def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
@@ -121,8 +161,8 @@ def _head_of_adapter(adapter: Adapter) -> TensorHeader:
     }
 
 
-def _add_config(summary: Summary, base: Path, adapter: Adapter | None) -> Family:
-    """Reads the configuration into the summary and its facts; returns the model's family."""
+def _add_config(summary: Summary, base: Path, adapter: Adapter | None) -> tuple[Family, int]:
+    """Reads the configuration into the summary; the model's family, bits of quantized weights."""
     where = base / "config.json"
     needs = "a model folder needs config.json, model.safetensors, tokenizer.json"
     document = read_json(where, needs)
@@ -134,7 +174,9 @@ def _add_config(summary: Summary, base: Path, adapter: Adapter | None) -> Family
     summary.config = config
     summary.facts["architecture"] = family.heads[config.head]
     summary.facts |= _config_facts(config)
-    return family
+    if bits := quantized_bits(document, str(where)):
+        summary.facts["quantization"] = f"int{bits}"
+    return family, bits
 
 
 def _config_facts(config: ModelConfig) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def _set_up(
     if rules and rules.template:
         core.post_processor = rules.template(core, settings)
     elif not saved.is_file():
-        core.post_processor = _bos_eos_template(core, settings)
+        core.post_processor = bos_eos_template(core, settings)
 
 
 def _is_byte_level(file: Path) -> bool:
@@ -291,7 +291,7 @@ def _named_tokens(settings: Settings) -> dict[str, AddedToken]:
 # templates ----------------------------------------------------------------------------------------
 
 
-def _bos_eos_template(core: Core, settings: Settings) -> processors.TemplateProcessing:
+def bos_eos_template(core: Core, settings: Settings) -> processors.TemplateProcessing:
     """The template of `add_bos_token` and `add_eos_token`."""
     bos, eos = (
         [_content(settings[f"{name}_token"])]
@@ -474,7 +474,7 @@ _T5_TOKENS = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _NEOX_TOKENS = {**_GPT2_TOKENS, "pad_token": "<|padding|>"}
 TOKENIZER_CLASSES = {
     "GPT2Tokenizer": TokenizerClass(BPE_FILES, _GPT2_TOKENS, _gpt2),
-    "GPTNeoXTokenizer": TokenizerClass(BPE_FILES, _NEOX_TOKENS, _gpt_neox, _bos_eos_template),
+    "GPTNeoXTokenizer": TokenizerClass(BPE_FILES, _NEOX_TOKENS, _gpt_neox, bos_eos_template),
     "Qwen2Tokenizer": TokenizerClass(BPE_FILES, _QWEN2_TOKENS, _qwen2),
     "RobertaTokenizer": TokenizerClass(BPE_FILES, _ROBERTA_TOKENS, _gpt2, _roberta_template),
     "BertTokenizer": TokenizerClass(("vocab.txt",), _BERT_TOKENS, _bert, _bert_template),

@@ -5,7 +5,7 @@ Marian's two files share the ids of one `vocab.json`; `MarianSide` is the tokeni
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -122,16 +122,18 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def bpe(model: SentencePieceModel, **options: Any) -> models.BPE:
-    """The BPE of a file, which stores no merges.
-
-    Any two pieces whose concatenation is a third piece are a merge, in the order of the third.
-    """
+    """The BPE of a file, which stores no merges."""
     ids = {piece.text: i for i, piece in enumerate(model.pieces)}
+    return models.BPE(ids, bpe_merges(ids, ids), fuse_unk=True, **options)
+
+
+def bpe_merges(pieces: Iterable[str], ids: Container[str]) -> list[tuple[str, str]]:
+    """The merges of a BPE: any two of `ids` that make one of the pieces, in the order of those."""
     merges = []
-    for text in ids:
+    for text in pieces:
         splits = ((text[:i], text[i:]) for i in range(1, len(text)))
         merges += [(left, right) for left, right in splits if left in ids and right in ids]
-    return models.BPE(ids, merges, fuse_unk=True, **options)
+    return merges
 
 
 def unigram(model: SentencePieceModel) -> models.Unigram:

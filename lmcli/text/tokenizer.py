@@ -19,6 +19,8 @@ from lmcli.errors import UserError
 from lmcli.storage import atomic_path, user_errors, write_text
 from lmcli.text import huggingface
 from lmcli.text.characters import byte_offsets
+from lmcli.text.gguf_header import is_gguf, read_header
+from lmcli.text.gguf_tokenizer import from_metadata
 from lmcli.text.huggingface import END_OF_TEXT, GENERIC_CLASS, LLAMA3_PATTERN, QWEN2_PATTERN
 from lmcli.text.interruptible import run_in_thread
 from lmcli.text.library_errors import library_errors
@@ -465,7 +467,7 @@ SHAPES = {
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder, in any format that huggingface.py reads, or of a `tokenizer.json`.
+    """The tokenizer of a folder, as huggingface.py reads it, of a `tokenizer.json` or a GGUF file.
 
     Raises UserError if there is none or it cannot be read.
     """
@@ -477,6 +479,8 @@ def load(path: str | Path) -> Tokenizer:
                 where=str(path),
                 hint="-m takes a model folder or a tokenizer.json",
             )
+    if is_gguf(path):
+        return Tokenizer(*from_metadata(read_header(path).metadata, str(path)))
     core, settings, target_core, files = huggingface.read(path)
     target = Tokenizer(target_core, settings) if target_core else None
     return Tokenizer(core, settings, target, files)

@@ -1,8 +1,14 @@
 """Weights in groups of small integers: numpy functions, held against compressed-tensors."""
 
+import json
+import re
+
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints.quantization import (
     dequantize_groups,
     pack,
@@ -12,6 +18,8 @@ from lmcli.checkpoints.quantization import (
     quantized_bits,
     unpack,
 )
+from lmcli.commands import run
+from lmcli.config import GenerateConfig
 from lmcli.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -128,3 +136,99 @@ def test_a_stored_matrix_is_found_by_its_module():
 def test_tensors_that_do_not_fit_together_are_an_error(changes):
     with pytest.raises(UserError, match=r"q\.weight_packed"):
         packed_matrix(stored(**changes), "q", 8, "file")
+
+
+# folders ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantized(small_model, small_tokenizer, tmp_path_factory):
+    """quantized(bits, **options): (folder, its model before), with rows of 32 and of 48 inputs."""
+
+    def build(bits, **options):
+        folder = tmp_path_factory.mktemp("quantized")
+        model = small_model(**{"intermediate_size": 48, "model_type": "qwen3", **options})
+        checkpoints.save(folder, model, small_tokenizer, GenerateConfig(), bits=bits)
+        return folder, model
+
+    return build
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.05), (4, 0.6)])
+def test_a_quantized_folder_is_read_back_as_what_it_holds(bits, most, quantized, difference):
+    folder, model = quantized(bits)
+    again = checkpoints.load(folder).model
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    matrix = packed_matrix({key: t.numpy() for key, t in tensors.items()}, name, bits, "file")
+    weight = again.get_parameter("decoder.layers.1.attention.query.weight")
+    assert np.array_equal(matrix.weight(), weight.detach().numpy())
+    # embeddings, norms, and rows of 48 inputs stay as they are
+    for key in ("embedding.weight", "decoder.norm.weight", "decoder.layers.0.mlp.down.weight"):
+        assert torch.equal(again.get_parameter(key), model.get_parameter(key))
+    ids = torch.arange(1, 30)[None]
+    with torch.inference_mode():
+        assert 0 < difference(again(ids), model(ids)) < most
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    down = [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
+    assert config["ignore"] == ["lm_head", *down]
+    assert config["config_groups"]["group_0"]["weights"]["group_size"] == 32
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_transformers_computes_the_same_logits(bits, quantized, difference):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = quantized(bits, tie_word_embeddings=False)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.arange(1, 30)[None]
+    with torch.inference_mode():
+        assert difference(checkpoints.load(folder).model(ids), theirs(ids).logits) < 1e-5
+
+
+def test_a_family_with_transposed_matrices_is_refused(small_model, small_tokenizer, tmp_path):
+    plain = {"norm": "layer", "gated_mlp": False, "attention_bias": "all", "mlp_bias": True}
+    model = small_model(
+        **{**plain, "model_type": "gpt2", "query_key_norm": False, "positions": "learned"},
+        hidden_act="gelu_new",
+        num_key_value_heads=0,
+    )
+    with pytest.raises(UserError, match="gpt2 stores its matrices transposed"):
+        checkpoints.save(tmp_path, model, small_tokenizer, GenerateConfig(), bits=8)
+
+
+def test_the_command_prints_the_loss_that_it_measured(
+    small_model, small_tokenizer, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setenv("LM_CACHE", str(tmp_path / "cache"))
+    source, target, text = tmp_path / "source", tmp_path / "target", tmp_path / "a.txt"
+    source.mkdir()
+    text.write_text("Once upon a time there was a cat.\n" * 3)
+    checkpoints.save(source, small_model(), small_tokenizer, GenerateConfig())
+    command = ["export", str(source), "-o", str(target), "--int4", "--measure", str(text)]
+    assert run(command) == 0
+    out, err = capfd.readouterr()
+    assert out == f"{target}\n" and "MB of int4 and float32 weights" in err
+    measured = [float(word) for word in re.findall(r"(\d+\.\d{4}) b", err.replace("before", "b"))]
+    bits = []
+    for model in (target, source):
+        done = ["perplexity", "-m", str(model), "--json", "--dtype", "float32", str(text)]
+        assert run(done) == 0
+        bits.append(json.loads(capfd.readouterr().out)["bits_per_byte"])
+    assert measured == [round(each, 4) for each in bits]
+    assert run(["info", "--json", str(target)]) == 0
+    facts = json.loads(capfd.readouterr().out)
+    assert facts["quantization"] == "int4" and facts["weights"]["missing"] == []
+    # a model without the quantization is made of it again
+    assert run(["export", str(target), "-o", str(tmp_path / "plain"), "-q"]) == 0
+    assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+
+
+def test_a_missing_or_empty_text_leaves_no_folder(tmp_path, capfd):
+    (tmp_path / "empty.txt").touch()
+    for name, problem in (("missing.txt", "cannot read"), ("empty.txt", "is empty")):
+        text = str(tmp_path / name)
+        command = ["export", "model", "-o", str(tmp_path / "a"), "--int8", "--measure", text]
+        assert run(command) == 1
+        assert problem in capfd.readouterr().err and not (tmp_path / "a").exists()
