@@ -14,7 +14,8 @@ from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints import hub
 from lmcli.config import ModelConfig
 from lmcli.errors import UsageError, UserError
-from lmcli.generation.batch_generation import can_stream, generate_all, new_seed
+from lmcli.generation.batch_generation import generate_all, new_seed, stream_one
+from lmcli.generation.chat import Chat
 from lmcli.generation.decoding import Decoder, Generated, TextChunk
 from lmcli.generation.options import (
     check_forced_ids,
@@ -287,6 +288,10 @@ class Model:
         """Ids of a prompt with special tokens; bos is never doubled (see prompts.encode_prompt)."""
         return encode_prompt(text, self.tokenizer, self.config, self.bos_ids(bos))
 
+    def chat(self, system: str | None = None) -> Chat:
+        """Writes messages in the model's chat template; raises UserError if it has none."""
+        return Chat(self.tokenizer, self.name, system)
+
     def decoder(
         self, stop: str | tuple[str, ...] = (), bos: bool | None = None, **options: Any
     ) -> "Decoder | MaskFiller":
@@ -372,12 +377,7 @@ class Model:
         """Yields one continuation in chunks, the last with the result; beams give one chunk."""
         decoder = self.decoder(stop, bos, **options)
         ids, seed = self.prompt(prompt, bos), new_seed() if seed is None else seed
-        if can_stream(decoder):
-            chunks = decoder.stream([ids], [seed])
-        else:
-            ((result,),) = generate_all(decoder, [ids], 1, seed)
-            chunks = iter([TextChunk(0, result.text, result)])
-        return map(self._checked_chunk, chunks)
+        return map(self._checked_chunk, stream_one(decoder, ids, seed))
 
     def _checked_chunk(self, chunk: TextChunk) -> TextChunk:
         if chunk.result:

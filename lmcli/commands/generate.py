@@ -27,6 +27,8 @@ SAMPLING = (
   lm generate -m runs/s --num-samples 3 --seed 1 --json "Once"
   lm generate -m runs/s < prompts.txt > continuations.txt
   lm generate -m marian-en-de --num-beams 4 < english.txt > german.txt
+  lm generate -m chat-model --chat "What is a llama?"
+  lm generate -m chat-model --json --format jsonl < messages.jsonl
   echo 'Paris is the [MASK] of France.' | lm generate -m bert --num-samples 5
 """)
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
@@ -68,12 +70,26 @@ SAMPLING = (
     at_least=0,
     help="Random seed, for the same text again.  [default: random, printed by -v and --json]",
 )
+@click.option(
+    "--chat/--no-chat",
+    default=None,
+    help="Each prompt is a user's message, written in the model's chat template.",
+)
+@click.option(
+    "--system", metavar="TEXT", help="System message of every conversation; implies --chat."
+)
+@options.flag(
+    "-i",
+    "--interactive",
+    help="Converse, or continue prompts, at the terminal.  [default without a PROMPT there]",
+)
 @options.flag("--echo", help="Write the prompt before its continuation.")
 @options.flag("--whole", help="Read all of standard input as one prompt.")
 @options.flag("--raw", help="From standard input: write text as it is, line ends included.")
 @options.flag(
     "-0", "zero", help="From standard input: separate prompts and results by NUL, unescaped."
 )
+@options.row_format
 @options.on_error
 @options.bos
 @options.json_output
@@ -86,13 +102,14 @@ def generate(args: options.Arguments) -> None:
     """Continues prompts; an encoder-decoder rewrites them (T5, Marian), an encoder fills masks.
 
     Each PROMPT argument is one prompt, and its result is written as it is. Without arguments each
-    line of standard input is one, and each gives one line (backslash, newline, CR and tab escaped).
+    line of standard input is one, and each gives one line (backslash, newline, CR and tab escaped);
+    with --format each row is one. At a terminal, without a prompt, it is a conversation.
 
     Only new text is written. Defaults come from the folder's generation_config.json, beam search
     included; a --temperature above 0 samples instead. If nothing is set, a decoder samples, and
     other models decode greedily.
     """
-    _check(args)
+    interactive = _check(args)
     from lmcli import display
     from lmcli.data.output_file import OutputFile
     from lmcli.generation import batch_generation
@@ -106,6 +123,8 @@ def generate(args: options.Arguments) -> None:
     seed = batch_generation.new_seed() if args.seed is None else args.seed
     if args.verbose:
         click.echo(f"lm: seed {seed}", err=True)
+    if interactive:
+        return _talk(model, seed, args)
     from_arguments = args.prompts and "-" not in args.prompts
     raw = args.raw or bool(from_arguments) or args.whole
     style = GenerationFormat(args.as_json, args.echo, raw, "\0" if args.zero else "\n")
@@ -113,7 +132,16 @@ def generate(args: options.Arguments) -> None:
     if model.checkpoint.ignored:
         note(model.checkpoint.ignored)
     encode = partial(model.prompt, bos=args.bos)
-    prompts = Prompts(encode, model.config, args.on_error, note)
+    prompts = Prompts(
+        encode,
+        model.config,
+        args.on_error,
+        note,
+        partial(model.chat, args.system),
+        bool(args.chat),
+        args.format_,
+        args.fields,
+    )
     batches = prompts.batches(args.prompts, args.whole, args.zero)
     with OutputFile() as out:
         if from_arguments and not args.as_json and batch_generation.can_stream(decoder):
@@ -123,14 +151,58 @@ def generate(args: options.Arguments) -> None:
     prompts.report_skipped()
 
 
-def _check(args: options.Arguments) -> None:
-    """Raises UsageError for missing prompts and an empty --stop."""
-    if args.pool.is_leader and not args.prompts and sys.stdin.isatty():
+def _check(args: options.Arguments) -> bool:
+    """True for a loop at the terminal. Raises UsageError for what does not go together."""
+    if "" in args.stop:
+        raise UsageError("must not be empty", where="--stop", hint="leave it out")
+    if args.system is not None and args.chat is None:
+        args.chat = True
+    in_a_loop: dict[str, Any] = {  # what has no place there
+        "PROMPT": args.prompts,
+        "--json": args.as_json,
+        "--num-samples": args.num_samples > 1,
+        "--echo": args.echo,
+        "--raw": args.raw,
+        "-0": args.zero,
+        "--whole": args.whole,
+        "--format": args.format_ != "auto",
+        "--field": args.fields,
+        "--nproc": args.nproc > 1,
+    }
+    given = [name for name, value in in_a_loop.items() if value]
+    unread = ["PROMPT"] if args.prompts and "-" not in args.prompts else []
+    unread += [name for name in ("-0", "--whole") if name in given]
+    excluded: dict[str, list[str]] = {
+        "-i": given if args.interactive else [],
+        "--system": ["--no-chat"] if args.system is not None and args.chat is False else [],
+        **{name: unread for name in ("--format", "--field") if name in given},
+    }
+    for first, others in excluded.items():
+        for second in others:
+            raise UsageError(
+                f"{first} and {second} exclude each other", hint="leave one of them out"
+            )
+    at_terminal = args.pool.is_leader and not args.prompts and sys.stdin.isatty()
+    if at_terminal and given:
         raise click.UsageError(
             "no prompt: give one, or pipe prompts in", click.get_current_context()
         )
-    if "" in args.stop:
-        raise UsageError("must not be empty", where="--stop", hint="leave it out")
+    return args.interactive or at_terminal
+
+
+def _talk(model: "Model", seed: int, args: options.Arguments) -> None:
+    """The loop at a terminal: a conversation if the model has a chat template."""
+    from lmcli import display
+    from lmcli.generation import conversation
+
+    has_template = bool(model.tokenizer.settings.get("chat_template"))
+    chat = model.chat(args.system) if args.chat or (args.chat is None and has_template) else None
+    if not args.quiet:
+        what = "a conversation" if chat else "each line is continued"
+        display.note(f"{model.name}: {what}; /help shows commands, Ctrl-D ends")
+    sampling = {name: getattr(args, name) for name in SAMPLING}
+    session = conversation.Session(model, chat, sampling, args.stop, args.bos, seed, display.note)
+    conversation.talk(session, args.quiet)
 
 
 def _write(
@@ -152,10 +224,10 @@ def _write(
         decoder, _seeded(batches, seed, count), count, args.batch_tokens or 0, args.pool
     ):
         remaining = iter(results)
-        for text, ids in batch:
+        for text, ids, row in batch:
             number += 1
             for result in next(remaining) if ids else empty:
-                out.write(style.format(text, model.checked(result, _place(number, text))))
+                out.write(style.format(text, model.checked(result, _place(number, text)), row))
         out.flush()
 
 
@@ -167,7 +239,7 @@ def _place(number: int, prompt: str) -> str:
 def _seeded(batches: Iterable[Any], seed: int, count: int) -> Iterator[tuple[Any, Any, int]]:
     """(batch, the ids of its prompts that have some, the seed of its first text) of each batch."""
     for batch in batches:
-        yield batch, [ids for _, ids in batch if ids], seed
+        yield batch, [prompt.ids for prompt in batch if prompt.ids], seed
         seed += len(batch) * count
 
 
@@ -181,7 +253,7 @@ def _stream(
 ) -> None:
     """Writes each text while it is generated."""
     prompts = (prompt for batch in batches for prompt in batch for _ in range(args.num_samples))
-    for number, (prompt, ids) in enumerate(prompts):
+    for number, (prompt, ids, _) in enumerate(prompts):
         out.write(prompt if args.echo else "")
         try:
             for chunk in decoder.stream([ids], [seed + number]):

@@ -298,7 +298,7 @@ def _keep_fields(ctx: click.Context, _: click.Parameter, value: str | None) -> N
     ctx.meta[FIELDS_KEY] = names
 
 
-input_format = _all_of(
+row_format = _all_of(
     choice(
         "--format",
         "format_",
@@ -323,6 +323,9 @@ input_format = _all_of(
         callback=_keep_fields,
         help="Several fields, in this order (instead of --field). lm train takes ROLE=NAME too.",
     ),
+)
+input_format = _all_of(
+    row_format,
     click.option("--include", metavar="GLOB", help="In a directory, read only matching files."),
 )
 on_error = choice(

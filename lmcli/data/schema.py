@@ -20,6 +20,11 @@ Row = Mapping[str, Any]
 
 # one text: several fields are concatenated
 TEXT_FIELDS = (("text",), ("prompt", "completion"), ("source",), ("prompt",))
+# what a model continues
+PROMPT_FIELDS = (
+    *(("messages",), ("prompt",), ("source",), ("instruction", "input"), ("instruction",)),
+    *(("question", "context"), ("text",)),
+)
 # a text and its label
 TEXT_LABEL_FIELDS = ("text", "label")
 # a question about a context: `answers` as in SQuAD
@@ -61,13 +66,7 @@ def _chat(row: Row) -> tuple[str, str]:
     >>> _chat({"messages": messages})
     ('user: Hi\\nassistant:', ' Hello')
     """
-    messages: Any = row.get("messages")
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(isinstance(message, dict) for message in messages)
-    ):
-        raise ValueError("field 'messages' is no list of messages with role and content")
+    messages = row_messages(row, "messages")
     turns = [(row_field(message, "role"), row_field(message, "content")) for message in messages]
     last_role, reply = turns.pop()
     return "".join(f"{role}: {text}\n" for role, text in turns) + f"{last_role}:", f" {reply}"
@@ -166,6 +165,29 @@ def row_text(row: Row | str, fields: tuple[str, ...] = ()) -> str:
     if not names:
         raise ValueError(f"no text field among {field_names(row)}: name one with --field")
     return "".join(row_field(row, name) for name in names)
+
+
+def row_prompt(row: Row | str, fields: tuple[str, ...] = ()) -> str | list[dict[str, Any]]:
+    """The text or the messages that a model continues: of these fields or of PROMPT_FIELDS."""
+    if isinstance(row, str):
+        return row
+    names = fields or first_present(row, PROMPT_FIELDS)
+    if len(names) == 1 and (names == ("messages",) or isinstance(row.get(names[0]), list)):
+        return row_messages(row, names[0])
+    if not fields and names[:1] == ("question",):
+        return question_prompt(row_field(row, "question"), row_field(row, "context"))
+    if not fields and names[:1] == ("instruction",):
+        return "\n".join(filter(None, (row_field(row, name) for name in names)))
+    return row_text(row, names)
+
+
+def row_messages(row: Row, name: str) -> list[dict[str, Any]]:
+    """The messages in a field: a list of objects, each with a role."""
+    value = row.get(name)
+    messages = value if isinstance(value, list) else []
+    if not messages or not all(isinstance(m, dict) and m.get("role") for m in messages):
+        raise ValueError(f"field {name!r} is no list of messages with role and content")
+    return messages
 
 
 def row_texts(row: Row, name: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, Union
 from lmcli.data.length_batching import group_by_length, tokens_per_forward
 from lmcli.distributed.work_queue import LOCAL_POOL, RemoteTask, WorkerPool
 from lmcli.errors import UsageError
-from lmcli.generation.decoding import Decoder, Generated
+from lmcli.generation.decoding import Decoder, Generated, TextChunk
 
 if TYPE_CHECKING:
     from lmcli.generation.mask_filling import MaskFiller
@@ -26,6 +26,15 @@ def new_seed() -> int:
 def can_stream(generator: TextGenerator) -> TypeGuard[Decoder]:
     """True if text comes token by token: not from a beam search or a mask filler."""
     return generator.one_row_per_sample
+
+
+def stream_one(generator: TextGenerator, prompt: list[int], seed: int) -> Iterator[TextChunk]:
+    """Yields one text in chunks, the last with the result; what cannot stream gives one chunk."""
+    if can_stream(generator):
+        yield from generator.stream([prompt], [seed])
+        return
+    ((result,),) = generate_all(generator, [prompt], 1, seed)
+    yield TextChunk(0, result.text, result)
 
 
 class PromptRow(NamedTuple):

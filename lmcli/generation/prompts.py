@@ -1,16 +1,26 @@
 """Prompts from arguments and standard input → token ids, in batches as they arrive."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from lmcli.config import ModelConfig
 from lmcli.data.files import limited, open_bytes, text_chunks
 from lmcli.data.rows import CHUNK_BYTES, MAX_LINE_BYTES, Record, RowReader
+from lmcli.data.schema import row_prompt
 from lmcli.errors import UsageError, UserError
+from lmcli.generation.chat import Chat, without_answer
 from lmcli.text.tokenizer import Tokenizer
 
 PROMPTS_PER_BATCH = 256
 
-Prompt = tuple[str, list[int] | None]
+
+class Prompt(NamedTuple):
+    """A prompt's text, its ids (None for one without a result), and the row that it is from."""
+
+    text: str
+    ids: list[int] | None
+    row: dict[str, Any] | None = None
 
 
 def mask_id(tokenizer: Tokenizer) -> int:
@@ -53,9 +63,11 @@ def encode_prompt(
 
 
 class Prompts:
-    """Reads prompts as (text, ids); `encode` is encode_prompt for a model, `note` gets warnings.
+    """Reads prompts; `encode` is encode_prompt for a model, `note` gets warnings.
 
-    Without ids (None): an empty line that cannot be encoded; with `on_error` "blank" a bad one.
+    Standard input has lines or rows of a `format`, of which `fields` are read (see row_prompt). The
+    Chat that `find_chat` returns writes messages, and with `chat_texts` all texts as a user's. No
+    ids have: an empty line that cannot be encoded; with `on_error` "blank" a bad one.
     """
 
     def __init__(
@@ -64,19 +76,29 @@ class Prompts:
         config: ModelConfig,
         on_error: str,
         note: Callable[[str], None],
+        find_chat: Callable[[], Chat],
+        chat_texts: bool = False,
+        format: str = "text",
+        fields: tuple[str, ...] = (),
     ):
         self.encode, self.config, self.on_error, self.note = encode, config, on_error, note
-        self.reader, self.empty = RowReader("text", on_error=on_error), 0
+        self.find_chat, self.chat_texts, self.fields, self.empty = find_chat, chat_texts, fields, 0
+        self.reader = RowReader(format, on_error=on_error, extract=self._extract)
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The model's chat template; raises UserError if it has none."""
+        return self.find_chat()
 
     def batches(self, arguments: Sequence[str], whole: bool, zero: bool) -> Iterator[list[Prompt]]:
         """Yields prompts as they arrive; all arguments are one batch, "-" is standard input.
 
-        It has a prompt a line, is one prompt (`whole`), or is split at NUL (`zero`).
+        It has a prompt a line or row, is one prompt (`whole`), or is split at NUL (`zero`).
         """
         waiting: list[Prompt] = []
         for argument in arguments or ("-",):
             if argument != "-":
-                waiting.append((argument, self.encode(argument)))
+                waiting.append(self._prompt(argument))
                 continue
             for records in self._standard_input(whole, zero):
                 waiting += [prompt for record in records for prompt in self._prompts(record, whole)]
@@ -101,14 +123,21 @@ class Prompts:
         texts = [text] if whole else text.removesuffix("\0").split("\0") if text else []
         yield [Record(text, "-", number) for number, text in enumerate(texts, 1)]
 
+    def _extract(self, row: dict | str) -> tuple[str, tuple[str, ...]]:
+        text = row_prompt(row, self.fields)
+        if isinstance(text, str):
+            return text, ()
+        _ = self.chat  # that there is none is no fault of the row
+        return "", ()
+
     def _prompts(self, record: Record, whole: bool) -> list[Prompt]:
         """The prompt of a record in a list, which is empty if the record is skipped."""
         if record.bad:
-            return [(record.text, None)]
+            return [Prompt(record.text, None)]
         try:
-            return [(record.text, self.encode(record.text))]
+            return [self._prompt(record.text, record.fields)]
         except UserError as error:
-            if not record.text:
+            if not record.text and record.fields is None:
                 self.empty += 1
             elif self.on_error == "stop":
                 where = "standard input" if whole else f"standard input, line {record.line}"
@@ -116,12 +145,21 @@ class Prompts:
             elif self.on_error == "skip":
                 self.reader.skipped += 1
                 return []
-            return [(record.text, None)]
+            return [Prompt(record.text, None, record.fields)]
+
+    def _prompt(self, text: str, row: dict[str, Any] | None = None) -> Prompt:
+        """The prompt of a text, or of the row that it is from. Raises UserError."""
+        messages = None if row is None else row_prompt(row, self.fields)
+        if isinstance(messages, list):
+            return Prompt(*self.chat.encode(without_answer(messages)), row)
+        if self.chat_texts:
+            return Prompt(*self.chat.encode_user(text), row)
+        return Prompt(text, self.encode(text), row)
 
     def _checked(self, batch: list[Prompt]) -> list[Prompt]:
         """The batch, after a warning about prompts that are cut."""
         config, context = self.config, self.config.max_position_embeddings
-        long = sum(len(ids or ()) > context for _, ids in batch)
+        long = sum(len(prompt.ids or ()) > context for prompt in batch)
         if long and not (config.shape == "encoder-decoder" and config.positions == "relative"):
             which = "1 prompt is" if long == 1 else f"{long} prompts are"
             read = f"only the {'end' if config.shape == 'decoder' else 'beginning'} is read"

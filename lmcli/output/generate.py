@@ -1,6 +1,8 @@
 """`lm generate` output: texts as they are, on one line each, or as JSON Lines."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lmcli.data.output_file import escaped, json_line
 from lmcli.generation.decoding import Generated
@@ -17,9 +19,10 @@ class GenerationFormat:
     raw: bool = False
     end: str = "\n"
 
-    def format(self, prompt: str, result: Generated) -> str:
-        """The output for one text, after its prompt with `echo`."""
+    def format(self, prompt: str, result: Generated, row: Mapping[str, Any] | None = None) -> str:
+        """The output for one text, after its prompt with `echo`; in JSON the rest of its row."""
         if self.as_json:
-            return json_line({"prompt": prompt} | {n: getattr(result, n) for n in JSON_FIELDS})
+            fields = {name: getattr(result, name) for name in JSON_FIELDS}
+            return json_line({**(row or {}), "prompt": prompt, **fields})
         text = (prompt if self.echo else "") + result.text
         return (text if self.raw or self.end == "\0" else escaped(text)) + self.end

@@ -1,0 +1,309 @@
+"""`lm generate` at a terminal: a conversation, or prompts that are continued one by one.
+
+Ctrl-C stops a text; a second one at the empty prompt ends the loop, and so does Ctrl-D. Lines that
+begin with / are commands; HELP has them.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lmcli import storage
+from lmcli.data.output_file import json_line
+from lmcli.errors import UserError
+from lmcli.generation.batch_generation import stream_one
+from lmcli.generation.chat import Chat
+from lmcli.text.characters import for_stream, without_surrogates
+from lmcli.text.chat_template import ASSISTANT, Message
+
+HELP = r'''/reset             forget what was said
+/save FILE         add it to FILE as JSON Lines, which lm train reads
+/set NAME VALUE    change an option: /set temperature 0.5; /set alone shows them
+/help              show this; // at the start of a line stands for /
+A line that ends in \ continues in the next one. """ begins and ends several lines.
+Ctrl-C stops a text, and ends when pressed again; so does Ctrl-D.'''
+HISTORY_LINES = 1000
+HISTORY_FILE = "generate_history"
+TEXT_COLOR, DIM, PLAIN = "\x1b[36m", "\x1b[2m", "\x1b[0m"
+
+
+class StopText(KeyboardInterrupt):
+    """Ctrl-C, unlike SIGTERM and SIGHUP: it stops a text, not the program."""
+
+
+@dataclass
+class Session:
+    """What was said, and how the next text is generated.
+
+    `options` are those of `model.decoder`. With a `chat` all texts are one conversation; without,
+    each prompt is continued by itself.
+    """
+
+    model: Any
+    chat: Chat | None
+    options: dict[str, Any]
+    stop: tuple[str, ...]
+    bos: bool | None
+    seed: int
+    note: Callable[[str], None]
+    messages: list[Message] = field(default_factory=list)
+    first: int = 0  # the oldest message that still fits into the context
+
+    def decoder(self, **options: Any) -> Any:
+        """What generates the next text; raises UserError for options that it does not take."""
+        return self.model.decoder(self.stop, self.bos, **{**self.options, **options})
+
+    def answer(self, text: str) -> Generator[str, None, None]:
+        """Yields the pieces of the text that follows; it is kept, also if it is stopped."""
+        decoder = self.decoder()
+        if self.chat:
+            ids, limit = self._fitted(decoder.config.max_new_tokens, text)
+            decoder = self.decoder(max_new_tokens=limit)
+        else:
+            ids = self.model.prompt(text, self.bos)
+        pieces: list[str] = []
+        try:
+            for chunk in stream_one(decoder, ids, self.seed):
+                if chunk.result:
+                    self.model.checked(chunk.result, "the text")
+                pieces.append(chunk.text)
+                yield chunk.text
+        except UserError:
+            pieces.clear()
+            raise
+        finally:  # the caller may have stopped
+            self.seed += 1
+            if pieces:
+                said = (("user", text), (ASSISTANT, "".join(pieces)))
+                self.messages += [{"role": role, "content": content} for role, content in said]
+
+    def _fitted(self, limit: int, text: str) -> tuple[list[int], int]:
+        """The ids of the conversation with a new message, and the most tokens of its answer.
+
+        The oldest turns are left out until the answer has room. Raises UserError if the message
+        itself is too long.
+        """
+        assert self.chat is not None
+        context = self.model.context
+        room, noted = min(limit, context // 4), self.first
+        while True:
+            messages = [*self.messages[self.first :], {"role": "user", "content": text}]
+            ids = self.chat.encode(messages).ids
+            if len(ids) + room <= context or len(messages) == 1:
+                break
+            self.first += 2
+        if self.first and not noted:
+            self.note(f"more than the context of {context:,} tokens: the oldest turns are left out")
+        if len(ids) >= context:
+            over = len(ids) - context + 1
+            raise UserError(f"the message is {over:,} tokens longer than the context allows")
+        return ids, min(limit, context - len(ids))
+
+    def reset(self) -> None:
+        """Forgets what was said."""
+        self.messages, self.first = [], 0
+
+    def save(self, name: str) -> str:
+        """Adds what was said to a file, and returns what was done. Raises UserError."""
+        if not self.messages:
+            raise UserError("nothing was said yet")
+        if not name:
+            raise UserError("/save needs the name of a file")
+        messages, rows = self.messages, []
+        if self.chat:
+            start = [] if self.chat.system is None else [_system(self.chat.system)]
+            rows.append({"messages": [*start, *messages]})
+        else:
+            texts = [message["content"] for message in messages]
+            pairs = zip(texts[::2], texts[1::2])
+            rows += [{"prompt": prompt, "completion": text} for prompt, text in pairs]
+        path = Path(name).expanduser()
+        with storage.user_errors(path, "write"), open(path, "a", encoding="utf-8") as file:
+            file.writelines(map(json_line, rows))
+        return f"{len(rows)} {'line' if len(rows) == 1 else 'lines'} added to {path}"
+
+    def set(self, name: str, value: str) -> str:
+        """Changes an option, and returns what the options are. Raises UserError."""
+        name = name.replace("-", "_")
+        if name == "system":
+            if self.chat is None:
+                raise UserError("there is no conversation that a system message could begin")
+            self.chat.system = value or None
+        elif name == "seed":
+            if not value.isdecimal():
+                raise UserError(f"seed: {value!r} is no whole number")
+            self.seed = int(value)
+        elif name:
+            if name not in self.options:
+                known = ", ".join([*self.options, "seed", "system"])
+                raise UserError(f"{name} is no option", hint=f"known: {known}")
+            self.decoder(**{name: value or None})
+            self.options[name] = value or None
+        config = self.decoder().config
+        values = {name: getattr(config, name) for name in self.options} | {"seed": self.seed}
+        values["system"] = self.chat.system if self.chat else None
+        return ", ".join(f"{n} {value}" for n, value in values.items() if n == name or not name)
+
+    def run(self, line: str) -> str:
+        """Runs a command, and returns what it tells the user. Raises UserError."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == "/save":
+            return self.save(rest)
+        if name == "/set":
+            option, _, value = rest.replace("=", " ", 1).partition(" ")
+            return self.set(option, value.strip())
+        if name == "/reset" and not rest:
+            self.reset()
+            return "forgotten"
+        if name == "/help" and not rest:
+            return HELP
+        raise UserError(f"{name} is no command", hint="/help shows them")
+
+
+def _system(text: str) -> Message:
+    return {"role": "system", "content": text}
+
+
+class Terminal:
+    """Lines from a user, with editing and history at a terminal; texts and figures to them."""
+
+    def __init__(self, quiet: bool):
+        self.quiet, self.edits = quiet, sys.stdin.isatty() and sys.stdout.isatty()
+        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+        self.text_color = TEXT_COLOR if sys.stdout.isatty() and not plain else ""
+        self.dim = DIM if sys.stderr.isatty() and not plain else ""
+
+    def message(self) -> str:
+        """The user's next message or command, which may have several lines. Raises EOFError."""
+        line = self._line(">>> ")
+        if line.startswith('"""'):
+            lines, rest = [], line[3:]
+            while '"""' not in rest:
+                lines.append(rest)
+                rest = self._line("... ")
+            return "\n".join([*lines, rest[: rest.index('"""')]])
+        while line.endswith("\\"):
+            line = f"{line[:-1]}\n{self._line('... ')}"
+        return line
+
+    def _line(self, prompt: str) -> str:
+        if not self.edits and sys.stdin.isatty():  # standard output has only texts
+            print(prompt, end="", file=sys.stderr, flush=True)
+        try:
+            return without_surrogates(input(prompt if self.edits else ""))
+        except ValueError as error:
+            raise UserError("invalid UTF-8 in this line") from error
+
+    def text(self, piece: str) -> None:
+        """Writes a piece of a generated text."""
+        if piece:
+            shown = for_stream(piece, sys.stdout)
+            sys.stdout.write(f"{self.text_color}{shown}{PLAIN}" if self.text_color else shown)
+            sys.stdout.flush()
+
+    def end_text(self, ended: bool) -> None:
+        """Ends the line of a text; `ended` if it has done so itself."""
+        sys.stdout.write("" if ended else "\n")
+        sys.stdout.flush()
+
+    def figures(self, tokens: int, first: float, seconds: float) -> None:
+        """Writes how fast a text came, the first token after `first` seconds, to a person."""
+        if sys.stderr.isatty() and not self.quiet:
+            rate = f"{(tokens - 1) / (seconds - first):,.1f} tokens/s, " if tokens > 1 else ""
+            count = f"{tokens:,} token{'s' if tokens != 1 else ''}"
+            line = f"{count}, {rate}the first after {first:.2f} s"
+            print(f"{self.dim}{line}{PLAIN if self.dim else ''}", file=sys.stderr)
+
+    def note(self, text: str) -> None:
+        """Writes what a command tells the user, or what is wrong."""
+        print(for_stream(text, sys.stderr), file=sys.stderr)
+
+
+def talk(session: Session, quiet: bool) -> None:
+    """Reads messages and writes answers until the user ends it."""
+    terminal = Terminal(quiet)
+    interrupted = False  # by the last key
+    with _stopping(), _history(terminal.edits):
+        while True:
+            try:
+                line = terminal.message()
+                interrupted = False
+                if line.startswith("/") and not line.startswith("//"):
+                    terminal.note(session.run(line))
+                elif line.strip():
+                    line = line[1:] if line.startswith("/") else line
+                    interrupted = _answer(session, terminal, line)
+            except EOFError:
+                if terminal.edits:
+                    print()
+                return
+            except StopText:
+                terminal.note("" if interrupted else "\nCtrl-C again, or Ctrl-D, ends")
+                if interrupted:
+                    return
+                interrupted = True
+            except UserError as error:
+                terminal.note(f"error: {error}")
+
+
+def _answer(session: Session, terminal: Terminal, text: str) -> bool:
+    """Writes the answer to a message while it is generated; true if Ctrl-C stopped it."""
+    start, first, tokens, last, stopped = time.perf_counter(), 0.0, 0, "", False
+    try:
+        with closing(session.answer(text)) as pieces:
+            for piece in pieces:
+                tokens += 1
+                first = first or time.perf_counter() - start
+                terminal.text(piece)
+                last = piece[-1:] or last
+    except StopText:
+        stopped = True
+    finally:
+        if tokens or stopped:
+            terminal.end_text(last == "\n")
+    if tokens:
+        terminal.figures(tokens, first, time.perf_counter() - start)
+    return stopped
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """Ctrl-C raises StopText in the block."""
+
+    def stop(number: int, frame: object) -> None:
+        raise StopText
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _history(edits: bool) -> Iterator[None]:
+    """Editing of lines, with those of earlier sessions, which a private file in the cache keeps."""
+    try:
+        import readline
+    except ImportError:  # Windows
+        readline = None  # type: ignore[assignment]
+    if readline is None or not edits:
+        yield
+        return
+    readline.parse_and_bind("tab: tab-insert")
+    readline.set_history_length(HISTORY_LINES)
+    file = storage.cache_folder() / HISTORY_FILE
+    with suppress(OSError):
+        readline.read_history_file(file)
+    try:
+        yield
+    finally:
+        with suppress(OSError, UserError), storage.atomic_path(file, private=True) as unfinished:
+            readline.write_history_file(unfinished)
