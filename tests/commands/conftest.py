@@ -4,11 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
 from lmcli.commands import run
+from lmcli.kernels import build
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the forked processes import it, too
+from forked import LmPopen
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -33,7 +38,23 @@ SMALL = (
 def environment(tmp_path_factory) -> dict:
     """The environment of every `lm`: its own cache, one thread, no default model."""
     variables = {key: value for key, value in os.environ.items() if key != "LM_MODEL"}
-    return {**variables, "LM_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
+    cache = tmp_path_factory.mktemp("cache")
+    if build.library():  # to compile it takes ten seconds
+        (cache / "kernels").mkdir(0o700)
+        shutil.copy2(build._library_file(), cache / "kernels")
+    return {**variables, "LM_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked():
+    """Processes of `lm` are forked from one that has imported torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if sys.platform == "linux":
+            patch.setenv("OMP_NUM_THREADS", "1")  # read when torch is imported
+            forkserver.ensure_running()
+            patch.undo()
+        patch.setattr(subprocess, "Popen", LmPopen)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +84,34 @@ def inside(environment, monkeypatch, capfdbinary, tmp_path):
             code = run([*map(str, arguments)])
         sys.stdout.flush()
         return subprocess.CompletedProcess(arguments, code, *capfdbinary.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def piped(environment):
+    """piped(count, *arguments, line=""): `yes LINE | lm ARGUMENTS | head -COUNT`.
+
+    Returns the finished process; its output is the lines that were read.
+    """
+
+    def call(count, *arguments, line: str = "") -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "lmcli", *map(str, arguments)]
+        with subprocess.Popen(["yes", line], stdout=subprocess.PIPE) as source:
+            process = subprocess.Popen(
+                command,
+                stdin=source.stdout,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+            )
+            read = b"".join(process.stdout.readline() for _ in range(count))
+            process.stdout.close()
+            errors = process.stderr.read()
+            process.wait(60)
+            process.stderr.close()
+            source.kill()
+        return subprocess.CompletedProcess(command, process.returncode, read, errors)
 
     return call
 

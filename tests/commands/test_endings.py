@@ -11,23 +11,7 @@ import sys
 import time
 
 import pytest
-
-SMALL = (
-    "--preset",
-    "tiny",
-    "--set",
-    "model.hidden_size=32",
-    "--set",
-    "model.num_hidden_layers=1",
-    "--set",
-    "tokenizer.vocab_size=300",
-    "--set",
-    "train.context=32",
-    "--set",
-    "train.batch_tokens=128",
-    "--set",
-    "train.sample_every=1000000",
-)
+from small_runs import SMALL
 
 
 def message(done, code: int) -> str:
@@ -183,10 +167,8 @@ def test_a_full_disk_is_an_error(lm, story, trained, tmp_path, environment):
 
 
 @pytest.mark.parametrize("command", ["tokenize", "score"])
-def test_a_closed_pipe_ends_quietly(trained, story, environment, command):
-    lm = f"{sys.executable} -m lmcli {command} -m {trained[0]}"
-    shell = f"set -o pipefail; yes 'a b c' | head -20000 | {lm} | head -1"
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, env=environment, timeout=100)
+def test_a_closed_pipe_ends_quietly(trained, piped, command):
+    done = piped(1, command, "-m", trained[0], line="a b c")
     assert done.returncode == 141 and done.stderr == b"" and done.stdout.count(b"\n") == 1
 
 
@@ -369,7 +351,7 @@ def test_fine_tuning_from_another_folder(inside, trained, story, tmp_path):
 
 def test_a_run_by_time_ends_on_time_with_its_schedule_complete(lm, story, tmp_path):
     began = time.monotonic()
-    assert lm("train", story, "-o", tmp_path / "run", *SMALL, "--time", "12s").returncode == 0
+    assert lm("train", story, "-o", tmp_path / "run", *SMALL, "--time", "6s").returncode == 0
     took = time.monotonic() - began
     rates = [
         m["learning_rate"]
@@ -377,4 +359,4 @@ def test_a_run_by_time_ends_on_time_with_its_schedule_complete(lm, story, tmp_pa
         if "loss" in (m := json.loads(line))
     ]
     assert rates[-1] < 0.1 * max(rates)
-    assert took < 25  # 12 s on a quiet machine; the bound only catches a clock that is not obeyed
+    assert took < 25  # 6 s on a quiet machine; the bound only catches a clock that is not obeyed

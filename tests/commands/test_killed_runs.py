@@ -2,15 +2,12 @@
 
 import importlib.util
 import json
-import multiprocessing
 import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-from lmcli.commands import run
 
 pytestmark = pytest.mark.slow
 
@@ -27,28 +24,6 @@ def killed_runs(monkeypatch):
     return module
 
 
-class Forked:
-    """A subprocess.Popen for `lm` in a forked process, which need not import torch again."""
-
-    def __init__(self, *arguments):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["lmcli.runs.start", "lmcli.display", "lmcli.commands.train"]
-        )
-        self.process = context.Process(target=run, args=([*map(str, arguments)],))
-        self.process.start()
-        self.kill, self.wait = self.process.kill, self.process.join
-
-    @property
-    def returncode(self):
-        """None while it runs; −9 after it was killed."""
-        return self.process.exitcode
-
-    def poll(self):
-        """The same."""
-        return self.returncode
-
-
 @pytest.fixture
 def one_thread():
     """One thread, as in the runs' options: results are bit-equal for the same number only."""
@@ -63,7 +38,7 @@ def test_a_run_killed_three_times_equals_an_uninterrupted_one(
 ):
     arguments = killed_runs.arguments_for(tmp_path)
     assert inside("train", *arguments, "-o", tmp_path / "whole").returncode == 0
-    killed = killed_runs.Run(tmp_path / "killed", arguments, Forked)
+    killed = killed_runs.Run(tmp_path / "killed", arguments, killed_runs.launch)
     moments = ("saving", "evaluating", "second epoch")
     kills = [killed.kill_at(moment, random.Random(0)) for moment in moments]
     assert None not in kills and ".lock" in kills[0].leftovers

@@ -8,28 +8,12 @@ import sys
 import time
 
 import pytest
+from small_runs import SMALL
 
 from lmcli.runs.resume import ResumeRequest, resume
 from lmcli.runs.run_record import RunRecord
 from lmcli.storage import sha256_of
 from lmcli.training import resume_state
-
-SMALL = (
-    "--preset",
-    "tiny",
-    "--set",
-    "model.hidden_size=32",
-    "--set",
-    "model.num_hidden_layers=1",
-    "--set",
-    "tokenizer.vocab_size=300",
-    "--set",
-    "train.context=32",
-    "--set",
-    "train.batch_tokens=128",
-    "--set",
-    "train.sample_every=1000000",
-)
 
 
 @pytest.fixture(scope="module")

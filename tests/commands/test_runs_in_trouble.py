@@ -8,25 +8,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import SMALL
 
 pytestmark = pytest.mark.slow
 
-SMALL = (
-    "--preset",
-    "tiny",
-    "--set",
-    "model.hidden_size=32",
-    "--set",
-    "model.num_hidden_layers=1",
-    "--set",
-    "tokenizer.vocab_size=300",
-    "--set",
-    "train.context=32",
-    "--set",
-    "train.batch_tokens=128",
-    "--set",
-    "train.sample_every=1000000",
-)
 # many heads: attention weights take memory, and hardly any time
 ROOMY = (
     "--preset",

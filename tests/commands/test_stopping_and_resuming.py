@@ -8,27 +8,12 @@ import sys
 import time
 
 import pytest
+from small_runs import SMALL
 
 from lmcli.display import TrainingView
 
 pytestmark = pytest.mark.slow
 
-SMALL = (
-    "--preset",
-    "tiny",
-    "--set",
-    "model.hidden_size=32",
-    "--set",
-    "model.num_hidden_layers=1",
-    "--set",
-    "tokenizer.vocab_size=300",
-    "--set",
-    "train.context=32",
-    "--set",
-    "train.batch_tokens=128",
-    "--set",
-    "train.sample_every=1000000",
-)
 STEPS = 20
 
 

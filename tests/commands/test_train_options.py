@@ -7,23 +7,8 @@ import sys
 
 import pytest
 import yaml
+from small_runs import SMALL
 
-SMALL = (
-    "--preset",
-    "tiny",
-    "--set",
-    "model.hidden_size=32",
-    "--set",
-    "model.num_hidden_layers=1",
-    "--set",
-    "tokenizer.vocab_size=300",
-    "--set",
-    "train.context=32",
-    "--set",
-    "train.batch_tokens=128",
-    "--set",
-    "train.sample_every=1000000",
-)
 LINES = [f"The baker of village {i} sold {i % 7} loaves and went home.\n" for i in range(200)]
 
 
