@@ -1,6 +1,7 @@
 """Fixtures for several folders: real data, small models with random weights."""
 
 import functools
+import gc
 import os
 import signal
 from pathlib import Path
@@ -21,6 +22,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.fsync = lambda handle: None  # it takes a third of a short run, and no test cuts the power
+
+
+def pytest_collection_finish():
+    """Spares each collection of garbage the search through all that was imported."""
+    gc.freeze()
+
 
 # a busy machine is no failure
 hypothesis.settings.register_profile("no deadline", deadline=None, max_examples=50)
