@@ -25,7 +25,7 @@ from lmcli.training import resume_state
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = int(os.environ.get("LM_FUZZ_EXAMPLES", "400"))
+EXAMPLES = int(os.environ.get("LM_FUZZ_EXAMPLES", "150"))
 # limits for one folder: seconds, and bytes beyond what the process has
 SECONDS, MEMORY = 20, 2 << 30
 NUMBERS = st.sampled_from(
