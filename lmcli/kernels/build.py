@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("kernels.c")
 SOURCES = (SOURCE, Path(__file__).with_name("decode_step.c"))
+HEADERS = (Path(__file__).with_name("decode_products.h"),)
 # Apple's compiler has no OpenMP: kernels.c then takes dispatch_apply, which macOS brings
 OPENMP = sys.platform != "darwin"
 ARM_MAC = not OPENMP and platform.machine() == "arm64"
@@ -117,7 +118,7 @@ def _library_file() -> Path:
         version = subprocess.run(
             [*compiler, "--version"], capture_output=True, check=True, text=True
         ).stdout
-    code = b"".join(source.read_bytes() for source in SOURCES)
+    code = b"".join(source.read_bytes() for source in SOURCES + HEADERS)
     facts = code + repr((version, compiler, FLAGS)).encode() + _processor()
     return cache_folder("kernels", action="write") / f"{hashlib.sha256(facts).hexdigest()[:32]}.so"
 

@@ -6,6 +6,7 @@ here loads torch.
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,10 @@ from lmcli.model.positions import rotary_frequencies
 
 BFLOAT16 = np.dtype("V2")  # two bytes: numpy has no such numbers
 BFLOAT16_BITS = np.dtype(np.uint16)
-DTYPE_NUMBERS = {np.dtype(np.float32): 0, BFLOAT16_BITS: 1}
+ARRAY_TYPES = {np.dtype(np.float32): "float32", BFLOAT16_BITS: "bfloat16"}
+WEIGHT_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+BLOCK_OUTPUTS = 16  # outputs whose weights decode_products.h interleaves
+WEIGHT_GROUP = 32  # integer weights that share a scale
 ACTIVATION_NUMBERS = {
     "silu": 0,
     "gelu": 1,
@@ -42,7 +46,7 @@ def _fields(kind: type, names: str) -> Iterator[tuple[str, type]]:
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [*_fields(_pointer, "weight bias"), *_fields(_long, "outputs inputs")]
+    _fields_ = [*_fields(_pointer, "weight scales bias"), *_fields(_long, "type outputs inputs")]
 
 
 class _Norm(ctypes.Structure):
@@ -60,7 +64,7 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *_fields(_long, "dtype layers hidden heads key_heads head_dim vocabulary rotary"),
+        *_fields(_long, "layers hidden heads key_heads head_dim vocabulary rotary"),
         *_fields(_long, "capacity cross_capacity rms post_norm parallel activation"),
         *_fields(_float, "eps attention_scale logit_scale"),
         *_fields(_pointer, "layer"),
@@ -71,7 +75,7 @@ class _Model(ctypes.Structure):
 
 
 class _Rows(ctypes.Structure):
-    _fields_ = [*_fields(_pointer, "data packed"), *_fields(_long, "stride")]
+    _fields_ = [*_fields(_pointer, "data packed scales offsets"), *_fields(_long, "stride")]
 
 
 class _Call(ctypes.Structure):
@@ -139,10 +143,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 class DecoderWeights:
     """The weights of a decoder as structures of decode_step.c, from parameters by their names.
 
-    Matrices are used where they are; those that are not contiguous are copied once. Norms and
-    biases are float32. `finish_embedding` makes the first block's input of embeddings (N, C) at
-    positions (N,), `relative_bias` a table (H, n) of what is added to scores by distance: an
-    encoder–decoder brings them.
+    Matrices are copied, interleaved, as `weight_type` ("float32", "bfloat16", "int8", "int4"; None:
+    the type of the embedding); norms and biases are float32. `finish_embedding` makes the first
+    block's input of embeddings (N, C) at positions (N,), `relative_bias` a table (H, n) of what is
+    added to scores by distance: an encoder–decoder brings them.
     """
 
     def __init__(
@@ -151,11 +155,13 @@ class DecoderWeights:
         parameters: Mapping[str, Weight],
         finish_embedding: Callable[[Array, Integers], Array] | None = None,
         relative_bias: Callable[[int], Array] | None = None,
+        weight_type: str | None = None,
     ):
         self.config, self._parameters = config, parameters
         self.finish_embedding, self.relative_bias = finish_embedding, relative_bias
         self._arrays: list[NDArray[Any]] = []  # what the pointers point to
         self.embedding = parameters["embedding.weight"]
+        self.weight_type = weight_type or ARRAY_TYPES[self.embedding.dtype]
         positions = parameters.get("decoder.positions.weight")
         self.positions = None if positions is None else float_array(positions)
         self.rotary = _rotary(config)
@@ -167,7 +173,6 @@ class DecoderWeights:
                 self.layers[i].window = config.sliding_window
                 self.layers[i].local = bool(config.local_rope_theta)
         self.model = _Model(
-            dtype=DTYPE_NUMBERS[self.embedding.dtype],
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -210,7 +215,11 @@ class DecoderWeights:
         weight = self._parameters.get(f"{name}.weight", default)
         if weight is None:
             return _Matrix()
-        return _Matrix(self._pointer(weight), self._floats(f"{name}.bias"), *weight.shape)
+        kind = type_of(weight.shape[1], self.weight_type)
+        numbers, scales = interleave(weight, kind)
+        bias = self._floats(f"{name}.bias")
+        pointers = self._pointer(numbers), self._pointer(scales), bias
+        return _Matrix(*pointers, WEIGHT_TYPES[kind], *weight.shape)
 
     def _norm(self, name: str) -> _Norm:
         return _Norm(self._floats(f"{name}.weight"), self._floats(f"{name}.bias"))
@@ -220,9 +229,42 @@ class DecoderWeights:
         parameter = self._parameters.get(name)
         return None if parameter is None else self._pointer(float_array(parameter))
 
-    def _pointer(self, weight: Weight) -> int:
-        self._arrays.append(np.ascontiguousarray(weight))
+    def _pointer(self, numbers: NDArray[Any]) -> int:
+        self._arrays.append(np.ascontiguousarray(numbers))
         return self._arrays[-1].ctypes.data
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """An array of zeros at a multiple of 64 bytes, so that a vector lies in one cache line."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.zeros(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def type_of(inputs: int, weight_type: str) -> str:
+    """The type of a matrix with so many inputs: integers need whole groups, else bfloat16."""
+    return "bfloat16" if weight_type.startswith("int") and inputs % WEIGHT_GROUP else weight_type
+
+
+def interleave(weight: Weight, kind: str) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    """A matrix (O, I) as decode_products.h reads it: its bytes, and the scales of integers.
+
+    Integers are rounded to the nearest, in groups of WEIGHT_GROUP inputs with a scale in bfloat16.
+    """
+    rows: NDArray[Any] = np.ascontiguousarray(weight)
+    outputs, inputs = rows.shape
+    blocks, padded = -(-outputs // BLOCK_OUTPUTS), -(-inputs // WEIGHT_GROUP) * WEIGHT_GROUP
+    bits = {"float32": 32 * inputs, "bfloat16": 16 * padded, "int8": 8 * padded, "int4": 4 * padded}
+    groups = inputs // WEIGHT_GROUP if kind.startswith("int") else 0
+    numbers = zeros((blocks * BLOCK_OUTPUTS * bits[kind] // 8,), np.uint8)
+    scales = zeros((blocks * groups * BLOCK_OUTPUTS,), np.uint16)
+    pointers = numbers.ctypes.data, scales.ctypes.data, None
+    matrix = _Matrix(*pointers, WEIGHT_TYPES[kind], outputs, inputs)
+    source = rows.ctypes.data, WEIGHT_TYPES[ARRAY_TYPES[rows.dtype]]
+    function = _function("interleave", _pointer, _pointer, _long, _long)
+    function(ctypes.byref(matrix), *source, thread_count())
+    return numbers, scales
 
 
 def _rotary(config: ModelConfig) -> dict[str, tuple[Array, np.float32]]:

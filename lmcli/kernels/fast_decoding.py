@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmcli.kernels.decode_step import (
-    BFLOAT16_BITS,
+    WEIGHT_GROUP,
     Array,
     DecoderWeights,
     Integers,
@@ -20,9 +20,11 @@ from lmcli.kernels.decode_step import (
     _Rows,
     float_array,
     forward,
+    zeros,
 )
 from lmcli.kernels.processor import thread_count
 
+LANES = 16  # scores of a head are padded to a multiple of this
 ALIGN = 64  # rows of activations are padded with zeros to a multiple of this, as in decode_step.c
 TOKENS_AT_ONCE = 96  # most tokens of a call: prompts are read in blocks of this size
 # tokens that a new cache has room for beyond the longest sequence; a full cache is doubled
@@ -190,6 +192,7 @@ class FastDecodingState:
         """Arrays for intermediate results of `count` tokens; the padding of their rows is 0."""
         config, keys = self.config, self._keys.shape[3]
         longest = max(keys, self._sources.longest if self._sources else 0)
+        longest = -(-longest // LANES) * LANES
         threads = thread_count()
         scratch = self._scratch
         if not scratch or len(scratch["key"]) != count or scratch["scores"].shape[1] != longest:
@@ -204,9 +207,13 @@ class FastDecodingState:
             for name, size in {**sizes, "inner": config.intermediate_size}.items():
                 stride = -(-size // ALIGN) * ALIGN
                 rows = 2 * count if name == "inner" else count  # the rows of the gate follow
-                scratch[name] = np.zeros((rows, stride), np.float32)
-                if self.weights.embedding.dtype == BFLOAT16_BITS:
-                    scratch[f"{name}_packed"] = np.zeros((count, stride), np.uint16)
+                scratch[name] = zeros((rows, stride), np.float32)
+                if self.weights.weight_type == "float32":
+                    continue
+                # int8 leaves half of it unused; a product with AMX reads 32 rows
+                scratch[f"{name}_packed"] = zeros((-(-count // 32) * 32, stride), np.uint16)
+                for part in ("scales", "offsets"):
+                    scratch[f"{name}_{part}"] = zeros((count, stride // WEIGHT_GROUP), np.float32)
         return scratch
 
     def _allocate(self, slots: int, capacity: int) -> None:
@@ -214,7 +221,7 @@ class FastDecodingState:
         config = self.config
         heads, layers = config.num_key_value_heads, config.num_hidden_layers
         shape = (layers, slots, heads, capacity, config.head_dim)
-        self._keys, self._values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self._keys, self._values = zeros(shape, np.float32), zeros(shape, np.float32)
         for layer, keys, values in zip(self._layers, self._keys, self._values):
             layer.keys, layer.values = keys.ctypes.data, values.ctypes.data
         self._model.capacity = capacity
@@ -238,4 +245,6 @@ class FastDecodingState:
 def _rows(scratch: dict[str, NDArray[Any]], name: str) -> _Rows:
     data = scratch[name]
     packed = scratch.get(f"{name}_packed", data)
-    return _Rows(data.ctypes.data, packed.ctypes.data, data.shape[1])
+    parts = [scratch.get(f"{name}_{part}") for part in ("scales", "offsets")]
+    pointers = [None if part is None else part.ctypes.data for part in parts]
+    return _Rows(data.ctypes.data, packed.ctypes.data, *pointers, data.shape[1])
