@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lmcli.data.schema import ScoringFields
     from lmcli.evaluation.signature import LineTotals
     from lmcli.output.score import RecordRows
+    from lmcli.scoring.messages import MessageFields
 
 # options that choose the form of the rows; any two of them exclude each other
 FORMS = {
@@ -35,6 +37,7 @@ FORMS = {
   lm score -m runs/s --prefix-field question --choices-field options quiz.jsonl
   lm score -m bert --pll within-word --pairs blimp.jsonl
   lm score -m marian-en-de pairs.tsv
+  lm score -m chat-model messages.jsonl
   tail -f chat.log | lm score -m runs/s --no-header
 """)
 @options.files
@@ -98,8 +101,9 @@ FORMS = {
 def score(args: options.Arguments) -> None:
     """Scores records (lines): natural-log probability, scored tokens, bytes, bits per byte.
 
-    A decoder gives the log-probability of a text; an encoder–decoder that of the target of a row or
-    of a line source<TAB>target; an encoder the pseudo-log-likelihood (field method of --json).
+    A decoder gives the log-probability of a text, and of a row with messages that of the
+    assistant's last one after all before it; an encoder–decoder that of the target of a row or of a
+    line source<TAB>target; an encoder the pseudo-log-likelihood (field method of --json).
     Columns are tab-separated, one line per record in input order; with --per word or token one line
     for each of those. With a BOS token a record's first token is scored too; without one it is
     only context. What each number means: lm help numbers.
@@ -114,6 +118,7 @@ def score(args: options.Arguments) -> None:
     from lmcli.evaluation.signature import LineTotals
     from lmcli.model.device import dtype_name
     from lmcli.output import score as output
+    from lmcli.scoring.messages import MessageFields
 
     model = options.load_model(args.model, args)
     scorer = model.scorer(
@@ -129,12 +134,13 @@ def score(args: options.Arguments) -> None:
     task = output.remote_task(scorer, rows, args.alternatives or 0)
     if not args.pool.is_leader:
         return args.pool.serve(task)
-    reader = RowReader(args.format_, args.fields, args.on_error, _fields(args, scorer.method))
+    fields = _fields(args, model, scorer.method)
+    reader = RowReader(args.format_, args.fields, args.on_error, fields)
     if args.color and sys.stdout.isatty() and not args.quiet:
         click.echo(f"lm: {output.color_legend()}", err=True)
     header = rows.columns if args.header and not args.as_json else ()
-    signable = args.verbose and not args.resume and reader.extract is None
-    totals = LineTotals(scorer) if signable and scorer.method == "causal" else None
+    chats = fields if isinstance(fields, MessageFields) else None
+    totals = LineTotals(scorer) if args.verbose and not args.resume and chats else None
     with OutputFile(args.output, args.resume, styled=args.color) as out:
         finished = options.write_header(out, header)
         batches = (part for batch in reader.batches(files) for part in doubling_batches(batch))
@@ -146,7 +152,7 @@ def score(args: options.Arguments) -> None:
                 out.write(text)
             if (summary := rows.summary()) and not args.quiet:
                 click.echo(f"lm: {summary}", err=True)
-    if totals and totals.figures.tokens:
+    if totals and totals.figures.tokens and chats and not chats.found:
         dtype = dtype_name(model.device_config.dtype)
         assert model.folder is not None  # it was loaded from one
         click.echo(f"lm: {totals.signature(model.folder, dtype)}", err=True)
@@ -198,9 +204,13 @@ def _check(args: options.Arguments) -> str:
     return per
 
 
-def _fields(args: options.Arguments, method: str) -> "ScoringFields | None":
+def _fields(
+    args: options.Arguments, model: "Model", method: str
+) -> "ScoringFields | MessageFields | None":
     """The fields that a row is scored by; None for its text alone."""
     from lmcli.data.schema import ScoringFields
+    from lmcli.scoring.messages import MessageFields
+    from lmcli.text.chat_template import require_template
 
     fields = ScoringFields(
         args.fields,
@@ -210,4 +220,7 @@ def _fields(args: options.Arguments, method: str) -> "ScoringFields | None":
         args.prefix_field or "",
         args.choices_field or "",
     )
-    return None if fields == ScoringFields(args.fields) else fields
+    if fields != ScoringFields(args.fields):
+        return fields
+    find_template = cache(partial(require_template, model.tokenizer.settings, model.name))
+    return MessageFields(args.fields, find_template) if method == "causal" else None

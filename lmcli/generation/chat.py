@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lmcli.errors import UserError
-from lmcli.text.chat_template import ASSISTANT, Message, chat_template
+from lmcli.text.chat_template import ASSISTANT, Message, require_template
 from lmcli.text.tokenizer import Tokenizer
 
 
@@ -23,13 +22,7 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str, system: str | None = None):
-        template = chat_template(tokenizer.settings, name)
-        if template is None:
-            raise UserError(
-                "has no chat template, which says how messages are written",
-                where=name,
-                hint="leave --chat, --system and messages out, or train it on messages",
-            )
+        template = require_template(tokenizer.settings, name)
         self.tokenizer, self.template, self.system = tokenizer, template, system
 
     def encode(self, messages: Sequence[Message]) -> ChatPrompt:

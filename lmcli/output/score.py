@@ -56,11 +56,15 @@ class RecordRows:
     columns: Sequence[str] = (*SCORE_COLUMNS, "text")
 
     def questions(self, record: Record) -> list[ScoringInput]:
-        """What is scored for a record; its first extra text, if any, is a prefix or a source."""
-        before = record.extra_texts[0] if record.extra_texts else ""
+        """What is scored for a record.
+
+        Its first extra text, if any, is a prefix or a source, and the second is what joins them.
+        """
+        before, *joins = record.extra_texts or ("",)
         if self.style.method == "conditional":
             return [ScoringInput(record.text, source=before)]
-        return [ScoringInput(join_prefix(before, record.text, self.style.join), before)]
+        join = joins[0] if joins else self.style.join
+        return [ScoringInput(join_prefix(before, record.text, join), before)]
 
     def format(self, record: Record, scores: Sequence[Score]) -> str:
         """The output for one record: one line of JSON, or any number of lines of TSV."""

@@ -125,6 +125,19 @@ class ChatTemplate:
         pairs = zip_longest(blocks, contents)
         return text, [_span(text, start, end, content) for (start, end), content in pairs]
 
+    def last_answer(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """(what precedes the assistant's last message, its text without what closes it).
+
+        Raises UserError as `spans`, and if the assistant says nothing.
+        """
+        said = [i for i, message in enumerate(messages) if message.get("role") == ASSISTANT]
+        if not said:
+            raise UserError("there is no message of the assistant", where=self.where)
+        text, spans = self.spans(messages[: said[-1] + 1])
+        if not spans:
+            raise self._error("does not write what the assistant says")
+        return text[: spans[-1].start], text[spans[-1].start : spans[-1].content_end]
+
     def _block(
         self, text: str, messages: Sequence[Message], i: int, earliest: int
     ) -> tuple[int, int]:
@@ -184,11 +197,14 @@ class ChatTemplate:
 
 def _span(text: str, start: int, end: int, content: Any) -> AssistantSpan:
     """The span of a message, without the white space after what closes it."""
-    said, content_end = text[start:end], end
-    if isinstance(content, str) and (at := said.rfind(content.strip())) >= 0:
-        content_end = start + at + len(content.strip())
-        space = content[len(content.rstrip()) :]  # kept by some templates
-        content_end += len(space) if text[content_end:end].startswith(space) else 0
+    content_end = end
+    if isinstance(content, str):
+        stripped = content.strip()
+        at = text.rfind(stripped, start, end) if stripped else start
+        if at >= 0:
+            content_end = at + len(stripped)
+            space = content[len(content.rstrip()) :]  # kept by some templates
+            content_end += len(space) if text.startswith(space, content_end, end) else 0
     closing = text[content_end:end]
     return AssistantSpan(start, content_end, content_end + len(closing.rstrip() or closing))
 
@@ -220,6 +236,18 @@ def chat_template(settings: dict[str, Any], where: str = "the model") -> ChatTem
     if not isinstance(source, str):
         raise UserError("chat_template is no text", where=where)
     return ChatTemplate(source, special_tokens(settings), where)
+
+
+def require_template(settings: dict[str, Any], where: str) -> ChatTemplate:
+    """The chat template in a tokenizer's settings; raises UserError if there is none."""
+    template = chat_template(settings, where)
+    if template is None:
+        raise UserError(
+            "has no chat template, which says how messages are written",
+            where=where,
+            hint="leave messages, --chat and --system out, or train it on messages",
+        )
+    return template
 
 
 def default_template(settings: dict[str, Any], where: str = "the model") -> ChatTemplate:
