@@ -4,7 +4,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from lmcli import recipes
 from lmcli.checkpoints import hub
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import read_json, user_errors
@@ -78,6 +77,8 @@ def recorded_base(folder: Path) -> dict[str, str]:
 
 def recipe_of(folder: Path) -> dict[str, Any]:
     """The recipe.yaml of a run; {} without one. A bad one is failed work (exit code 1)."""
+    from lmcli import recipes  # loads yaml, which generation does not need
+
     file = folder / "recipe.yaml"
     try:
         return recipes.load_yaml(file) if file.is_file() else {}

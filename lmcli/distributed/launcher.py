@@ -5,10 +5,8 @@ Also what a process needs to know that `run_processes` or torchrun started: its 
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -144,6 +142,8 @@ def run_processes(
     note ends in it instead, and workers end with the leader. Nothing is restarted after Ctrl-C,
     SIGTERM or SIGHUP, which the leader handles. Raises ProcessLost if a worker has failed.
     """
+    import tempfile
+
     attempts = 1 if advice else RESTARTS + 1
     with tempfile.TemporaryDirectory(prefix="lm-") as scratch, _stop_handled() as stop:
         for attempt in range(1, attempts + 1):
@@ -216,6 +216,8 @@ def _loopback_only() -> dict[str, str]:
 
     They would listen on the address of this machine's name.
     """
+    import socket
+
     names = [name for _, name in socket.if_nameindex() if name in LOOPBACK_INTERFACES]
     return dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), names[0]) if names else {}
 
