@@ -25,7 +25,7 @@ from lmcli.generation.options import (
 )
 from lmcli.generation.prompts import encode_prompt, mask_id
 from lmcli.kernels import processor
-from lmcli.kernels.decode_step import DecoderWeights, in_precision
+from lmcli.kernels.decode_step import DecoderWeights, weights_from_files
 from lmcli.kernels.fast_decoding import FastDecodingState
 from lmcli.model import finite
 
@@ -149,8 +149,7 @@ class Model:
     @cached_property
     def _weights(self) -> DecoderWeights:
         assert self._parameters is not None
-        weights = {n: in_precision(array, self._precision) for n, array in self._parameters.items()}
-        return DecoderWeights(self.config, weights)
+        return weights_from_files(self.config, self._parameters, self._precision)
 
     def _decoding_states(self) -> Callable[..., Any]:
         """(sequences, sources, capacity) → the state of a decoder that has read them."""

@@ -303,6 +303,23 @@ def in_precision(numbers: NDArray[Any], dtype: str) -> Weight:
     return _round_to_bfloat16(floats) if dtype == "bfloat16" else floats
 
 
+def weights_from_files(
+    config: ModelConfig, parameters: Mapping[str, NDArray[Any]], precision: str
+) -> DecoderWeights:
+    """DecoderWeights in float32 or bfloat16 of parameters as files hold them, see BFLOAT16.
+
+    `interleave` rounds the matrices of the layers, so that they are read once.
+    """
+
+    def weight(name: str, numbers: NDArray[Any]) -> Weight:
+        stored = "bfloat16" if numbers.dtype == BFLOAT16 else "float32"
+        is_matrix = numbers.ndim == 2 and not name.startswith(("embedding", "decoder.positions"))
+        return in_precision(numbers, stored if is_matrix else precision)
+
+    weights = {name: weight(name, numbers) for name, numbers in parameters.items()}
+    return DecoderWeights(config, weights)
+
+
 def _round_to_bfloat16(numbers: Array) -> NDArray[np.uint16]:
     """The bits of the nearest bfloat16 numbers, ties to even, as torch rounds."""
     numbers = np.ascontiguousarray(numbers)
