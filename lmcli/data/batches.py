@@ -4,11 +4,12 @@ Three kinds of rows: spans of a corpus for a decoder (packed), the same with mas
 encoder, and examples (source and target, or text and label) grouped by length.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lmcli.data.examples import Examples, Texts
 from lmcli.data.samplers import WeightedCorpora, span_sampler
 
 IGNORED = -100  # a target without a loss, as in transformers
@@ -261,3 +262,153 @@ def token_mask(rows: list[np.ndarray]) -> np.ndarray | None:
     """(rows, longest) bool, False where `padded` filled up; None where it filled up nothing."""
     lengths = np.array([len(row) for row in rows])
     return None if lengths.min() == lengths.max() else np.arange(lengths.max()) < lengths[:, None]
+
+
+def truncate_pair(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
+    """A pair cut to `room` ids together: the end of the longer first, as in `tokenizers`."""
+    short = min(len(first), len(second))
+    if len(first) + len(second) <= room:
+        return first, second
+    if 2 * short <= room:
+        rest = room - short
+        return (first[:rest], second) if len(first) > short else (first, second[:rest])
+    half, more = room // 2, room - room // 2
+    if len(first) > len(second):
+        return first[:more], second[:half]
+    return first[:half], second[:more]
+
+
+@dataclass(frozen=True)
+class ExampleCollator:
+    """Makes batches of examples: the template around a text, and special ids.
+
+    An encoder–decoder's decoder reads `decoder_start` and the target; a decoder alone reads source
+    and target `joined`. `eos` ends a target. `join_pair` puts a pair of texts into its template and
+    returns (ids, token types).
+    """
+
+    prefix: list[int]
+    suffix: list[int]
+    context: int
+    padding: int
+    decoder_start: int = 0
+    eos: int | None = None
+    joined: bool = False
+    join_pair: Callable[[list[int], list[int]], tuple[list[int], list[int]]] | None = None
+
+    def source(self, ids: np.ndarray) -> np.ndarray:
+        """A text inside its template, cut to the context."""
+        room = self.context - len(self.prefix) - len(self.suffix)
+        return np.concatenate([self.prefix, ids[:room], self.suffix]).astype(np.int64)
+
+    def target(self, ids: np.ndarray) -> np.ndarray:
+        """A target and `eos`, cut to the context."""
+        if self.eos is None:
+            return ids[: self.context].astype(np.int64)
+        return np.concatenate([ids[: self.context - 1], [self.eos]]).astype(np.int64)
+
+    def lengths(self, examples: Examples) -> np.ndarray:
+        """Tokens of each example's sides within the context, (N, 1 or 2)."""
+        return np.minimum(np.stack(self._full_lengths(examples), axis=1), self.context)
+
+    def truncated_tokens(self, examples: Examples) -> np.ndarray:
+        """(N,): tokens of each example that do not fit into the context."""
+        return sum(np.maximum(side - self.context, 0) for side in self._full_lengths(examples))
+
+    def _full_lengths(self, examples: Examples) -> tuple[np.ndarray, ...]:
+        """Tokens of each side of each example, without a limit."""
+        sources, targets = examples.sources.lengths, examples.targets
+        if examples.masks:
+            return (sources - 1,)
+        if targets is None:
+            return (sources + len(self.prefix) + len(self.suffix),)
+        if examples.labels is not None:
+            return (sources + targets.lengths + self._pair_template_length(),)
+        ends = int(self.eos is not None)
+        if self.joined:  # the last token is a target, not an input
+            return (sources + len(self.prefix) + targets.lengths + ends - 1,)
+        return (sources + len(self.prefix) + len(self.suffix), targets.lengths + ends)
+
+    def _pair_template_length(self) -> int:
+        assert self.join_pair is not None  # set wherever texts have labels
+        return len(self.join_pair([], [])[0])
+
+    def batch(self, examples: Examples, chosen: np.ndarray) -> Batch:
+        """The Batch of the examples with these indices."""
+        if examples.masks:
+            rows = ((examples.sources[i], examples.masks[i]) for i in chosen)
+            return self._next_tokens(rows)
+        if examples.targets is None:
+            batch = self._sources(examples, chosen)
+            assert examples.labels is not None  # there is something to predict
+            return replace(batch, targets=examples.labels[chosen])
+        if examples.labels is not None:
+            return self._pairs(examples, examples.targets, examples.labels[chosen], chosen)
+        if self.joined:
+            return self._joined(examples, examples.targets, chosen)
+        targets = [self.target(examples.targets[i]) for i in chosen]
+        inputs = [np.concatenate([[self.decoder_start], target[:-1]]) for target in targets]
+        return replace(
+            self._sources(examples, chosen),
+            targets=padded(targets, IGNORED),
+            decoder_ids=padded(inputs, self.padding),
+        )
+
+    def _sources(self, examples: Examples, chosen: np.ndarray) -> Batch:
+        sources = [self.source(examples.sources[i]) for i in chosen]
+        no_targets = np.zeros(0, dtype=np.int64)
+        return Batch(padded(sources, self.padding), no_targets, token_mask(sources))
+
+    def _pairs(
+        self, examples: Examples, seconds: Texts, labels: np.ndarray, chosen: np.ndarray
+    ) -> Batch:
+        room = max(0, self.context - self._pair_template_length())
+        assert self.join_pair is not None
+        ids, types = [], []
+        for i in chosen:
+            pair = truncate_pair(examples.sources[i].tolist(), seconds[i].tolist(), room)
+            row_ids, row_types = self.join_pair(*pair)
+            ids.append(np.asarray(row_ids, dtype=np.int64))
+            types.append(np.asarray(row_types, dtype=np.int64))
+        return Batch(padded(ids, self.padding), labels, token_mask(ids), types=padded(types, 0))
+
+    def _joined(self, examples: Examples, targets: Texts, chosen: np.ndarray) -> Batch:
+        """Source and target in one row; the source loses its beginning where both do not fit."""
+        rows = []
+        for i in chosen:
+            target = self.target(targets[i])
+            room = self.context + 1 - len(self.prefix) - len(target)
+            source = examples.sources[i][-room:] if room > 0 else np.zeros(0, dtype=np.int64)
+            row = np.concatenate([self.prefix, source, target])
+            rows.append((row, np.arange(len(row)) >= len(row) - len(target)))
+        return self._next_tokens(rows)
+
+    def _next_tokens(self, rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> Batch:
+        """A Batch of rows of ids; masks say which are targets. Long ones lose their beginning."""
+        inputs, labels = [], []
+        for ids, is_target in rows:
+            row = ids[-self.context - 1 :].astype(np.int64)
+            inputs.append(row[:-1])
+            labels.append(np.where(is_target[-self.context - 1 :], row, IGNORED)[1:])
+        return Batch(padded(inputs, self.padding), padded(labels, IGNORED), token_mask(inputs))
+
+
+def unigram_entropy(targets: Iterator[np.ndarray]) -> float:
+    """The entropy of single targets in nats: the loss of a model that knows their counts only.
+
+    Multi-label targets, (N, labels) float32, have the sum of the entropies of all labels.
+    """
+    counts, rows = np.zeros(0, dtype=np.int64), 0
+    for batch in targets:
+        if batch.dtype == np.float32:  # multi-label
+            rows += len(batch)
+            new = batch.sum(0).astype(np.int64)
+        else:
+            new = np.bincount(batch[batch != IGNORED])
+        size = max(len(new), len(counts))
+        counts = np.pad(counts, (0, size - len(counts))) + np.pad(new, (0, size - len(new)))
+    if rows:
+        shares = np.stack([counts, rows - counts]) / rows
+    else:
+        shares = counts[None] / max(1, counts.sum())
+    return float(-(shares * np.log(np.where(shares > 0, shares, 1))).sum())

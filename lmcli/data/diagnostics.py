@@ -91,7 +91,7 @@ def findings(training: Examples, validation: Examples, labels: tuple[str, ...]) 
     if training.labels is not None:
         targets = _hashes(training.labels)
     else:
-        targets = _hashes(training.targets) if training.targets else np.zeros(0, dtype=np.int64)
+        targets = _hashes(training.targets) if training.targets else inputs
     examples = _combine(inputs, targets)
     distinct = len(np.unique(examples))
     if repeated := len(examples) - distinct:

@@ -33,11 +33,22 @@ from lmcli.data.rows import (
     parse_row,
     read_lines,
 )
-from lmcli.data.schema import PairSchema, SquadExample, pair_schema, row_labels, row_text
+from lmcli.data.schema import (
+    MESSAGES,
+    PairSchema,
+    Row,
+    SquadExample,
+    pair_schema,
+    row_field,
+    row_labels,
+    row_messages,
+    row_text,
+)
 from lmcli.data.schema import squad_example as row_squad_example
 from lmcli.errors import UsageError, UserError
 from lmcli.ownership import create, temporary_name
 from lmcli.storage import cache_folder, user_errors
+from lmcli.text.chat_template import ASSISTANT
 from lmcli.text.splitting import PIECE_CHARS, SAFE_CUT, SAFE_CUT_CRLF, cut_position
 
 SEPARATOR = b"<|endoftext|>"
@@ -49,6 +60,24 @@ SPLIT_SEED = 0
 # -- how files hold documents
 
 
+def _learned_chat(row: Row) -> tuple[str, str]:
+    """(what comes before the assistant's last message, that message), nearly as templates write it.
+
+    Tokenizers are learned from it, and a row is held out or not by it.
+    """
+    messages = row_messages(row, MESSAGES[0])
+    turns = [(row_field(message, "role"), row_field(message, "content")) for message in messages]
+    while turns and turns[-1][0] != ASSISTANT:
+        turns.pop()
+    if not turns:
+        raise ValueError(f"no message has the role {ASSISTANT!r}, whose messages are learned")
+    before = "".join(f"<|{role}|>\n{text}\n" for role, text in turns[:-1])
+    return f"{before}<|{ASSISTANT}|>\n", turns[-1][1]
+
+
+CHAT_SCHEMA = PairSchema(MESSAGES, _learned_chat)
+
+
 @dataclass(frozen=True)
 class DocumentFormat:
     """How files hold documents: each is a file, line or paragraph ("blank") of text, or a row.
@@ -57,7 +86,8 @@ class DocumentFormat:
     has one or, with `multi_label`, any number. `paired`: `fields` are those of a PairSchema, and
     neither text may be blank. `answers` names the field of answers to questions; `fields` are then
     the context and the question. `on_error` is stop or skip. `keep_marks`: a text has the byte
-    order mark at its start and the CR of CR LF, as in older runs.
+    order mark at its start and the CR of CR LF, as in older runs. `chat`: conversations, which a
+    chat template writes.
     """
 
     documents: str = "file"
@@ -69,6 +99,7 @@ class DocumentFormat:
     paired: bool = False
     answers: str = ""
     keep_marks: bool = False
+    chat: bool = False
 
     def has_rows(self, file: str) -> bool:
         """True if the file is JSON Lines, TSV or CSV."""
@@ -82,6 +113,8 @@ class DocumentFormat:
     @property
     def pair_schema(self) -> PairSchema:
         """The PairSchema of `fields`. Raises UsageError when they are none."""
+        if self.chat:
+            return CHAT_SCHEMA
         if (schema := pair_schema(self.fields)) is None:
             raise UsageError(f"{len(self.fields)} fields are no pair of texts", where="--fields")
         return schema

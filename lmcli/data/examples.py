@@ -5,20 +5,27 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lmcli.data.batches import IGNORED, Batch, padded, token_mask
 from lmcli.data.byte_ranges import Document
 from lmcli.data.documents import DocumentFormat, line_number, read_rows, write_pinned
 from lmcli.data.rows import RowReader, display_name
-from lmcli.data.schema import SOURCE_TARGET, matching_label, row_field, sort_labels
+from lmcli.data.schema import (
+    MESSAGES,
+    SOURCE_TARGET,
+    matching_label,
+    row_field,
+    row_messages,
+    sort_labels,
+)
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import cached
+from lmcli.text.chat_template import AssistantSpan, ChatTemplate, assistant_mask
 from lmcli.text.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 2048
@@ -123,13 +130,15 @@ class Examples:
 
     A pair of texts with labels is in `sources` and `targets`. labels: (N,) int64 indices into the
     label names, or (N, labels) float32 of 0 and 1 if multi-label. sizes: (N,) UTF-8 bytes of target
-    text, with labels of all text.
+    text, with labels of all text. masks: of conversations (`sources`), 1 for each token that the
+    assistant says; the last one is.
     """
 
     sources: Texts
     targets: Texts | None
     labels: np.ndarray | None
     sizes: np.ndarray
+    masks: Texts | None = None
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -151,6 +160,7 @@ class Examples:
             self.targets and self.targets.select(chosen),
             None if self.labels is None else self.labels[chosen],
             self.sizes[chosen],
+            self.masks and self.masks.select(chosen),
         )
 
 
@@ -169,13 +179,15 @@ def build(
     labels: tuple[str, ...] = (),
     joined: bool = False,
     unknown_label: str = "",
+    template: ChatTemplate | None = None,
 ) -> Examples:
     """The examples of these rows in order, from the cache when they are there.
 
     hashes: the SHA-256 of each file's content. labels: names of the labels; without them rows are
     sources and targets. `joined` sides are encoded as one text: a token across their border is the
-    target's. Raises UserError for an unknown label, with the advice `unknown_label`, and when the
-    cache cannot be written.
+    target's. `template` writes conversations. Raises UserError for an unknown label, with the
+    advice `unknown_label`, for messages that the template refuses, and when the cache cannot be
+    written.
     """
     settings = (
         4,
@@ -186,19 +198,65 @@ def build(
         doc_format.format,
         labels,
         joined,
+        *((template.source, sorted(template.special.items())) if template else ()),
     )
     folder = cached(
         "examples",
         fingerprint(documents, hashes, settings),
-        lambda part: _write(part, documents, doc_format, tokenizer, labels, joined, unknown_label),
+        lambda part: (
+            _write_chats(part, documents, doc_format, tokenizer, template)
+            if template
+            else _write(part, documents, doc_format, tokenizer, labels, joined, unknown_label)
+        ),
     )
-    has_targets = not labels or len(doc_format.fields) == 2
+    has_targets = not template and (not labels or len(doc_format.fields) == 2)
     return Examples(
         Texts.load(folder, "source"),
         Texts.load(folder, "target") if has_targets else None,
         np.load(folder / "labels.npy") if labels else None,
         np.load(folder / "sizes.npy"),
+        Texts.load(folder, "mask") if template else None,
     )
+
+
+def _write_chats(
+    folder: Path,
+    documents: Sequence[Document],
+    doc_format: DocumentFormat,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+) -> None:
+    rows = read_rows(documents, doc_format)
+    with ExitStack() as stack:
+        add_ids, add_masks = (
+            Texts.writer(stack, folder, name, id_type(tokenizer)) for name in ("source", "mask")
+        )
+        sizes = stack.enter_context(ArrayWriter(folder / "sizes.npy", np.int64))
+        while batch := list(islice(rows, ROWS_AT_ONCE)):
+            chats = [_written(template, *each) for each in batch]
+            for (text, spans), encoded in zip(
+                chats, tokenizer.encode_with_ends([text for text, _ in chats])
+            ):
+                mask = assistant_mask(text, spans, encoded.ends)
+                size = len(mask) - mask[::-1].index(True)  # nothing is learned from the rest
+                add_ids([encoded.ids[:size]])
+                add_masks([mask[:size]])
+                said = (text[span.start : span.content_end] for span in spans)
+                sizes.extend([len("".join(said).encode("utf-8"))])
+
+
+def _written(
+    template: ChatTemplate, document: Document, row: dict
+) -> tuple[str, list[AssistantSpan]]:
+    """The text of a conversation, and what the assistant says in it."""
+    try:
+        text, spans = template.spans(row_messages(row, MESSAGES[0]))
+        if not any(text[span.start : span.end] for span in spans):
+            raise UserError("the chat template shows nothing of what the assistant says")
+    except UserError as error:
+        place = f"{document.file}, line {line_number(document.file, document.start)}"
+        raise UserError(error.what, place, error.hint) from error
+    return text, spans
 
 
 def _write(
@@ -292,148 +350,6 @@ def _label_indices(
             )
         indices.append(numbers[label])
     return [int(i in indices) for i in range(len(numbers))] if multi_label else indices[0]
-
-
-# -- examples to batches
-
-
-def truncate_pair(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
-    """A pair cut to `room` ids together: the end of the longer first, as in `tokenizers`."""
-    short = min(len(first), len(second))
-    if len(first) + len(second) <= room:
-        return first, second
-    if 2 * short <= room:
-        rest = room - short
-        return (first[:rest], second) if len(first) > short else (first, second[:rest])
-    half, more = room // 2, room - room // 2
-    if len(first) > len(second):
-        return first[:more], second[:half]
-    return first[:half], second[:more]
-
-
-@dataclass(frozen=True)
-class ExampleCollator:
-    """Makes batches of examples: the template around a text, and special ids.
-
-    An encoder–decoder's decoder reads `decoder_start` and the target; a decoder alone reads source
-    and target `joined`. `eos` ends a target. `join_pair` puts a pair of texts into its template and
-    returns (ids, token types).
-    """
-
-    prefix: list[int]
-    suffix: list[int]
-    context: int
-    padding: int
-    decoder_start: int = 0
-    eos: int | None = None
-    joined: bool = False
-    join_pair: Callable[[list[int], list[int]], tuple[list[int], list[int]]] | None = None
-
-    def source(self, ids: np.ndarray) -> np.ndarray:
-        """A text inside its template, cut to the context."""
-        room = self.context - len(self.prefix) - len(self.suffix)
-        return np.concatenate([self.prefix, ids[:room], self.suffix]).astype(np.int64)
-
-    def target(self, ids: np.ndarray) -> np.ndarray:
-        """A target and `eos`, cut to the context."""
-        if self.eos is None:
-            return ids[: self.context].astype(np.int64)
-        return np.concatenate([ids[: self.context - 1], [self.eos]]).astype(np.int64)
-
-    def lengths(self, examples: Examples) -> np.ndarray:
-        """Tokens of each example's sides within the context, (N, 1 or 2)."""
-        return np.minimum(np.stack(self._full_lengths(examples), axis=1), self.context)
-
-    def truncated_tokens(self, examples: Examples) -> np.ndarray:
-        """(N,): tokens of each example that do not fit into the context."""
-        return sum(np.maximum(side - self.context, 0) for side in self._full_lengths(examples))
-
-    def _full_lengths(self, examples: Examples) -> tuple[np.ndarray, ...]:
-        """Tokens of each side of each example, without a limit."""
-        sources, targets = examples.sources.lengths, examples.targets
-        if targets is None:
-            return (sources + len(self.prefix) + len(self.suffix),)
-        if examples.labels is not None:
-            return (sources + targets.lengths + self._pair_template_length(),)
-        ends = int(self.eos is not None)
-        if self.joined:  # the last token is a target, not an input
-            return (sources + len(self.prefix) + targets.lengths + ends - 1,)
-        return (sources + len(self.prefix) + len(self.suffix), targets.lengths + ends)
-
-    def _pair_template_length(self) -> int:
-        assert self.join_pair is not None  # set wherever texts have labels
-        return len(self.join_pair([], [])[0])
-
-    def batch(self, examples: Examples, chosen: np.ndarray) -> Batch:
-        """The Batch of the examples with these indices."""
-        if examples.targets is None:
-            batch = self._sources(examples, chosen)
-            assert examples.labels is not None  # there is something to predict
-            return replace(batch, targets=examples.labels[chosen])
-        if examples.labels is not None:
-            return self._pairs(examples, examples.targets, examples.labels[chosen], chosen)
-        if self.joined:
-            return self._joined(examples, examples.targets, chosen)
-        targets = [self.target(examples.targets[i]) for i in chosen]
-        inputs = [np.concatenate([[self.decoder_start], target[:-1]]) for target in targets]
-        return replace(
-            self._sources(examples, chosen),
-            targets=padded(targets, IGNORED),
-            decoder_ids=padded(inputs, self.padding),
-        )
-
-    def _sources(self, examples: Examples, chosen: np.ndarray) -> Batch:
-        sources = [self.source(examples.sources[i]) for i in chosen]
-        no_targets = np.zeros(0, dtype=np.int64)
-        return Batch(padded(sources, self.padding), no_targets, token_mask(sources))
-
-    def _pairs(
-        self, examples: Examples, seconds: Texts, labels: np.ndarray, chosen: np.ndarray
-    ) -> Batch:
-        room = max(0, self.context - self._pair_template_length())
-        assert self.join_pair is not None
-        ids, types = [], []
-        for i in chosen:
-            pair = truncate_pair(examples.sources[i].tolist(), seconds[i].tolist(), room)
-            row_ids, row_types = self.join_pair(*pair)
-            ids.append(np.asarray(row_ids, dtype=np.int64))
-            types.append(np.asarray(row_types, dtype=np.int64))
-        return Batch(padded(ids, self.padding), labels, token_mask(ids), types=padded(types, 0))
-
-    def _joined(self, examples: Examples, targets: Texts, chosen: np.ndarray) -> Batch:
-        """Source and target in one row; the source loses its beginning where both do not fit."""
-        inputs, labels = [], []
-        for i in chosen:
-            target = self.target(targets[i])
-            room = self.context + 1 - len(self.prefix) - len(target)
-            source = examples.sources[i][-room:] if room > 0 else np.zeros(0, dtype=np.int64)
-            row = np.concatenate([self.prefix, source, target]).astype(np.int64)
-            row = row[-self.context - 1 :]
-            is_target = np.arange(len(row)) >= len(row) - len(target)
-            inputs.append(row[:-1])
-            labels.append(np.where(is_target, row, IGNORED)[1:])
-        return Batch(padded(inputs, self.padding), padded(labels, IGNORED), token_mask(inputs))
-
-
-def unigram_entropy(targets: Iterator[np.ndarray]) -> float:
-    """The entropy of single targets in nats: the loss of a model that knows their counts only.
-
-    Multi-label targets, (N, labels) float32, have the sum of the entropies of all labels.
-    """
-    counts, rows = np.zeros(0, dtype=np.int64), 0
-    for batch in targets:
-        if batch.dtype == np.float32:  # multi-label
-            rows += len(batch)
-            new = batch.sum(0).astype(np.int64)
-        else:
-            new = np.bincount(batch[batch != IGNORED])
-        size = max(len(new), len(counts))
-        counts = np.pad(counts, (0, size - len(counts))) + np.pad(new, (0, size - len(new)))
-    if rows:
-        shares = np.stack([counts, rows - counts]) / rows
-    else:
-        shares = counts[None] / max(1, counts.sum())
-    return float(-(shares * np.log(np.where(shares > 0, shares, 1))).sum())
 
 
 # -- parallel files

@@ -18,11 +18,12 @@ Row = Mapping[str, Any]
 
 # -- the table: in each line the first set of fields that a row has is used
 
+MESSAGES = ("messages",)
 # one text: several fields are concatenated
 TEXT_FIELDS = (("text",), ("prompt", "completion"), ("source",), ("prompt",))
 # what a model continues
 PROMPT_FIELDS = (
-    *(("messages",), ("prompt",), ("source",), ("instruction", "input"), ("instruction",)),
+    *(MESSAGES, ("prompt",), ("source",), ("instruction", "input"), ("instruction",)),
     *(("question", "context"), ("text",)),
 )
 # a text and its label
@@ -37,7 +38,6 @@ MINIMAL_PAIR_FIELDS = (
     ("good", "bad"),
     ("more", "less"),
 )
-
 
 MAX_WHOLE_FLOAT = 2**53  # up to it a float is one whole number
 
@@ -66,7 +66,7 @@ def _chat(row: Row) -> tuple[str, str]:
     >>> _chat({"messages": messages})
     ('user: Hi\\nassistant:', ' Hello')
     """
-    messages = row_messages(row, "messages")
+    messages = row_messages(row, MESSAGES[0])
     turns = [(row_field(message, "role"), row_field(message, "content")) for message in messages]
     last_role, reply = turns.pop()
     return "".join(f"{role}: {text}\n" for role, text in turns) + f"{last_role}:", f" {reply}"
@@ -93,7 +93,7 @@ SOURCE_TARGET, PROMPT_COMPLETION = ("source", "target"), ("prompt", "completion"
 PAIR_SCHEMAS = (
     PairSchema(SOURCE_TARGET, _two_fields(*SOURCE_TARGET), "\n"),
     PairSchema(PROMPT_COMPLETION, _two_fields(*PROMPT_COMPLETION)),
-    PairSchema(("messages",), _chat, composed=True),
+    PairSchema(MESSAGES, _chat, composed=True),
     PairSchema(("instruction", "output"), _instruction, "\n", composed=True),
     PairSchema(QUESTION_FIELDS, _question, "\n"),
 )
@@ -172,7 +172,7 @@ def row_prompt(row: Row | str, fields: tuple[str, ...] = ()) -> str | list[dict[
     if isinstance(row, str):
         return row
     names = fields or first_present(row, PROMPT_FIELDS)
-    if len(names) == 1 and (names == ("messages",) or isinstance(row.get(names[0]), list)):
+    if len(names) == 1 and (names == MESSAGES or isinstance(row.get(names[0]), list)):
         return row_messages(row, names[0])
     if not fields and names[:1] == ("question",):
         return question_prompt(row_field(row, "question"), row_field(row, "context"))

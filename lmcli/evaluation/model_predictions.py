@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmcli.api import Model
-from lmcli.data.schema import find_pair_schema, question_prompt
+from lmcli.data.schema import MESSAGES, find_pair_schema, question_prompt, row_messages
 from lmcli.distributed.work_queue import LOCAL_POOL, RemoteTask, WorkerPool
 from lmcli.evaluation.predictions import EvalDataset, EvalRecord, Prediction
 from lmcli.evaluation.preparation import EvaluationOptions
@@ -15,6 +15,7 @@ from lmcli.evaluation.tasks import EVALUATION_TASKS, Task
 from lmcli.model.device import peak_memory
 from lmcli.model.finite import BadResult
 from lmcli.scoring.scorer import ScoringInput
+from lmcli.text.chat_template import chat_template
 
 # generating is slow: small batches show progress
 GENERATION_BATCH, OTHER_BATCH = 128, 512
@@ -90,20 +91,28 @@ class ModelPredictor:
         }
         if config.shape == "decoder":
             options["temperature"] = 0.0
+        template = None
+        if config.shape == "decoder" and all(map(_is_chat, batch)):
+            template = chat_template(self.model.tokenizer.settings)
+        bos = False if template else None
         # a blank input has no prediction
         sources = {
-            i: _source(record, config.shape == "decoder")
+            i: template.prompt(row_messages(record.row, MESSAGES[0])[:-1])
+            if template
+            else _source(record, config.shape == "decoder")
             for i, record in enumerate(batch)
             if any(map(str.strip, record.inputs))
         }
         truncated, texts = 0, {}
         if config.positions != "relative":
-            lengths = [len(self.model.prompt(source)) for source in sources.values()]
+            lengths = [len(self.model.prompt(source, bos)) for source in sources.values()]
             truncated = sum(length > self.model.context for length in lengths)
         if sources:
             batch_tokens = self.options.batch_tokens
             with _located([batch[i] for i in sources]):
-                results = self.model.generate(list(sources.values()), batch=batch_tokens, **options)
+                results = self.model.generate(
+                    list(sources.values()), bos=bos, batch=batch_tokens, **options
+                )
             texts = {i: result.text.strip() for i, result in zip(sources, results)}
         return [(texts[i],) if texts.get(i) else () for i in range(len(batch))], truncated
 
@@ -168,6 +177,17 @@ def remote_task(models: Sequence[str], load: Callable[[str, Task], ModelPredicto
         )
 
     return RemoteTask(work)
+
+
+def _is_chat(record: EvalRecord) -> bool:
+    """True if the input is put together from messages, of which the last is the reference."""
+    pair = find_pair_schema(record.row)
+    if pair is None or pair.fields != MESSAGES:
+        return False
+    return (
+        record.inputs == pair.texts(record.row)[:1]
+        and len(row_messages(record.row, MESSAGES[0])) > 1
+    )
 
 
 def _source(record: EvalRecord, decoder: bool) -> str:

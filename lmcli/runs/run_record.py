@@ -30,7 +30,12 @@ NOT_LOGGED = ("share", "epoch", "remaining")  # fields of a Step
 
 def tokenizer_hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file of a run's tokenizer."""
-    names = (*checkpoints.TOKENIZER_FILES, "target.spm", "tokenizer_config.json")
+    names = (
+        *checkpoints.TOKENIZER_FILES,
+        "target.spm",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    )
     files = (folder / name for name in names)
     return {file.name: sha256_of(file) for file in files if file.is_file()}
 

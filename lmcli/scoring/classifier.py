@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lmcli.data.examples import truncate_pair
+from lmcli.data.batches import truncate_pair
 from lmcli.data.length_batching import map_by_length, tokens_per_forward
 from lmcli.errors import UsageError
 from lmcli.model import finite

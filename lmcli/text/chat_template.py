@@ -113,17 +113,18 @@ class ChatTemplate:
         template does not show what the assistant says.
         """
         text, blocks = self._render(messages, marked=True)
+        marked = bool(GENERATION_BLOCK.search(self.source))
         said = [i for i, message in enumerate(messages) if message.get("role") == ASSISTANT]
         if self.source == DEFAULT_TEMPLATE:
             blocks = [blocks[i] for i in said]
-        elif not GENERATION_BLOCK.search(self.source):
+        elif not marked:
             blocks = []
             for i in said:
                 blocks.append(self._block(text, messages, i, blocks[-1][1] if blocks else 0))
         # the blocks of a template may be more or fewer than the assistant's messages
         contents = [messages[i].get("content") for i in said] if len(said) == len(blocks) else ()
         pairs = zip_longest(blocks, contents)
-        return text, [_span(text, start, end, content) for (start, end), content in pairs]
+        return text, [_span(text, start, end, content, marked) for (start, end), content in pairs]
 
     def last_answer(self, messages: Sequence[Message]) -> tuple[str, str]:
         """(what precedes the assistant's last message, its text without what closes it).
@@ -195,8 +196,8 @@ class ChatTemplate:
         return UserError(f"the chat template {what}", where=self.where, hint=hint)
 
 
-def _span(text: str, start: int, end: int, content: Any) -> AssistantSpan:
-    """The span of a message, without the white space after what closes it."""
+def _span(text: str, start: int, end: int, content: Any, marked: bool) -> AssistantSpan:
+    """The span of a message; of one that is not marked, without white space behind its closing."""
     content_end = end
     if isinstance(content, str):
         stripped = content.strip()
@@ -206,7 +207,8 @@ def _span(text: str, start: int, end: int, content: Any) -> AssistantSpan:
             space = content[len(content.rstrip()) :]  # kept by some templates
             content_end += len(space) if text.startswith(space, content_end, end) else 0
     closing = text[content_end:end]
-    return AssistantSpan(start, content_end, content_end + len(closing.rstrip() or closing))
+    closing = closing if marked else closing.rstrip() or closing
+    return AssistantSpan(start, content_end, content_end + len(closing))
 
 
 def _without_nulls(message: Message) -> Message:

@@ -324,6 +324,8 @@ class Tokenizer:
         if not self.files:
             write_text(folder / "tokenizer.json", self.core.to_str(pretty=True))
         settings = {**self.settings, **({"model_max_length": context} if context else {})}
+        if isinstance(settings.get("chat_template"), str):  # as transformers does
+            write_text(folder / "chat_template.jinja", settings.pop("chat_template"))
         document = json.dumps(settings, indent=2, ensure_ascii=False)
         write_text(folder / "tokenizer_config.json", f"{document}\n")
 

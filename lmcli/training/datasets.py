@@ -62,6 +62,7 @@ class Source:
             "paired": self.doc_format.paired,
             "answers": self.doc_format.answers,
             "keep_marks": self.doc_format.keep_marks,
+            **({"chat": True} if self.doc_format.chat else {}),
             "on_error": self.doc_format.on_error,
             "on_long": self.on_long,
             **({} if self.split_seed is None else {"split_seed": self.split_seed}),
@@ -89,6 +90,7 @@ def source_from_facts(facts: dict) -> Source:
         facts.get("paired", False),
         facts.get("answers", ""),
         facts.get("keep_marks", True),  # of a run before this was stored
+        facts.get("chat", False),
     )
     return Source(
         list(facts["files"]),
@@ -408,7 +410,8 @@ def _sizes(split: Split, doc_format: DocumentFormat) -> str:
 def kind(doc_format: DocumentFormat) -> str:
     """What the documents of a format are called, with the fields that are read."""
     if doc_format.paired:
-        return f"pairs ({' + '.join(doc_format.fields)})"
+        what = "conversations" if doc_format.chat else "pairs"
+        return f"{what} ({' + '.join(doc_format.fields)})"
     if doc_format.label:
         return f"labelled texts ({' + '.join((*doc_format.fields, doc_format.label))})"
     if doc_format.answers:

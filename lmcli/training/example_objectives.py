@@ -7,12 +7,13 @@ import numpy as np
 from lmcli.config import ModelConfig, TrainConfig
 from lmcli.data import diagnostics
 from lmcli.data import examples as data_examples
-from lmcli.data.batches import Batch, ExampleRows
+from lmcli.data.batches import Batch, ExampleCollator, ExampleRows
 from lmcli.data.byte_ranges import Documents
 from lmcli.data.documents import DocumentFormat, line_number
-from lmcli.data.examples import ExampleCollator, Examples
+from lmcli.data.examples import Examples
 from lmcli.data.rows import display_name
 from lmcli.data.schema import (
+    MESSAGES,
     PROMPT_COMPLETION,
     SOURCE_TARGET,
     TEXT_FIELDS,
@@ -22,6 +23,7 @@ from lmcli.data.schema import (
 )
 from lmcli.errors import UsageError, UserError
 from lmcli.model.transformer import Transformer
+from lmcli.text.chat_template import ChatTemplate, chat_template, default_template
 from lmcli.training.datasets import FirstRows
 from lmcli.training.language_modeling import random_packed
 from lmcli.training.objective import (
@@ -94,6 +96,21 @@ class PairData(ExampleData):
         return SamplePrompt(prompt, eos, greedy=True, text=self.tokenizer.decode(ids.tolist()))
 
 
+class ChatData(PairData):
+    """Conversations, of which the assistant's part is learned."""
+
+    def sample_prompt(self, step: int, model: ModelConfig) -> SamplePrompt:
+        """A conversation of the validation set up to the assistant's last message."""
+        assert self.validation.masks is not None
+        number = step % len(self.validation)
+        ids, mask = self.validation.sources[number], self.validation.masks[number]
+        # the last token is the assistant's
+        others = np.flatnonzero(mask == 0)
+        prompt = ids[: others[-1] + 1 if len(others) else 1].tolist()
+        eos = [] if model.eos_token_id is None else [model.eos_token_id]
+        return SamplePrompt(prompt, eos, greedy=True, text=self.tokenizer.decode(prompt))
+
+
 def predict_completion(model: Transformer, batch: Batch) -> Predictions:
     """Every token of the target and its end, given the source before it."""
     tensors = batch_tensors(model, batch)
@@ -151,8 +168,24 @@ UNKNOWN_LABELS = (
 
 
 def encode_completion(request: EncodingInput) -> PairData:
-    """Sources and targets, encoded as one text."""
-    return _encode_pairs(request, joined=True)
+    """Sources and targets, encoded as one text; or conversations, written by a chat template.
+
+    A model that has none gets a plain one. Raises UserError if that cannot end a message.
+    """
+    if not request.split.source.doc_format.chat:
+        return _encode_pairs(request, joined=True)
+    tokenizer, note = request.tokenizer, request.note
+    template = chat_template(tokenizer.settings)
+    if template is None:
+        if tokenizer.special_id("eos_token") is None:
+            raise UserError(
+                "the tokenizer has no eos_token, which would end what the assistant says",
+                hint="name one in tokenizer_config.json, or add a chat_template",
+            )
+        template = default_template(tokenizer.settings)
+        tokenizer.settings["chat_template"] = template.source
+        note("the model has no chat template: it gets a plain one, saved as chat_template.jinja")
+    return _encode_pairs(request, joined=True, template=template)
 
 
 def encode_seq2seq(request: EncodingInput) -> PairData:
@@ -160,11 +193,13 @@ def encode_seq2seq(request: EncodingInput) -> PairData:
     return _encode_pairs(request, joined=False)
 
 
-def _encode_pairs(request: EncodingInput, joined: bool) -> PairData:
+def _encode_pairs(
+    request: EncodingInput, joined: bool, template: ChatTemplate | None = None
+) -> PairData:
     eos = request.tokenizer.special_id("eos_token")
     collator = replace(_collator(request), eos=eos, joined=joined)
-    training, validation = _encoded(request, (), collator)
-    return PairData(
+    training, validation = _encoded(request, (), collator, template)
+    return (ChatData if template else PairData)(
         **request.common(training), collator=collator, examples=training, validation=validation
     )
 
@@ -178,14 +213,24 @@ def _collator(request: EncodingInput) -> ExampleCollator:
 
 
 def _encoded(
-    request: EncodingInput, labels: tuple[str, ...], collator: ExampleCollator
+    request: EncodingInput,
+    labels: tuple[str, ...],
+    collator: ExampleCollator,
+    template: ChatTemplate | None = None,
 ) -> tuple[Examples, Examples]:
     """(training, validation) examples that fit the context; notes what is worth knowing of them."""
     split, tokenizer = request.split, request.tokenizer
     doc_format = split.source.doc_format
     training, validation = (
         data_examples.build(
-            documents, split.source.hashes, doc_format, tokenizer, labels, collator.joined, unknown
+            documents,
+            split.source.hashes,
+            doc_format,
+            tokenizer,
+            labels,
+            collator.joined,
+            unknown,
+            template,
         )
         for documents, unknown in zip((split.training, split.measured), UNKNOWN_LABELS)
     )
@@ -276,8 +321,11 @@ def pair_format(first: FirstRows) -> DocumentFormat:
 
 
 def completion_format(first: FirstRows) -> DocumentFormat:
-    """As `pair_format`; notes that only the second text is learned."""
+    """As `pair_format`; notes that only the second text, or the assistant's, is learned."""
     doc_format = pair_format(first)
+    if doc_format.fields == MESSAGES:
+        first.note("the loss is on what the assistant says alone")
+        return replace(doc_format, chat=True)
     first.note(
         f"the loss is on what follows {doc_format.fields[0]!r} alone; "
         "--set train.objective=causal learns both"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lmcli.config import ModelConfig, TrainConfig
-from lmcli.data.batches import IGNORED, Batch, ExampleRows, MaskedRows, PackedRows
+from lmcli.data.batches import IGNORED, Batch, ExampleRows, MaskedRows, PackedRows, unigram_entropy
 from lmcli.data.byte_ranges import Documents
 from lmcli.data.corpus import Corpus, EncodedDocument, Mixture
 from lmcli.data.documents import DocumentFormat
-from lmcli.data.examples import Examples, unigram_entropy
+from lmcli.data.examples import Examples
 from lmcli.data.squad import Questions
 from lmcli.model.likelihood import chunks, summed_loss, target_logprobs
 from lmcli.model.transformer import Transformer

@@ -11,6 +11,7 @@ import pytest
 from small_runs import SMALL
 
 from lmcli.display import TrainingView
+from lmcli.text import tokenizer as tokenizers
 
 pytestmark = pytest.mark.slow
 
@@ -107,6 +108,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(inside, text, tmp_path, stop_
     assert done.returncode == 0, done.stderr.decode()
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
     assert log(tmp_path / "stopped") == log(tmp_path / "whole")
+
+
+def test_a_stopped_run_on_messages_goes_on_in_its_chat_template(inside, tmp_path, stop_at):
+    """The plain template that the run saves is read by transformers: the same ids."""
+    from transformers import AutoTokenizer
+
+    chats = [
+        [{"role": "user", "content": f"Was it {i}?"}, {"role": "assistant", "content": "Yes."}]
+        for i in range(30)
+    ]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    arguments = ("train", file, *SMALL, "--steps", STEPS)
+    assert inside(*arguments, "-o", tmp_path / "whole").returncode == 0
+    stop_at({6})
+    done = inside(*arguments, "-o", tmp_path / "stopped")
+    assert done.returncode == 130 and b"it gets a plain one, saved as chat_template" in done.stderr
+    done = inside("train", "--resume", tmp_path / "stopped")
+    assert done.returncode == 0 and b"plain one" not in done.stderr
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+    assert log(tmp_path / "stopped") == log(tmp_path / "whole")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "whole")
+    ids = theirs.apply_chat_template(chats[0], return_dict=False)
+    ours = tokenizers.load(tmp_path / "whole")
+    text = "<|endoftext|><|user|>\nWas it 0?\n<|assistant|>\nYes.<|endoftext|>\n"
+    assert ids == ours.encode(text) and ours.settings["chat_template"] == theirs.chat_template
 
 
 def test_a_stop_during_validation_logs_the_evaluation_once(inside, text, tmp_path, stop_at):

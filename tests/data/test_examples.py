@@ -8,9 +8,8 @@ import pytest
 
 from lmcli.config import TokenizerConfig
 from lmcli.data import examples
-from lmcli.data.batches import IGNORED
+from lmcli.data.batches import IGNORED, ExampleCollator, unigram_entropy
 from lmcli.data.documents import DocumentFormat, survey
-from lmcli.data.examples import ExampleCollator, unigram_entropy
 from lmcli.errors import UserError
 from lmcli.text.tokenizer import learn
 

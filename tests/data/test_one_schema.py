@@ -179,7 +179,9 @@ def test_pairs(write, format, row, pair, kind):
     file = write(format, row)
     for shape, objective in (("encoder-decoder", "auto"), ("decoder", "completion")):
         doc_format, rows = trained(file, shape, objective)
-        assert [doc_format.pair(row) for row in rows] == [pair]
+        chat = doc_format.fields == ("messages",) and shape == "decoder"
+        learned = ("<|system|>\nS\n<|user|>\nHi\n<|assistant|>\n", "Hello") if chat else pair
+        assert [doc_format.pair(row) for row in rows] == [learned]
     ((inputs, references),) = evaluated(kind, file)
     prompt = inputs[0] if kind == "texts" else question_prompt(*inputs)
     assert (prompt, references[0]) == pair

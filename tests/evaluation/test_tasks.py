@@ -14,6 +14,7 @@ from lmcli.evaluation.model_predictions import ModelPredictor
 from lmcli.evaluation.predictions import EvalDataset
 from lmcli.evaluation.preparation import EvaluationOptions
 from lmcli.evaluation.tasks import EVALUATION_TASKS, find_task, require_ability, select_figures
+from lmcli.text.chat_template import DEFAULT_TEMPLATE
 
 
 def row(*names: str) -> Record:
@@ -139,7 +140,7 @@ def test_a_span_model_answers_each_question_about_its_context(tmp_path):
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
-@pytest.mark.parametrize("shape", ["decoder", "encoder-decoder"])
+@pytest.mark.parametrize("shape", ["decoder", "encoder-decoder", "decoder with a template"])
 @pytest.mark.parametrize(
     "row, kind, source, target, separator",
     [
@@ -166,14 +167,22 @@ def test_a_generator_reads_the_source_as_in_training(
         calls.append((texts, options))
         return [SimpleNamespace(text=" b\n")]
 
+    shape, _, template = shape.partition(" ")
+    settings = {"chat_template": DEFAULT_TEMPLATE, "bos_token": "<s>"} if template else {}
     config = ModelConfig(shape=shape, positions="relative")
-    model = SimpleNamespace(generate=generate, model=SimpleNamespace(config=config))
+    model = SimpleNamespace(
+        generate=generate,
+        model=SimpleNamespace(config=config),
+        tokenizer=SimpleNamespace(settings=settings),
+    )
     task = EVALUATION_TASKS["qa" if kind == "answers" else "translate"]
     options = EvaluationOptions(num_beams=3, max_new_tokens=5, stop=("x",), seed=1)
     predictor = ModelPredictor(task, model, options)
     ((record, predicted),) = predictor.predict_all(EvalDataset([str(file)], TASK_SCHEMAS[kind]))
     assert (record.references, predicted) == ((target,), ("b",))
-    expected = {"num_beams": 3, "max_new_tokens": 5, "stop": ("x",), "seed": 1}
+    expected = {"num_beams": 3, "max_new_tokens": 5, "stop": ("x",), "seed": 1, "bos": None}
+    if template and "messages" in row:
+        source, expected["bos"] = "<s><|user|>\nHi\n<|assistant|>\n", False
     if shape == "decoder":
         expected["temperature"] = 0.0  # greedy
     assert calls == [([source + (separator if shape == "decoder" else "")], expected)]
