@@ -22,6 +22,11 @@ from lmcli.generation.chat import Chat
 from lmcli.text.characters import for_stream, without_surrogates
 from lmcli.text.chat_template import ASSISTANT, Message
 
+try:
+    import readline
+except ImportError:  # Windows
+    readline = None  # type: ignore[assignment]
+
 HELP = r'''/reset             forget what was said
 /save FILE         add it to FILE as JSON Lines, which lm train reads
 /set NAME VALUE    change an option: /set temperature 0.5; /set alone shows them
@@ -34,7 +39,10 @@ TEXT_COLOR, DIM, PLAIN = "\x1b[36m", "\x1b[2m", "\x1b[0m"
 
 
 class StopText(KeyboardInterrupt):
-    """Ctrl-C, unlike SIGTERM and SIGHUP: it stops a text, not the program."""
+    """Ctrl-C, unlike SIGTERM and SIGHUP: it stops a text, not the program; `typed` is the line."""
+
+    def __init__(self, typed: str = ""):
+        self.typed = typed
 
 
 @dataclass
@@ -182,7 +190,9 @@ class Terminal:
 
     def message(self) -> str:
         """The user's next message or command, which may have several lines. Raises EOFError."""
+        self.begun = False  # a message of several lines
         line = self._line(">>> ")
+        self.begun = True
         if line.startswith('"""'):
             lines, rest = [], line[3:]
             while '"""' not in rest:
@@ -244,9 +254,10 @@ def talk(session: Session, quiet: bool) -> None:
                 if terminal.edits:
                     print()
                 return
-            except StopText:
-                terminal.note("" if interrupted else "\nCtrl-C again, or Ctrl-D, ends")
-                if interrupted:
+            except StopText as stop:
+                ends = interrupted and not (stop.typed or terminal.begun)
+                terminal.note("" if ends else "\nCtrl-C again, or Ctrl-D, ends")
+                if ends:
                     return
                 interrupted = True
             except UserError as error:
@@ -278,7 +289,7 @@ def _stopping() -> Iterator[None]:
     """Ctrl-C raises StopText in the block."""
 
     def stop(number: int, frame: object) -> None:
-        raise StopText
+        raise StopText(readline.get_line_buffer() if readline else "")
 
     before = signal.signal(signal.SIGINT, stop)
     try:
@@ -290,10 +301,6 @@ def _stopping() -> Iterator[None]:
 @contextmanager
 def _history(edits: bool) -> Iterator[None]:
     """Editing of lines, with those of earlier sessions, which a private file in the cache keeps."""
-    try:
-        import readline
-    except ImportError:  # Windows
-        readline = None  # type: ignore[assignment]
     if readline is None or not edits:
         yield
         return

@@ -181,8 +181,12 @@ class TestLoop:
         screen.wait_for("3 tokens.*>>> ")
         screen.type(f"/save {tmp_path}/saved.jsonl\n")
         screen.wait_for("1 line added.*>>> ")
-        screen.type("half\x03")
-        screen.wait_for("Ctrl-C again, or Ctrl-D, ends.*>>> ")
+        # none of these is an empty prompt
+        for line, shown in (("half", "half"), ("again", "again"), ('"""\nsome\n', "some.*[.] ")):
+            screen.type(line)
+            screen.wait_for(shown)
+            screen.type("\x03")
+            screen.wait_for("Ctrl-C again, or Ctrl-D, ends.*>>> ")
         screen.type("\x04")
         assert screen.ends() == 0
         messages = json.loads((tmp_path / "saved.jsonl").read_text())["messages"]
