@@ -501,7 +501,12 @@ static void quantize_group(const float *x, int most, int8_t *out, uint16_t *scal
 /* Writes row `r` of a block in the form of `type`. */
 static void interleave_row(const float *x, int64_t type, int64_t inputs, int r, char *block, uint16_t *scales) {
     if (type == FLOAT32) for (int64_t i = 0; i < inputs; i++) ((float *)block)[i * LANES + r] = x[i];
-    else if (type == BFLOAT16) for (int64_t i = 0; i < inputs; i++) ((uint16_t *)block)[i / 2 * 2 * LANES + 2 * r + i % 2] = to_bfloat16(x[i]);
+    else if (type == BFLOAT16) for (int64_t i = 0; i < inputs; i += GROUP) {  /* rounded by vectors, stored by pairs */
+        uint16_t n[GROUP] = {0};
+        int64_t size = inputs - i < GROUP ? inputs - i : GROUP;
+        for (int64_t j = 0; j < size; j++) n[j] = to_bfloat16(x[i + j]);
+        for (int64_t j = 0; j < GROUP; j += 2) memcpy((uint16_t *)block + (i + j) * LANES + 2 * r, n + j, 4);
+    }
     else for (int64_t g = 0; g < inputs / GROUP; g++) {
         int8_t n[GROUP];
         quantize_group(x + g * GROUP, type == INT8 ? 127 : 7, n, scales + g * LANES + r);

@@ -21,7 +21,7 @@ from lmcli.model.positions import rotary_frequencies
 
 BFLOAT16 = np.dtype("V2")  # two bytes: numpy has no such numbers
 BFLOAT16_BITS = np.dtype(np.uint16)
-ROUNDED_BY_ONE_THREAD = 1 << 17  # numbers; fewer take less time than waking the other threads
+CONVERTED_BY_ONE_THREAD = 1 << 18  # numbers; fewer take less time than waking the other threads
 ARRAY_TYPES = {np.dtype(np.float32): "float32", BFLOAT16_BITS: "bfloat16"}
 WEIGHT_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 BLOCK_OUTPUTS = 16  # outputs whose weights decode_products.h interleaves
@@ -264,7 +264,8 @@ def interleave(weight: Weight, kind: str) -> tuple[NDArray[np.uint8], NDArray[np
     matrix = _Matrix(*pointers, WEIGHT_TYPES[kind], outputs, inputs)
     source = rows.ctypes.data, WEIGHT_TYPES[ARRAY_TYPES[rows.dtype]]
     function = _function("interleave", _pointer, _pointer, _long, _long)
-    function(ctypes.byref(matrix), *source, thread_count())
+    threads = thread_count() if rows.size >= CONVERTED_BY_ONE_THREAD else 1
+    function(ctypes.byref(matrix), *source, threads)
     return numbers, scales
 
 
@@ -324,7 +325,7 @@ def _round_to_bfloat16(numbers: Array) -> NDArray[np.uint16]:
     """The bits of the nearest bfloat16 numbers, ties to even, as torch rounds."""
     numbers = np.ascontiguousarray(numbers)
     bits = np.empty(numbers.shape, np.uint16)
-    threads = thread_count() if numbers.size >= ROUNDED_BY_ONE_THREAD else 1
+    threads = thread_count() if numbers.size >= CONVERTED_BY_ONE_THREAD else 1
     arguments = numbers.ctypes.data, bits.ctypes.data, numbers.size, threads
     _function("round_to_bfloat16", _pointer, _pointer, _long, _long)(*arguments)
     return bits
