@@ -72,11 +72,14 @@ def load(
     dtype: str = "auto",
     threads: int = 0,
     training: bool = False,
+    quantize: str = "",
 ) -> "Model":
     """The model of a folder, or of a name on the Hugging Face Hub (see checkpoints/hub.py).
 
     `dtype` "auto" is float32, or with `training` (also for generation) bfloat16 on hardware that is
-    faster in it. Raises UserError for an unreadable folder, UsageError for a missing device.
+    faster in it. With `quantize` "int8" or "int4" a decoder on a CPU generates with weights in 8 or
+    4 bit. Raises UserError for an unreadable folder, UsageError for a missing device, or where
+    quantized weights cannot be used.
     """
     options = device, dtype, threads, training
     precision = processor.cpu_precision(device, dtype, training)
@@ -84,7 +87,7 @@ def load(
         _select_device(*options)
     folder = hub.find(path)
     contents = checkpoints.read_folder(folder)
-    model = Model(contents, options, precision, str(path), Path(folder))
+    model = Model(contents, options, precision, str(path), Path(folder), quantize)
     if not model.decodes_without_torch:
         model.model  # noqa: B018  # raises the errors of the weights
     return model
@@ -116,7 +119,9 @@ class Model:
         precision: str,
         name: str = "the model",
         folder: Path | None = None,
+        quantize: str = "",
     ):
+        self._weight_type = quantize or None
         self.checkpoint, self.tokenizer = contents, contents.tokenizer
         self.name, self.folder = name, folder
         self._device_options, self._precision = device_options, precision
@@ -149,21 +154,28 @@ class Model:
     @cached_property
     def _weights(self) -> DecoderWeights:
         assert self._parameters is not None
-        return weights_from_files(self.config, self._parameters, self._precision)
+        return weights_from_files(self.config, self._parameters, self._precision, self._weight_type)
 
     def _decoding_states(self) -> Callable[..., Any]:
         """(sequences, sources, capacity) → the state of a decoder that has read them."""
         if self.decodes_without_torch:
             return lambda rows, _, capacity: FastDecodingState(self._weights, rows, capacity)
-        from lmcli.kernels.decoding_state import decoding_state
+        from lmcli.kernels.decoding_state import decoding_state, supports
 
-        return partial(decoding_state, self.model)
+        if self._weight_type and not supports(self.model):
+            raise UsageError(
+                f"{self.name} cannot generate with weights in {self._weight_type} here",
+                where="--quantize",
+                hint="that takes a decoder on a CPU, without an adapter, and a C compiler",
+            )
+        return partial(decoding_state, self.model, weight_type=self._weight_type)
 
     @property
     def runs_on(self) -> str:
         """Device, threads and precision, for people."""
         if self.decodes_without_torch:
-            return f"cpu, {processor.thread_count()} threads, {self._precision}"
+            precision = self._weight_type or self._precision
+            return f"cpu, {processor.thread_count()} threads, {precision}"
         return str(self.device_config)
 
     def require(self, command: str) -> None:

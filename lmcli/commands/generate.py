@@ -94,6 +94,9 @@ SAMPLING = (
 @options.bos
 @options.json_output
 @options.hardware
+@options.choice(
+    "--quantize", values=["int8", "int4"], help="A decoder on a CPU: weights in 8 or 4 bit, faster."
+)
 @options.batch_tokens
 @options.quiet
 @options.verbose

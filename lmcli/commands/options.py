@@ -406,7 +406,8 @@ def load_model(name: str | None, args: Arguments, generating: bool = False) -> "
     from lmcli import api
     from lmcli.display import note
 
-    model = api.load(name, args.device, args.dtype, args.threads or 0, training=generating)
+    quantize = vars(args).get("quantize") or ""
+    model = api.load(name, args.device, args.dtype, args.threads or 0, generating, quantize)
     if vars(args).get("verbose"):  # lm bench has no -v
         note(f"{name} on {model.runs_on}, context {model.context}")
     return model

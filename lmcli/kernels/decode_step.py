@@ -305,9 +305,12 @@ def in_precision(numbers: NDArray[Any], dtype: str) -> Weight:
 
 
 def weights_from_files(
-    config: ModelConfig, parameters: Mapping[str, NDArray[Any]], precision: str
+    config: ModelConfig,
+    parameters: Mapping[str, NDArray[Any]],
+    precision: str,
+    weight_type: str | None = None,
 ) -> DecoderWeights:
-    """DecoderWeights in float32 or bfloat16 of parameters as files hold them, see BFLOAT16.
+    """DecoderWeights of parameters as files hold them, see BFLOAT16; precision is of the embedding.
 
     `interleave` rounds the matrices of the layers, so that they are read once.
     """
@@ -318,7 +321,7 @@ def weights_from_files(
         return in_precision(numbers, stored if is_matrix else precision)
 
     weights = {name: weight(name, numbers) for name, numbers in parameters.items()}
-    return DecoderWeights(config, weights)
+    return DecoderWeights(config, weights, weight_type=weight_type)
 
 
 def _round_to_bfloat16(numbers: Array) -> NDArray[np.uint16]:

@@ -19,20 +19,31 @@ State = DecodingState | FastDecodingState
 
 
 def decoding_state(
-    model: Transformer, sequences: list[list[int]], sources: list[list[int]] | None, capacity: int
+    model: Transformer,
+    sequences: list[list[int]],
+    sources: list[list[int]] | None,
+    capacity: int,
+    weight_type: str | None = None,
 ) -> State:
-    """A FastDecodingState where the model and the machine allow it, else a DecodingState."""
+    """A FastDecodingState where the model and the machine allow it, else a DecodingState.
+
+    The former's matrices are of `weight_type` (see DecoderWeights).
+    """
     if not supports(model):
         return DecodingState(model, sequences, sources, capacity)
-    return fast_state(model, sequences, sources, capacity)
+    return fast_state(model, sequences, sources, capacity, weight_type)
 
 
 def fast_state(
-    model: Transformer, sequences: list[list[int]], sources: list[list[int]] | None, capacity: int
+    model: Transformer,
+    sequences: list[list[int]],
+    sources: list[list[int]] | None,
+    capacity: int,
+    weight_type: str | None = None,
 ) -> FastDecodingState:
     """A FastDecodingState of a model that `supports` accepts; equal sources are encoded once."""
     heads = None if sources is None else _cross_heads(model, sources)
-    return FastDecodingState(weights_of(model), sequences, capacity, heads)
+    return FastDecodingState(weights_of(model, weight_type), sequences, capacity, heads)
 
 
 def supports(model: Transformer) -> bool:
@@ -67,14 +78,14 @@ _cached: "weakref.WeakKeyDictionary[Transformer, tuple[object, DecoderWeights]]"
 )
 
 
-def weights_of(model: Transformer) -> DecoderWeights:
-    """The DecoderWeights of a model in its present state."""
-    present = version(model)
+def weights_of(model: Transformer, weight_type: str | None = None) -> DecoderWeights:
+    """The DecoderWeights of a model in its present state, of the last `weight_type` asked for."""
+    present = version(model), weight_type
     cached_version, weights = _cached.get(model, (None, None))
     if weights is None or cached_version != present:
         parameters = {name: _array(weight) for name, weight in model.named_parameters()}
         options = _finish_embedding(model), _relative_bias(model)
-        weights = DecoderWeights(model.config, parameters, *options)
+        weights = DecoderWeights(model.config, parameters, *options, weight_type)
         _cached[model] = present, weights
     return weights
 

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from lmcli.config import ModelConfig
+import lmcli
+from lmcli.checkpoints import folder as checkpoints
+from lmcli.config import GenerateConfig, ModelConfig
+from lmcli.errors import UsageError
 from lmcli.kernels import build, decode_step
 from lmcli.kernels.decode_step import BLOCK_OUTPUTS, WEIGHT_GROUP, DecoderWeights
 from lmcli.kernels.decoding_state import weights_of
@@ -110,3 +113,26 @@ def test_infinite_weights_are_not_hidden(model: FastTransformer) -> None:
 
 def test_the_state_of_a_model_takes_the_type_of_its_weights(model: FastTransformer) -> None:
     assert weights_of(model).weight_type == "float32"
+
+
+class TestQuantize:
+    @pytest.fixture(scope="class")
+    def path(self, small_model, small_tokenizer, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("model")
+        model = small_model(vocab_size=small_tokenizer.size, max_position_embeddings=64)
+        checkpoints.save(folder, model, small_tokenizer, GenerateConfig(temperature=0.0))
+        return folder
+
+    def test_log_probabilities_stay_near(self, path):
+        exact = lmcli.load(path, dtype="float32").generate(["Once upon a"], max_new_tokens=1)[0]
+        model = lmcli.load(path, dtype="float32", quantize="int8")
+        assert "int8" in model.runs_on
+        near = model.generate(["Once upon a"], max_new_tokens=1)[0]
+        assert near.tokens == exact.tokens
+        assert 0 < abs(near.token_logprobs[0] - exact.token_logprobs[0]) < 0.1
+
+    def test_a_model_that_pytorch_runs_is_refused(self, path, monkeypatch):
+        monkeypatch.setattr("lmcli.kernels.build.library", lambda: None)
+        monkeypatch.setattr("lmcli.kernels.processor.cpu_precision", lambda *_: "")
+        with pytest.raises(UsageError, match=r"in int8 here"):
+            lmcli.load(path, quantize="int8").generate(["x"])
