@@ -1,4 +1,4 @@
-"""Decoders that run in C from their files' own memory, beside the same folders loaded by torch."""
+"""Decoders that run in C without torch, beside the same folders loaded by torch."""
 
 import json
 import os
