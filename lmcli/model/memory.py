@@ -24,6 +24,9 @@ LOGITS_AT_ONCE = {"cpu": 1 << 23, "mps": 1 << 23, "cuda": 1 << 28}  # logits in 
 FEWEST_ROWS = 128  # but at least this many rows, so that the product stays efficient
 USABLE = 0.8  # share of a device for weights, gradients and moments; the rest is for a micro-batch
 ORTHOGONAL = 4  # copies of the largest group of equal matrices that Muon works with
+# products of many shapes in bfloat16 (`kernels.products`): the code of 256, and holes between
+# tensors as a share of the activations, as measured with preset translate
+PRODUCT_CODE, HOLES = 90_000_000, 0.5
 
 
 class Memory(NamedTuple):
@@ -86,6 +89,11 @@ def training_memory(
         batch.kept() + batch.worked_with(device),
         ORTHOGONAL * SIZES[dtype] * max(groups.values(), default=0),
     )
+
+
+def many_shapes(needed: Memory) -> int:
+    """Bytes that a CPU needs besides if batches in bfloat16 have many shapes."""
+    return PRODUCT_CODE + int(HOLES * needed.activations)
 
 
 def fits_on_one(needed: Memory, capacity: float) -> bool:

@@ -55,6 +55,7 @@ class PlannedText:
 
     bytes, documents: of the training set; validation_bytes: what evaluations read;
     xz_bits: bits per byte of the sample under xz; seconds: how long reading all of it took.
+    has_examples: rows have many lengths.
     """
 
     doc_format: DocumentFormat
@@ -64,11 +65,7 @@ class PlannedText:
     sample: list[str]
     xz_bits: float
     seconds: float
-
-    @property
-    def sample_bytes(self) -> int:
-        """UTF-8 bytes of the sample."""
-        return sum(len(text.encode("utf-8")) for text in self.sample)
+    has_examples: bool = False
 
 
 class LearnedVocabulary(NamedTuple):
@@ -193,6 +190,7 @@ def read_text(
         sample=sample,
         xz_bits=xz_bits_per_byte(sample),
         seconds=time.monotonic() - started,
+        has_examples=resolved.has_examples,
     )
 
 
@@ -232,9 +230,9 @@ class Planner:
         speed = self._speed(recipe, vocabulary, group.size)
         micro = share.rows_at_once * train.context
         available = machine_memory(self.device_config.device) // (group.size if group.local else 1)
-        process = self.process + 2 * text_tokens * (self.device_config.device.type == "cpu")
+        process = self._process(text_tokens, needed := self._memory(recipe, micro))
         layout = cluster.choose_layout(
-            config, self._memory(recipe, micro), share.passes, group.size, available - process
+            config, needed, share.passes, group.size, available - process
         )
         # all devices: seconds of a step, steps of the run
         update = speed.update / layout.update_shards(group)
@@ -314,6 +312,13 @@ class Planner:
             fused=build.serve(device),
             device=device.type,
         )
+
+    def _process(self, text_tokens: int, needed: memory.Memory) -> int:
+        """Bytes besides `needed`: the program, the ids, what products of many shapes take."""
+        if self.device_config.device.type != "cpu":
+            return self.process
+        varied = self.text.has_examples and self.device_config.dtype == torch.bfloat16
+        return self.process + 2 * text_tokens + memory.many_shapes(needed) * varied
 
     def _pauses(self, recipe: Recipe, vocabulary: LearnedVocabulary, speed: Speed) -> Pauses:
         """The evaluations of a run, and the save and the sample text that follow each."""

@@ -10,6 +10,7 @@ from lmcli.data.documents import DocumentFormat
 from lmcli.errors import UserError
 from lmcli.model import flops
 from lmcli.model.device import select_device
+from lmcli.model.memory import HOLES, PRODUCT_CODE
 from lmcli.planning import plan
 from lmcli.planning.expected_quality import expected_bits_per_byte, rounded
 from lmcli.planning.plan import Planner
@@ -46,6 +47,18 @@ def planned_text(file, recipe=None):
 def planner(story, monkeypatch):
     monkeypatch.setattr(plan, "SECONDS", 0.01)
     return Planner(planned_text(story), select_device("cpu", "float32"))
+
+
+@pytest.mark.parametrize(("dtype", "more"), [("float32", 0), ("bfloat16", 1)])
+def test_rows_of_many_lengths_take_memory_in_bfloat16(dtype, more, tmp_path, monkeypatch):
+    """Measured with preset translate: 880 MB where batches of one shape take 681."""
+    monkeypatch.setattr(plan, "SECONDS", 0.01)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Was it so?", "completion": "It was."}\n' * 60)
+    planner = Planner(planned_text(rows), select_device("cpu", dtype))
+    planned = planner.plan("tiny", resolve("tiny", SMALL))
+    besides = planned.process - planner.process - 2 * planned.text_tokens
+    assert besides == more * (PRODUCT_CODE + int(HOLES * planned.activations))
 
 
 def test_the_text_is_split_as_in_training(story):
