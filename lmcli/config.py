@@ -104,6 +104,7 @@ class ModelConfig:
     norm_bias: bool = knob(True, "LayerNorm has a bias")
     norm_eps: float = knob(1e-6, "added to the mean square", 0.0, 1.0)
     post_norm: bool = knob(False, "norm(x + f(x)) instead of x + f(norm(x))")
+    sandwich_norm: bool = knob(False, "norms after attention and MLP too, x + norm(f(norm(x)))")
     parallel_block: bool = knob(False, "attention and MLP have the same input")
     first_attention_norm: bool = knob(True, "the first block has a norm before its attention")
     embedding_norm: bool = knob(False, "norm on the sum of embeddings")

@@ -99,6 +99,10 @@ def read_config(document: dict[str, Any], where: str) -> tuple[Family, ModelConf
         padding = document.get("pad_token_id", values.get("pad_token_id"))
         values["position_offset"] = 0 if padding == -1 else (values.get("pad_token_id") or 0) + 1
         values["max_position_embeddings"] -= values["position_offset"]
+    for key, option in family.equal.items():
+        value = {**family.defaults, **document}.get(key)
+        if value != values.get(option):
+            raise _unsupported(f"{key} {value!r}", where, repr(values.get(option)), family)
     for option, most in LARGEST.items():
         size = values.get(option, 0)
         if not 1 <= size <= most:
@@ -410,6 +414,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "model_type": family.model_type,
         **{key: getattr(config, option) for option, key in family.keys.items()},
         **family.fixed,
+        **{key: getattr(config, option) for key, option in family.equal.items()},
     }
     for key, choices in family.choices.items():
         choice = _choice(choices, config)

@@ -118,6 +118,84 @@ QWEN3 = replace(
     gguf=GgufArchitecture("qwen3", {"query_key_norm": (True,)}),
 )
 
+GEMMA3_TENSORS = tensors("""
+    model.embed_tokens                              embedding
+    model.norm                                      decoder.norm                        less_one
+    model.layers.{}.input_layernorm                 decoder.layers.{}.attention_norm    less_one
+    model.layers.{}.post_attention_layernorm        decoder.layers.{}.attention_out_norm less_one
+    model.layers.{}.pre_feedforward_layernorm       decoder.layers.{}.mlp_norm          less_one
+    model.layers.{}.post_feedforward_layernorm      decoder.layers.{}.mlp_out_norm      less_one
+    model.layers.{}.self_attn.q_proj                decoder.layers.{}.attention.query
+    model.layers.{}.self_attn.k_proj                decoder.layers.{}.attention.key
+    model.layers.{}.self_attn.v_proj                decoder.layers.{}.attention.value
+    model.layers.{}.self_attn.o_proj                decoder.layers.{}.attention.output
+    model.layers.{}.self_attn.q_norm                decoder.layers.{}.attention.query_norm  less_one
+    model.layers.{}.self_attn.k_norm                decoder.layers.{}.attention.key_norm    less_one
+    model.layers.{}.mlp.gate_proj                   decoder.layers.{}.mlp.gate
+    model.layers.{}.mlp.up_proj                     decoder.layers.{}.mlp.up
+    model.layers.{}.mlp.down_proj                   decoder.layers.{}.mlp.down
+""")
+GEMMA3 = Family(
+    model_type="gemma3_text",
+    shape="decoder",
+    heads={"lm": "Gemma3ForCausalLM"},
+    keys={**LLAMA_KEYS, "hidden_act": "hidden_activation"},
+    options={"query_key_norm": True, "sandwich_norm": True, "scale_embedding": True},
+    defaults={
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    },
+    fixed={
+        "attention_bias": False,
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    },
+    equal={"query_pre_attn_scalar": "head_dim"},
+    window=WindowRule(
+        "sliding_window",
+        written=("sliding_window", "layer_types"),
+        off=4096,
+        pattern=LayerPattern(
+            "sliding_window_pattern",
+            low=1,
+            is_full=lambda layer, number: (layer + 1) % number == 0,
+            number=lambda layer_types, window: None,
+        ),
+    ),
+    rope_keys=("rope_theta", "rope_local_base_freq"),
+    prefix="model.",
+    tensors=GEMMA3_TENSORS,
+    head_tensors=LM_HEAD,
+    gguf=GgufArchitecture(
+        "gemma3",
+        {
+            "query_key_norm": (True,),
+            "sandwich_norm": (True,),
+            "scale_embedding": (True,),
+            "hidden_act": ("gelu_pytorch_tanh",),
+        },
+        full_every=6,
+    ),
+)
+
 # GPT-2 and GPT-NeoX -------------------------------------------------------------------------------
 
 GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -232,5 +310,5 @@ GPT_NEOX = Family(
 )
 
 # a model without a `model_type` is saved as the first family that has all its options
-DECODERS = (QWEN3, LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX)
+DECODERS = (QWEN3, LLAMA, MISTRAL, QWEN2, GEMMA3, GPT2, GPT_NEOX)
 FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODER_FAMILIES)}

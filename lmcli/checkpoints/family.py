@@ -19,6 +19,7 @@ DEFAULT_OPTIONS = {
     "norm": "rms",
     "norm_bias": True,
     "post_norm": False,
+    "sandwich_norm": False,
     "parallel_block": False,
     "first_attention_norm": True,
     "embedding_norm": False,
@@ -43,9 +44,9 @@ Choices = Mapping[str, Sequence[tuple[Any, Mapping[str, Any]]]]
 class TensorMap(NamedTuple):
     """A module (or one tensor) of a file and our modules that it holds; `{}` is the layer number.
 
-    `layout` is "plain", "flat" (reshaped), "columns" (stored transposed), "rows" (several modules
-    concatenated) or "heads" (several modules concatenated within each head). With `when`, the entry
-    applies only if that option has that value.
+    `layout` is "plain", "flat" (reshaped), "columns" (stored transposed), "less_one" (weight − 1 is
+    stored), "rows" (several modules concatenated) or "heads" (the same within each head). With
+    `when`, the entry applies only if that option has that value.
     """
 
     file_name: str
@@ -117,7 +118,8 @@ class GgufArchitecture:
     it rotates neighboring dimensions, so the rows of queries and keys are stored in another order.
     With `joined` queries, keys and values are one matrix. `frequencies`: it reads factors of rotary
     frequencies. `own_head`: it never takes the embedding as the head. `square`: its heads divide
-    the hidden size. `parallel_key`: a key tells if its blocks are parallel.
+    the hidden size. `parallel_key`: a key tells if its blocks are parallel. `full_every`:
+    of so many layers the last has full attention, the others the window; 0: it has no window.
     """
 
     name: str
@@ -128,6 +130,7 @@ class GgufArchitecture:
     own_head: bool = False
     square: bool = False
     parallel_key: bool = False
+    full_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class Family:
       choices          keys whose value stands for some of our options
       fallbacks        a key that may be missing → the key whose value it takes then
       aliases          another name of a key → the key; of two values that of the other name counts
+      equal            a key that must have the value of one of our options
       repeated         a key that says again what one of our options is; it must not contradict
       architectures    further architectures whose files hold all that one of the heads needs → head
       window           how the sliding window is stated; None for families without one
@@ -173,6 +177,7 @@ class Family:
     choices: Choices = field(default_factory=dict)
     fallbacks: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    equal: Mapping[str, str] = field(default_factory=dict)
     repeated: Mapping[str, str] = field(default_factory=dict)
     architectures: Mapping[str, str] = field(default_factory=dict)
     window: WindowRule | None = None

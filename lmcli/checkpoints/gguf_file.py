@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lmcli.checkpoints.config_json import LARGEST, family_of
+from lmcli.checkpoints.config_json import LARGEST, LAYER_TYPES, family_of
 from lmcli.checkpoints.families import FAMILIES
 from lmcli.checkpoints.family import DEFAULT_OPTIONS, Family, GgufArchitecture
 from lmcli.config import ModelConfig, check
@@ -21,7 +21,26 @@ from lmcli.errors import UsageError, UserError
 from lmcli.model.positions import rotary_frequencies
 from lmcli.storage import atomic_path, require_disk_space, user_errors
 from lmcli.text import gguf_tokenizer
-from lmcli.text.gguf_header import GgufHeader, read_header
+from lmcli.text.gguf_header import (
+    HEAD_SIZES,
+    KEY_HEADS,
+    LOCAL_BASE,
+    NORM_KEYS,
+    PARALLEL,
+    READ_KEYS,
+    ROPE_BASE,
+    ROPE_CONTEXT,
+    ROPE_FACTOR,
+    ROPE_SIZE,
+    ROPE_TYPE,
+    SIZE_KEYS,
+    WINDOW,
+    WINDOW_PATTERN,
+    GgufHeader,
+    decimal,
+    read_header,
+    required,
+)
 from lmcli.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -39,7 +58,9 @@ TENSOR_NAMES = {
     "decoder.norm": "output_norm",
     "head.output": "output",
     "attention_norm": "attn_norm",
+    "attention_out_norm": "post_attention_norm",
     "mlp_norm": "ffn_norm",
+    "mlp_out_norm": "post_ffw_norm",
     "attention.query": "attn_q",
     "attention.key": "attn_k",
     "attention.value": "attn_v",
@@ -53,27 +74,6 @@ TENSOR_NAMES = {
 PROJECTIONS, JOINED = ("attention.query", "attention.key", "attention.value"), "attn_qkv"
 EMBEDDING, OUTPUT, POSITIONS = "token_embd.weight", "output.weight", "position_embd.weight"
 ROPE_FREQUENCIES = "rope_freqs.weight"
-# options of ours → keys behind the architecture's name
-SIZE_KEYS = {
-    "max_position_embeddings": "context_length",
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-}
-KEY_HEADS = "attention.head_count_kv"
-HEAD_SIZES = ("attention.key_length", "attention.value_length")
-NORM_KEYS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
-ROPE_SIZE, ROPE_BASE = "rope.dimension_count", "rope.freq_base"
-ROPE_TYPE, ROPE_FACTOR = "rope.scaling.type", "rope.scaling.factor"
-ROPE_CONTEXT, PARALLEL = "rope.scaling.original_context_length", "use_parallel_residual"
-READ_KEYS = {
-    *SIZE_KEYS.values(),
-    *HEAD_SIZES,
-    *NORM_KEYS.values(),
-    *(KEY_HEADS, ROPE_SIZE, ROPE_BASE, ROPE_TYPE, ROPE_FACTOR, ROPE_CONTEXT, PARALLEL),
-    *("vocab_size", "tensor_data_layout", "rope.scaling.finetuned"),
-}
 ACTIVATION = "lm.hidden_act"  # the format has no key for it
 GGUF_INSTALL = "pip install 'lmcli[gguf]'"
 
@@ -242,7 +242,10 @@ def _architecture(config: ModelConfig) -> GgufArchitecture:
     ]
     layer_types = config.resolved_layer_types(config.num_hidden_layers)
     slides = "sliding_attention" in layer_types and config.sliding_window
-    if slides and config.sliding_window < config.max_position_embeddings:
+    if found.full_every:
+        if layer_types != _layer_types(config.num_hidden_layers, found.full_every):
+            lacking.append("layer_types")
+    elif slides and config.sliding_window < config.max_position_embeddings:
         lacking.append("sliding_window")
     if config.rope_type == "llama3" and not found.frequencies:
         lacking.append("rope_type")
@@ -274,6 +277,9 @@ def _metadata(config: ModelConfig, architecture: GgufArchitecture) -> dict[str, 
         values[ROPE_CONTEXT] = config.rope_original_context or config.max_position_embeddings
     if architecture.parallel_key:
         values[PARALLEL] = config.parallel_block
+    if architecture.full_every:
+        values |= {WINDOW: config.sliding_window, WINDOW_PATTERN: architecture.full_every}
+        values[LOCAL_BASE] = config.local_rope_theta or config.rope_theta
     return {f"{architecture.name}.{key}": value for key, value in values.items()}
 
 
@@ -366,13 +372,13 @@ def _options(
         **family.options_for("lm"),
         "model_type": family.model_type,
         "hidden_act": activation,
-        **{option: _required(keys, key, where) for option, key in SIZE_KEYS.items()},
+        **{option: required(keys, key, where) for option, key in SIZE_KEYS.items()},
         "vocab_size": tensors[EMBEDDING].shape[0],
         "tie_word_embeddings": OUTPUT not in tensors,
         "attention_bias": next((biases[name] for name in biases if name in names), "none"),
         "mlp_bias": "ffn_up.bias" in names,
     }
-    options["norm_eps"] = _decimal(_required(keys, NORM_KEYS[options["norm"]], where))
+    options["norm_eps"] = decimal(required(keys, NORM_KEYS[options["norm"]], where))
     heads = options["num_attention_heads"]
     if keys.get(HEAD_SIZES[0]) != keys.get(HEAD_SIZES[1]):
         raise UserError(f"{' and '.join(HEAD_SIZES)} differ", where=where)
@@ -385,29 +391,28 @@ def _options(
         options["rotary_fraction"] = rotated / size if rotated != size else 1.0
         kind = keys.get(ROPE_TYPE, "none")
         options |= {
-            "rope_theta": _decimal(keys.get(ROPE_BASE, 10_000.0)),
+            "rope_theta": decimal(keys.get(ROPE_BASE, 10_000.0)),
             "rope_type": "default" if kind == "none" else kind,
-            "rope_factor": _decimal(keys.get(ROPE_FACTOR, 1.0) or 1.0),
+            "rope_factor": decimal(keys.get(ROPE_FACTOR, 1.0) or 1.0),
             "rope_original_context": keys.get(ROPE_CONTEXT, 0),
+        }
+    if architecture.full_every:
+        every = keys.get(WINDOW_PATTERN, architecture.full_every)
+        if (layers := options["num_hidden_layers"]) == 62:
+            raise UserError("its 62 layers scale attention in a way that lm lacks", where=where)
+        options |= {
+            "sliding_window": required(keys, WINDOW, where),
+            "layer_types": every if isinstance(every, list) else _layer_types(layers, every),
+            "local_rope_theta": decimal(keys.get(LOCAL_BASE, 10_000.0)),
         }
     for name in ("bos", "eos"):
         options[f"{name}_token_id"] = header.metadata.get(f"{gguf_tokenizer.KEY}{name}_token_id")
     return options
 
 
-def _decimal(value: Any) -> Any:
-    """A float32 as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def _required(keys: Mapping[str, Any], key: str, where: str) -> Any:
-    """The value of a key; of a list with a value for each layer the one that they all have."""
-    value = keys.get(key)
-    if isinstance(value, list) and len({*map(str, value)}) == 1:
-        value = value[0]
-    if not isinstance(value, int | float):
-        raise UserError(f"{key} is {value!r}, not one number", where=where)
-    return value
+def _layer_types(layers: int, full_every: int) -> tuple[str, ...]:
+    full, sliding = LAYER_TYPES
+    return tuple(sliding if (i + 1) % full_every else full for i in range(layers))
 
 
 ROPE_CONTEXTS = tuple(1 << power for power in range(10, 21))

@@ -128,6 +128,8 @@ def join_tensors(parameters: Sequence["Tensor"], layout: str, heads: int) -> "Te
     first = parameters[0]
     if layout == "flat":
         return first.reshape(1, -1)
+    if layout == "less_one":
+        return first.float() - 1
     if layout == "heads":
         by_head = [tensor.reshape(heads, -1, *tensor.shape[1:]) for tensor in parameters]
         return torch.stack(by_head, dim=1).reshape(-1, *first.shape[1:])
@@ -148,6 +150,8 @@ def split_tensor(tensor: Any, sizes: list[int], layout: str, heads: int) -> list
     """Our parameters, with `sizes` rows each, from one stored tensor."""
     if layout == "flat":
         return [tensor.reshape(-1)]
+    if layout == "less_one":
+        return [tensor.float() + 1]
     if layout == "heads":
         by_head = tensor.reshape(heads, len(sizes), -1, *tensor.shape[1:])
         return [by_head[:, i].reshape(-1, *tensor.shape[1:]) for i in range(len(sizes))]

