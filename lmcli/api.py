@@ -20,10 +20,12 @@ from lmcli.generation.decoding import Decoder, Generated, TextChunk
 from lmcli.generation.options import (
     check_forced_ids,
     check_stop_strings,
-    check_stop_strings_of_config,
+    check_texts_of_config,
     generation_config,
+    with_logit_bias,
 )
 from lmcli.generation.prompts import encode_prompt, mask_id
+from lmcli.generation.structure import check_form
 from lmcli.kernels import processor
 from lmcli.kernels.decode_step import DecoderWeights, weights_from_files
 from lmcli.kernels.fast_decoding import FastDecodingState
@@ -314,6 +316,7 @@ class Model:
         self.require("generate")
         config = generation_config(self.checkpoint.generate, options)
         stop_strings = check_stop_strings(stop)
+        check_form(config, self.config.shape, stop_strings)
         if self.config.shape == "encoder":
             from lmcli.generation.mask_filling import MaskFiller
 
@@ -321,7 +324,8 @@ class Model:
             mask = mask_id(self.tokenizer)
             return MaskFiller(self.model, self.tokenizer, config, mask, sampled)
         check_forced_ids(config, self.config.vocab_size)
-        check_stop_strings_of_config(config)
+        config = with_logit_bias(config, self.tokenizer, self.config.vocab_size)
+        check_texts_of_config(config)
         return Decoder(
             self.config,
             self._decoding_states(),
@@ -342,17 +346,19 @@ class Model:
         stop: str | tuple[str, ...] = (),
         bos: bool | None = None,
         batch: int = 0,
+        best_of: int = 0,
         **options: Any,
     ) -> list[Generated]:
         """`num_samples` results per prompt, in order: continuations, targets or filled texts.
 
         `options` are fields of GenerateConfig, such as max_new_tokens, temperature and top_p. Each
-        result holds its seed. `batch` is tokens per forward pass, 0 for what suits the device.
+        result holds its seed. With `best_of` that many are drawn, and those with the highest mean
+        log-probability are returned. `batch` is tokens per forward pass; 0: as suits the device.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         decoder = self.decoder(stop, bos, **options)
         ids = [self.prompt(text, bos) for text in prompts]
-        results = generate_all(decoder, ids, num_samples, seed, batch)
+        results = generate_all(decoder, ids, num_samples, seed, batch, best_of)
         return [
             self.checked(result, f"prompt {i + 1:,}", i)
             for i, samples in enumerate(results)
@@ -372,7 +378,9 @@ class Model:
         if problem in (finite.LOGPROB, finite.LOGIT):
             raise finite.not_finite(self.model, self.name, problem, place, index)
         if problem:
-            raise UserError(problem, where=place, hint="ask for fewer, or give more beams")
+            few = "fewer" in problem
+            hint = "ask for fewer, or give more beams" if few else None
+            raise UserError(problem, where=place, hint=hint)
 
     def _all_checked(self, results: list[Result], what: str) -> list[Result]:
         return [self.checked(result, f"{what} {i + 1:,}", i) for i, result in enumerate(results)]

@@ -336,9 +336,22 @@ class GenerateConfig:
     min_p: float = knob(
         0.0, "keep tokens at least this likely, relative to the most likely one", 0.0, 1.0
     )
+    typical_p: float = knob(1.0, "keep tokens of typical surprisal with this probability", 0.0, 1.0)
+    epsilon_cutoff: float = knob(0.0, "keep tokens at least this likely; 0: keep all", 0.0, 1.0)
+    eta_cutoff: float = knob(0.0, "as epsilon_cutoff, lower if the entropy is high", 0.0, 1.0)
+    top_h: float = knob(0.0, "keep tokens with this share of the entropy; 0: keep all", 0.0, 1.0)
     repetition_penalty: float = knob(
         1.0, "divides positive and multiplies negative logits of tokens seen", 0.01, 100.0
     )
+    encoder_repetition_penalty: float = knob(1.0, "above 1: prefer tokens of the prompt", 0.01, 100)
+    presence_penalty: float = knob(0.0, "subtracted from logits of generated tokens", -100, 100)
+    frequency_penalty: float = knob(0.0, "the same for each time a token occurs", -100, 100)
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = knob((), "logits + value after ids")
+    logit_bias: tuple[str, ...] = knob((), "TOKEN=VALUE, added to the logit of a token or id")
+    ban: tuple[str, ...] = knob((), "texts that are never generated")
+    regex: str = knob("", "a regular expression that the whole text matches")
+    choices: tuple[str, ...] = knob((), "texts of which one is generated")
+    json_schema: str = knob("", "a JSON schema (as text) of the JSON to generate")
     num_beams: int = knob(1, "beams of a beam search; 1: no beam search", 1, 1024)
     length_penalty: float = knob(
         1.0, "a beam's log-probability is divided by length to this power", -10.0, 10.0
@@ -357,6 +370,11 @@ class GenerateConfig:
         0, "tokens before a text may end, prompt included; min_new_tokens has priority", 0
     )
     no_repeat_ngram_size: int = knob(0, "length of n-grams that never repeat; 0: all may", 0)
+    encoder_no_repeat_ngram_size: int = knob(0, "the same for n-grams of the prompt", 0)
+    exponential_decay_length_penalty: tuple[int, float] | None = knob(
+        None, "[n, factor]: after n new tokens the end becomes likelier by factor, each step"
+    )
+    renormalize_logits: bool = knob(False, "beams: scores are log-probabilities after the rules")
     forced_bos_token_id: int | None = knob(None, "first id of every text", 0)
     forced_eos_token_id: int | None = knob(None, "last id of a text of full length", 0)
     suppress_tokens: tuple[int, ...] = knob((), "ids that are never generated")
@@ -406,12 +424,13 @@ def check(section: type, key: str, value: Any, where: str) -> Any:
 
 def _convert(kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
-        item_type = get_args(kind)[0]
-        if isinstance(value, str) and item_type is str:  # --set train.lora_targets=query,value
+        types = get_args(kind)
+        if isinstance(value, str) and types[0] is str:  # --set train.lora_targets=query,value
             value = [word.strip() for word in value.split(",")]
-        if not isinstance(value, (list, tuple)):
+        if not isinstance(value, (list, tuple)) or (... not in types and len(value) != len(types)):
             raise ValueError
-        return tuple(_convert(item_type, item) for item in value)
+        types = types[:1] * len(value) if ... in types else types
+        return tuple(map(_convert, types, value))
     if type(None) in get_args(kind):
         return None if value is None else _convert(get_args(kind)[0], value)
     if kind is bool:
@@ -437,8 +456,8 @@ def _whole_number(text: str) -> int:
 def _type_name(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
     if get_origin(kind) is tuple:
-        return "a list of words" if get_args(kind)[0] is str else "a list of ids"
-    return names[get_args(kind)[0] if get_args(kind) else kind]
+        return {str: "a list of words", int: "a list of ids"}.get(get_args(kind)[0], "such a list")
+    return _type_name(get_args(kind)[0]) if get_args(kind) else names[kind]
 
 
 def _check_range(spec: dataclasses.Field[Any], value: Any, where: str) -> None:

@@ -390,8 +390,8 @@ def _save_generation(folder: Path, config: ModelConfig, generate: GenerateConfig
         settings["pad_token_id"] = config.pad_token_id
     if not generate.temperature:
         # transformers has `do_sample` instead of temperature 0, and then takes no filters
-        for key in SAMPLING_KEYS:
-            del settings[key]
+        for key in (*SAMPLING_KEYS, "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"):
+            settings.pop(key, None)
     document = {
         "do_sample": bool(generate.temperature),
         **settings,

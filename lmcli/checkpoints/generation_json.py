@@ -60,22 +60,13 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "constraints": (),
     "diversity_penalty": (0,),
     "dola_layers": (),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "exponential_decay_length_penalty": (),
     "force_words_ids": (),
     "guidance_scale": (1,),
     "max_time": (),
     "num_beam_groups": (1,),
     "num_return_sequences": (1,),
     "penalty_alpha": (0,),
-    "renormalize_logits": (False,),
-    "sequence_bias": ([], {}),
     "token_healing": (False,),
-    "top_h": (),
-    "typical_p": (1,),
     "watermarking_config": (),
 }
 
@@ -140,6 +131,8 @@ def _plain_value(key: str, value: Any) -> Any:
     """A value of generation_config.json in the type that GenerateConfig has for it."""
     if key.endswith("token_id") and (value == [] or is_no_id(value)):
         return None
+    if key == "sequence_bias" and value == {}:
+        return []
     if key == "early_stopping" and isinstance(value, bool):
         return str(value).lower()
     if key == "stop_strings" and isinstance(value, str):

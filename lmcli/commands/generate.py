@@ -1,8 +1,10 @@
 """lm generate: continues, translates or completes prompts, from arguments or lines of input."""
 
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,8 +18,67 @@ if TYPE_CHECKING:
     from lmcli.output.generate import GenerationFormat
 
 SAMPLING = (
-    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("num_beams", "length_penalty", "early_stopping", "no_repeat_ngram_size", "min_new_tokens"),
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size"),
+    *("logit_bias", "ban", "min_new_tokens", "regex", "choices", "json_schema"),
+    *("num_beams", "length_penalty", "early_stopping"),
+)
+SAMPLES_AT_ONCE = 64  # samples of a prompt that are drawn at the same time, from one prefill
+
+
+def _limited(name: str, low: float, high: float, help: str) -> options.Option:
+    return click.option(name, type=click.FloatRange(low, high), metavar="X", help=help)
+
+
+def _count(name: str, help: str, at_least: int = 0, **attributes: Any) -> options.Option:
+    return options.number(name, at_least=at_least, metavar="N", help=help, **attributes)
+
+
+draws = options.section(
+    "Sampling",
+    _limited("--temperature", 0, 100, "0 is greedy decoding.  [default: 0.8]"),
+    _count("--top-k", "Sample from the N likeliest tokens; 0: from all."),
+    _limited("--top-p", 0, 1, "Sample from the likeliest with this probability.  [default: 0.95]"),
+    _limited("--min-p", 0, 1, "Sample from those this likely, relative to the likeliest."),
+    _limited("--typical-p", 0, 1, "Sample from those of typical surprisal, with this probability."),
+    _count("--num-samples", "Texts for each prompt, which is read once.", 1, default=1),
+    _count("--best-of", "Draw N texts; write those of the highest mean logprob.", 1),
+    _count("--seed", "Random seed, for the same text again.  [default: random; see -v, --json]"),
+)
+rules = options.section(
+    "Rules on tokens",
+    _limited("--repetition-penalty", 0.01, 100, "Above 1: avoid tokens seen before."),
+    _limited("--presence-penalty", -100, 100, "Taken from the logit of each generated token."),
+    _limited("--frequency-penalty", -100, 100, "The same, times how often it was generated."),
+    _count("--no-repeat-ngram-size", "Never repeat an n-gram of this length."),
+    options.repeated("--logit-bias", metavar="TOKEN=X", help="Add X to the logit of a text or id."),
+    options.repeated("--ban", metavar="TEXT", help="Never write TEXT; may be repeated."),
+    _count("--min-new-tokens", "New tokens before a text may end."),
+)
+form = options.section(
+    "Form of the text (the extra structure)",
+    click.option("--regex", metavar="REGEX", help="The whole text matches this expression."),
+    click.option(
+        "--choices", metavar="A,B", help="The text is one of these; or a JSON list of texts."
+    ),
+    click.option(
+        "--json-schema", metavar="FILE|JSON", help="The text is JSON, in one line, of this schema."
+    ),
+)
+beam_search = options.section(
+    "Beam search",
+    click.option(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        help="Beams are ranked by logprob / length^X.  [default: 1]",
+    ),
+    options.choice(
+        "--early-stopping",
+        values=["false", "true", "never"],
+        help="End when there are as many texts as beams (true), when a longer text is unlikely to "
+        "win (false), when none can (never).  [default: false]",
+    ),
 )
 
 
@@ -34,42 +95,10 @@ SAMPLING = (
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @options.model
 @options.generation_limits
-@click.option(
-    "--temperature", type=click.FloatRange(0, 100), help="0 is greedy decoding.  [default: 0.8]"
-)
-@options.number("--top-k", at_least=0, help="Sample from the k most likely tokens; 0 from all.")
-@click.option(
-    "--top-p",
-    type=click.FloatRange(0, 1),
-    help="Sample from the most likely tokens with this total probability.  [default: 0.95]",
-)
-@click.option(
-    "--min-p",
-    type=click.FloatRange(0, 1),
-    help="Sample from tokens at least this likely, relative to the most likely one.",
-)
-@click.option(
-    "--repetition-penalty",
-    type=click.FloatRange(0.01, 100),
-    help="Above 1: avoid tokens seen before.",
-)
-@click.option(
-    "--length-penalty", type=float, help="Beams are ranked by logprob / length^this.  [default: 1]"
-)
-@options.choice(
-    "--early-stopping",
-    values=["false", "true", "never"],
-    help="End a beam search when there are as many texts as beams (true), when a longer text is "
-    "unlikely to win (false), when none can (never).  [default: false]",
-)
-@options.number("--no-repeat-ngram-size", at_least=0, help="Never repeat an n-gram of this length.")
-@options.number("--min-new-tokens", at_least=0, help="New tokens before a text may end.")
-@options.number("--num-samples", default=1, show_default=True, help="Continuations of each prompt.")
-@options.number(
-    "--seed",
-    at_least=0,
-    help="Random seed, for the same text again.  [default: random, printed by -v and --json]",
-)
+@draws
+@rules
+@form
+@beam_search
 @click.option(
     "--chat/--no-chat",
     default=None,
@@ -120,14 +149,15 @@ def generate(args: options.Arguments) -> None:
     from lmcli.output.generate import GenerationFormat
 
     model = options.load_model(args.model, args, generating=True)
-    decoder = model.decoder(args.stop, args.bos, **{name: getattr(args, name) for name in SAMPLING})
+    sampling = _sampling(args)
+    decoder = model.decoder(args.stop, args.bos, **sampling)
     if not args.pool.is_leader:
         return args.pool.serve(batch_generation.remote_task(decoder))
     seed = batch_generation.new_seed() if args.seed is None else args.seed
     if args.verbose:
         click.echo(f"lm: seed {seed}", err=True)
     if interactive:
-        return _talk(model, seed, args)
+        return _talk(model, seed, sampling, args)
     from_arguments = args.prompts and "-" not in args.prompts
     raw = args.raw or bool(from_arguments) or args.whole
     style = GenerationFormat(args.as_json, args.echo, raw, "\0" if args.zero else "\n")
@@ -146,11 +176,15 @@ def generate(args: options.Arguments) -> None:
         args.fields,
     )
     batches = prompts.batches(args.prompts, args.whole, args.zero)
+    can_stream = batch_generation.can_stream(decoder)
     with OutputFile() as out:
-        if from_arguments and not args.as_json and batch_generation.can_stream(decoder):
-            _stream(out, model, decoder, batches, seed, args)
+        if from_arguments and not args.as_json and not args.best_of and can_stream:
+            cut = _stream(out, model, decoder, batches, seed, args)
         else:
-            _write(out, model, decoder, batches, seed, style, args)
+            cut = _write(out, model, decoder, batches, seed, style, args)
+    if cut and vars(decoder).get("structure"):
+        texts = "1 text was" if cut == 1 else f"{cut} texts were"
+        note(f"{texts} cut before having the form; -n gives more tokens")
     prompts.report_skipped()
 
 
@@ -164,6 +198,7 @@ def _check(args: options.Arguments) -> bool:
         "PROMPT": args.prompts,
         "--json": args.as_json,
         "--num-samples": args.num_samples > 1,
+        "--best-of": args.best_of,
         "--echo": args.echo,
         "--raw": args.raw,
         "-0": args.zero,
@@ -193,7 +228,7 @@ def _check(args: options.Arguments) -> bool:
     return args.interactive or at_terminal
 
 
-def _talk(model: "Model", seed: int, args: options.Arguments) -> None:
+def _talk(model: "Model", seed: int, sampling: dict[str, Any], args: options.Arguments) -> None:
     """The loop at a terminal: a conversation if the model has a chat template."""
     from lmcli import display
     from lmcli.generation import conversation
@@ -203,9 +238,36 @@ def _talk(model: "Model", seed: int, args: options.Arguments) -> None:
     if not args.quiet:
         what = "a conversation" if chat else "each line is continued"
         display.note(f"{model.name}: {what}; /help shows commands, Ctrl-D ends")
-    sampling = {name: getattr(args, name) for name in SAMPLING}
     session = conversation.Session(model, chat, sampling, args.stop, args.bos, seed, display.note)
     conversation.talk(session, args.quiet)
+
+
+def _sampling(args: options.Arguments) -> dict[str, Any]:
+    """The options of SAMPLING; None for those that are not given."""
+    values = {name: getattr(args, name) for name in SAMPLING}
+    values |= {"choices": _choices(args.choices), "json_schema": _schema(args.json_schema)}
+    return {name: None if value == () else value for name, value in values.items()}
+
+
+def _choices(text: str | None) -> list[str] | None:
+    """The texts of --choices: a JSON list, or parted by commas."""
+    if text is None or not text.startswith("["):
+        return None if text is None else text.split(",")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"not a JSON list: {error}", where="--choices") from error
+
+
+def _schema(value: str | None) -> str | None:
+    """The schema of --json-schema: JSON, or the text of a file."""
+    if value is None or value.lstrip()[:1] == "{":
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UsageError(f"{value}: {reason}", where="--json-schema") from error
 
 
 def _write(
@@ -216,22 +278,30 @@ def _write(
     seed: int,
     style: "GenerationFormat",
     args: options.Arguments,
-) -> None:
-    """Writes the results of each batch of prompts when they are ready."""
+) -> int:
+    """Writes the results of each batch when they are ready; returns how many were cut."""
     from lmcli.generation import batch_generation
     from lmcli.generation.decoding import Generated
 
-    count, number = args.num_samples, 0
+    count, number, cut = args.num_samples, 0, 0
+    drawn = max(count, args.best_of or 0)
     empty = [Generated("", None, [], [], None)] * count  # type: ignore[arg-type]  # no text at all
     for batch, results in batch_generation.generate_batches(
-        decoder, _seeded(batches, seed, count), count, args.batch_tokens or 0, args.pool
+        decoder,
+        _seeded(batches, seed, drawn),
+        count,
+        args.batch_tokens or 0,
+        args.pool,
+        args.best_of or 0,
     ):
         remaining = iter(results)
         for text, ids, row in batch:
             number += 1
             for result in next(remaining) if ids else empty:
                 out.write(style.format(text, model.checked(result, _place(number, text)), row))
+                cut += result.finish_reason == "length"
         out.flush()
+    return cut
 
 
 def _place(number: int, prompt: str) -> str:
@@ -253,21 +323,31 @@ def _stream(
     batches: Iterable[Any],
     seed: int,
     args: options.Arguments,
-) -> None:
-    """Writes each text while it is generated."""
-    prompts = (prompt for batch in batches for prompt in batch for _ in range(args.num_samples))
-    for number, (prompt, ids, _) in enumerate(prompts):
-        out.write(prompt if args.echo else "")
-        try:
-            for chunk in decoder.stream([ids], [seed + number]):
-                if chunk.text:
-                    out.write(chunk.text)
+) -> int:
+    """Writes each text while it is generated, samples one by one; returns how many were cut."""
+    from lmcli.generation.batch_generation import row_by_row
+
+    cut = 0
+    for number, (prompt, ids, _) in enumerate(prompt for batch in batches for prompt in batch):
+        for start in range(0, args.num_samples, SAMPLES_AT_ONCE):
+            count = min(SAMPLES_AT_ONCE, args.num_samples - start)
+            first = seed + number * args.num_samples + start
+            seeds = list(range(first, first + count))
+            new_text = True
+            try:
+                for chunk in row_by_row(decoder.stream([ids] * count, seeds)):
+                    out.write((prompt if args.echo and new_text else "") + chunk.text)
+                    new_text = chunk.result is not None
+                    if chunk.result:
+                        model.checked(chunk.result, _place(1 + number, prompt))
+                        out.write("\n")
+                        cut += chunk.result.finish_reason == "length"
+                    if chunk.text or chunk.result:
+                        out.flush()
+            finally:
+                try:  # after Ctrl-C too the shell's prompt starts on a new line
+                    out.write("" if new_text else "\n")
                     out.flush()
-                if chunk.result:
-                    model.checked(chunk.result, _place(1 + number // args.num_samples, prompt))
-        finally:
-            try:  # after Ctrl-C too the shell's prompt starts on a new line
-                out.write("\n")
-                out.flush()
-            except ClosedPipe:
-                pass
+                except ClosedPipe:
+                    pass
+    return cut

@@ -66,6 +66,17 @@ class Command(click.Command):
             self._refuse_two_values(ctx, arguments)
         return rest
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options under the headings that `section` gave them."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx)
+            if record and isinstance(option, click.Option):
+                groups.setdefault(vars(option).get("section", "Options"), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
     def _refuse_two_values(self, ctx: click.Context, args: list[str]) -> None:
         single = [
             option
@@ -194,6 +205,18 @@ def _all_of(*decorators: Option) -> Option:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for decorator in reversed(decorators):
             function = decorator(function)
+        return function
+
+    return decorate
+
+
+def section(title: str, *decorators: Option) -> Option:
+    """Options that stand under a heading of their own in --help."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        function = _all_of(*decorators)(function)
+        for parameter in function.__click_params__[-len(decorators) :]:  # type: ignore[attr-defined]
+            vars(parameter)["section"] = title
         return function
 
     return decorate

@@ -1,6 +1,8 @@
 """Samples for each of many prompts, in batches of similar length, with results in input order."""
 
+import math
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple
 from itertools import chain
@@ -53,19 +55,33 @@ class PromptGroup(NamedTuple):
     batch: Any = None
 
 
+def row_by_row(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
+    """The chunks in the order of their rows: those of a later row wait until it is their turn."""
+    waiting: dict[int, list[TextChunk]] = defaultdict(list)
+    row = 0
+    for chunk in chunks:
+        waiting[chunk.row].append(chunk)
+        while ready := waiting.pop(row, []):
+            yield from ready
+            row += ready[-1].result is not None
+
+
 def generate_all(
     generator: TextGenerator,
     prompts: list[list[int]],
     num_samples: int = 1,
     seed: int | None = None,
     batch_tokens: int = 0,
+    best_of: int = 0,
 ) -> list[list[Generated]]:
     """`num_samples` results for each prompt (ids), in order.
 
-    Sample k of prompt i is drawn from seed + i · num_samples + k, which its `seed` holds.
+    Sample k of prompt i is drawn from seed + i · n + k, which its `seed` holds; n is `num_samples`,
+    or with `best_of` that many, of which those with the highest mean log-probability are returned.
     """
     batch = None, prompts, new_seed() if seed is None else seed
-    return next(generate_batches(generator, [batch], num_samples, batch_tokens))[1]
+    results = generate_batches(generator, [batch], num_samples, batch_tokens, best_of=best_of)
+    return next(results)[1]
 
 
 def generate_batches(
@@ -74,18 +90,43 @@ def generate_batches(
     num_samples: int = 1,
     batch_tokens: int = 0,
     pool: WorkerPool = LOCAL_POOL,
+    best_of: int = 0,
 ) -> Iterator[tuple[Any, list[list[Generated]]]]:
     """Yields (value, results of each prompt) for each Batch, as `generate_all`; a pool works."""
-    rows_per_prompt = num_samples if generator.one_row_per_sample else 1
+    if best_of:
+        _check_best_of(generator, best_of, num_samples)
+    drawn = best_of or num_samples
+    rows_per_prompt = drawn if generator.one_row_per_sample else 1
     results: dict[int, list[Generated]] = {}
-    groups = _groups(generator, batches, num_samples, batch_tokens)
+    groups = _groups(generator, batches, drawn, batch_tokens)
     for group, group_results in pool.map_in_order(groups, remote_task(generator)):
         results.update(zip(group.positions, group_results))
         if len(results) == group.total:
             starts = range(0, group.total, rows_per_prompt)
             samples = ([results[k] for k in range(i, i + rows_per_prompt)] for i in starts)
-            yield group.batch, [list(chain(*of_prompt)) for of_prompt in samples]
+            by_prompt = [list(chain(*of_prompt)) for of_prompt in samples]
+            if best_of:
+                by_prompt = [
+                    sorted(texts, key=_cost_per_token)[:num_samples] for texts in by_prompt
+                ]
+            yield group.batch, by_prompt
             results = {}
+
+
+def _check_best_of(generator: TextGenerator, best_of: int, num_samples: int) -> None:
+    if not generator.one_row_per_sample or not generator.config.temperature:
+        raise UsageError(
+            f"--best-of {best_of} needs texts that are drawn", hint="set --temperature 1"
+        )
+    if best_of < num_samples:
+        raise UsageError(f"--best-of {best_of} is less than --num-samples {num_samples}")
+
+
+def _cost_per_token(result: Generated) -> float:
+    """The mean negative log-probability of a text's tokens; infinite for a text without tokens."""
+    # a problem goes first, so that it is reported
+    values = result.token_logprobs
+    return -math.inf if result.problem else -sum(values) / len(values) if values else math.inf
 
 
 def remote_task(generator: TextGenerator) -> RemoteTask:

@@ -82,7 +82,7 @@ class _Beams:
 
 
 def search(
-    decoding: "State", state: SequenceState, config: GenerateConfig, stop_ids: list[int]
+    decoding: "State", state: SequenceState, rules: Constraints, stop_ids: list[int]
 ) -> list[list[Hypothesis]]:
     """The best texts of each prompt, best first, at most `config.num_beams`.
 
@@ -91,9 +91,8 @@ def search(
     vocabulary of 3 has 3 texts of one token. A prompt for which the model's numbers are NaN has
     the text UNDEFINED.
     """
-    width = config.num_beams
+    config, width = rules.config, rules.config.num_beams
     candidate_count = max(2, 1 + len(stop_ids)) * width  # enough that `width` of them continue
-    rules = Constraints(config, stop_ids, decoding.logits.shape[1])
     results: dict[int, list[Hypothesis]] = {}
     prompts, limits = np.arange(len(state.limits)), state.limits
     prompt_columns = decoding.length

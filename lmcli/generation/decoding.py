@@ -15,10 +15,11 @@ import numpy as np
 from lmcli.config import GenerateConfig, ModelConfig
 from lmcli.generation import sampling
 from lmcli.generation.beam_search import UNDEFINED, Hypothesis, search
-from lmcli.generation.constraints import Constraints, sequence_state
+from lmcli.generation.constraints import Constraints, SequenceState, sequence_state
 from lmcli.generation.sampling import Floats
+from lmcli.generation.structure import Structure, form_of
 from lmcli.model import finite
-from lmcli.text.stream_decoder import StreamDecoder
+from lmcli.text.stream_decoder import StreamDecoder, token_bytes
 from lmcli.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # (sequences, sources of an encoder–decoder, capacity) → the state after reading them
 DecodingStates = Callable[[list[list[int]], list[list[int]] | None, int], "State"]
+
+NO_TOKEN = "no token of the vocabulary that the options allow continues the form of the text"
 
 
 @dataclass
@@ -76,7 +79,13 @@ class Decoder:
         self.has_encoder = config.shape == "encoder-decoder"
         starts = (self.decoder_start, config.decoder_start_token_id, config.bos_token_id, 0)
         self.target_start = next(token for token in starts if token is not None)
-        self.rules = Constraints(self.config, self.stop_ids, config.vocab_size)
+        texts = token_bytes(self.tokenizer) if self.config.ban else ()
+        self.structure = None
+        if form_of(self.config):
+            self.structure = Structure(
+                self.config, self.tokenizer, config.vocab_size, self.stop_ids
+            )
+        self.rules = Constraints(self.config, self.stop_ids, config.vocab_size, texts)
 
     @property
     def context(self) -> int:
@@ -157,18 +166,33 @@ class Decoder:
         return self._state(rows, capacity if self.has_encoder else min(self.context, capacity))
 
     def _state(self, rows: list["_Row"], capacity: int) -> "State":
+        """The state after the windows of all rows; equal ones are read once."""
+        texts = [(tuple(row.window), tuple(row.source)) for row in rows]
+        number_of = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        windows, sources = ([list(ids) for ids in column] for column in zip(*number_of))
+        state = self.decoding_state(windows, sources if self.has_encoder else None, capacity)
+        if len(number_of) < len(texts):  # several samples of a prompt
+            state.keep(np.array([number_of[text] for text in texts]))
+        return state
+
+    def _sequence_state(
+        self, rows: list["_Row"], tokens: list[list[int]], limits: list[int]
+    ) -> SequenceState:
         sources = [row.source for row in rows] if self.has_encoder else None
-        return self.decoding_state([row.window for row in rows], sources, capacity)
+        return sequence_state([row.prompt for row in rows], tokens, limits, sources)
 
     def _choose(self, rows: list["_Row"], logits: Floats) -> Iterator[TextChunk]:
         """Chooses the next token of every row from logits (B, V)."""
         allowed = logits
+        if self.structure:
+            allowed = logits.copy()
+            for row, scores in zip(rows, allowed):
+                row.forbid_by_form(scores)
         if self.rules.active:
             tokens, limits = [row.tokens for row in rows], [row.limit for row in rows]
-            state = sequence_state([row.prompt for row in rows], tokens, limits)
-            allowed = self.rules.apply(logits, state)
+            allowed = self.rules.apply(allowed, self._sequence_state(rows, tokens, limits))
         normalizers = sampling.log_sum_exp(logits).tolist()
-        for row, own, scores, normalizer in zip(rows, logits, allowed, normalizers):
+        for row, own, scores, normalizer in zip(rows, logits, allowed, normalizers, strict=True):
             if not math.isfinite(normalizer):
                 text = row.end(finite.LOGPROB)
             elif (token := sampling.choose(scores, self.config, row.random)) is None:
@@ -196,8 +220,8 @@ class Decoder:
         limits = [row.limit for row in rows]
         state = self._state(rows, max(len(row.window) for row in rows) + max(limits))
         written: list[list[int]] = [[] for _ in rows]
-        sequences = sequence_state([row.prompt for row in rows], written, limits)
-        by_prompt = search(state, sequences, self.config, self.stop_ids)
+        sequences = self._sequence_state(rows, written, limits)
+        by_prompt = search(state, sequences, self.rules, self.stop_ids)
         return [
             [self._result(prompt, hypothesis, limit) for hypothesis in hypotheses[:count]]
             for prompt, hypotheses, limit in zip(prompts, by_prompt, limits)
@@ -235,6 +259,8 @@ class _Row:
         self.random = random.Random(self.seed)
         self.prompt = list(self.window)
         self._stream = StreamDecoder(self.decoder.tokenizer, self.window)
+        structure = self.decoder.structure
+        self._form = structure.start(self.window) if structure else None
         self._recent = self._end_of_prompt()
         self._emitted = 0  # characters of `text` returned so far
 
@@ -245,15 +271,25 @@ class _Row:
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.window.append(token)
+        at_limit = len(self.tokens) == self.limit
         if token in self.decoder.stop_ids:
-            self.finish_reason = "stop"
+            self.finish_reason = "stop" if self._form is None or self._form.complete else "length"
             return self._emit("")
-        if len(self.tokens) == self.limit:
-            self.finish_reason = "length"
+        if self._form:
+            self._form.add(token)
+            if self._form.ended or (at_limit and self._form.complete):
+                self.finish_reason = "stop"
+        if at_limit:
+            self.finish_reason = self.finish_reason or "length"
         new = self._stream.push(token)
         if self.decoder.config.stop_strings and self._completes_a_stop_string(token):
             self.finish_reason = "stop"
         return self._emit(new)
+
+    def forbid_by_form(self, scores: Floats) -> None:
+        """Sets the scores (V,) of tokens that the form of the text does not allow to −∞."""
+        if self._form:
+            self._form.forbid(scores)
 
     def _end_of_prompt(self) -> str:
         """The end of the prompt, in which a stop string of the folder may begin."""
@@ -274,6 +310,8 @@ class _Row:
 
     def end(self, problem: str = "") -> str:
         """Ends the text where no token can follow; returns what was held back."""
+        if not problem and self._form and not self._form.complete:
+            problem = NO_TOKEN
         self.finish_reason, self.problem = self.finish_reason or "stop", problem
         return self._emit("")
 

@@ -55,8 +55,51 @@ def keep_min_p(logits: Floats, p: float) -> Flags:
     return np.exp(logits - logits.max()) >= p
 
 
+def _log_softmax(logits: Floats) -> Floats:
+    return logits - np.float32(log_sum_exp(logits))
+
+
+def keep_typical(logits: Floats, p: float) -> Flags:
+    """(N,) True for tokens whose surprisal is nearest to the entropy, until their probability is p.
+
+    At least one; of equally near ones all (Meister et al. 2023).
+    """
+    logprobs = _log_softmax(logits)
+    probabilities = np.exp(logprobs)
+    distance = np.abs(-logprobs + (probabilities * logprobs).sum())
+    order = np.argsort(distance)
+    count = int((probabilities[order].cumsum(dtype=np.float64) < p).sum())
+    return distance <= distance[order[min(count, len(order) - 1)]]
+
+
+def keep_epsilon(logits: Floats, epsilon: float) -> Flags:
+    """(N,) True for tokens of at least this probability, and the likeliest (Hewitt et al. 2022)."""
+    return (np.exp(_log_softmax(logits)) >= epsilon) | (logits == logits.max())
+
+
+def keep_eta(logits: Floats, epsilon: float) -> Flags:
+    """(N,) as `keep_epsilon`, with less where the entropy is high (Hewitt et al. 2022)."""
+    logprobs = _log_softmax(logits)
+    entropy = -(np.exp(logprobs) * logprobs).sum()
+    return keep_epsilon(logits, min(epsilon, epsilon**0.5 * float(np.exp(-entropy))))
+
+
+def keep_top_h(logits: Floats, share: float) -> Flags:
+    """(N,) True for the likeliest with this share of the entropy of the first 100, at least one.
+
+    Top-H decoding (Potraghloo et al. 2025).
+    """
+    best = np.argsort(-logits, kind="stable")[:100]
+    logprobs = _log_softmax(logits[best])
+    entropy = (-np.exp(logprobs) * logprobs).cumsum()
+    count = max(1, int((entropy <= share * entropy[-1]).sum()))
+    keep = np.zeros(len(logits), np.bool_)
+    keep[best[:count]] = True
+    return keep
+
+
 def apply_filters(logits: Floats, config: GenerateConfig) -> tuple[Integers, Floats]:
-    """(ids, logits) of what temperature, top-k, top-p and min-p leave of logits (V,).
+    """(ids, logits) of what temperature and filters leave of logits (V,).
 
     Ids ascend; there is none if all logits are FORBIDDEN. The temperature is above 0.
     """
@@ -65,9 +108,13 @@ def apply_filters(logits: Floats, config: GenerateConfig) -> tuple[Integers, Flo
     ids = np.nonzero(logits > FORBIDDEN)[0]
     logits = logits[ids]
     filters: tuple[tuple[bool, Callable[[Floats, Any], Flags], float], ...] = (
+        (config.top_h > 0, keep_top_h, config.top_h),
         (config.top_k > 0, keep_top_k, config.top_k),
         (config.top_p < 1.0, keep_top_p, config.top_p),
         (config.min_p > 0, keep_min_p, config.min_p),
+        (config.typical_p < 1.0, keep_typical, config.typical_p),
+        (config.epsilon_cutoff > 0, keep_epsilon, config.epsilon_cutoff),
+        (config.eta_cutoff > 0, keep_eta, config.eta_cutoff),
     )
     for applies, keeps, value in filters:
         if applies and len(ids):

@@ -95,7 +95,7 @@ class FastDecodingState:
     def keep(self, rows: Integers) -> None:
         """Selects, reorders or repeats sequences (B', int64)."""
         self._lengths, self._source_of = self._lengths[rows], self._source_of[rows]
-        self._slots = self._slots[rows]
+        self._slots, self.logits = self._slots[rows], self.logits[rows]
         if len(np.unique(self._slots)) < len(self._slots):  # a repeated one needs its own place
             keys, values = self._keys[:, self._slots], self._values[:, self._slots]
             self._slots = np.arange(len(rows))

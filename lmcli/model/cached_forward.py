@@ -65,6 +65,7 @@ class DecodingState:
     def keep(self, rows: Integers) -> None:
         """Selects, reorders or repeats sequences (B', int64)."""
         chosen = torch.from_numpy(rows).to(self._device)
+        self.logits = self.logits[rows]
         self.cache.keep_rows(chosen)
         self.mask = None if self.mask is None else self.mask[chosen]
         if self.encoder_output is not None:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -184,3 +186,40 @@ def test_text_is_streamed(trained, environment):
 def test_head_ends_generation_quietly(trained, piped):
     done = piped(1, "generate", "-m", trained[0], "-n", 4, "--seed", 1, line="The baker")
     assert done.returncode == 141 and done.stderr == b""
+
+
+def test_texts_of_a_form_in_every_way_of_writing_them(inside, trained, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": [1, 2]}, "maxItems": 2}')
+    generate = partial(inside, "generate", "-m", trained[0], "--seed", 7)
+    texts = generate("--choices", '["a, b", "c"]', "--num-samples", 9, "The").stdout.decode()
+    assert {*texts.splitlines()} == {"a, b", "c"}
+    lines = generate("--choices", "x,y", "--best-of", 3, stdin=b"The\nA\n").stdout.decode()
+    assert re.fullmatch("[xy]\n[xy]\n", lines)
+    rows = generate("--json-schema", schema, "--json", stdin=b"The\nA\nB\n").stdout.splitlines()
+    assert all(isinstance(json.loads(json.loads(row)["text"]), list) for row in rows)
+    cut = generate("--regex", "[0-9]{50}", "-n", 5, "The")
+    assert re.fullmatch(rb"[0-9]{5,}\n", cut.stdout)
+    assert b"1 text was cut before having the form; -n gives more tokens" in cut.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--choices", "[1"), "--choices: not a JSON list"),
+        (("--choices", "a,,b"), "--choices: must not be empty"),
+        (("--regex", ""), "--regex: must not be empty"),
+        (("--json-schema", "none.json"), "--json-schema: none.json: No such file"),
+        (("--json-schema", '{"type": "x"}'), "--json-schema: "),
+        (("--regex", "a", "--stop", "b"), "--regex: --stop would cut"),
+        (("--regex", "a", "--num-beams", "2"), "--regex: beam search (2 beams) is not supported"),
+        (("--ban", ""), "--ban: must not be empty"),
+        (("--logit-bias", "the"), "--logit-bias: 'the' is not TOKEN=VALUE"),
+        (("--best-of", "2", "--temperature", "0"), "--best-of 2 needs texts that are drawn"),
+        (("--best-of", "2", "--num-samples", "3"), "--best-of 2 is less than --num-samples 3"),
+    ],
+)
+def test_impossible_forms_and_rules_are_usage_errors(inside, trained, arguments, message):
+    done = inside("generate", "-m", trained[0], *arguments, "The")
+    assert done.returncode == 2 and done.stdout == b""
+    assert message in done.stderr.decode() and len(done.stderr.splitlines()) <= 2

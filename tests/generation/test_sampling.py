@@ -6,13 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -29,17 +28,6 @@ rows = st.lists(st.integers(-640, 640), min_size=1, max_size=40, unique=True).ma
     lambda values: torch.tensor([values], dtype=torch.float32) / 64
 )
 probability = st.floats(0.0, 1.0)
-
-
-def filtered(logits: torch.Tensor, config: GenerateConfig, seen: torch.Tensor) -> torch.Tensor:
-    """What a decoder draws from, (1, V): rules, then filters; `seen` (1, n) is the text."""
-    state = sequence_state(seen.tolist(), [[]], [20])
-    rules = Constraints(config, [], logits.shape[1])
-    scores = rules.apply(logits.numpy(), state)
-    results = np.full_like(scores, sampling.FORBIDDEN)
-    ids, results_of_ids = sampling.apply_filters(scores[0], config)
-    results[0, ids] = results_of_ids
-    return torch.from_numpy(results)
 
 
 def kept(keeps, logits: torch.Tensor, value: float) -> torch.Tensor:
@@ -95,75 +83,91 @@ def test_repetition_penalty(logits, penalty, data):
 @given(rows, st.floats(0.05, 5.0))
 def test_temperature(logits, temperature):
     config = GenerateConfig(temperature=temperature, top_p=1.0)
-    assert_same(
-        filtered(logits, config, torch.tensor([[0]])),
-        TemperatureLogitsWarper(temperature)(None, logits),
-    )
+    _, results = sampling.apply_filters(logits[0].numpy(), config)
+    assert_same(torch.from_numpy(results)[None], TemperatureLogitsWarper(temperature)(None, logits))
 
 
-@settings(max_examples=200)
-@given(
-    rows,
-    st.floats(0.2, 3.0),
-    st.integers(0, 10),
-    probability,
-    st.floats(0.0, 0.5),
-    st.floats(0.5, 2.0),
-)
-def test_all_filters_in_the_order_of_transformers(logits, temperature, k, p, min_p, penalty):
-    config = GenerateConfig(
-        temperature=temperature, top_k=k, top_p=p, min_p=min_p, repetition_penalty=penalty
-    )
-    seen = torch.tensor([[0]])
-    expected, steps = (
-        logits.clone(),
-        LogitsProcessorList(
-            [RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)]
+IDS = st.lists(st.integers(0, 39), min_size=1, max_size=3)
+SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.floats(0.3, 3.0),
+        "top_h": st.floats(0.05, 0.95),
+        "top_k": st.integers(0, 41),
+        "top_p": probability,
+        "min_p": st.floats(0.0, 0.5),
+        "typical_p": st.floats(0.05, 0.95),
+        "epsilon_cutoff": st.floats(0.001, 0.2),
+        "eta_cutoff": st.floats(0.001, 0.2),
+        "repetition_penalty": st.floats(0.5, 2.0),
+        "encoder_repetition_penalty": st.floats(0.5, 2.0),
+        "no_repeat_ngram_size": st.integers(0, 3),
+        "encoder_no_repeat_ngram_size": st.integers(0, 3),
+        "sequence_bias": st.lists(
+            st.tuples(IDS, st.floats(-5, 5)).map(list), min_size=1, unique_by=lambda x: str(x[0])
         ),
-    )
-    expected = steps(seen, expected)
-    assume(all(len(row.unique()) == len(row) for row in expected))  # the order of ties is undefined
-    if k:
-        expected = TopKLogitsWarper(k)(None, expected)
-    assume(not near_the_border(expected, p))
-    probabilities = expected.double().softmax(-1)
-    expected = TopPLogitsWarper(p)(None, expected) if p < 1 else expected
-    assume((probabilities - min_p * probabilities.max()).abs().min() > 1e-6)
-    assert_same(filtered(logits, config, seen), MinPLogitsWarper(min_p)(None, expected))
+        "bad_words_ids": st.lists(IDS, min_size=1),
+        "min_new_tokens": st.integers(0, 5),
+        "forced_bos_token_id": st.integers(30, 39),
+        "forced_eos_token_id": st.integers(30, 39),
+        "exponential_decay_length_penalty": st.tuples(st.integers(0, 3), st.floats(0.8, 1.5)),
+        "suppress_tokens": st.lists(st.integers(0, 29), min_size=1),  # not what is forced
+        "begin_suppress_tokens": IDS,
+        "renormalize_logits": st.booleans(),
+    },
+)
 
 
-def test_the_order_is_the_one_that_generate_of_transformers_uses():
-    """Each order of these filters keeps other tokens; transformers builds the list itself."""
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=8,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
+@pytest.fixture(scope="module")
+def processors():
+    """processors(settings, prompt): transformers' list, in the order that its generate() uses."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_attention_heads=2, **sizes))
+
+    def build(values, prompt):
+        config = GenerationConfig(
+            do_sample=True, eos_token_id=[1, 2], max_length=len(prompt) + 6, **values
         )
-    )
-    options = {
-        "temperature": 0.7,
-        "top_k": 4,
-        "top_p": 0.8,
-        "min_p": 0.3,
-        "repetition_penalty": 1.5,
-    }
-    theirs = GenerationConfig(do_sample=True, **options)
-    model._prepare_special_tokens(theirs)
-    processors = model._get_logits_processor(generation_config=theirs, input_ids_seq_length=1)
-    generator = torch.Generator().manual_seed(1)
-    sizes = set()
-    for _ in range(200):
-        logits, seen = (
-            2 * torch.randn(1, 8, generator=generator),
-            torch.randint(0, 8, (1, 2), generator=generator),
+        model._prepare_special_tokens(config)
+        return model._get_logits_processor(
+            config, input_ids_seq_length=len(prompt), encoder_input_ids=torch.tensor([prompt])
         )
-        results = filtered(logits, GenerateConfig(**options), seen)
-        assert_same(results, processors(seen, logits.clone()))
-        sizes.add(int(results.isfinite().sum()))
-    assert len(sizes) > 2
+
+    return build
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    SETTINGS,
+    st.integers(0, 1 << 30),
+    st.lists(st.integers(0, 39), min_size=1, max_size=12),
+    st.lists(st.integers(0, 39), max_size=5),
+)
+def test_every_rule_and_filter_in_the_order_of_transformers(
+    processors, values, seed, prompt, tokens
+):
+    logits = 3 * torch.randn(1, 40, generator=torch.Generator().manual_seed(seed))
+    seen = torch.tensor([[*prompt, *tokens]])
+    theirs = processors(values, prompt)
+    expected = theirs(seen, logits.clone())
+    exact = theirs(seen, logits.double())
+    kept = expected.isfinite()
+    assume(torch.equal(kept, exact.isfinite()))  # else rounding decides at a border
+    config = GenerateConfig(**{"temperature": 1.0, "top_p": 1.0, "top_k": 50, **frozen(values)})
+    state = sequence_state([prompt], [tokens], [6])
+    allowed = Constraints(config, [1, 2], 40).apply(logits.numpy(), state)
+    ids, results = sampling.apply_filters(allowed[0], config)
+    assert ids.tolist() == kept[0].nonzero()[:, 0].tolist()
+    if len(ids):
+        difference = torch.from_numpy(results).double().softmax(-1) - exact[0, ids].softmax(-1)
+        assert difference.abs().max() < 1e-6
+
+
+def frozen(value):
+    """The value with tuples in place of lists, as `check` makes them."""
+    if isinstance(value, dict):
+        return {key: frozen(item) for key, item in value.items()}
+    return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
 @pytest.mark.parametrize(
@@ -269,3 +273,11 @@ def test_log_sum_exp():
     nan, inf = float("nan"), float("inf")
     broken = np.array([[0, nan], [inf, 0], [-inf, -inf]], np.float32)
     assert not np.isfinite(sampling.log_sum_exp(broken)).any()
+
+
+def test_presence_and_frequency_penalty_count_new_tokens_only():
+    """OpenAI: logit − frequency · count − presence · (count > 0), over the generated tokens."""
+    config = GenerateConfig(presence_penalty=0.5, frequency_penalty=0.25)
+    state = sequence_state([[3, 3, 4], [7]], [[5, 5, 6, 5], [7]], [20, 20])
+    scores = Constraints(config, [], 8).apply(np.zeros((2, 8), np.float32), state)
+    assert scores.tolist() == [[0, 0, 0, 0, 0, -1.25, -0.75, 0], [0, 0, 0, 0, 0, 0, 0, -0.75]]

@@ -38,19 +38,19 @@ def test_the_defaults_of_transformers_are_followed():
     ("generation", "config", "line"),
     [
         (
-            {"typical_p": 0.9},
+            {"guidance_scale": 1.9},
             {},
-            "generation_config.json: typical_p is not supported and is ignored",
+            "generation_config.json: guidance_scale is not supported and is ignored",
         ),
         (
-            {"typical_p": 0.9, "sequence_bias": [[[5], -3.0]], "top_k": 5},
+            {"max_time": 9, "guidance_scale": 3.0, "top_k": 5, "typical_p": 0.9},
             {},
-            "generation_config.json: sequence_bias, typical_p are not supported and are ignored",
+            "generation_config.json: guidance_scale, max_time are not supported and are ignored",
         ),
         (
-            {"exponential_decay_length_penalty": [5, 1.1], "temprature": 2},
+            {"watermarking_config": {"bias": 2}, "temprature": 2},
             {},
-            "generation_config.json: exponential_decay_length_penalty is not supported "
+            "generation_config.json: watermarking_config is not supported "
             "and is ignored; temprature is not known and is ignored",
         ),
         ({"guidance_scale": 1.5}, {"typical_p": 0.3}, "generation_config.json: guidance_scale is"),
@@ -88,10 +88,12 @@ def settings(folder):
 
 
 def test_generate_names_them(folder, settings, capfd):
-    settings(max_new_tokens=3, typical_p=0.9, top_h=0.4)
+    settings(max_new_tokens=3, token_healing=True, dola_layers="low")
     arguments = ["generate", "-m", str(folder), "--threads", "1", "Once"]
     assert commands.run(arguments) == 0
-    expected = "lm: generation_config.json: top_h, typical_p are not supported and are ignored\n"
+    expected = (
+        "lm: generation_config.json: dola_layers, token_healing are not supported and are ignored\n"
+    )
     assert capfd.readouterr().err == expected
     assert commands.run([*arguments, "-q"]) == 0
     assert capfd.readouterr().err == ""
