@@ -1,4 +1,4 @@
-"""lm bench: speed of training and scoring, and the share of the machine's limit."""
+"""lm bench: speed of training, scoring and generation, and the share of the machine's limit."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -19,11 +19,14 @@ MOST_LINES = 4096
   lm bench --train --set train.optimizer=muon --threads 1
   lm bench --score --dtype bfloat16
   lm bench --score -m runs/s lines.txt
+  lm bench --generate -m runs/s --quantize int8
 """)
 @options.files
 @options.flag("--train", help="Measure training steps.")
 @options.flag("--score", help="Measure scoring: of random lines and windows, or of FILE's lines.")
+@options.flag("--generate", help="Measure generation, one text and 16 at once.")
 @options.model
+@options.quantize
 @click.option(
     "--preset",
     metavar="NAME|FILE",
@@ -54,22 +57,35 @@ def bench(args: options.Arguments) -> None:
     vocabulary 4,096, 16 rows of 256 tokens a step; and S, 4 layers × 128 with 4 heads, vocabulary
     65, 12 rows of 64. Scoring is measured with GPT-2 small of random weights, or with the model of
     -m, on lines of about 24 random tokens and on windows that add half the context; or, with -m
-    and FILE, on its first 4,096 lines, tokenizing included. Peak memory is the process's so far.
+    and FILE, on its first 4,096 lines, tokenizing included. Generation is measured on a CPU, with
+    the model of -m or a random Llama of 162 million parameters: 128 tokens after 32. Its limit is a
+    memory read in bytes/s, beside the bytes of its weights. Peak memory is the process's so far.
     """
-    if args.train == args.score:
-        what = "--train and --score exclude each other" if args.train else "nothing to measure"
-        raise UsageError(what, hint="choose one of --train and --score")
-    if (args.train and args.files) or (args.score and (args.preset or args.sets)):
+    if args.train + args.score + args.generate != 1:
+        chosen = args.train or args.score or args.generate
+        what = "only one can be measured" if chosen else "nothing to measure"
+        raise UsageError(what, hint="choose one of --train, --score and --generate")
+    if (args.files and not args.score) or ((args.preset or args.sets) and not args.train):
         raise UsageError(
             "FILE goes with --score, --preset and --set with --train",
             hint="leave out what does not fit",
         )
+    if args.quantize and not args.generate:
+        raise UsageError("goes with --generate", where="--quantize", hint="leave it out")
     from lmcli.display import print_rows
     from lmcli.output.bench import readable
     from lmcli.planning.benchmark import Measurement
+    from lmcli.planning.generation_benchmark import GenerationSpeed
     from lmcli.planning.score_benchmark import ScoringSpeed
 
-    rows, kind = (_scoring(args), ScoringSpeed) if args.score else (_training(args), Measurement)
+    rows: Iterator[dict[str, Any]]
+    kind: type
+    if args.generate:
+        rows, kind = _generating(args), GenerationSpeed
+    elif args.score:
+        rows, kind = _scoring(args), ScoringSpeed
+    else:
+        rows, kind = _training(args), Measurement
     columns = [field.name for field in dataclasses.fields(kind)]
     print_rows(rows, columns, args.as_json, readable)
 
@@ -122,6 +138,31 @@ def _scoring(args: options.Arguments) -> Iterator[dict[str, Any]]:
         yield dataclasses.asdict(
             score_benchmark.measure_scoring(work, network.config, device_config, args.seconds)
         )
+
+
+def _generating(args: options.Arguments) -> Iterator[dict[str, Any]]:
+    """Measures generation; yields each row when it is ready."""
+    from lmcli.display import note
+    from lmcli.kernels.decoding_state import supports, weights_of
+    from lmcli.model.device import select_device
+    from lmcli.planning import generation_benchmark, score_benchmark
+
+    device_config = select_device(args.device, args.dtype, args.threads or 0, training=True)
+    if args.model:
+        name, network = f"generate {args.model}", options.load_model(args.model, args, True).model
+    else:
+        name, network = "generate", score_benchmark.random_model(device_config)
+    if network.config.shape != "decoder" or not supports(network):
+        raise UserError(
+            "generation is measured with decoders that run in C",
+            where=args.model or "lm bench",
+            hint="that takes a CPU, float32 or bfloat16, and a C compiler",
+        )
+    weights = weights_of(network, args.quantize)
+    if not args.quiet:
+        note(f"{name}: 2 × {args.seconds:g} s on {device_config}, {weights.weight_type} weights")
+    for row in generation_benchmark.measure_generation(name, weights, args.seconds):
+        yield dataclasses.asdict(row)
 
 
 def _lines(args: options.Arguments) -> list[str]:

@@ -123,9 +123,7 @@ beam_search = options.section(
 @options.bos
 @options.json_output
 @options.hardware
-@options.choice(
-    "--quantize", values=["int8", "int4"], help="A decoder on a CPU: weights in 8 or 4 bit, faster."
-)
+@options.quantize
 @options.batch_tokens
 @options.quiet
 @options.verbose

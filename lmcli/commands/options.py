@@ -265,6 +265,9 @@ hardware = _all_of(
     ),
     threads,
 )
+quantize = choice(
+    "--quantize", values=["int8", "int4"], help="A decoder on a CPU: weights in 8 or 4 bit, faster."
+)
 nproc = number(
     "--nproc", default=1, metavar="N", help="Processes on this machine, each on its own GPU if any."
 )

@@ -128,18 +128,18 @@ INLINE void prepare_head(const Model *model, const Layer *layer, const Call *cal
     rotate(head, cos + row * half, sin + row * half, model->rotary);
 }
 
-/* Lane 4 s + r = query · keys[4 r + s], of `count` keys, at most 16. */
+/* Lane k = query · keys[k], of `count` keys, at most 16. */
 INLINE floats dots(const float *query, const float *keys, int64_t size, int64_t count) {
     floats sum[4][4] = {0};
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) {
         floats q = load(query + i);
-        UNROLL for (int k = 0; k < 16; k++) sum[k / 4][k % 4] += q * load(keys + (k < count ? k : 0) * size + i);
+        UNROLL for (int k = 0; k < 16; k++) sum[k % 4][k / 4] += q * load(keys + (k < count ? k : 0) * size + i);
     }
     if (i < size) {
         floats q = load_end(query + i, size - i);
         UNROLL for (int k = 0; k < 16; k++)
-            sum[k / 4][k % 4] += q * load_end(keys + (k < count ? k : 0) * size + i, size - i);
+            sum[k % 4][k / 4] += q * load_end(keys + (k < count ? k : 0) * size + i, size - i);
     }
     return totals(sum);
 }
@@ -147,10 +147,15 @@ INLINE floats dots(const float *query, const float *keys, int64_t size, int64_t 
 /* out = Σ weights[i] · values[i], the dimensions `from` to `from` + 16 N. */
 INLINE void weighted_sum(const float *weights, const float *values, int64_t count, int64_t size, int64_t from, int N,
                          float *out) {
-    floats sum[4] = {0};
-    for (int64_t i = 0; i < count; i++)
-        UNROLL for (int n = 0; n < N; n++) sum[n] += weights[i] * load(values + i * size + from + LANES * n);
-    UNROLL for (int n = 0; n < N; n++) *(floats *)(out + from + LANES * n) = sum[n];
+    floats sum[4] = {0}, odd[4] = {0};  /* two sums: each waits for its last addition */
+    int64_t i = 0;
+    for (; i + 2 <= count; i += 2)
+        UNROLL for (int n = 0; n < N; n++) {
+            sum[n] += weights[i] * load(values + i * size + from + LANES * n);
+            odd[n] += weights[i + 1] * load(values + (i + 1) * size + from + LANES * n);
+        }
+    if (i < count) UNROLL for (int n = 0; n < N; n++) sum[n] += weights[i] * load(values + i * size + from + LANES * n);
+    UNROLL for (int n = 0; n < N; n++) *(floats *)(out + from + LANES * n) = sum[n] + odd[n];
 }
 
 /* softmax(query · keys · scale + bias) values over `count` keys, (D). `bias` is read backwards: by distance.
@@ -158,14 +163,20 @@ INLINE void weighted_sum(const float *weights, const float *values, int64_t coun
 static void attend(const Model *model, const float *query, const float *keys, const float *values, const float *bias,
                    int64_t count, float *scores, float *out) {
     int64_t size = model->head_dim, i;
-    float most = -INFINITY;
     for (i = 0; i < count; i += 16) {
         floats some = i + 16 <= count ? dots(query, keys + i * size, size, 16) : dots(query, keys + i * size, size, count - i);
-        for (int k = 0; k < 16; k++) scores[i + k] = some[k % 4 * 4 + k / 4] * model->attention_scale;
+        *(floats *)(scores + i) = some * model->attention_scale;
     }
     if (bias) for (i = 0; i < count; i++) scores[i] += bias[count - 1 - i];
-    for (i = 0; i < count; i++) most = scores[i] > most || scores[i] != scores[i] ? scores[i] : most;
-    for (i = 0; i < count; i++) scores[i] = exponential(scores[i] - most);
+    for (i = count; i % LANES; i++) scores[i] = -INFINITY;
+    floats most = load(scores);
+    for (i = LANES; i < count; i += LANES) {
+        integers greater = load(scores + i) > most;
+        most = (floats)(((integers)load(scores + i) & greater) | ((integers)most & ~greater));
+    }
+    float largest = most[0];
+    for (int k = 1; k < LANES; k++) largest = most[k] > largest ? most[k] : largest;
+    for (i = 0; i < count; i++) scores[i] = exponential(scores[i] - largest);
     for (; i % LANES; i++) scores[i] = 0;
     floats sums = {0};
     for (i = 0; i < count; i += LANES) sums += load(scores + i);
@@ -379,4 +390,19 @@ void round_to_bfloat16(const float *x, uint16_t *y, int64_t size, int64_t thread
         share(size, ALIGN, &from, &to);
         for (int64_t i = from; i < to; i++) y[i] = to_bfloat16(x[i]);
     }
+}
+
+/* Reads `bytes` of memory once with all threads, to measure how fast that is; a value that depends on all of them. */
+uint32_t read_memory(const uint32_t *data, int64_t bytes, int64_t threads) {
+    uint32_t result = 0;
+    PARALLEL {
+        int64_t from, to;
+        share(bytes / 4, 4 * LANES, &from, &to);
+        words sum[4] = {0};
+        for (int64_t i = from; i + 4 * LANES <= to; i += 4 * LANES)
+            UNROLL for (int k = 0; k < 4; k++) sum[k] ^= *(const words *)(data + i + k * LANES);
+        words all = sum[0] ^ sum[1] ^ sum[2] ^ sum[3];
+        for (int i = 0; i < LANES; i++) __atomic_fetch_xor(&result, all[i], __ATOMIC_RELAXED);
+    }
+    return result;
 }

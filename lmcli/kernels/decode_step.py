@@ -7,6 +7,7 @@ here loads torch.
 import ctypes
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -193,6 +194,11 @@ class DecoderWeights:
             head=self._matrix("head.output", default=self.embedding),  # tied
         )
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that a step reads: all but the embedding and positions."""
+        return sum(array.nbytes for array in self._arrays)
+
     def _layer(self, name: str) -> _Layer:
         return _Layer(
             attention_norm=self._norm(f"{name}.attention_norm"),
@@ -339,6 +345,14 @@ def forward(model: _Model, call: _Call) -> None:
     """Runs decode_step.c's `decode_step` on all threads."""
     step = _function("decode_step", _pointer, _pointer, _long)
     step(ctypes.byref(model), ctypes.byref(call), thread_count())
+
+
+def read_rate(data: NDArray[Any]) -> float:
+    """Bytes a second at which all threads read an array from memory, once."""
+    read = _function("read_memory", _pointer, _long, _long)
+    started = time.perf_counter()
+    read(data.ctypes.data, data.nbytes, thread_count())
+    return data.nbytes / (time.perf_counter() - started)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """`lm bench`: its rows for each shape of model. No speed is asserted."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pty
@@ -209,6 +210,23 @@ def test_scoring_of_random_lines_and_windows(inside, trained):
     assert rows[0][7] == "NA"  # random ids have no bytes
 
 
+def test_generation_is_measured_beside_a_read_of_memory(inside, monkeypatch):
+    from lmcli.planning import score_benchmark
+
+    small = dataclasses.replace(score_benchmark.REFERENCE, num_hidden_layers=1, hidden_size=64)
+    small = dataclasses.replace(small, vocab_size=300, intermediate_size=128, num_attention_heads=2)
+    monkeypatch.setattr(score_benchmark, "REFERENCE", small)
+    options = ("--seconds", "0.1", "--dtype", "float32", "--json", "-q")
+    rows = [
+        json.loads(line) for line in inside("bench", "--generate", *options).stdout.splitlines()
+    ]
+    assert [row["name"] for row in rows] == ["generate, batch 1", "generate, batch 16"]
+    for row in rows:
+        weights = 4 * (64 * 300 + 4 * 64 * 64 + 3 * 64 * 128 + 3 * 64)
+        assert row["achieved"] == pytest.approx(weights / row["step_ms"] * 1e3, rel=0.01)
+        assert row["unit"] == "B/s" and row["ratio"] == row["achieved"] / row["limit"] > 0
+
+
 def test_the_flops_of_scoring_are_those_of_a_forward_pass():
     from lmcli.planning import score_benchmark
 
@@ -220,7 +238,9 @@ def test_the_flops_of_scoring_are_those_of_a_forward_pass():
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (("--train", "--score"), "exclude each other"),
+        (("--train", "--score"), "only one can be measured"),
+        (("--generate", "a.txt"), "FILE goes with --score"),
+        (("--score", "--quantize", "int8"), "--quantize: goes with --generate"),
         ((), "nothing to measure"),
         (("--train", "a.txt"), "FILE goes with --score"),
         (("--score", "--preset", "tiny"), "--preset and --set with --train"),
