@@ -160,7 +160,7 @@ def test_a_table_on_a_terminal(environment):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        ((), "choose one of --train and --score"),
+        ((), "choose one of --train, --score and --generate"),
         (("--train", "--preset", "tinny"), "did you mean 'tiny'?"),
         (("--train", "--set", "model.hidden_sise=3"), "did you mean 'hidden_size'?"),
         (

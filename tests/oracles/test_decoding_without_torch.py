@@ -20,7 +20,12 @@ from lmcli.kernels.decoding_state import fast_state
 from lmcli.kernels.fast_path import build_model
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason=build.problem())
-DECODERS = [case for case in CASES if case.shape == "decoder" and case.head == "lm"]
+# Gemma 3 normalizes what its sublayers add: PyTorch runs it
+DECODERS = [
+    case
+    for case in CASES
+    if case.shape == "decoder" and case.head == "lm" and case.family != "gemma3_text"
+]
 LLAMA, GPT2 = (next(c for c in DECODERS if c.family == name) for name in ("llama", "gpt2"))
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROWS = [[5, 9, 33, 7], [12]]
