@@ -158,19 +158,21 @@ class Model:
         assert self._parameters is not None
         return weights_from_files(self.config, self._parameters, self._precision, self._weight_type)
 
-    def _decoding_states(self) -> Callable[..., Any]:
-        """(sequences, sources, capacity) → the state of a decoder that has read them."""
+    def _decoding_states(self) -> tuple[Callable[..., Any], bool]:
+        """(sequences, sources, capacity) → the state after them; True if that is extendable."""
         if self.decodes_without_torch:
-            return lambda rows, _, capacity: FastDecodingState(self._weights, rows, capacity)
+            return lambda rows, _, capacity: FastDecodingState(self._weights, rows, capacity), True
         from lmcli.kernels.decoding_state import decoding_state, supports
 
-        if self._weight_type and not supports(self.model):
+        fast = supports(self.model)
+        if self._weight_type and not fast:
             raise UsageError(
                 f"{self.name} cannot generate with weights in {self._weight_type} here",
                 where="--quantize",
                 hint="that takes a decoder on a CPU, without an adapter, and a C compiler",
             )
-        return partial(decoding_state, self.model, weight_type=self._weight_type)
+        states = partial(decoding_state, self.model, weight_type=self._weight_type)
+        return states, fast and self.config.shape == "decoder"
 
     @property
     def runs_on(self) -> str:
@@ -326,9 +328,10 @@ class Model:
         check_forced_ids(config, self.config.vocab_size)
         config = with_logit_bias(config, self.tokenizer, self.config.vocab_size)
         check_texts_of_config(config)
+        states, extendable = self._decoding_states()
         return Decoder(
             self.config,
-            self._decoding_states(),
+            states,
             self.tokenizer,
             self.bos_ids(bos),
             self.checkpoint.stop_ids,
@@ -336,6 +339,7 @@ class Model:
             stop_strings,
             decoder_start=self.checkpoint.decoder_start,
             device_type="cpu" if self.decodes_without_torch else self.device_config.device.type,
+            extendable=extendable,
         )
 
     def generate(

@@ -111,7 +111,7 @@ def decoder(small_model, small_tokenizer):
     """decoder(model, stop_ids, stop_strings, use_cache, bos, **options); greedy by default."""
     from lmcli.config import GenerateConfig
     from lmcli.generation.decoding import Decoder
-    from lmcli.kernels.decoding_state import decoding_state
+    from lmcli.kernels.decoding_state import decoding_state, supports
 
     def build(
         model=None, stop_ids=(), stop_strings=(), use_cache=True, bos=(0,), **options
@@ -129,6 +129,7 @@ def decoder(small_model, small_tokenizer):
             config,
             tuple(stop_strings),
             use_cache,
+            extendable=model.config.shape == "decoder" and supports(model),
         )
         decoder.model = model  # for the tests; it knows the model by its states only
         return decoder

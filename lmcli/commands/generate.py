@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -277,27 +277,20 @@ def _write(
     style: "GenerationFormat",
     args: options.Arguments,
 ) -> int:
-    """Writes the results of each batch when they are ready; returns how many were cut."""
+    """Writes the results of each prompt when they are ready; returns how many were cut."""
     from lmcli.generation import batch_generation
     from lmcli.generation.decoding import Generated
 
-    count, number, cut = args.num_samples, 0, 0
-    drawn = max(count, args.best_of or 0)
+    count, cut, best_of = args.num_samples, 0, args.best_of or 0
     empty = [Generated("", None, [], [], None)] * count  # type: ignore[arg-type]  # no text at all
-    for batch, results in batch_generation.generate_batches(
-        decoder,
-        _seeded(batches, seed, drawn),
-        count,
-        args.batch_tokens or 0,
-        args.pool,
-        args.best_of or 0,
-    ):
-        remaining = iter(results)
-        for text, ids, row in batch:
-            number += 1
-            for result in next(remaining) if ids else empty:
-                out.write(style.format(text, model.checked(result, _place(number, text)), row))
-                cut += result.finish_reason == "length"
+    each = batch_generation.generate_each(
+        decoder, batches, seed, count, args.batch_tokens or 0, args.pool, best_of
+    )
+    for number, (prompt, results) in enumerate(each, 1):
+        for result in results if prompt.ids else empty:
+            checked = model.checked(result, _place(number, prompt.text))
+            out.write(style.format(prompt.text, checked, prompt.row))
+            cut += result.finish_reason == "length"
         out.flush()
     return cut
 
@@ -305,13 +298,6 @@ def _write(
 def _place(number: int, prompt: str) -> str:
     """How messages name a prompt."""
     return f"prompt {number:,} ({prompt[:40]!r})"
-
-
-def _seeded(batches: Iterable[Any], seed: int, count: int) -> Iterator[tuple[Any, Any, int]]:
-    """(batch, the ids of its prompts that have some, the seed of its first text) of each batch."""
-    for batch in batches:
-        yield batch, [prompt.ids for prompt in batch if prompt.ids], seed
-        seed += len(batch) * count
 
 
 def _stream(

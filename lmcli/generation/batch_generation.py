@@ -1,23 +1,31 @@
-"""Samples for each of many prompts, in batches of similar length, with results in input order."""
+"""Samples for each of many prompts, with results in input order.
+
+Where the decoder can take new prompts while others go on, they enter as they arrive and as rows
+become free (continuous batching, Yu et al. 2022); else they are put in batches of similar length.
+"""
 
 import math
 import random
-from collections import defaultdict
+import threading
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, Union
+from queue import Empty, Queue
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard, Union
 
 from lmcli.data.length_batching import group_by_length, tokens_per_forward
 from lmcli.distributed.work_queue import LOCAL_POOL, RemoteTask, WorkerPool
 from lmcli.errors import UsageError
-from lmcli.generation.decoding import Decoder, Generated, TextChunk
+from lmcli.generation.decoding import Decoder, Generated, PromptRow, TextChunk
+from lmcli.generation.prompts import Prompt
 
 if TYPE_CHECKING:
     from lmcli.generation.mask_filling import MaskFiller
 
 TextGenerator = Union[Decoder, "MaskFiller"]
-Batch = tuple[Any, list[list[int]], int]  # any value, prompts (ids), the seed of the first sample
+BATCHES_READ_AHEAD = 2
+MOST_UNWRITTEN = 4096  # prompts begun while an earlier one is unfinished
 
 
 def new_seed() -> int:
@@ -39,20 +47,27 @@ def stream_one(generator: TextGenerator, prompt: list[int], seed: int) -> Iterat
     yield TextChunk(0, result.text, result)
 
 
-class PromptRow(NamedTuple):
-    """A prompt (ids) and the seeds of the results that one row gives."""
+class SampledPrompt(NamedTuple):
+    """A prompt and the seed of each of its results."""
 
-    prompt: list[int]
+    prompt: Prompt
     seeds: list[int]
+
+    def rows(self, one_per_sample: bool) -> list[PromptRow]:
+        """A row for each seed, or one for all; none for a prompt without ids."""
+        ids = self.prompt.ids
+        if not ids:
+            return []
+        rows = [[seed] for seed in self.seeds] if one_per_sample else [self.seeds]
+        return [PromptRow(ids, seeds) for seeds in rows]
 
 
 class PromptGroup(NamedTuple):
-    """Rows for one call of the model: those at `positions` of a batch's `total` rows."""
+    """Rows for one call of the model, at `positions` of the rows of a batch of prompts."""
 
     rows: list[PromptRow]
     positions: list[int]
-    total: int
-    batch: Any = None
+    batch: list[SampledPrompt]
 
 
 def row_by_row(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
@@ -74,42 +89,158 @@ def generate_all(
     batch_tokens: int = 0,
     best_of: int = 0,
 ) -> list[list[Generated]]:
-    """`num_samples` results for each prompt (ids), in order.
-
-    Sample k of prompt i is drawn from seed + i · n + k, which its `seed` holds; n is `num_samples`,
-    or with `best_of` that many, of which those with the highest mean log-probability are returned.
-    """
-    batch = None, prompts, new_seed() if seed is None else seed
-    results = generate_batches(generator, [batch], num_samples, batch_tokens, best_of=best_of)
-    return next(results)[1]
+    """`num_samples` results for each prompt (ids), in order; seeds as in `generate_each`."""
+    batch = [Prompt("", ids) for ids in prompts]
+    first = new_seed() if seed is None else seed
+    each = generate_each(generator, [batch], first, num_samples, batch_tokens, best_of=best_of)
+    return [results for _, results in each]
 
 
-def generate_batches(
+def generate_each(
     generator: TextGenerator,
-    batches: Iterable[Batch],
+    batches: Iterable[list[Prompt]],
+    seed: int,
     num_samples: int = 1,
     batch_tokens: int = 0,
     pool: WorkerPool = LOCAL_POOL,
     best_of: int = 0,
-) -> Iterator[tuple[Any, list[list[Generated]]]]:
-    """Yields (value, results of each prompt) for each Batch, as `generate_all`; a pool works."""
+) -> Iterator[tuple[Prompt, list[Generated]]]:
+    """Yields each prompt with its results, in order, as soon as they are there; a pool works.
+
+    Sample k of prompt i is drawn from seed + i · n + k, which its `seed` holds; n is `num_samples`,
+    or with `best_of` that many, of which those with the highest mean log-probability are returned.
+    A prompt without ids has no results. Of the batches only the order of the prompts matters.
+    """
     if best_of:
         _check_best_of(generator, best_of, num_samples)
-    drawn = best_of or num_samples
-    rows_per_prompt = drawn if generator.one_row_per_sample else 1
+        each = generate_each(generator, batches, seed, best_of, batch_tokens, pool)
+        return (
+            (prompt, sorted(found, key=_cost_per_token)[:num_samples]) for prompt, found in each
+        )
+    width = generator.config.num_beams
+    if isinstance(generator, Decoder) and 1 < width < num_samples:
+        raise UsageError(
+            f"--num-samples {num_samples} is more than --num-beams {width}",
+            hint=f"set --num-beams {num_samples}, or draw samples with --temperature 1",
+        )
+    max_tokens = min(
+        4 * tokens_per_forward(generator.device_type, batch_tokens),
+        64 * generator.model_config.max_position_embeddings,
+    )
+    sampled = _sampled(batches, seed, num_samples)
+    if pool.size == 1 and can_stream(generator) and generator.extendable:
+        return _continuously(generator, sampled, max_tokens)
+    return _in_groups(generator, sampled, num_samples, max_tokens, pool)
+
+
+def _sampled(
+    batches: Iterable[list[Prompt]], seed: int, num_samples: int
+) -> Iterator[list[SampledPrompt]]:
+    for batch in batches:
+        starts = range(seed, seed + len(batch) * num_samples, num_samples)
+        yield [
+            SampledPrompt(prompt, list(range(start, start + num_samples)))
+            for prompt, start in zip(batch, starts)
+        ]
+        seed += len(batch) * num_samples
+
+
+def _continuously(
+    decoder: Decoder, batches: Iterator[list[SampledPrompt]], max_tokens: int
+) -> Iterator[tuple[Prompt, list[Generated]]]:
+    line = _Line(batches)
+    while line.wait():
+        yield from line.finished()
+        for chunk in decoder.flow(line.take, max_tokens):
+            if chunk.result:
+                line.store(chunk.row, chunk.result)
+                yield from line.finished()
+        yield from line.finished()
+
+
+class _Line:
+    """Prompts that a thread reads, in order, until their results are given out."""
+
+    def __init__(self, batches: Iterator[list[SampledPrompt]]):
+        self._arrived: Queue[list[SampledPrompt] | BaseException | None] = Queue(BATCHES_READ_AHEAD)
+        self._end: tuple[BaseException | None] | None = None  # why reading ended
+        # a prompt, and its results by seed
+        self._unwritten: deque[tuple[SampledPrompt, dict[int, Generated]]] = deque()
+        self._waiting: deque[tuple[PromptRow, dict[int, Generated]]] = deque()  # rows to be taken
+        self._taken: list[dict[int, Generated]] = []  # where results go, for each row taken
+        threading.Thread(target=self._read, args=(batches,), daemon=True).start()
+
+    def _read(self, batches: Iterator[list[SampledPrompt]]) -> None:
+        error = None
+        try:
+            for batch in batches:
+                self._arrived.put(batch)
+        except BaseException as problem:
+            error = problem
+        self._arrived.put(error)
+
+    def wait(self) -> bool:
+        """Waits for prompts; False at their end. Raises an error of reading, after all results."""
+        self._taken = []
+        while not self._end and not self._unwritten:
+            self._receive(block=True)
+        if self._end and self._end[0] and not self._unwritten:
+            raise self._end[0]
+        return bool(self._unwritten)
+
+    def _receive(self, block: bool) -> None:
+        arrived = self._arrived.get(block)
+        if not isinstance(arrived, list):
+            self._end = (arrived,)
+            return
+        for sampled in arrived:
+            results: dict[int, Generated] = {}
+            self._unwritten.append((sampled, results))
+            self._waiting += [(row, results) for row in sampled.rows(one_per_sample=True)]
+
+    def take(self) -> PromptRow | None:
+        """The next row; None if no prompt has arrived."""
+        try:
+            while not self._waiting:
+                if self._end or len(self._unwritten) >= MOST_UNWRITTEN:
+                    return None
+                self._receive(block=False)
+        except Empty:
+            return None
+        row, results = self._waiting.popleft()
+        self._taken.append(results)
+        return row
+
+    def store(self, number: int, result: Generated) -> None:
+        """Keeps the result of a row, by its number since `wait`."""
+        self._taken[number][result.seed] = result
+
+    def finished(self) -> Iterator[tuple[Prompt, list[Generated]]]:
+        """The first prompts, as far as they have all their results."""
+        while self._unwritten:
+            (prompt, seeds), results = self._unwritten[0]
+            if prompt.ids and len(results) < len(seeds):
+                return
+            self._unwritten.popleft()
+            yield prompt, [results[seed] for seed in seeds if seed in results]
+
+
+def _in_groups(
+    generator: TextGenerator,
+    batches: Iterator[list[SampledPrompt]],
+    num_samples: int,
+    max_tokens: int,
+    pool: WorkerPool,
+) -> Iterator[tuple[Prompt, list[Generated]]]:
     results: dict[int, list[Generated]] = {}
-    groups = _groups(generator, batches, drawn, batch_tokens)
+    groups = _groups(generator, batches, num_samples, max_tokens)
     for group, group_results in pool.map_in_order(groups, remote_task(generator)):
         results.update(zip(group.positions, group_results))
-        if len(results) == group.total:
-            starts = range(0, group.total, rows_per_prompt)
-            samples = ([results[k] for k in range(i, i + rows_per_prompt)] for i in starts)
-            by_prompt = [list(chain(*of_prompt)) for of_prompt in samples]
-            if best_of:
-                by_prompt = [
-                    sorted(texts, key=_cost_per_token)[:num_samples] for texts in by_prompt
-                ]
-            yield group.batch, by_prompt
+        rows = [len(each.rows(generator.one_row_per_sample)) for each in group.batch]
+        if len(results) == sum(rows):
+            in_order = iter([results[i] for i in range(len(results))])
+            for each, count in zip(group.batch, rows):
+                yield each.prompt, list(chain(*(next(in_order) for _ in range(count))))
             results = {}
 
 
@@ -143,7 +274,7 @@ def remote_task(generator: TextGenerator) -> RemoteTask:
     return RemoteTask(
         work,
         encode=lambda group: group.rows,
-        decode=lambda rows: PromptGroup([PromptRow(*row) for row in rows], [], 0),
+        decode=lambda rows: PromptGroup([PromptRow(*row) for row in rows], [], []),
         encode_result=lambda results: [[astuple(result) for result in row] for row in results],
         decode_result=lambda results: [[Generated(*values) for values in row] for row in results],
     )
@@ -159,25 +290,13 @@ def _as_many(results: list[Generated], seeds: list[int]) -> list[Generated]:
 
 
 def _groups(
-    generator: TextGenerator, batches: Iterable[Batch], num_samples: int, batch_tokens: int
+    generator: TextGenerator,
+    batches: Iterator[list[SampledPrompt]],
+    num_samples: int,
+    max_tokens: int,
 ) -> Iterator[PromptGroup]:
-    width = generator.config.num_beams
-    if isinstance(generator, Decoder) and 1 < width < num_samples:
-        raise UsageError(
-            f"--num-samples {num_samples} is more than --num-beams {width}",
-            hint=f"set --num-beams {num_samples}, or draw samples with --temperature 1",
-        )
-    max_tokens = min(
-        4 * tokens_per_forward(generator.device_type, batch_tokens),
-        64 * generator.model_config.max_position_embeddings,
-    )
-    for batch, prompts, first in batches:
-        rows = [
-            PromptRow(prompt, [first + i * num_samples + k for k in range(num_samples)])
-            for i, prompt in enumerate(prompts)
-        ]
-        if generator.one_row_per_sample:
-            rows = [PromptRow(row.prompt, [seed]) for row in rows for seed in row.seeds]
+    for batch in batches:
+        rows = list(chain(*(each.rows(generator.one_row_per_sample) for each in batch)))
         costs = [generator.cost(row.prompt, num_samples) for row in rows]
         for positions in group_by_length(costs, max_tokens) if rows else ([],):
-            yield PromptGroup([rows[i] for i in positions], positions, len(rows), batch)
+            yield PromptGroup([rows[i] for i in positions], positions, batch)

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from lmcli.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lmcli.kernels.decoding_state import State
+    from lmcli.kernels.fast_decoding import FastDecodingState
 
 # (sequences, sources of an encoder–decoder, capacity) → the state after reading them
 DecodingStates = Callable[[list[list[int]], list[list[int]] | None, int], "State"]
@@ -47,6 +48,13 @@ class Generated:
     problem: str = ""
 
 
+class PromptRow(NamedTuple):
+    """A prompt (ids), and the seeds of the results that one row gives."""
+
+    prompt: list[int]
+    seeds: list[int]
+
+
 class TextChunk(NamedTuple):
     """New text of prompt number `row`, with its result once it is finished."""
 
@@ -60,7 +68,8 @@ class Decoder:
     """A decoder or encoder–decoder: `bos` starts a context, `stop_ids`, `stop_strings` end a text.
 
     `decoding_state` reads texts with the model that `model_config` describes. `decoder_start`
-    begins the target of an encoder–decoder (None: as config.json says).
+    begins the target of an encoder–decoder (None: as config.json says). With `extendable` states
+    prompts enter while others go on.
     """
 
     model_config: ModelConfig
@@ -73,6 +82,7 @@ class Decoder:
     use_cache: bool = True
     decoder_start: int | None = None
     device_type: str = "cpu"
+    extendable: bool = False
 
     def __post_init__(self) -> None:
         config = self.model_config
@@ -107,7 +117,7 @@ class Decoder:
         tokens, limit = len(prompt), self._limit(prompt)
         if self.has_encoder:
             return (tokens + min(limit, 2 * tokens + 32)) * self.config.num_beams
-        return (min(tokens, self.context) + limit) * self.config.num_beams
+        return min(tokens + limit, self.context) * self.config.num_beams
 
     def complete(self, prompts: list[list[int]], seeds: list[list[int]]) -> list[list[Generated]]:
         """The results of each prompt (ids): one for its only seed, or with beams one per seed."""
@@ -120,22 +130,60 @@ class Decoder:
 
         The text of a row depends on its prompt and seed only, not on other rows (up to rounding).
         """
-        pairs = enumerate(zip(prompts, seeds, strict=True))
-        rows = [self._row(i, prompt, seed) for i, (prompt, seed) in pairs]
-        state = None
-        while rows:
-            # full: the longest row reaches the context, or did so before it ended
-            if state is None or state.full:
-                state = self._prefill(rows)
-            else:
-                state.add(np.array([row.window[-1] for row in rows]))
+        pairs = list(zip(prompts, seeds, strict=True))
+        rows = (PromptRow(prompt, [seed]) for prompt, seed in pairs)
+        return self.flow(lambda: next(rows, None), math.inf)
+
+    def flow(self, take: Callable[[], PromptRow | None], max_tokens: float) -> Iterator[TextChunk]:
+        """`stream` for prompts that enter as others end; row i is the i-th that `take` returns.
+
+        As many are taken as rows times the longest `cost` fit `max_tokens`, at least one. `take`
+        returns None if there is none at present; if no row is left then, the flow ends.
+        """
+        rows: list[_Row] = []
+        state, number, waiting = None, 0, take()
+        while rows or waiting:
+            entering: list[_Row] = []
+            longest = max((self.cost(row.prompt, 1) for row in rows), default=0)
+            while waiting and (self.extendable or not rows):
+                longest = max(longest, self.cost(waiting.prompt, 1))
+                others = len(rows) + len(entering)
+                if others and longest * (others + 1) > max_tokens:
+                    break
+                entering.append(self._row(number, waiting.prompt, waiting.seeds[0]))
+                number, waiting = number + 1, take()
+            state, rows = self._advance(state, rows, entering)
             yield from self._choose(rows, state.logits)
             unfinished = [i for i, row in enumerate(rows) if row.finish_reason is None]
-            if not self.use_cache:
+            if not self.use_cache or not (unfinished or self.extendable):
                 state = None
-            elif 0 < len(unfinished) < len(rows):
-                state.keep(np.array(unfinished))
+            elif len(unfinished) < len(rows):
+                state.keep(np.array(unfinished, np.int64))
             rows = [rows[i] for i in unfinished]
+            waiting = waiting or take()
+
+    def _advance(
+        self, state: "State | None", rows: list["_Row"], entering: list["_Row"]
+    ) -> tuple["State", list["_Row"]]:
+        """Reads the newest token of all rows, and those that enter: they are the last rows then."""
+        # full: the longest row reaches the context, or did so before it ended
+        if state is None or (not self.extendable and state.full):
+            rows = rows + entering
+            capacity = self._fit_windows(rows)
+            return self._state(rows, capacity), rows
+        staying = [i for i, row in enumerate(rows) if len(row.window) <= self.context]
+        if self.extendable and len(staying) < len(rows):
+            entering = [row for row in rows if len(row.window) > self.context] + entering
+            state.keep(np.array(staying, np.int64))
+            rows = [rows[i] for i in staying]
+        tokens = np.array([row.window[-1] for row in rows], np.int64)
+        if entering:
+            capacity = self._fit_windows(entering)
+            windows = [row.window for row in entering]
+            cast("FastDecodingState", state).extend(tokens, windows, capacity)
+        else:
+            state.add(tokens)
+        return state, rows + entering
 
     def _row(self, number: int, prompt: list[int], seed: int) -> "_Row":
         window, source = list(prompt), []
@@ -155,15 +203,15 @@ class Decoder:
         most, end = self.max_source, self.tokenizer.suffix
         return ids if most is None or len(ids) <= most else ids[: most - len(end)] + end
 
-    def _prefill(self, rows: list["_Row"]) -> "State":
-        """Reads the windows of all rows."""
+    def _fit_windows(self, rows: list["_Row"]) -> int:
+        """Slides windows beyond the context; returns the most tokens that a row will have."""
         for row in rows:
             if len(row.window) > self.context and not self.has_encoder:
                 newest = max(1, self.context // 2 - len(self.bos))
                 row.window = self.bos + row.window[-newest:]
         new_tokens = max(row.limit - len(row.tokens) for row in rows)
         capacity = max(len(row.window) for row in rows) + new_tokens
-        return self._state(rows, capacity if self.has_encoder else min(self.context, capacity))
+        return capacity if self.has_encoder else min(self.context, capacity)
 
     def _state(self, rows: list["_Row"], capacity: int) -> "State":
         """The state after the windows of all rows; equal ones are read once."""

@@ -27,7 +27,7 @@ from lmcli.kernels.processor import thread_count
 LANES = 16  # scores of a head are padded to a multiple of this
 ALIGN = 64  # rows of activations are padded with zeros to a multiple of this, as in decode_step.c
 TOKENS_AT_ONCE = 96  # most tokens of a call: prompts are read in blocks of this size
-# tokens that a new cache has room for beyond the longest sequence; a full cache is doubled
+# tokens that a new cache has room for beyond the longest sequence, or half as many as that has
 SPARE_TOKENS = 64
 
 
@@ -67,12 +67,12 @@ class FastDecodingState:
         self._sources, self._source_of = sources, np.zeros(len(sequences), np.int64)
         if sources is not None:
             self._set_sources(sources)
-        self._lengths = np.zeros(len(sequences), np.int64)  # tokens read of each sequence
-        self._slots = np.arange(len(sequences))  # its place in the cache
-        longest = max(map(len, sequences))
-        self._allocate(len(sequences), min(capacity, longest + SPARE_TOKENS))
+        self._lengths = np.zeros(0, np.int64)  # tokens read of each sequence
+        self._slots = np.zeros(0, np.int64)  # its place in the cache
         self._scratch: dict[str, NDArray[Any]] = {}
-        self.logits = self._prefill(sequences)
+        self._keys = self._values = np.zeros((0, 0, 0, 0, 0), np.float32)
+        self.logits: Array
+        self.extend(np.zeros(0, np.int64), sequences, capacity)
 
     @property
     def length(self) -> int:
@@ -86,21 +86,30 @@ class FastDecodingState:
 
     def add(self, tokens: Integers) -> None:
         """Reads one more token (B,) of each sequence."""
-        if self.length == self._keys.shape[3]:
-            self._grow()
-        rows = np.arange(len(self._slots))
-        self.logits = self._forward(tokens, rows, self._lengths, rows)
-        self._lengths = self._lengths + 1
+        self.extend(tokens, [], 0)
+
+    def extend(self, tokens: Integers, sequences: list[list[int]], capacity: int) -> None:
+        """Reads one more token (B,) of each sequence, and new ones, which become the last rows.
+
+        At most `capacity` tokens of a new one are read. A state with sources takes none.
+        """
+        self.capacity = max(self.capacity, capacity)
+        old = len(self._slots)
+        if self._sources is None:
+            self._source_of = np.zeros(old + len(sequences), np.int64)
+        self._reserve(sequences)
+        counts = np.array([1] * old + [len(sequence) for sequence in sequences], np.int64)
+        starts = np.concatenate([self._lengths, np.zeros(len(sequences), np.int64)])
+        new = (np.array(sequence, np.int64) for sequence in sequences)
+        self._lengths = starts + counts
+        self.logits = self._read(np.concatenate([tokens, *new]), starts, counts)
 
     def keep(self, rows: Integers) -> None:
         """Selects, reorders or repeats sequences (B', int64)."""
         self._lengths, self._source_of = self._lengths[rows], self._source_of[rows]
         self._slots, self.logits = self._slots[rows], self.logits[rows]
         if len(np.unique(self._slots)) < len(self._slots):  # a repeated one needs its own place
-            keys, values = self._keys[:, self._slots], self._values[:, self._slots]
-            self._slots = np.arange(len(rows))
-            self._allocate(len(rows), keys.shape[3])
-            self._keys[:], self._values[:] = keys, values
+            self._move(len(rows), self._keys.shape[3])
 
     def reorder(self, rows: Integers, common: int) -> None:
         """Reorders sequences (B, int64) that are equal up to token `common`, as beams are.
@@ -119,21 +128,21 @@ class FastDecodingState:
         length = self._lengths[row]
         return cache[:, self._slots[row], :, length - count : length]
 
-    def _prefill(self, sequences: list[list[int]]) -> Array:
-        """Reads all sequences in blocks; the logits after the last token of each."""
-        counts = [len(sequence) for sequence in sequences]
-        tokens = np.concatenate([np.array(sequence, np.int64) for sequence in sequences])
-        rows = np.repeat(np.arange(len(sequences)), counts)
-        positions = np.concatenate([np.arange(count) for count in counts])
-        last = np.cumsum(counts) - 1
-        logits = np.empty((len(sequences), self.config.vocab_size), np.float32)
-        for start in range(0, len(tokens), TOKENS_AT_ONCE):
-            block = slice(start, start + TOKENS_AT_ONCE)
-            ends = np.nonzero((last >= start) & (last < start + TOKENS_AT_ONCE))[0]
-            logits[ends] = self._forward(
-                tokens[block], rows[block], positions[block], last[ends] - start
+    def _read(self, tokens: Integers, starts: Integers, counts: Integers) -> Array:
+        """Reads the next `counts` tokens of all sequences in blocks; the logits after the last."""
+        rows = np.repeat(np.arange(len(counts)), counts)
+        ends = np.cumsum(counts)
+        positions = np.arange(len(tokens)) + np.repeat(starts - ends + counts, counts)
+        size = max(TOKENS_AT_ONCE, len(counts))
+        if len(tokens) <= size:
+            return self._forward(tokens, rows, positions, ends - 1)
+        logits = np.empty((len(counts), self.config.vocab_size), np.float32)
+        for start in range(0, len(tokens), size):
+            block = slice(start, start + size)
+            ending = np.nonzero((ends > start) & (ends <= start + size))[0]
+            logits[ending] = self._forward(
+                tokens[block], rows[block], positions[block], ends[ending] - 1 - start
             )
-        self._lengths = np.array(counts, np.int64)
         return logits
 
     def _forward(
@@ -189,13 +198,13 @@ class FastDecodingState:
         return tables
 
     def _buffers(self, count: int) -> dict[str, NDArray[Any]]:
-        """Arrays for intermediate results of `count` tokens; the padding of their rows is 0."""
+        """Arrays for intermediate results of `count` tokens or more; their rows' padding is 0."""
         config, keys = self.config, self._keys.shape[3]
         longest = max(keys, self._sources.longest if self._sources else 0)
         longest = -(-longest // LANES) * LANES
         threads = thread_count()
         scratch = self._scratch
-        if not scratch or len(scratch["key"]) != count or scratch["scores"].shape[1] != longest:
+        if not scratch or len(scratch["key"]) < count or scratch["scores"].shape[1] < longest:
             key_width = config.num_key_value_heads * config.head_dim
             width = config.num_attention_heads * config.head_dim
             self._scratch = scratch = {
@@ -229,11 +238,30 @@ class FastDecodingState:
             self._relative = self.weights.relative_bias(capacity)
             self._model.relative = self._relative.ctypes.data
 
-    def _grow(self) -> None:
-        keys, values, length = self._keys, self._values, self.length
-        self._allocate(keys.shape[1], min(self.capacity, 2 * keys.shape[3]))
-        self._keys[:, :, :, :length] = keys[:, :, :, :length]
-        self._values[:, :, :, :length] = values[:, :, :, :length]
+    def _reserve(self, sequences: list[list[int]]) -> None:
+        """Finds places for new sequences and for one more token of the others.
+
+        If there is no room, a new cache takes those that are read: its size is by the present
+        number and lengths, not by those before.
+        """
+        slots, room = self._keys.shape[1], self._keys.shape[3]
+        old, count = len(self._slots), len(self._slots) + len(sequences)
+        longest = max([*(self._lengths + 1).tolist(), *map(len, sequences)])
+        if count > slots or longest > room:
+            more = longest + max(SPARE_TOKENS, longest // 2)
+            self._move(max(count, 3 * old // 2) if count > slots else count, more)
+        if sequences:
+            free = np.setdiff1d(np.arange(self._keys.shape[1]), self._slots)
+            self._slots = np.concatenate([self._slots, free[: len(sequences)]])
+
+    def _move(self, slots: int, room: int) -> None:
+        """Copies all sequences to a new cache, in the order of the rows."""
+        old, places = (self._keys, self._values), self._slots
+        self._allocate(slots, min(self.capacity, room))
+        for before, after in zip(old, (self._keys, self._values)):
+            for row, (place, length) in enumerate(zip(places, self._lengths)):
+                after[:, row, :, :length] = before[:, place, :, :length]
+        self._slots = np.arange(len(places))
 
     def _set_sources(self, sources: CrossHeads) -> None:
         self._source_of = sources.rows

@@ -56,7 +56,7 @@ def from_files(folder, dtype):
     """The logits of `walk` without torch."""
     model = lmcli.load(folder, device="cpu", dtype=dtype)
     assert model.decodes_without_torch
-    logits = walk(model._decoding_states()(ROWS, None, 20))
+    logits = walk(model._decoding_states()[0](ROWS, None, 20))
     assert "model" not in vars(model)
     return logits
 
