@@ -167,7 +167,8 @@ class _Line:
         # a prompt, and its results by seed
         self._unwritten: deque[tuple[SampledPrompt, dict[int, Generated]]] = deque()
         self._waiting: deque[tuple[PromptRow, dict[int, Generated]]] = deque()  # rows to be taken
-        self._taken: list[dict[int, Generated]] = []  # where results go, for each row taken
+        self._taken: dict[int, dict[int, Generated]] = {}  # where the result of a row goes
+        self._number = 0  # of the next row
         threading.Thread(target=self._read, args=(batches,), daemon=True).start()
 
     def _read(self, batches: Iterator[list[SampledPrompt]]) -> None:
@@ -181,7 +182,7 @@ class _Line:
 
     def wait(self) -> bool:
         """Waits for prompts; False at their end. Raises an error of reading, after all results."""
-        self._taken = []
+        self._number = 0
         while not self._end and not self._unwritten:
             self._receive(block=True)
         if self._end and self._end[0] and not self._unwritten:
@@ -208,12 +209,13 @@ class _Line:
         except Empty:
             return None
         row, results = self._waiting.popleft()
-        self._taken.append(results)
+        self._taken[self._number] = results
+        self._number += 1
         return row
 
     def store(self, number: int, result: Generated) -> None:
         """Keeps the result of a row, by its number since `wait`."""
-        self._taken[number][result.seed] = result
+        self._taken.pop(number)[result.seed] = result
 
     def finished(self) -> Iterator[tuple[Prompt, list[Generated]]]:
         """The first prompts, as far as they have all their results."""
