@@ -86,11 +86,12 @@ class TestCommandLines:
             shutil.copytree(trained[0], tmp_path / "runs" / name)
         for name in ("notes.txt", "lines.txt", "other.txt", "test.txt", "prompts.txt", "big.txt"):
             (tmp_path / name).write_text("The baker went home.\nShe slept.\n")
+        (tmp_path / "person.json").write_text('{"enum": ["baker", "cook"]}')
         monkeypatch.chdir(tmp_path)
         failures, count = [], 0
         for page in ("quickstart", "generating", "scoring", "evaluating"):
             for line in command_lines(GUIDES[page]):
-                files = [word for word in shlex.split(line, comments=True) if "." in word[1:-1]]
+                files = re.findall(r"[\w-]+\.[a-z]+", line.split(" #")[0])
                 texts = [word for word in files if word.endswith((".txt", ".jsonl", ".tsv"))]
                 quick = re.match(r"lm (score|generate|perplexity|info) ", line)
                 known = "runs/" in line and all((tmp_path / name).is_file() for name in texts)
