@@ -250,7 +250,7 @@ def _written(
 ) -> tuple[str, list[AssistantSpan]]:
     """The text of a conversation, and what the assistant says in it."""
     try:
-        text, spans = template.spans(row_messages(row, MESSAGES[0]))
+        text, spans = template.text_and_spans(row_messages(row, MESSAGES[0]))
         if not any(text[span.start : span.end] for span in spans):
             raise UserError("the chat template shows nothing of what the assistant says")
     except UserError as error:

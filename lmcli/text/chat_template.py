@@ -105,7 +105,7 @@ class ChatTemplate:
         is_trimmed = not text.startswith(CONTINUED, at)
         return text[:at].rstrip() if is_trimmed else text[:at]
 
-    def spans(self, messages: Sequence[Message]) -> tuple[str, list[AssistantSpan]]:
+    def text_and_spans(self, messages: Sequence[Message]) -> tuple[str, list[AssistantSpan]]:
         """The text of messages and what the assistant says in it.
 
         That is in the template's {% generation %} blocks; without any it is what the text has more
@@ -129,12 +129,12 @@ class ChatTemplate:
     def last_answer(self, messages: Sequence[Message]) -> tuple[str, str]:
         """(what precedes the assistant's last message, its text without what closes it).
 
-        Raises UserError as `spans`, and if the assistant says nothing.
+        Raises UserError as `text_and_spans`, and if the assistant says nothing.
         """
         said = [i for i, message in enumerate(messages) if message.get("role") == ASSISTANT]
         if not said:
             raise UserError("there is no message of the assistant", where=self.where)
-        text, spans = self.spans(messages[: said[-1] + 1])
+        text, spans = self.text_and_spans(messages[: said[-1] + 1])
         if not spans:
             raise self._error("does not write what the assistant says")
         return text[: spans[-1].start], text[spans[-1].start : spans[-1].content_end]
@@ -269,13 +269,15 @@ def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def assistant_mask(text: str, spans: Sequence[AssistantSpan], ends: Sequence[int]) -> list[bool]:
+def assistant_mask(
+    text: str, assistant_spans: Sequence[AssistantSpan], ends: Sequence[int]
+) -> list[bool]:
     """For each token of a text, whether it is (in part) what the assistant says.
 
     `ends` are the bytes where tokens end (Encoded.ends).
     """
     byte_at, mask, start = byte_offsets(text), [], 0
-    ranges = [(byte_at[span.start], byte_at[span.end]) for span in spans]
+    ranges = [(byte_at[span.start], byte_at[span.end]) for span in assistant_spans]
     for end in ends:
         mask.append(any(first < end and start < last for first, last in ranges))
         start = end

@@ -188,7 +188,7 @@ class TestAgainstTransformers:
             expected = by_transformers(
                 TEMPLATES["generation"], messages, return_assistant_tokens_mask=True
             )
-            text, spans = template.spans(messages)
+            text, spans = template.text_and_spans(messages)
             assert (text, [(span.start, span.end) for span in spans]) == expected
 
     def test_the_mask_is_that_of_transformers(self, folders):
@@ -200,7 +200,7 @@ class TestAgainstTransformers:
         template = chat_template(ours.settings)
         for messages in CHATS[1:]:
             expected = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True)
-            text, spans = template.spans(messages)
+            text, spans = template.text_and_spans(messages)
             (encoded,) = ours.encode_with_ends([text])
             assert assistant_mask(text, spans, encoded.ends) == expected["assistant_masks"]
 
@@ -253,7 +253,7 @@ class TestSpans:
     @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "json"])
     def test_they_are_what_the_assistant_says(self, name):
         messages = [ASK, SAY, ASK, {**SAY, "content": "No."}]
-        text, (first, second) = ChatTemplate(TEMPLATES[name], SPECIAL).spans(messages)
+        text, (first, second) = ChatTemplate(TEMPLATES[name], SPECIAL).text_and_spans(messages)
         assert text[first.start : first.content_end].strip() == SAY["content"].strip()
         said = text[second.start : second.content_end].removeprefix("<think>\n\n</think>\n\n")
         assert said.strip() == "No."
@@ -264,17 +264,19 @@ class TestSpans:
     def test_a_repeated_text_is_found_where_it_was_said(self):
         messages = [{"role": "user", "content": "No."}, {**SAY, "content": "No."}] * 2
         source = TEMPLATES["llama 2"].replace("[INST]", "x")
-        text, spans = ChatTemplate(source, SPECIAL).spans(messages)
+        text, spans = ChatTemplate(source, SPECIAL).text_and_spans(messages)
         assert [text[: span.start].count("No.") for span in spans] == [1, 3]
 
     def test_a_first_message_of_the_assistant(self):
-        text, (span,) = ChatTemplate(CHATML, {}).spans([{**SAY, "content": "Hi"}, ASK])
+        text, (span,) = ChatTemplate(CHATML, {}).text_and_spans([{**SAY, "content": "Hi"}, ASK])
         assert text[span.start : span.end] == "Hi<|im_end|>"
 
     def test_a_template_that_hides_it(self):
         source = "{% for m in messages %}{{ m.content | upper }}{{ loop.length }}{% endfor %}"
         with pytest.raises(UserError, match="what the assistant says in message 2") as error:
-            ChatTemplate(source, {}, "some/model").spans([ASK, {**SAY, "content": "yes"}, ASK])
+            ChatTemplate(source, {}, "some/model").text_and_spans(
+                [ASK, {**SAY, "content": "yes"}, ASK]
+            )
         assert "{% generation %}" in str(error.value) and "some/model" in str(error.value)
 
 
