@@ -236,6 +236,9 @@ def value_of(field):
         return st.lists(st.integers(0, 99), max_size=3).map(tuple)
     if field.type == tuple[tuple[int, ...], ...]:
         return st.lists(st.lists(st.integers(0, 99), max_size=2).map(tuple), max_size=2).map(tuple)
+    if field.type == tuple[tuple[tuple[int, ...], float], ...]:
+        ids = st.lists(st.integers(0, 99), min_size=1, max_size=2).map(tuple)
+        return st.lists(st.tuples(ids, st.floats(-9, 9)), max_size=2).map(tuple)
     numbers = st.integers(low, high)
     return numbers if field.type is int else st.none() | numbers
 

@@ -1,8 +1,6 @@
 """Bad input, signals and pipes: one or two lines, the right exit code, nothing half-written."""
 
 import json
-import os
-import pty
 import resource
 import shutil
 import signal
@@ -170,19 +168,6 @@ def test_a_full_disk_is_an_error(lm, story, trained, tmp_path, environment):
 def test_a_closed_pipe_ends_quietly(trained, piped, command):
     done = piped(1, command, "-m", trained[0], line="a b c")
     assert done.returncode == 141 and done.stderr == b"" and done.stdout.count(b"\n") == 1
-
-
-def test_no_prompt_on_a_terminal_is_a_usage_error(trained, environment):
-    leader, follower = pty.openpty()
-    done = subprocess.run(
-        [sys.executable, "-m", "lmcli", "generate", "-m", trained[0]],
-        stdin=follower,
-        capture_output=True,
-        env=environment,
-        timeout=60,
-    )
-    os.close(leader)
-    assert done.returncode == 2 and b"Usage" in done.stderr
 
 
 def test_a_slow_pipe_is_answered_line_by_line(trained, environment):

@@ -209,6 +209,7 @@ class TestTokenizers:
                 "template": "<|endoftext|> …",
                 "roles": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
                 "special": {"<|endoftext|>": 0},
+                "chat_template": False,
             }
 
     @pytest.mark.parametrize(
