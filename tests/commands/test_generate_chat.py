@@ -131,6 +131,9 @@ class Screen:
         self.shown = ""
 
     def type(self, text: str) -> None:
+        if text == "\x03":
+            # Python's readline misses a signal just after it drew a key, until the next key
+            time.sleep(0.3)
         os.write(self.end, text.encode())
 
     def wait_for(self, pattern: str, seconds: float = 60) -> str:
