@@ -239,6 +239,8 @@ def value_of(field):
     if field.type == tuple[tuple[tuple[int, ...], float], ...]:
         ids = st.lists(st.integers(0, 99), min_size=1, max_size=2).map(tuple)
         return st.lists(st.tuples(ids, st.floats(-9, 9)), max_size=2).map(tuple)
+    if field.type == tuple[int, float] | None:
+        return st.none() | st.tuples(st.integers(0, 99), st.floats(0.5, 2))
     numbers = st.integers(low, high)
     return numbers if field.type is int else st.none() | numbers
 
