@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("kernels.c")
 SOURCES = (SOURCE, Path(__file__).with_name("decode_step.c"))
-HEADERS = (Path(__file__).with_name("decode_products.h"),)
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("decode_products.h", "numbers.h"))
 # Apple's compiler has no OpenMP: kernels.c then takes dispatch_apply, which macOS brings
 OPENMP = sys.platform != "darwin"
 ARM_MAC = not OPENMP and platform.machine() == "arm64"

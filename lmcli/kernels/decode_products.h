@@ -17,6 +17,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include "numbers.h"
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -59,7 +60,7 @@ typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t integers __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
 
-enum { FLOAT32, BFLOAT16, INT8, INT4, FLOAT16, BFLOAT16_AS_AMX };  /* FLOAT16 is only read; the last: see add_32 */
+enum { FLOAT32, BFLOAT16, INT8, INT4, BFLOAT16_AS_AMX };  /* the last: see add_32 */
 
 #ifdef __AVX512VNNI__
 #define UNSIGNED_8 ((int32_t)0x80808080)  /* from -128…127 to 0…255 */
@@ -84,35 +85,6 @@ typedef struct {
     int64_t stride;
 } Rows;
 
-/* ---------------------------------------------------------------------------------------------- single numbers */
-
-INLINE float bits_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-INLINE uint16_t to_bfloat16(float x) {  /* to the nearest, ties to even; NaN stays NaN */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return (x == x ? bits + 0x7fff + (bits >> 16 & 1) : 0x7fc00000) >> 16;
-}
-
-/* e^x to 2 units in the last place (the polynomial of Cephes' expf); 0 below -87, NaN for NaN. */
-INLINE float exponential(float x) {
-    float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = rintf(bounded * 1.44269504088896341f), r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    float y = (p * r * r + r + 1.0f) * bits_float((uint32_t)((int32_t)n + 127) << 23);
-    return x < -87.0f ? 0.0f : y;
-}
-
-INLINE float from_float16(uint16_t half) {
-    uint32_t magnitude = half & 0x7fff, sign = (uint32_t)(half & 0x8000) << 16;
-    if (magnitude >= 0x7c00) return bits_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  /* infinite, NaN */
-    return bits_float(sign) + bits_float(magnitude << 13) * bits_float(0x77800000) * (sign ? -1 : 1);  /* · 2^112 */
-}
-
 /* ----------------------------------------------------------------------------------------------------- vectors */
 
 INLINE floats load(const float *x) { return *(const floats *)x; }
@@ -123,7 +95,7 @@ INLINE floats load_end(const float *x, int64_t count) {  /* the last `count` num
     return load(padded);
 }
 
-INLINE floats load_bfloat16(const uint16_t *x) {
+INLINE floats load_bfloat16s(const uint16_t *x) {
     return (floats)(__builtin_convertvector(*(const halves *)x, words) << 16);
 }
 
@@ -227,7 +199,7 @@ INLINE void add_group(const Matrix *matrix, int64_t type, const char *weight, in
             UNROLL for (int s = 0; s < S; s++)
                 sum[s] = add_products(sum[s], w, (const int8_t *)x.packed + (row + s) * x.stride + g * GROUP + 4 * i);
         }
-        floats scale = load_bfloat16(matrix->scales + ((block + b) * groups + g) * LANES);
+        floats scale = load_bfloat16s(matrix->scales + ((block + b) * groups + g) * LANES);
         UNROLL for (int s = 0; s < S; s++)
             sums[b][s] += __builtin_convertvector(sum[s], floats) * (scale * x.scales[(row + s) * each + g]);
     }
@@ -395,7 +367,7 @@ static int amx_usable(void) {
     uint32_t random = 1;
     for (int i = 0; i < 1024 + 64 * 64; i++) {
         random = random * 1664525 + 1013904223;
-        *(i < 1024 ? weight + i : x + i - 1024) = to_bfloat16((int32_t)random * 1e-9f);
+        *(i < 1024 ? weight + i : x + i - 1024) = store_bfloat16((int32_t)random * 1e-9f);
     }
     Matrix matrix = {weight, 0, 0, BFLOAT16, LANES, 64};
     Rows rows = {0, x, 0, 0, 64};
@@ -468,7 +440,7 @@ static void pack(const Matrix *matrix, Rows x, int64_t row, int64_t from, int64_
     const float *in = x.data + row * x.stride;
     if (matrix->type == BFLOAT16) {
         uint16_t *out = (uint16_t *)x.packed + row * x.stride;
-        for (int64_t i = from; i < to; i++) out[i] = to_bfloat16(in[i]);
+        for (int64_t i = from; i < to; i++) out[i] = store_bfloat16(in[i]);
     } else if (matrix->type != FLOAT32) {
         int8_t *out = (int8_t *)x.packed + row * x.stride;
         int64_t at = row * (x.stride / GROUP);
@@ -482,8 +454,7 @@ static void pack(const Matrix *matrix, Rows x, int64_t row, int64_t from, int64_
 /* `size` numbers of an array of floats. */
 static void read_floats(const void *source, int64_t type, int64_t from, int64_t size, float *out) {
     if (type == FLOAT32) memcpy(out, (const float *)source + from, size * sizeof *out);
-    else if (type == BFLOAT16) for (int64_t i = 0; i < size; i++) out[i] = bits_float((uint32_t)((const uint16_t *)source)[from + i] << 16);
-    else for (int64_t i = 0; i < size; i++) out[i] = from_float16(((const uint16_t *)source)[from + i]);
+    else for (int64_t i = 0; i < size; i++) out[i] = load_bfloat16(((const uint16_t *)source)[from + i]);
 }
 
 /* Whole numbers n of -most…most and a scale that bfloat16 holds, so that n · scale is next to x. */
@@ -504,7 +475,7 @@ static void interleave_row(const float *x, int64_t type, int64_t inputs, int r, 
     else if (type == BFLOAT16) for (int64_t i = 0; i < inputs; i += GROUP) {  /* rounded by vectors, stored by pairs */
         uint16_t n[GROUP] = {0};
         int64_t size = inputs - i < GROUP ? inputs - i : GROUP;
-        for (int64_t j = 0; j < size; j++) n[j] = to_bfloat16(x[i + j]);
+        for (int64_t j = 0; j < size; j++) n[j] = store_bfloat16(x[i + j]);
         for (int64_t j = 0; j < GROUP; j += 2) memcpy((uint16_t *)block + (i + j) * LANES + 2 * r, n + j, 4);
     }
     else for (int64_t g = 0; g < inputs / GROUP; g++) {

@@ -97,11 +97,11 @@ static void renormalize_share(const Model *model, const Call *call, Norm norm) {
 /* ------------------------------------------------------------------------------------------------- activations */
 
 INLINE float gelu_tanh(float x) {  /* x/2 (1 + tanh(u)) = x / (1 + e^-2u) */
-    return x / (1 + exponential(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
+    return x / (1 + exponential_float(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
 }
 
 static void activate(int64_t activation, float *x, int64_t size) {
-    if (activation == SILU) for (int64_t i = 0; i < size; i++) x[i] = x[i] / (1 + exponential(-x[i]));
+    if (activation == SILU) for (int64_t i = 0; i < size; i++) x[i] = x[i] / (1 + exponential_float(-x[i]));
     else if (activation == GELU) for (int64_t i = 0; i < size; i++) x[i] = 0.5f * x[i] * (1 + erff(x[i] * 0.70710678118654752f));
     else if (activation == GELU_TANH) for (int64_t i = 0; i < size; i++) x[i] = gelu_tanh(x[i]);
     else if (activation == RELU) for (int64_t i = 0; i < size; i++) x[i] = x[i] < 0 ? 0 : x[i];
@@ -176,7 +176,7 @@ static void attend(const Model *model, const float *query, const float *keys, co
     }
     float largest = most[0];
     for (int k = 1; k < LANES; k++) largest = most[k] > largest ? most[k] : largest;
-    for (i = 0; i < count; i++) scores[i] = exponential(scores[i] - largest);
+    for (i = 0; i < count; i++) scores[i] = exponential_float(scores[i] - largest);
     for (; i % LANES; i++) scores[i] = 0;
     floats sums = {0};
     for (i = 0; i < count; i += LANES) sums += load(scores + i);
@@ -388,7 +388,7 @@ void round_to_bfloat16(const float *x, uint16_t *y, int64_t size, int64_t thread
     PARALLEL {
         int64_t from, to;
         share(size, ALIGN, &from, &to);
-        for (int64_t i = from; i < to; i++) y[i] = to_bfloat16(x[i]);
+        for (int64_t i = from; i < to; i++) y[i] = store_bfloat16(x[i]);
     }
 }
 

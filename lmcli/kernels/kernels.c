@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <tgmath.h>
+#include "numbers.h"
 #ifndef _OPENMP
 #include <dispatch/dispatch.h>
 static long threads = 1;
@@ -37,14 +38,6 @@ typedef double vector_double __attribute__((vector_size(VECTOR), aligned(8)));
 #define INLINE static inline __attribute__((always_inline))  /* loops over a known size need no remainder */
 typedef uint16_t bfloat16;
 
-static inline float bits_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-static inline uint32_t float_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
-
-static inline float load_bfloat16(bfloat16 x) { return bits_float((uint32_t)x << 16); }
-static inline bfloat16 store_bfloat16(float x) {  /* to the nearest, ties to even; a NaN must not become infinity */
-    uint32_t bits = float_bits(x), rounded = bits + 0x7fff + (bits >> 16 & 1);
-    return (x == x ? rounded : 0x7fc00000) >> 16;
-}
 static inline float load_float(float x) { return x; }
 static inline float store_float(float x) { return x; }
 static inline double load_double(double x) { return x; }
@@ -56,19 +49,6 @@ static inline uint32_t hash(uint32_t x) {  /* Wellons' lowbias32: every bit of x
     return x ^ x >> 16;
 }
 
-/* e^x to 2 units in the last place (the polynomial of Cephes' expf); 0 below -87, NaN for NaN. */
-static inline float exponential_float(float x) {
-    float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = rintf(bounded * 1.44269504088896341f), r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    float y = (p * r * r + r + 1.0f) * bits_float((uint32_t)((int32_t)n + 127) << 23);
-    return x < -87.0f ? 0.0f : y;
-}
 static inline double exponential_double(double x) { return exp(x); }
 
 #define PASTE_(a, b) a##_##b

@@ -54,8 +54,8 @@ MANY_STEPS = 10**9
 
 
 @dataclass
-class Measurement:
-    """One measured training speed.
+class StepSpeed:
+    """A measured speed of steps: of training, or of generation.
 
     achieved, limit: in `unit`; ratio: achieved / limit; step_ms: the median step in milliseconds.
     """
@@ -70,6 +70,12 @@ class Measurement:
     threads: int
     step_ms: float
     steps: int
+
+
+@dataclass
+class Measurement(StepSpeed):
+    """One measured training speed."""
+
     flops_per_token: float
     parameters: int
     peak_memory_bytes: int

@@ -12,6 +12,7 @@ from lmcli.kernels.decode_step import DecoderWeights, read_rate
 from lmcli.kernels.fast_decoding import FastDecodingState
 from lmcli.kernels.processor import thread_count
 from lmcli.model.device import peak_memory
+from lmcli.planning.benchmark import StepSpeed
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 128
 BATCHES = 1, 16
@@ -19,23 +20,13 @@ LEAST_READ = 1 << 28  # bytes: more than caches hold
 
 
 @dataclass
-class GenerationSpeed:
+class GenerationSpeed(StepSpeed):
     """One measured speed of generation, greedy, after prompts of PROMPT_TOKENS random tokens.
 
     achieved: bytes of weights read a second; limit: of a plain read of memory in the same run;
-    ratio: achieved / limit; step_ms: the median step, one token of each text, in milliseconds.
+    a step adds a token to each text.
     """
 
-    name: str
-    tokens_per_second: float
-    achieved: float
-    limit: float
-    unit: str
-    ratio: float
-    dtype: str
-    threads: int
-    step_ms: float
-    steps: int
     prompt_ms: float
     peak_memory_bytes: int
 
