@@ -144,7 +144,7 @@ class Decoder:
         state, number, waiting = None, 0, take()
         while rows or waiting:
             entering: list[_Row] = []
-            longest = max((self.cost(row.prompt, 1) for row in rows), default=0)
+            longest = max((self.cost(row.prompt, 1) for row in rows), default=0) if waiting else 0
             while waiting and (self.extendable or not rows):
                 longest = max(longest, self.cost(waiting.prompt, 1))
                 others = len(rows) + len(entering)

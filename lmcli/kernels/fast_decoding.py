@@ -203,8 +203,11 @@ class FastDecodingState:
         longest = max(keys, self._sources.longest if self._sources else 0)
         longest = -(-longest // LANES) * LANES
         threads = thread_count()
-        scratch = self._scratch
-        if not scratch or len(scratch["key"]) < count or scratch["scores"].shape[1] < longest:
+        scratch, enough = self._scratch, False
+        if scratch:
+            scores = scratch["scores"].shape
+            enough = scores[0] >= threads and scores[1] >= longest and len(scratch["key"]) >= count
+        if not enough:
             key_width = config.num_key_value_heads * config.head_dim
             width = config.num_attention_heads * config.head_dim
             self._scratch = scratch = {
