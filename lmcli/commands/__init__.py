@@ -211,6 +211,7 @@ def main() -> None:
     try:
         code = run()
     except KeyboardInterrupt:  # a second Ctrl-C, while the first one was cleaned up after
+        _print("interrupted")
         code = errors.EXIT_INTERRUPTED
     try:
         sys.stdout.flush()

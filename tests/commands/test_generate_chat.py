@@ -171,13 +171,14 @@ def terminal(environment, inside, chat_model):
 
 class TestLoop:
     def test_ctrl_c_stops_the_text_and_ctrl_d_ends(self, environment, terminal, tmp_path):
-        screen = terminal("-n", 8000)
+        screen = terminal("-n", 8000, "--min-new-tokens", 8000)  # the text ends by Ctrl-C alone
         screen.type("Hello\n")
         screen.wait_for("(\x1b\\[36m.*){4}")  # the text in its color
         screen.type("\x03")
         screen.wait_for(r"\d+ tokens, [\d,.]+ tokens/s, the first after [\d.]+ s.*>>> ")
-        screen.type("/set max_new_tokens 3\n")
-        screen.wait_for("max_new_tokens 3\r\n.*>>> ")
+        for setting in ("min_new_tokens", "max_new_tokens"):
+            screen.type(f"/set {setting} 3\n")
+            screen.wait_for(f"{setting} 3\r\n.*>>> ")
         screen.type("One\\\n")
         screen.wait_for(r"\.\.\. ")
         screen.type("two\n")
@@ -215,7 +216,7 @@ class TestLoop:
         assert screen.ends() == 0
 
     def test_sigterm_ends_it(self, terminal):
-        screen = terminal("-n", 8000)
+        screen = terminal("-n", 8000, "--min-new-tokens", 8000)
         screen.type("Hello\n")
         screen.wait_for("\x1b\\[36m")
         screen.process.send_signal(signal.SIGTERM)

@@ -293,8 +293,8 @@ class TestHowTheyEnd:
         there = members(process)
         os.killpg(process.pid, number)
         process.stdout.read()
-        assert end(process, there).strip() == "lm: interrupted" and process.returncode == 130
+        assert (end(process, there).strip(), process.returncode) == ("lm: interrupted", 130)
 
     def test_a_closed_pipe_ends_all_quietly(self, busy):
         process = busy()
-        assert end(process, members(process)) == "" and process.returncode == 141
+        assert (end(process, members(process)), process.returncode) == ("", 141)
