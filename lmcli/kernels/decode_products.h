@@ -151,8 +151,15 @@ INLINE void store(float *y, floats x, const float *bias, int64_t count, int add)
     *(floats *)y = x;
 }
 
+/* The compiler forgets how an address came about: else it keeps one for each row, of more it has registers for. */
+#ifdef __GNUC__
+#define FORGET(x) __asm__("" : "+r"(x))
+#else
+#define FORGET(x)
+#endif
+
 /* sum + the products of two weights of each lane with the same two activations */
-INLINE floats add_pairs(floats sum, const char *weight, const uint16_t *x) {
+INLINE floats add_pairs(floats sum, const char *weight, const char *x) {
     uint32_t pair;
     memcpy(&pair, x, 4);
 #ifdef __AVX512BF16__
@@ -219,27 +226,43 @@ INLINE void add_32(const char *weight, int64_t bytes, const uint16_t *x, int64_t
     UNROLL for (int b = 0; b < B; b++) UNROLL for (int s = 0; s < S; s++) sums[b][s] += even[b][s] + odd[b][s];
 }
 
+/* sums[b][s] of all inputs, of which 4 bytes of a row at x, and `row_bytes` further of the next one, belong to 64 of weights. */
+INLINE void add_inputs(int64_t type, const char *weight, int64_t bytes, int64_t vectors, const char *x, int64_t row_bytes, int B,
+                       int S, const char *next, int64_t step, floats sums[TILE_BLOCKS][TILE_ROWS]) {
+    const char *end = weight + vectors * 64, *sixth = x + 5 * row_bytes;
+    int64_t three = 3 * row_bytes;
+    for (; weight != end; weight += 64, x += 4, sixth += 4, next += step) {
+        FORGET(row_bytes);
+        FORGET(three);
+        FORGET(sixth);
+        UNROLL for (int b = 0; b < B; b++) FETCH(next + b * 64);
+        UNROLL for (int s = 0; s < S; s++) {
+            const char *at = s == 3 ? x + three : s < 5 ? x + s * row_bytes : sixth + (s - 5) * row_bytes;
+            UNROLL for (int b = 0; b < B; b++)
+                if (type == FLOAT32) sums[b][s] += load((const float *)(weight + b * bytes)) * *(const float *)at;
+                else sums[b][s] = add_pairs(sums[b][s], weight + b * bytes, at);
+        }
+    }
+}
+
 /* B blocks of outputs of S rows. Meanwhile the weights at `next` are fetched, with steps of `step` bytes. */
 INLINE void tile(const Matrix *matrix, int64_t type, Rows x, int64_t row, float *out, int64_t stride, int64_t column, int B,
                  int S, const char *next, int64_t step, int add) {
     int64_t inputs = matrix->inputs, vectors = block_vectors(type, inputs), bytes = vectors * 64, block = column / LANES;
     const char *weight = (const char *)matrix->weight + block * bytes;
     floats sums[TILE_BLOCKS][TILE_ROWS] = {0};
-    int64_t at_once = type == INT8 ? 8 : type == INT4 ? 4 : type == BFLOAT16_AS_AMX ? 16 : 1;
+    if (type == FLOAT32 || type == BFLOAT16) {
+        int64_t row_bytes = x.stride * (type == FLOAT32 ? 4 : 2);
+        const char *rows = type == FLOAT32 ? (const char *)x.data : (const char *)x.packed;
+        add_inputs(type, weight, bytes, vectors, rows + row * row_bytes, row_bytes, B, S, next, step, sums);
+        vectors = 0;
+    }
+    int64_t at_once = type == INT8 ? 8 : type == INT4 ? 4 : 16;
     for (int64_t k = 0; k < vectors; k += at_once) {
         UNROLL for (int i = 0; i < B * at_once; i++) FETCH(next + k * step + i * 64);
-        if (type == INT8 || type == INT4) {
-            add_group(matrix, type, weight + k * 64, bytes, block, inputs / GROUP, k / at_once, x, row, B, S, sums);
-            continue;
-        }
-        if (type == BFLOAT16_AS_AMX) {
+        if (type == BFLOAT16_AS_AMX)
             add_32(weight + k * 64, bytes, (const uint16_t *)x.packed + row * x.stride + 2 * k, x.stride, B, S, sums);
-            continue;
-        }
-        UNROLL for (int s = 0; s < S; s++) UNROLL for (int b = 0; b < B; b++) {
-            if (type == FLOAT32) sums[b][s] += load((const float *)(weight + b * bytes) + k * LANES) * x.data[(row + s) * x.stride + k];
-            else sums[b][s] = add_pairs(sums[b][s], weight + b * bytes + k * 64, (const uint16_t *)x.packed + (row + s) * x.stride + 2 * k);
-        }
+        else add_group(matrix, type, weight + k * 64, bytes, block, inputs / GROUP, k / at_once, x, row, B, S, sums);
     }
     UNROLL for (int b = 0; b < B; b++) {
         int64_t first = column + b * LANES, count = matrix->outputs - first < LANES ? matrix->outputs - first : LANES;

@@ -10,6 +10,9 @@
 
 #include "decode_products.h"
 
+#define QUERIES 16  /* of one head that are attended together, at most */
+#define PART 64  /* values that are read together */
+
 enum { SILU, GELU, GELU_TANH, RELU, TANH };
 
 typedef struct { const float *weight, *bias; } Norm;  /* weight NULL: no norm; bias NULL: none */
@@ -41,7 +44,7 @@ typedef struct {  /* one call: `rows` tokens, each with a slot of the cache and 
     float *logits;  /* (logit_rows, V) */
     Rows normed, query, mixed, inner;  /* scratch: (rows, C), (rows, H D), (rows, H D), (2 rows, F) */
     float *key, *value;  /* scratch (rows, K D) */
-    float *scores;  /* scratch (threads, longest) */
+    float *scores;  /* scratch (threads, QUERIES, longest) */
 } Call;
 
 /* ------------------------------------------------------------------------------------------------------- norms */
@@ -144,30 +147,33 @@ INLINE floats dots(const float *query, const float *keys, int64_t size, int64_t 
     return totals(sum);
 }
 
-/* out = Σ weights[i] · values[i], the dimensions `from` to `from` + 16 N. */
-INLINE void weighted_sum(const float *weights, const float *values, int64_t count, int64_t size, int64_t from, int N,
-                         float *out) {
-    floats sum[4] = {0}, odd[4] = {0};  /* two sums: each waits for its last addition */
-    int64_t i = 0;
-    for (; i + 2 <= count; i += 2)
+/* out[s] += Σ weights[s][i] · values[i] of S queries, the dimensions `from` to `from` + 16 N. */
+INLINE void weighted_sums(const float *weights, int64_t longest, const float *values, int64_t count, int64_t size,
+                          int64_t from, int S, int N, float *out, int64_t stride) {
+    floats sum[4][4];
+    UNROLL for (int s = 0; s < S; s++) UNROLL for (int n = 0; n < N; n++) sum[s][n] = load(out + s * stride + from + LANES * n);
+    for (int64_t i = 0; i < count; i++)
         UNROLL for (int n = 0; n < N; n++) {
-            sum[n] += weights[i] * load(values + i * size + from + LANES * n);
-            odd[n] += weights[i + 1] * load(values + (i + 1) * size + from + LANES * n);
+            floats value = load(values + i * size + from + LANES * n);
+            UNROLL for (int s = 0; s < S; s++) sum[s][n] += weights[s * longest + i] * value;
         }
-    if (i < count) UNROLL for (int n = 0; n < N; n++) sum[n] += weights[i] * load(values + i * size + from + LANES * n);
-    UNROLL for (int n = 0; n < N; n++) *(floats *)(out + from + LANES * n) = sum[n] + odd[n];
+    UNROLL for (int s = 0; s < S; s++) UNROLL for (int n = 0; n < N; n++) *(floats *)(out + s * stride + from + LANES * n) = sum[s][n];
 }
 
-/* softmax(query · keys · scale + bias) values over `count` keys, (D). `bias` is read backwards: by distance.
-   `scores` has room for 16 more. */
-static void attend(const Model *model, const float *query, const float *keys, const float *values, const float *bias,
-                   int64_t count, float *scores, float *out) {
-    int64_t size = model->head_dim, i;
-    for (i = 0; i < count; i += 16) {
-        floats some = i + 16 <= count ? dots(query, keys + i * size, size, 16) : dots(query, keys + i * size, size, count - i);
-        *(floats *)(scores + i) = some * model->attention_scale;
-    }
-    if (bias) for (i = 0; i < count; i++) scores[i] += bias[count - 1 - i];
+/* The same for all dimensions. */
+INLINE void add_values(const float *weights, int64_t longest, const float *values, int64_t count, int64_t size, int S,
+                       float *out, int64_t stride) {
+    int64_t i = 0;
+    for (; i + 4 * LANES <= size; i += 4 * LANES) weighted_sums(weights, longest, values, count, size, i, S, 4, out, stride);
+    for (; i + LANES <= size; i += LANES) weighted_sums(weights, longest, values, count, size, i, S, 1, out, stride);
+    for (; i < size; i++)
+        for (int s = 0; s < S; s++)
+            for (int64_t k = 0; k < count; k++) out[s * stride + i] += weights[s * longest + k] * values[k * size + i];
+}
+
+/* scores = e^(scores - the largest), then zeros up to a multiple of 16; returns their sum. */
+static float exponentials(float *scores, int64_t count) {
+    int64_t i;
     for (i = count; i % LANES; i++) scores[i] = -INFINITY;
     floats most = load(scores);
     for (i = LANES; i < count; i += LANES) {
@@ -180,15 +186,54 @@ static void attend(const Model *model, const float *query, const float *keys, co
     for (; i % LANES; i++) scores[i] = 0;
     floats sums = {0};
     for (i = 0; i < count; i += LANES) sums += load(scores + i);
-    float sum = total(sums);
-    for (i = 0; i < count; i++) scores[i] /= sum;
-    for (i = 0; i + 4 * LANES <= size; i += 4 * LANES) weighted_sum(scores, values, count, size, i, 4, out);
-    for (; i + LANES <= size; i += LANES) weighted_sum(scores, values, count, size, i, 1, out);
-    for (; i < size; i++) {
-        float y = 0;
-        for (int64_t k = 0; k < count; k++) y += scores[k] * values[k * size + i];
-        out[i] = y;
+    return total(sums);
+}
+
+typedef struct {
+    const float *keys, *values, *bias;  /* `bias` is read backwards: by distance; NULL: none */
+    int64_t count, more;  /* keys of the first query; of each further one so many more */
+    float *scores;  /* scratch, (QUERIES, longest) */
+    int64_t longest;
+} Attended;
+
+/* out = softmax(query · keys · scale + bias) values of each of `queries` queries, (queries, D).
+   Keys and values are read in parts for all queries: these stay in the cache of the processor. */
+static void attend(const Model *model, Attended to, const float *query, int64_t query_stride, int64_t queries, float *out,
+                   int64_t stride) {
+    int64_t size = model->head_dim, longest = to.longest, all = to.count + (queries - 1) * to.more;
+    float sums[QUERIES];
+    for (int64_t i = 0; i < all; i += LANES)
+        for (int64_t s = 0; s < queries; s++) {
+            int64_t count = to.count + s * to.more - i;
+            if (count <= 0) continue;
+            const float *some = query + s * query_stride, *keys = to.keys + i * size;
+            floats dot = count >= LANES ? dots(some, keys, size, LANES) : dots(some, keys, size, count);
+            *(floats *)(to.scores + s * longest + i) = dot * model->attention_scale;
+        }
+    for (int64_t s = 0; s < queries; s++) {
+        int64_t count = to.count + s * to.more;
+        float *scores = to.scores + s * longest;
+        if (to.bias) for (int64_t i = 0; i < count; i++) scores[i] += to.bias[count - 1 - i];
+        sums[s] = exponentials(scores, count);
+        memset(out + s * stride, 0, size * sizeof *out);
     }
+    for (int64_t i = 0; i < all; i += PART) {
+        int64_t s = 0, end = i + PART < to.count ? i + PART : to.count;
+        const float *values = to.values + i * size;
+        if (end > i)
+            for (; s + 4 <= queries; s += 4)
+                add_values(to.scores + s * longest + i, longest, values, end - i, size, 4, out + s * stride, stride);
+        for (int64_t q = 0; q < queries; q++) {  /* what the others do not see */
+            int64_t begin = q < s ? end : i, last = to.count + q * to.more;
+            if (last > i + PART) last = i + PART;
+            if (begin < i) begin = i;
+            if (last > begin)
+                add_values(to.scores + q * longest + begin, longest, to.values + begin * size, last - begin, size, 1,
+                           out + q * stride, stride);
+        }
+    }
+    for (int64_t s = 0; s < queries; s++)
+        for (int64_t i = 0; i < size; i++) out[s * stride + i] /= sums[s];
 }
 
 /* The keys and values of this thread's (row, head) pairs, into the cache. */
@@ -205,19 +250,34 @@ static void cache_share(const Model *model, const Layer *layer, const Call *call
     }
 }
 
-/* call->mixed of this thread's (row, head) pairs: attention to the cache. */
+/* Rows after `row` that follow each other in the same sequence, up to `end`: their queries are attended together. */
+INLINE int64_t run_of(const Layer *layer, const Call *call, int64_t row, int64_t end) {
+    int64_t next = row + 1;
+    if (layer->window && call->position[row] + QUERIES > layer->window) return 1;  /* each begins elsewhere */
+    while (next < end && call->slot[next] == call->slot[row] && call->position[next] == call->position[next - 1] + 1) next++;
+    return next - row;
+}
+
+/* call->mixed of this thread's (rows, head) pairs: attention to the cache. */
 static void attention_share(const Model *model, const Layer *layer, const Call *call) {
-    int64_t from, to, size = model->head_dim, heads = model->heads, group = heads / model->key_heads;
-    share(call->rows * heads, 1, &from, &to);
-    for (int64_t i = from; i < to; i++) {
-        int64_t row = i / heads, head = i % heads, position = call->position[row];
-        float *query = call->query.data + row * call->query.stride + head * size;
-        prepare_head(model, layer, call, row, query, layer->query_norm);
-        int64_t first = layer->window && position >= layer->window ? position - layer->window + 1 : 0;
-        int64_t at = ((call->slot[row] * model->key_heads + head / group) * model->capacity + first) * size;
-        const float *bias = model->relative ? model->relative + head * model->capacity : 0;
-        attend(model, query, layer->keys + at, layer->values + at, bias, position + 1 - first,
-               call->scores + THREAD * call->longest, call->mixed.data + row * call->mixed.stride + head * size);
+    int64_t size = model->head_dim, heads = model->heads, group = heads / model->key_heads;
+    int64_t step = call->rows * heads / (THREADS * 8);
+    step = step < 1 ? 1 : step > QUERIES ? QUERIES : step;
+    for (int64_t i = THREAD; i < (call->rows + step - 1) / step * heads; i += THREADS) {
+        int64_t row = i / heads * step, end = row + step < call->rows ? row + step : call->rows, head = i % heads, count;
+        for (; row < end; row += count) {
+            int64_t position = call->position[row], first = 0;
+            float *query = call->query.data + row * call->query.stride + head * size;
+            count = run_of(layer, call, row, end);
+            for (int64_t s = 0; s < count; s++)
+                prepare_head(model, layer, call, row + s, query + s * call->query.stride, layer->query_norm);
+            if (layer->window && position >= layer->window) first = position - layer->window + 1;
+            int64_t at = ((call->slot[row] * model->key_heads + head / group) * model->capacity + first) * size;
+            Attended to = {layer->keys + at, layer->values + at, model->relative ? model->relative + head * model->capacity : 0,
+                           position + 1 - first, 1, call->scores + THREAD * QUERIES * call->longest, call->longest};
+            attend(model, to, query, call->query.stride, count, call->mixed.data + row * call->mixed.stride + head * size,
+                   call->mixed.stride);
+        }
     }
 }
 
@@ -230,8 +290,9 @@ static void cross_share(const Model *model, const Layer *layer, const Call *call
         float *query = call->query.data + row * call->query.stride + head * size;
         if (layer->cross_query_norm.weight) normalize(query, layer->cross_query_norm, query, size, model->eps, 1);
         int64_t at = (call->source[row] * model->key_heads + head / group) * model->cross_capacity * size;
-        attend(model, query, layer->cross_keys + at, layer->cross_values + at, 0, call->source_length[row],
-               call->scores + THREAD * call->longest, call->mixed.data + row * call->mixed.stride + head * size);
+        Attended source = {layer->cross_keys + at, layer->cross_values + at, 0, call->source_length[row], 0,
+                           call->scores + THREAD * QUERIES * call->longest, call->longest};
+        attend(model, source, query, 0, 1, call->mixed.data + row * call->mixed.stride + head * size, 0);
     }
 }
 

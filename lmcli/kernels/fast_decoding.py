@@ -24,6 +24,7 @@ from lmcli.kernels.decode_step import (
 )
 from lmcli.kernels.processor import thread_count
 
+QUERIES = 16  # of one head that are attended together, at most, as in decode_step.c
 LANES = 16  # scores of a head are padded to a multiple of this
 ALIGN = 64  # rows of activations are padded with zeros to a multiple of this, as in decode_step.c
 TOKENS_AT_ONCE = 96  # most tokens of a call: prompts are read in blocks of this size
@@ -168,7 +169,7 @@ class FastDecodingState:
             _Call(
                 rows=len(tokens),
                 logit_rows=len(logit_rows),
-                longest=scratch["scores"].shape[1],
+                longest=scratch["scores"].shape[2],
                 **{name: values.ctypes.data for name, values in arrays.items()},
                 **{name: scratch[name].ctypes.data for name in ("key", "value", "scores")},
                 **{name: _rows(scratch, name) for name in ("normed", "query", "mixed", "inner")},
@@ -206,14 +207,14 @@ class FastDecodingState:
         scratch, enough = self._scratch, False
         if scratch:
             scores = scratch["scores"].shape
-            enough = scores[0] >= threads and scores[1] >= longest and len(scratch["key"]) >= count
+            enough = scores[0] >= threads and scores[2] >= longest and len(scratch["key"]) >= count
         if not enough:
             key_width = config.num_key_value_heads * config.head_dim
             width = config.num_attention_heads * config.head_dim
             self._scratch = scratch = {
                 "key": np.empty((count, key_width), np.float32),
                 "value": np.empty((count, key_width), np.float32),
-                "scores": np.empty((threads, longest), np.float32),
+                "scores": np.empty((threads, QUERIES, longest), np.float32),
             }
             sizes = {"normed": config.hidden_size, "query": width, "mixed": width}
             for name, size in {**sizes, "inner": config.intermediate_size}.items():
