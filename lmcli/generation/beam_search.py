@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lmcli.kernels.decoding_state import State
 
 WORST = -1.0e9  # score of a beam that does not exist or has ended, below those that go on
+PART_COLUMNS = 64  # scores of a row that are compared first, to find the best of a vocabulary
 NOTHING = -np.inf  # score of a finished text that does not exist, below all that do
 
 
@@ -155,6 +156,22 @@ def _largest(scores: Floats, count: int) -> tuple[Floats, Integers]:
     return np.take_along_axis(values, order, 1), np.take_along_axis(indices, order, 1)
 
 
+def _best_columns(scores: Floats, count: int) -> Integers:
+    """Columns (R, n) among which are those of the `count` largest scores (R, V) of each row.
+
+    They are all columns of the `count` parts with the largest maximum, and the rest of a division.
+    """
+    size = scores.shape[1]
+    parts = size // PART_COLUMNS
+    if parts <= 2 * count:
+        return np.arange(size)[None].repeat(len(scores), 0)
+    maxima = scores[:, : parts * PART_COLUMNS].reshape(-1, PART_COLUMNS, parts).max(1)
+    best = np.argpartition(maxima, -count, 1)[:, None, -count:]  # NaN is the largest
+    columns = (best + parts * np.arange(PART_COLUMNS)[:, None]).reshape(len(scores), -1)
+    rest = np.arange(parts * PART_COLUMNS, size)[None].repeat(len(scores), 0)
+    return np.concatenate([columns, rest], 1)
+
+
 def _first_beams(prompts: int, width: int) -> tuple[_Beams, _Beams]:
     """(running, finished) before the first step."""
     tokens = np.zeros((prompts, width, 0), np.int64)
@@ -174,14 +191,15 @@ def _candidates(
 
     `allowed` (P · K, V) ranks them; `logprobs` (P · K, V) are the model's.
     """
-    size = allowed.shape[1]
     prompts, width = running.scores.shape
-    totals = (running.scores[:, :, None] + allowed.reshape(prompts, width, size)).reshape(
-        prompts, -1
-    )
+    columns = _best_columns(allowed, count)  # (P · K, n)
+    totals = np.take_along_axis(allowed, columns, 1).reshape(prompts, width, -1)
+    totals = (running.scores[:, :, None] + totals).reshape(prompts, -1)
     scores, index = _largest(totals, min(count, totals.shape[1]))
-    parents, tokens = index // size, index % size
-    token_logprobs = np.take_along_axis(logprobs.reshape(prompts, -1), index, 1)
+    parents = index // columns.shape[1]
+    tokens = np.take_along_axis(columns.reshape(prompts, -1), index, 1)
+    rows = np.arange(prompts)[:, None] * width + parents
+    token_logprobs = logprobs[rows, tokens]
     candidates = running.take(scores, parents).extend(tokens, token_logprobs)
     candidates.valid &= scores > -np.inf
     return parents, candidates

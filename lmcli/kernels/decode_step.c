@@ -250,6 +250,12 @@ static void cache_share(const Model *model, const Layer *layer, const Call *call
     }
 }
 
+/* Rows that a thread takes at once, of one head. */
+INLINE int64_t rows_of_share(const Model *model, const Call *call) {
+    int64_t rows = call->rows * model->heads / (THREADS * 8);
+    return rows < 1 ? 1 : rows > QUERIES ? QUERIES : rows;
+}
+
 /* Rows after `row` that follow each other in the same sequence, up to `end`: their queries are attended together. */
 INLINE int64_t run_of(const Layer *layer, const Call *call, int64_t row, int64_t end) {
     int64_t next = row + 1;
@@ -261,8 +267,7 @@ INLINE int64_t run_of(const Layer *layer, const Call *call, int64_t row, int64_t
 /* call->mixed of this thread's (rows, head) pairs: attention to the cache. */
 static void attention_share(const Model *model, const Layer *layer, const Call *call) {
     int64_t size = model->head_dim, heads = model->heads, group = heads / model->key_heads;
-    int64_t step = call->rows * heads / (THREADS * 8);
-    step = step < 1 ? 1 : step > QUERIES ? QUERIES : step;
+    int64_t step = rows_of_share(model, call);
     for (int64_t i = THREAD; i < (call->rows + step - 1) / step * heads; i += THREADS) {
         int64_t row = i / heads * step, end = row + step < call->rows ? row + step : call->rows, head = i % heads, count;
         for (; row < end; row += count) {
@@ -281,18 +286,23 @@ static void attention_share(const Model *model, const Layer *layer, const Call *
     }
 }
 
-/* The same to the encoder's output. */
+/* The same to the encoder's output: rows with the same source are attended together, as beams are. */
 static void cross_share(const Model *model, const Layer *layer, const Call *call) {
-    int64_t from, to, size = model->head_dim, heads = model->heads, group = heads / model->key_heads;
-    share(call->rows * heads, 1, &from, &to);
-    for (int64_t i = from; i < to; i++) {
-        int64_t row = i / heads, head = i % heads;
-        float *query = call->query.data + row * call->query.stride + head * size;
-        if (layer->cross_query_norm.weight) normalize(query, layer->cross_query_norm, query, size, model->eps, 1);
-        int64_t at = (call->source[row] * model->key_heads + head / group) * model->cross_capacity * size;
-        Attended source = {layer->cross_keys + at, layer->cross_values + at, 0, call->source_length[row], 0,
+    int64_t size = model->head_dim, heads = model->heads, group = heads / model->key_heads, step = rows_of_share(model, call);
+    for (int64_t i = THREAD; i < (call->rows + step - 1) / step * heads; i += THREADS) {
+        int64_t row = i / heads * step, end = row + step < call->rows ? row + step : call->rows, head = i % heads, count;
+        for (; row < end; row += count) {
+            int64_t source = call->source[row], at = (source * model->key_heads + head / group) * model->cross_capacity * size;
+            float *query = call->query.data + row * call->query.stride + head * size;
+            for (count = 0; row + count < end && call->source[row + count] == source; count++) {
+                float *each = query + count * call->query.stride;
+                if (layer->cross_query_norm.weight) normalize(each, layer->cross_query_norm, each, size, model->eps, 1);
+            }
+            Attended to = {layer->cross_keys + at, layer->cross_values + at, 0, call->source_length[row], 0,
                            call->scores + THREAD * QUERIES * call->longest, call->longest};
-        attend(model, source, query, 0, 1, call->mixed.data + row * call->mixed.stride + head * size, 0);
+            attend(model, to, query, call->query.stride, count, call->mixed.data + row * call->mixed.stride + head * size,
+                   call->mixed.stride);
+        }
     }
 }
 

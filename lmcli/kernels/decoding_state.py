@@ -109,11 +109,15 @@ def _finish_embedding(model: Transformer) -> Callable[[Array, Integers], Array] 
     if norm is None and not sinusoidal:
         return None
     dtype = model.embedding.weight.dtype
+    table = np.empty((0, model.config.hidden_size), np.float32)  # of the first positions
 
     @torch.inference_mode()
     def finish(x: Array, positions: Integers) -> Array:
+        nonlocal table
         if sinusoidal:
-            x = x + sinusoidal_embedding(torch.from_numpy(positions), x.shape[1]).numpy()
+            if (most := int(positions.max())) >= len(table):
+                table = sinusoidal_embedding(torch.arange(2 * most + 2), x.shape[1]).numpy()
+            x = x + table[positions]
         return x if norm is None else _numbers(norm(torch.from_numpy(x).to(dtype)))
 
     return finish

@@ -119,6 +119,12 @@ class FastDecodingState:
         """
         newest = self.length - common
         moved = np.nonzero(rows != np.arange(len(rows)))[0]
+        lengths, slots = self._lengths, self._slots
+        if (lengths == lengths[0]).all():
+            end = slice(lengths[0] - newest, lengths[0])
+            for cache in (self._keys, self._values):
+                cache[:, slots[moved], :, end] = cache[:, slots[rows[moved]], :, end]
+            return
         for cache in (self._keys, self._values):
             ends = [self._end(cache, int(row), newest).copy() for row in rows[moved]]
             for row, end in zip(moved, ends):

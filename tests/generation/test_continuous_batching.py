@@ -165,7 +165,7 @@ def test_what_cannot_be_read_is_reported_after_the_texts_before_it(watched):
 def test_few_results_wait_for_a_long_text(watched, monkeypatch):
     monkeypatch.setattr(batch_generation, "MOST_UNWRITTEN", 4)
     lm, states = watched(max_length=50)
-    different = ([0] * 48 + [i] for i in range(4, 34))  # equal ones that come together are read once
+    different = ([0] * 48 + [i] for i in range(4, 34))  # equal ones are read once
     batches = [[LONG], *([Prompt("", ids)] for ids in different)]
     assert len(list(generate_each(lm, batches, 0))) == 31
     steps = [rows for state in states for *_, rows in state.sizes]
