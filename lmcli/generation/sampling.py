@@ -142,7 +142,12 @@ def choose(logits: Floats, config: GenerateConfig, random: Random) -> int | None
 
 def log_sum_exp(logits: Floats) -> NDArray[np.float64]:
     """log Σ exp over the last axis; NaN or infinite if a logit is NaN or +∞, or all are −∞."""
-    best = logits.max(-1)
+    best, rows = logits.max(-1)[..., None], logits.reshape(-1, logits.shape[-1])
+    totals = np.empty(len(rows))
+    some = max(1, (1 << 16) // len(rows[0]))  # rows at once, which stay in the processor's cache
     with np.errstate(invalid="ignore", divide="ignore"):
-        total = np.exp(logits - best[..., None]).sum(-1, dtype=np.float64)
-        return best + np.log(total)
+        for start in range(0, len(rows), some):
+            part = slice(start, start + some)
+            differences = rows[part] - best.reshape(-1, 1)[part]
+            totals[part] = np.exp(differences, out=differences).sum(-1, dtype=np.float64)
+        return best[..., 0] + np.log(totals).reshape(logits.shape[:-1])
