@@ -26,6 +26,28 @@ def text(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def finished():
+    """Uninterrupted runs by the name of their variant."""
+    return {}
+
+
+@pytest.fixture
+def whole(inside, text, tmp_path_factory, finished):
+    """whole(variant): the folder of an uninterrupted run, trained once for all tests."""
+
+    def get(variant: str = "plain"):
+        if variant not in finished:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            arguments = ("train", text, *SMALL, *VARIANTS[variant], "--steps", STEPS)
+            done = inside(*arguments, "-o", folder)
+            assert done.returncode == 0, done.stderr.decode()
+            finished[variant] = folder
+        return finished[variant]
+
+    return get
+
+
 @pytest.fixture
 def stop_at(monkeypatch):
     """stop_at(steps, event="step", times=1): Ctrl-C when the display gets this event."""
@@ -92,10 +114,11 @@ VARIANTS = {
     ],
     ids=str,
 )
-def test_a_resumed_run_equals_an_uninterrupted_one(inside, text, tmp_path, stop_at, variant, stops):
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    inside, text, tmp_path, whole, stop_at, variant, stops
+):
     arguments = ("train", text, *SMALL, *VARIANTS[variant], "--steps", STEPS)
-    done = inside(*arguments, "-o", tmp_path / "whole")
-    assert done.returncode == 0, done.stderr.decode()
+    expected = whole(variant)
     stop_at(stops)
     done = inside(*arguments, "-o", tmp_path / "stopped")
     for step in stops:
@@ -106,8 +129,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(inside, text, tmp_path, stop_
         )
         done = inside("train", "--resume", tmp_path / "stopped")
     assert done.returncode == 0, done.stderr.decode()
-    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
-    assert log(tmp_path / "stopped") == log(tmp_path / "whole")
+    assert weights(tmp_path / "stopped") == weights(expected)
+    assert log(tmp_path / "stopped") == log(expected)
 
 
 def test_a_stopped_run_on_messages_goes_on_in_its_chat_template(inside, tmp_path, stop_at):
@@ -136,14 +159,14 @@ def test_a_stopped_run_on_messages_goes_on_in_its_chat_template(inside, tmp_path
     assert ids == ours.encode(text) and ours.settings["chat_template"] == theirs.chat_template
 
 
-def test_a_stop_during_validation_logs_the_evaluation_once(inside, text, tmp_path, stop_at):
+def test_a_stop_during_validation_logs_the_evaluation_once(inside, text, tmp_path, whole, stop_at):
     arguments = ("train", text, *SMALL, "--steps", STEPS)
-    assert inside(*arguments, "-o", tmp_path / "whole").returncode == 0
+    expected = whole()
     stop_at({8}, "validation")
     assert inside(*arguments, "-o", tmp_path / "stopped").returncode == 130
     assert inside("train", "--resume", tmp_path / "stopped").returncode == 0
-    assert log(tmp_path / "stopped") == log(tmp_path / "whole")
-    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+    assert log(tmp_path / "stopped") == log(expected)
+    assert weights(tmp_path / "stopped") == weights(expected)
 
 
 def test_a_stop_during_the_last_evaluation_is_a_finished_run(inside, text, tmp_path, stop_at):
@@ -161,9 +184,11 @@ def test_resuming_a_finished_run_changes_nothing(inside, text, tmp_path):
     ) == saved
 
 
-def test_a_second_ctrl_c_ends_at_once_and_the_older_state_is_used(inside, text, tmp_path, stop_at):
+def test_a_second_ctrl_c_ends_at_once_and_the_older_state_is_used(
+    inside, text, tmp_path, whole, stop_at
+):
     arguments = ("train", text, *SMALL, "--steps", STEPS)
-    assert inside(*arguments, "-o", tmp_path / "whole").returncode == 0
+    expected = whole()
     stop_at({9}, times=2)
     done = inside(*arguments, "-o", tmp_path / "stopped")
     assert done.returncode == 130 and b"Traceback" not in done.stderr
@@ -172,15 +197,15 @@ def test_a_second_ctrl_c_ends_at_once_and_the_older_state_is_used(inside, text, 
         "step-000000008",
     ]
     assert inside("train", "--resume", tmp_path / "stopped").returncode == 0
-    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
-    assert log(tmp_path / "stopped") == log(tmp_path / "whole")
+    assert weights(tmp_path / "stopped") == weights(expected)
+    assert log(tmp_path / "stopped") == log(expected)
 
 
 def test_a_damaged_newest_state_is_named_and_the_one_before_it_is_used(
-    inside, text, tmp_path, stop_at
+    inside, text, tmp_path, whole, stop_at
 ):
     arguments = ("train", text, *SMALL, "--steps", STEPS)
-    assert inside(*arguments, "-o", tmp_path / "whole").returncode == 0
+    expected = whole()
     stop_at({12})
     assert inside(*arguments, "-o", tmp_path / "stopped").returncode == 130
     newest = tmp_path / "stopped" / "state" / "step-000000012" / "optimizer.safetensors"
@@ -193,8 +218,8 @@ def test_a_damaged_newest_state_is_named_and_the_one_before_it_is_used(
         and b"step-000000012" in done.stderr
         and b"going on after step 10" in done.stderr
     )
-    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
-    assert log(tmp_path / "stopped") == log(tmp_path / "whole")
+    assert weights(tmp_path / "stopped") == weights(expected)
+    assert log(tmp_path / "stopped") == log(expected)
 
 
 def test_no_readable_state_is_an_error(inside, text, tmp_path):
@@ -238,7 +263,7 @@ def test_missing_data_is_named(inside, tmp_path, text):
     assert done.returncode == 1 and str(copy) in done.stderr.decode()
 
 
-def test_a_nan_loss_stops_before_the_update(inside, text, tmp_path, monkeypatch):
+def test_a_nan_loss_stops_before_the_update(inside, text, tmp_path, whole, monkeypatch):
     from lmcli.training.objective import Objective
 
     true, calls = Objective.loss, []
@@ -248,7 +273,7 @@ def test_a_nan_loss_stops_before_the_update(inside, text, tmp_path, monkeypatch)
         loss = true(*arguments)
         return loss * float("nan") if len(calls) == 10 else loss
 
-    assert inside("train", text, *SMALL, "--steps", STEPS, "-o", tmp_path / "whole").returncode == 0
+    expected = whole()
     monkeypatch.setattr(Objective, "loss", broken)
     done = inside("train", text, *SMALL, "--steps", STEPS, "-o", tmp_path / "run")
     stderr = done.stderr.decode()
@@ -264,7 +289,7 @@ def test_a_nan_loss_stops_before_the_update(inside, text, tmp_path, monkeypatch)
     done = inside(
         "train", "--resume", tmp_path / "run"
     )  # the eleventh call on is sound: the state was too
-    assert done.returncode == 0 and weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert done.returncode == 0 and weights(tmp_path / "run") == weights(expected)
 
 
 def test_ctrl_c_before_the_first_step_leaves_nothing(environment, story, tmp_path):
