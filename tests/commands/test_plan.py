@@ -1,15 +1,16 @@
 """`lm plan` on the command line. No speed is asserted."""
 
-import contextlib
 import json
 import os
 import pty
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from lmcli.commands import run
+from lmcli.planning import plan
 
 SMALL = (
     "--set",
@@ -25,6 +26,13 @@ SMALL = (
     "--set",
     "tokenizer.vocab_size=300",
 )
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch):
+    """No speed is asserted, so three steps of each measurement are enough."""
+    monkeypatch.setattr(plan, "SECONDS", 0.0)
+    monkeypatch.setattr(plan, "SAMPLE_SECONDS", 0.001)
 
 
 @pytest.fixture
@@ -149,29 +157,28 @@ def test_processes_of_this_machine_are_measured_at_the_same_time(inside, notes):
     assert "2 processes on this machine (cpu, 1 threads, " in done.stderr.decode()
 
 
-def on_terminal(environment, *arguments):
-    """The lines that `lm plan` prints on a terminal of 80 columns."""
-    leader, follower = pty.openpty()
-    done = subprocess.Popen(
-        [sys.executable, "-m", "lmcli", "plan", *arguments],
-        stdout=follower,
-        stderr=subprocess.DEVNULL,
-        env={**environment, "COLUMNS": "80"},
-    )
-    os.close(follower)
-    text = b""
-    with contextlib.suppress(OSError):  # the end, on Linux
-        while chunk := os.read(leader, 1 << 16):
-            text += chunk
-    os.close(leader)
-    assert done.wait(60) == 0 and b"\t" not in text
-    return re.sub(r"\x1b\[\d*m", "", text.decode()).splitlines()
+@pytest.fixture
+def on_terminal(environment, monkeypatch):
+    """on_terminal(*arguments): the lines that `lm plan` prints on a terminal of 80 columns."""
+    monkeypatch.setenv("LM_CACHE", environment["LM_CACHE"])
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def call(*arguments) -> list[str]:
+        leader, follower = pty.openpty()
+        with open(follower, "w", encoding="utf-8") as screen, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", screen)
+            assert run(["plan", *arguments]) == 0
+            screen.flush()
+            text = os.read(leader, 1 << 16)  # a table is less than a terminal holds back
+        os.close(leader)
+        assert b"\t" not in text
+        return re.sub(r"\x1b\[\d*m", "", text.decode()).splitlines()
+
+    return call
 
 
-def test_a_table_on_a_terminal(environment, notes):
-    header, line, advice = on_terminal(
-        environment, notes, "--preset", "tiny", *SMALL, "--steps", "5"
-    )
+def test_a_table_on_a_terminal(on_terminal, notes):
+    header, line, advice = on_terminal(notes, "--preset", "tiny", *SMALL, "--steps", "5")
     assert re.split(r"  +", header.strip()) == [
         "preset",
         "params",
@@ -188,9 +195,9 @@ def test_a_table_on_a_terminal(environment, notes):
     assert advice.startswith("tiny: ") and "gradients 0, optimizer 0, activations" in advice
 
 
-def test_a_table_of_several_devices(environment, notes):
+def test_a_table_of_several_devices(on_terminal, notes):
     header, *lines, one, many = on_terminal(
-        environment, notes, "--preset", "tiny", *SMALL, "--steps", "5", "--devices", "1,512"
+        notes, "--preset", "tiny", *SMALL, "--steps", "5", "--devices", "1,512"
     )
     assert re.split(r"  +", header.strip()) == [
         "preset",
