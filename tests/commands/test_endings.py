@@ -229,8 +229,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(lm, inside, environment, tmp_pat
             f"The baker of village {i} sold {i % 7} loaves and went home.\n" for i in range(300)
         )
     )
-    arguments = [text, *SMALL, *extra, "--steps", "150", "-q"]
-    code, errors = train_and_stop(environment, [*arguments, "-o", tmp_path / "stopped"], 20, number)
+    arguments = [text, *SMALL, *extra, "--steps", "60", "-q"]
+    code, errors = train_and_stop(environment, [*arguments, "-o", tmp_path / "stopped"], 10, number)
     assert code == 130 and f"lm train --resume {tmp_path / 'stopped'}" in errors
     assert inside("generate", "-m", tmp_path / "stopped", "-n", 3, "The").returncode == 0
     assert lm("train", "--resume", tmp_path / "stopped", "-q").returncode == 0
@@ -239,8 +239,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(lm, inside, environment, tmp_pat
         json.loads(line)
         for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert [m["step"] for m in steps if "loss" in m] == list(range(1, 151))
-    last = "state/step-000000150"
+    assert [m["step"] for m in steps if "loss" in m] == list(range(1, 61))
+    last = "state/step-000000060"
     for file in (
         "model.safetensors",
         f"{last}/weights.safetensors",

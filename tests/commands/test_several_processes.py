@@ -32,9 +32,9 @@ SMALL = (
     "--set",
     "train.optimizer=adamw",
     "--set",
-    "train.save_every=5",
+    "train.save_every=4",
     "--set",
-    "train.eval_every=10",
+    "train.eval_every=8",
     "--set",
     "train.averaging=0.6",
     "--set",
@@ -51,9 +51,9 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(lm, text, tmp_path_factory) -> list[float]:
-    """The losses of 40 steps with one process, and of averaged weights on the validation set."""
+    """The losses of 24 steps with one process, and of averaged weights on the validation set."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    assert lm("train", text, "-o", folder, *SMALL, "--steps", 40).returncode == 0
+    assert lm("train", text, "-o", folder, *SMALL, "--steps", 24).returncode == 0
     return losses(folder)
 
 
@@ -112,7 +112,7 @@ def test_a_run_restarts_from_the_last_state_when_a_process_is_killed(
     started, text, tmp_path, alone, which, how
 ):
     process = started(
-        "train", text, "-o", tmp_path / "run", *SMALL, "--steps", 40, "--nproc", 2, *how
+        "train", text, "-o", tmp_path / "run", *SMALL, "--steps", 24, "--nproc", 2, *how
     )
     wait_for_a_state(tmp_path / "run", process)
     os.kill(members(process)[which], signal.SIGKILL)
@@ -136,13 +136,13 @@ def test_ctrl_c_saves_and_another_number_of_processes_resumes(
     started, lm, inside, text, tmp_path, alone, how, onward
 ):
     process = started(
-        "train", text, "-o", tmp_path / "run", *SMALL, "--steps", 40, "--nproc", 2, *how
+        "train", text, "-o", tmp_path / "run", *SMALL, "--steps", 24, "--nproc", 2, *how
     )
     wait_for_a_state(tmp_path / "run", process)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and not out and f"lm train --resume {tmp_path / 'run'}" in err
-    assert "Traceback" not in err and 0 < len(losses(tmp_path / "run")) < 40
+    assert "Traceback" not in err and 0 < len(losses(tmp_path / "run")) < 24
     shards = list(tmp_path.glob("run/state/step-*[1-9]*/shard-*.safetensors"))
     assert bool(shards) == bool(how)
     assert (lm if onward else inside)(

@@ -106,12 +106,15 @@ def test_text_does_not_depend_on_the_batch(ours):
 
 
 def test_text_continues_past_the_context(ours):
-    decoder = ours.decoder(temperature=0, max_new_tokens=560)
+    """The context is 512; without a cache only the tokens around its end are computed again."""
+    decoder, prompt = ours.decoder(temperature=0, max_new_tokens=560), ours.prompt("Once")
     decoder.stops = []
-    cached = decoder.generate([ours.prompt("Once")], [0])[0]
-    decoder.use_cache = False
+    cached = decoder.generate([prompt], [0])[0]
     assert len(cached.tokens) == 560 and cached.finish_reason == "length"
-    assert decoder.generate([ours.prompt("Once")], [0])[0].tokens == cached.tokens
+    again = ours.decoder(temperature=0, max_new_tokens=40)
+    again.stops, again.use_cache = [], False
+    found = again.generate([[*prompt, *cached.tokens[:495]]], [0])[0]
+    assert found.tokens == cached.tokens[495:535]
 
 
 def test_text_ends_before_a_stop_string(ours):
