@@ -22,13 +22,13 @@ typedef struct {
     Matrix query, key, value, output, cross_query, cross_output, gate, up, down;
     int64_t window;  /* tokens visible, 0: all */
     int64_t local;  /* 1: uses the second table of rotary angles */
-    float *keys, *values;  /* the cache, (slots, K, capacity, D) */
+    void *keys, *values;  /* the cache, (slots, K, capacity, D) in cache_type */
     const float *cross_keys, *cross_values;  /* (sources, K, cross_capacity, D) */
 } Layer;
 
 typedef struct {
     int64_t layers, hidden, heads, key_heads, head_dim, vocabulary, rotary;
-    int64_t capacity, cross_capacity, rms, post_norm, parallel, activation;
+    int64_t capacity, cross_capacity, cache_type, rms, post_norm, parallel, activation;
     float eps, attention_scale, logit_scale;
     const Layer *layer;
     Norm final_norm;
@@ -44,7 +44,7 @@ typedef struct {  /* one call: `rows` tokens, each with a slot of the cache and 
     float *logits;  /* (logit_rows, V) */
     Rows normed, query, mixed, inner;  /* scratch: (rows, C), (rows, H D), (rows, H D), (2 rows, F) */
     float *key, *value;  /* scratch (rows, K D) */
-    float *scores;  /* scratch (threads, QUERIES, longest) */
+    float *scores;  /* scratch (threads, QUERIES · longest + 16 D) */
 } Call;
 
 /* ------------------------------------------------------------------------------------------------------- norms */
@@ -190,26 +190,41 @@ static float exponentials(float *scores, int64_t count) {
 }
 
 typedef struct {
-    const float *keys, *values, *bias;  /* `bias` is read backwards: by distance; NULL: none */
+    const void *keys, *values;  /* (keys, D) */
+    int64_t type;  /* FLOAT32 or BFLOAT16 */
+    const float *bias;  /* is read backwards: by distance; NULL: none */
     int64_t count, more;  /* keys of the first query; of each further one so many more */
-    float *scores;  /* scratch, (QUERIES, longest) */
+    float *scores;  /* scratch, (QUERIES, longest) and (16, D) */
     int64_t longest;
 } Attended;
+
+/* The rows `from` to `to` of keys or values: their own memory, or of at most 16 in bfloat16 copies in `part`. */
+INLINE const float *rows_of(const void *cache, int64_t type, int64_t from, int64_t to, int64_t size, float *part) {
+    if (type == FLOAT32) return (const float *)cache + from * size;
+    const uint16_t *x = (const uint16_t *)cache + from * size;
+    int64_t i = 0, all = (to - from) * size;
+    for (; i + LANES <= all; i += LANES) *(floats *)(part + i) = load_bfloat16s(x + i);
+    for (; i < all; i++) part[i] = load_bfloat16(x[i]);
+    return part;
+}
 
 /* out = softmax(query · keys · scale + bias) values of each of `queries` queries, (queries, D).
    Keys and values are read in parts for all queries: these stay in the cache of the processor. */
 static void attend(const Model *model, Attended to, const float *query, int64_t query_stride, int64_t queries, float *out,
                    int64_t stride) {
     int64_t size = model->head_dim, longest = to.longest, all = to.count + (queries - 1) * to.more;
-    float sums[QUERIES];
-    for (int64_t i = 0; i < all; i += LANES)
+    int64_t step = to.type == FLOAT32 ? PART : LANES;
+    float sums[QUERIES], *part = to.scores + QUERIES * longest;
+    for (int64_t i = 0; i < all; i += LANES) {
+        const float *keys = rows_of(to.keys, to.type, i, i + LANES < all ? i + LANES : all, size, part);
         for (int64_t s = 0; s < queries; s++) {
             int64_t count = to.count + s * to.more - i;
             if (count <= 0) continue;
-            const float *some = query + s * query_stride, *keys = to.keys + i * size;
+            const float *some = query + s * query_stride;
             floats dot = count >= LANES ? dots(some, keys, size, LANES) : dots(some, keys, size, count);
             *(floats *)(to.scores + s * longest + i) = dot * model->attention_scale;
         }
+    }
     for (int64_t s = 0; s < queries; s++) {
         int64_t count = to.count + s * to.more;
         float *scores = to.scores + s * longest;
@@ -217,23 +232,38 @@ static void attend(const Model *model, Attended to, const float *query, int64_t 
         sums[s] = exponentials(scores, count);
         memset(out + s * stride, 0, size * sizeof *out);
     }
-    for (int64_t i = 0; i < all; i += PART) {
-        int64_t s = 0, end = i + PART < to.count ? i + PART : to.count;
-        const float *values = to.values + i * size;
+    for (int64_t i = 0; i < all; i += step) {
+        int64_t s = 0, end = i + step < to.count ? i + step : to.count;
+        const float *values = rows_of(to.values, to.type, i, i + step < all ? i + step : all, size, part);
         if (end > i)
             for (; s + 4 <= queries; s += 4)
                 add_values(to.scores + s * longest + i, longest, values, end - i, size, 4, out + s * stride, stride);
         for (int64_t q = 0; q < queries; q++) {  /* what the others do not see */
             int64_t begin = q < s ? end : i, last = to.count + q * to.more;
-            if (last > i + PART) last = i + PART;
+            if (last > i + step) last = i + step;
             if (begin < i) begin = i;
             if (last > begin)
-                add_values(to.scores + q * longest + begin, longest, to.values + begin * size, last - begin, size, 1,
+                add_values(to.scores + q * longest + begin, longest, values + (begin - i) * size, last - begin, size, 1,
                            out + q * stride, stride);
         }
     }
     for (int64_t s = 0; s < queries; s++)
         for (int64_t i = 0; i < size; i++) out[s * stride + i] /= sums[s];
+}
+
+/* This thread's scratch for attention. */
+INLINE float *scores_of(const Model *model, const Call *call) {
+    return call->scores + THREAD * (QUERIES * call->longest + LANES * model->head_dim);
+}
+
+/* Element `at` of a cache. */
+INLINE void *cache_at(const Model *model, const void *cache, int64_t at) {
+    return (char *)cache + at * (model->cache_type == FLOAT32 ? 4 : 2);
+}
+
+INLINE void store_head(const Model *model, void *cache, int64_t at, const float *head) {
+    if (model->cache_type == FLOAT32) memcpy((float *)cache + at, head, model->head_dim * sizeof *head);
+    else for (int64_t i = 0; i < model->head_dim; i++) ((uint16_t *)cache)[at + i] = store_bfloat16(head[i]);
 }
 
 /* The keys and values of this thread's (row, head) pairs, into the cache. */
@@ -245,8 +275,8 @@ static void cache_share(const Model *model, const Layer *layer, const Call *call
         float *key = call->key + i * size;
         prepare_head(model, layer, call, row, key, layer->key_norm);
         int64_t at = ((call->slot[row] * heads + head) * model->capacity + call->position[row]) * size;
-        memcpy(layer->keys + at, key, size * sizeof *key);
-        memcpy(layer->values + at, call->value + i * size, size * sizeof *key);
+        store_head(model, layer->keys, at, key);
+        store_head(model, layer->values, at, call->value + i * size);
     }
 }
 
@@ -278,8 +308,9 @@ static void attention_share(const Model *model, const Layer *layer, const Call *
                 prepare_head(model, layer, call, row + s, query + s * call->query.stride, layer->query_norm);
             if (layer->window && position >= layer->window) first = position - layer->window + 1;
             int64_t at = ((call->slot[row] * model->key_heads + head / group) * model->capacity + first) * size;
-            Attended to = {layer->keys + at, layer->values + at, model->relative ? model->relative + head * model->capacity : 0,
-                           position + 1 - first, 1, call->scores + THREAD * QUERIES * call->longest, call->longest};
+            const float *bias = model->relative ? model->relative + head * model->capacity : 0;
+            Attended to = {cache_at(model, layer->keys, at), cache_at(model, layer->values, at), model->cache_type, bias,
+                           position + 1 - first, 1, scores_of(model, call), call->longest};
             attend(model, to, query, call->query.stride, count, call->mixed.data + row * call->mixed.stride + head * size,
                    call->mixed.stride);
         }
@@ -298,8 +329,8 @@ static void cross_share(const Model *model, const Layer *layer, const Call *call
                 float *each = query + count * call->query.stride;
                 if (layer->cross_query_norm.weight) normalize(each, layer->cross_query_norm, each, size, model->eps, 1);
             }
-            Attended to = {layer->cross_keys + at, layer->cross_values + at, 0, call->source_length[row], 0,
-                           call->scores + THREAD * QUERIES * call->longest, call->longest};
+            Attended to = {layer->cross_keys + at, layer->cross_values + at, FLOAT32, 0, call->source_length[row], 0,
+                           scores_of(model, call), call->longest};
             attend(model, to, query, call->query.stride, count, call->mixed.data + row * call->mixed.stride + head * size,
                    call->mixed.stride);
         }

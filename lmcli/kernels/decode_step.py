@@ -67,7 +67,7 @@ class _Layer(ctypes.Structure):
 class _Model(ctypes.Structure):
     _fields_ = [
         *_fields(_long, "layers hidden heads key_heads head_dim vocabulary rotary"),
-        *_fields(_long, "capacity cross_capacity rms post_norm parallel activation"),
+        *_fields(_long, "capacity cross_capacity cache_type rms post_norm parallel activation"),
         *_fields(_float, "eps attention_scale logit_scale"),
         *_fields(_pointer, "layer"),
         ("final_norm", _Norm),

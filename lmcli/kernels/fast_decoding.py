@@ -71,7 +71,11 @@ class FastDecodingState:
         self._lengths = np.zeros(0, np.int64)  # tokens read of each sequence
         self._slots = np.zeros(0, np.int64)  # its place in the cache
         self._scratch: dict[str, NDArray[Any]] = {}
-        self._keys = self._values = np.zeros((0, 0, 0, 0, 0), np.float32)
+        # the cache: float32, or the bits of bfloat16 where the weights have no more precision
+        self._model.cache_type = int(weights.weight_type != "float32")
+        cache_type = np.uint16 if self._model.cache_type else np.float32
+        self._keys: NDArray[Any] = np.zeros((0, 0, 0, 0, 0), cache_type)
+        self._values = self._keys
         self.logits: Array
         self.extend(np.zeros(0, np.int64), sequences, capacity)
 
@@ -175,7 +179,7 @@ class FastDecodingState:
             _Call(
                 rows=len(tokens),
                 logit_rows=len(logit_rows),
-                longest=scratch["scores"].shape[2],
+                longest=(scratch["scores"].shape[1] - LANES * self.config.head_dim) // QUERIES,
                 **{name: values.ctypes.data for name, values in arrays.items()},
                 **{name: scratch[name].ctypes.data for name in ("key", "value", "scores")},
                 **{name: _rows(scratch, name) for name in ("normed", "query", "mixed", "inner")},
@@ -209,18 +213,18 @@ class FastDecodingState:
         config, keys = self.config, self._keys.shape[3]
         longest = max(keys, self._sources.longest if self._sources else 0)
         longest = -(-longest // LANES) * LANES
-        threads = thread_count()
+        threads, room = thread_count(), QUERIES * longest + LANES * config.head_dim
         scratch, enough = self._scratch, False
         if scratch:
             scores = scratch["scores"].shape
-            enough = scores[0] >= threads and scores[2] >= longest and len(scratch["key"]) >= count
+            enough = scores[0] >= threads and scores[1] >= room and len(scratch["key"]) >= count
         if not enough:
             key_width = config.num_key_value_heads * config.head_dim
             width = config.num_attention_heads * config.head_dim
             self._scratch = scratch = {
                 "key": np.empty((count, key_width), np.float32),
                 "value": np.empty((count, key_width), np.float32),
-                "scores": np.empty((threads, QUERIES, longest), np.float32),
+                "scores": np.empty((threads, room), np.float32),
             }
             sizes = {"normed": config.hidden_size, "query": width, "mixed": width}
             for name, size in {**sizes, "inner": config.intermediate_size}.items():
@@ -240,7 +244,8 @@ class FastDecodingState:
         config = self.config
         heads, layers = config.num_key_value_heads, config.num_hidden_layers
         shape = (layers, slots, heads, capacity, config.head_dim)
-        self._keys, self._values = zeros(shape, np.float32), zeros(shape, np.float32)
+        dtype = self._keys.dtype
+        self._keys, self._values = zeros(shape, dtype), zeros(shape, dtype)
         for layer, keys, values in zip(self._layers, self._keys, self._values):
             layer.keys, layer.values = keys.ctypes.data, values.ctypes.data
         self._model.capacity = capacity
