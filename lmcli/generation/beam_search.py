@@ -193,8 +193,8 @@ def _candidates(
     """
     prompts, width = running.scores.shape
     columns = _best_columns(allowed, count)  # (P · K, n)
-    totals = np.take_along_axis(allowed, columns, 1).reshape(prompts, width, -1)
-    totals = (running.scores[:, :, None] + totals).reshape(prompts, -1)
+    added = np.take_along_axis(allowed, columns, 1).reshape(prompts, width, -1)
+    totals = (running.scores[:, :, None] + added).reshape(prompts, -1)
     scores, index = _largest(totals, min(count, totals.shape[1]))
     parents = index // columns.shape[1]
     tokens = np.take_along_axis(columns.reshape(prompts, -1), index, 1)

@@ -121,23 +121,14 @@ class FastDecodingState:
 
         `common` counts tokens of the longest sequence; the tokens after it are copied.
         """
-        newest = self.length - common
         moved = np.nonzero(rows != np.arange(len(rows)))[0]
-        lengths, slots = self._lengths, self._slots
-        if (lengths == lengths[0]).all():
-            end = slice(lengths[0] - newest, lengths[0])
-            for cache in (self._keys, self._values):
-                cache[:, slots[moved], :, end] = cache[:, slots[rows[moved]], :, end]
-            return
+        newest = np.arange(common - self.length, 0)  # places before the end
+        to, origin = (
+            (self._slots[each, None], self._lengths[each, None] + newest)
+            for each in (moved, rows[moved])
+        )
         for cache in (self._keys, self._values):
-            ends = [self._end(cache, int(row), newest).copy() for row in rows[moved]]
-            for row, end in zip(moved, ends):
-                self._end(cache, int(row), newest)[:] = end
-
-    def _end(self, cache: Array, row: int, count: int) -> Array:
-        """The last `count` tokens of a sequence in the cache, (layers, K, count, D)."""
-        length = self._lengths[row]
-        return cache[:, self._slots[row], :, length - count : length]
+            cache[:, to[0], :, to[1]] = cache[:, origin[0], :, origin[1]]
 
     def _read(self, tokens: Integers, starts: Integers, counts: Integers) -> Array:
         """Reads the next `counts` tokens of all sequences in blocks; the logits after the last."""
