@@ -358,10 +358,11 @@ class Model:
         `options` are fields of GenerateConfig, such as max_new_tokens, temperature and top_p. Each
         result holds its seed. With `best_of` that many are drawn, and those with the highest mean
         log-probability are returned. `batch` is tokens per forward pass; 0: as suits the device.
+        Raises UserError for a prompt longer than the context, unless `on_long` says otherwise.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         decoder = self.decoder(stop, bos, **options)
-        ids = [self.prompt(text, bos) for text in prompts]
+        ids = [decoder.fit(self.prompt(text, bos)) for text in prompts]
         results = generate_all(decoder, ids, num_samples, seed, batch, best_of)
         return [
             self.checked(result, f"prompt {i + 1:,}", i)
@@ -399,7 +400,7 @@ class Model:
     ) -> Iterator[TextChunk]:
         """Yields one continuation in chunks, the last with the result; beams give one chunk."""
         decoder = self.decoder(stop, bos, **options)
-        ids, seed = self.prompt(prompt, bos), new_seed() if seed is None else seed
+        ids, seed = decoder.fit(self.prompt(prompt, bos)), new_seed() if seed is None else seed
         return map(self._checked_chunk, stream_one(decoder, ids, seed))
 
     def _checked_chunk(self, chunk: TextChunk) -> TextChunk:

@@ -383,6 +383,10 @@ class GenerateConfig:
     stop_strings: tuple[str, ...] = knob(
         (), "a text ends with the token that completes one of these, which stay in it"
     )
+    logprobs: int = knob(0, "likeliest tokens to note at each step", 0)
+    on_long: str = knob(
+        "error", "prompt beyond the context", choices=("error", "slide", "truncate")
+    )
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,15 @@ def _cell_text(text: str) -> Text:
     return Text(visible(text, keep="\n"))
 
 
+def fit(text: str, columns: int) -> str:
+    """The text in so many columns of a terminal: padded with spaces, or cut with "…"."""
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(text) <= columns:
+        return set_cell_size(text, columns)
+    return set_cell_size(text, columns - 1) + "…"
+
+
 def print_rows(
     rows: Iterable[Mapping[str, Any]],
     columns: Sequence[str],

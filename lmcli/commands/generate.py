@@ -2,7 +2,9 @@
 
 import json
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,8 @@ from lmcli.errors import ClosedPipe, UsageError
 if TYPE_CHECKING:
     from lmcli.api import Model
     from lmcli.data.output_file import OutputFile
+    from lmcli.generation.decoding import Generated
+    from lmcli.generation.prompts import Prompt, Prompts
     from lmcli.output.generate import GenerationFormat
 
 SAMPLING = (
@@ -24,6 +28,7 @@ SAMPLING = (
     *("num_beams", "length_penalty", "early_stopping"),
 )
 SAMPLES_AT_ONCE = 64  # samples of a prompt that are drawn at the same time, from one prefill
+ALTERNATIVES = 5  # of each step, with --why
 
 
 def _limited(name: str, low: float, high: float, help: str) -> options.Option:
@@ -86,6 +91,7 @@ beam_search = options.section(
   lm generate -m runs/s "Once upon a time"
   lm generate -m runs/s --temperature 0 -n 50 --stop "." "The"
   lm generate -m runs/s --num-samples 3 --seed 1 --json "Once"
+  lm generate -m runs/s --why -n 20 "Once upon"
   lm generate -m runs/s < prompts.txt > continuations.txt
   lm generate -m marian-en-de --num-beams 4 < english.txt > german.txt
   lm generate -m chat-model --chat "What is a llama?"
@@ -112,6 +118,14 @@ beam_search = options.section(
     "--interactive",
     help="Converse, or continue prompts, at the terminal.  [default without a PROMPT there]",
 )
+@options.choice(
+    "--on-long",
+    values=["error", "slide", "truncate"],
+    help="Prompt longer than the context: stop, read its newest half, or cut it to leave room for "
+    "-n tokens.  [default: error]",
+)
+@options.flag("--why", help="Below a text, its tokens with the best alternatives of each.")
+@_count("--logprobs", "With --json or --why: the N best alternatives of each token.", 1)
 @options.flag("--echo", help="Write the prompt before its continuation.")
 @options.flag("--whole", help="Read all of standard input as one prompt.")
 @options.flag("--raw", help="From standard input: write text as it is, line ends included.")
@@ -143,47 +157,40 @@ def generate(args: options.Arguments) -> None:
     from lmcli import display
     from lmcli.data.output_file import OutputFile
     from lmcli.generation import batch_generation
-    from lmcli.generation.prompts import Prompts
-    from lmcli.output.generate import GenerationFormat
+    from lmcli.generation.decoding import slid_note
 
     model = options.load_model(args.model, args, generating=True)
     sampling = _sampling(args)
-    decoder = model.decoder(args.stop, args.bos, **sampling)
+    logprobs = args.logprobs or (ALTERNATIVES if args.why else None)
+    noted = {"logprobs": logprobs, "on_long": args.on_long}
+    decoder = model.decoder(args.stop, args.bos, **sampling, **noted)
     if not args.pool.is_leader:
         return args.pool.serve(batch_generation.remote_task(decoder))
     seed = batch_generation.new_seed() if args.seed is None else args.seed
     if args.verbose:
         click.echo(f"lm: seed {seed}", err=True)
-    if interactive:
-        return _talk(model, seed, sampling, args)
-    from_arguments = args.prompts and "-" not in args.prompts
-    raw = args.raw or bool(from_arguments) or args.whole
-    style = GenerationFormat(args.as_json, args.echo, raw, "\0" if args.zero else "\n")
     note = (lambda _: None) if args.quiet else display.note
+    if interactive:
+        return _talk(model, seed, sampling, note, args)
     if model.checkpoint.ignored:
         note(model.checkpoint.ignored)
-    encode = partial(model.prompt, bos=args.bos)
-    prompts = Prompts(
-        encode,
-        model.config,
-        args.on_error,
-        note,
-        partial(model.chat, args.system),
-        bool(args.chat),
-        args.format_,
-        args.fields,
-    )
+    prompts = _prompts(model, decoder, note, args)
     batches = prompts.batches(args.prompts, args.whole, args.zero)
-    can_stream = batch_generation.can_stream(decoder)
-    with OutputFile() as out:
-        if from_arguments and not args.as_json and not args.best_of and can_stream:
-            cut = _stream(out, model, decoder, batches, seed, args)
+    can_stream = batch_generation.can_stream(decoder) and not (args.as_json or args.why)
+    texts = _Texts(model, _style(model, args), OutputFile(styled=args.why))
+    with texts.out:
+        if _from_arguments(args) and not args.best_of and can_stream:
+            _stream(texts, decoder, batches, seed, args)
         else:
-            cut = _write(out, model, decoder, batches, seed, style, args)
-    if cut and vars(decoder).get("structure"):
-        texts = "1 text was" if cut == 1 else f"{cut} texts were"
-        note(f"{texts} cut before having the form; -n gives more tokens")
+            _write(texts, decoder, batches, seed, args)
     prompts.report_skipped()
+    if texts.cut and vars(decoder).get("structure"):
+        cut = "1 text was" if texts.cut == 1 else f"{texts.cut} texts were"
+        note(f"{cut} cut before having the form; -n gives more tokens")
+    if texts.slid:
+        note(slid_note(texts.slid, model.context))
+    if args.verbose:
+        display.note(texts.speed(decoder.first_token_at))
 
 
 def _check(args: options.Arguments) -> bool:
@@ -204,6 +211,9 @@ def _check(args: options.Arguments) -> bool:
         "--format": args.format_ != "auto",
         "--field": args.fields,
         "--nproc": args.nproc > 1,
+        "--on-long": args.on_long,
+        "--why": args.why,
+        "--logprobs": args.logprobs,
     }
     given = [name for name, value in in_a_loop.items() if value]
     unread = ["PROMPT"] if args.prompts and "-" not in args.prompts else []
@@ -211,8 +221,11 @@ def _check(args: options.Arguments) -> bool:
     excluded: dict[str, list[str]] = {
         "-i": given if args.interactive else [],
         "--system": ["--no-chat"] if args.system is not None and args.chat is False else [],
+        "--why": [name for name in ("--json", "-0") if args.why and name in given],
         **{name: unread for name in ("--format", "--field") if name in given},
     }
+    if args.logprobs and not (args.as_json or args.why):
+        raise UsageError("--logprobs needs --json or --why", hint="add one of them")
     for first, others in excluded.items():
         for second in others:
             raise UsageError(
@@ -226,17 +239,21 @@ def _check(args: options.Arguments) -> bool:
     return args.interactive or at_terminal
 
 
-def _talk(model: "Model", seed: int, sampling: dict[str, Any], args: options.Arguments) -> None:
+def _talk(
+    model: "Model",
+    seed: int,
+    sampling: dict[str, Any],
+    note: Callable[[str], None],
+    args: options.Arguments,
+) -> None:
     """The loop at a terminal: a conversation if the model has a chat template."""
-    from lmcli import display
     from lmcli.generation import conversation
 
     has_template = bool(model.tokenizer.settings.get("chat_template"))
     chat = model.chat(args.system) if args.chat or (args.chat is None and has_template) else None
-    if not args.quiet:
-        what = "a conversation" if chat else "each line is continued"
-        display.note(f"{model.name}: {what}; /help shows commands, Ctrl-D ends")
-    session = conversation.Session(model, chat, sampling, args.stop, args.bos, seed, display.note)
+    what = "a conversation" if chat else "each line is continued"
+    note(f"{model.name}: {what}; /help shows commands, Ctrl-D ends")
+    session = conversation.Session(model, chat, sampling, args.stop, args.bos, seed, note)
     conversation.talk(session, args.quiet)
 
 
@@ -268,70 +285,152 @@ def _schema(value: str | None) -> str | None:
         raise UsageError(f"{value}: {reason}", where="--json-schema") from error
 
 
+def _from_arguments(args: options.Arguments) -> bool:
+    """True if prompts are arguments alone, so that each has its result as it is."""
+    return bool(args.prompts) and "-" not in args.prompts
+
+
+def _prompts(
+    model: "Model", decoder: Any, note: Callable[[str], None], args: options.Arguments
+) -> "Prompts":
+    from lmcli.generation.prompts import Prompts
+
+    return Prompts(
+        partial(model.prompt, bos=args.bos),
+        decoder.fit,
+        args.on_error,
+        note,
+        partial(model.chat, args.system),
+        bool(args.chat),
+        args.format_,
+        args.fields,
+    )
+
+
+def _style(model: "Model", args: options.Arguments) -> "GenerationFormat":
+    """How texts are written: on a terminal with their prompts, and parted from other samples."""
+    from shutil import get_terminal_size
+
+    from lmcli import display
+    from lmcli.output.cells import color_legend
+    from lmcli.output.generate import GenerationFormat, WhyFormat
+    from lmcli.text.characters import shows_color
+
+    shape, terminal = model.config.shape, sys.stdout.isatty()
+    style: dict[str, Any] = {
+        "as_json": args.as_json,
+        "echo": args.echo,
+        "raw": args.raw or _from_arguments(args) or args.whole or args.why,
+        "end": "\0" if args.zero else "\n",
+        # a filled text repeats its prompt, and what a chat template writes is not for people
+        "shows_prompt": terminal and shape != "encoder" and not args.chat and not args.zero,
+        "after_prompt": "" if shape == "decoder" else "\n",
+        "samples": args.num_samples if terminal else 1,
+    }
+    if not args.why:
+        return GenerationFormat(**style)
+    colors = shows_color(sys.stdout)
+    if colors and not args.quiet and sys.stderr.isatty():
+        click.echo(f"lm: {color_legend()}", err=True)
+    return WhyFormat(
+        **style,
+        tokenizer=model.tokenizer,
+        continues=shape == "decoder",
+        colors=colors,
+        columns=get_terminal_size().columns if terminal else None,
+        fit=display.fit,
+    )
+
+
+@dataclass
+class _Texts:
+    """The texts that were written, and counts of them: all, cut ones, those beyond the context."""
+
+    model: "Model"
+    style: "GenerationFormat"
+    out: "OutputFile"
+    count: int = 0
+    tokens: int = 0
+    cut: int = 0
+    slid: int = 0
+
+    def __post_init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def begin(self, prompt: "Prompt", sample: int) -> bool:
+        """Writes what stands before a text; returns whether that is anything."""
+        before = self.style.before(prompt, sample)
+        self.out.write(before, dim=True)
+        return bool(before)
+
+    def check(self, prompt: "Prompt", number: int, result: "Generated") -> "Generated":
+        """Counts a result of prompt `number`, from 1. Raises UserError for one with a problem."""
+        from lmcli.generation.decoding import slid
+
+        self.model.checked(result, f"prompt {number:,} ({prompt.text[:40]!r})")
+        self.count += 1
+        self.tokens += len(result.tokens)
+        self.cut += result.finish_reason == "length"
+        self.slid += slid(self.model.config, prompt.ids or [], result)
+        return result
+
+    def speed(self, first_token_at: float | None) -> str:
+        """How fast they came, for people."""
+        from lmcli.generation.batch_generation import speed
+
+        first = None if first_token_at is None else first_token_at - self._start
+        return speed(self.count, self.tokens, first, time.perf_counter() - self._start)
+
+
 def _write(
-    out: "OutputFile",
-    model: "Model",
-    decoder: Any,
-    batches: Iterable[Any],
-    seed: int,
-    style: "GenerationFormat",
-    args: options.Arguments,
-) -> int:
-    """Writes the results of each prompt when they are ready; returns how many were cut."""
+    texts: _Texts, decoder: Any, batches: Iterable[Any], seed: int, args: options.Arguments
+) -> None:
+    """Writes the results of each prompt when they are ready."""
     from lmcli.generation import batch_generation
     from lmcli.generation.decoding import Generated
 
-    count, cut, best_of = args.num_samples, 0, args.best_of or 0
+    count, best_of = args.num_samples, args.best_of or 0
     empty = [Generated("", None, [], [], None)] * count  # type: ignore[arg-type]  # no text at all
     each = batch_generation.generate_each(
         decoder, batches, seed, count, args.batch_tokens or 0, args.pool, best_of
     )
     for number, (prompt, results) in enumerate(each, 1):
-        for result in results if prompt.ids else empty:
-            checked = model.checked(result, _place(number, prompt.text))
-            out.write(style.format(prompt.text, checked, prompt.row))
-            cut += result.finish_reason == "length"
-        out.flush()
-    return cut
-
-
-def _place(number: int, prompt: str) -> str:
-    """How messages name a prompt."""
-    return f"prompt {number:,} ({prompt[:40]!r})"
+        for sample, result in enumerate(results if prompt.ids else empty):
+            if prompt.ids:
+                texts.check(prompt, number, result)
+            texts.begin(prompt, sample)
+            texts.out.write(texts.style.format(prompt, result))
+        texts.out.flush()
 
 
 def _stream(
-    out: "OutputFile",
-    model: "Model",
-    decoder: Any,
-    batches: Iterable[Any],
-    seed: int,
-    args: options.Arguments,
-) -> int:
-    """Writes each text while it is generated, samples one by one; returns how many were cut."""
+    texts: _Texts, decoder: Any, batches: Iterable[Any], seed: int, args: options.Arguments
+) -> None:
+    """Writes each text while it is generated, samples one by one."""
     from lmcli.generation.batch_generation import row_by_row
 
-    cut = 0
-    for number, (prompt, ids, _) in enumerate(prompt for batch in batches for prompt in batch):
+    out = texts.out
+    for number, prompt in enumerate(prompt for batch in batches for prompt in batch):
         for start in range(0, args.num_samples, SAMPLES_AT_ONCE):
             count = min(SAMPLES_AT_ONCE, args.num_samples - start)
             first = seed + number * args.num_samples + start
             seeds = list(range(first, first + count))
-            new_text = True
+            sample, in_line = start, texts.begin(prompt, start)
+            out.flush()
             try:
-                for chunk in row_by_row(decoder.stream([ids] * count, seeds)):
-                    out.write((prompt if args.echo and new_text else "") + chunk.text)
-                    new_text = chunk.result is not None
+                for chunk in row_by_row(decoder.stream([prompt.ids] * count, seeds)):
+                    out.write(chunk.text)
+                    in_line = True
                     if chunk.result:
-                        model.checked(chunk.result, _place(1 + number, prompt))
+                        texts.check(prompt, 1 + number, chunk.result)
                         out.write("\n")
-                        cut += chunk.result.finish_reason == "length"
+                        sample += 1
+                        in_line = sample < start + count and texts.begin(prompt, sample)
                     if chunk.text or chunk.result:
                         out.flush()
             finally:
                 try:  # after Ctrl-C too the shell's prompt starts on a new line
-                    out.write("" if new_text else "\n")
+                    out.write("\n" if in_line else "")
                     out.flush()
                 except ClosedPipe:
                     pass
-    return cut

@@ -118,6 +118,7 @@ def score(args: options.Arguments) -> None:
     from lmcli.evaluation.signature import LineTotals
     from lmcli.model.device import dtype_name
     from lmcli.output import score as output
+    from lmcli.output.cells import color_legend
     from lmcli.scoring.messages import MessageFields
 
     model = options.load_model(args.model, args)
@@ -137,7 +138,7 @@ def score(args: options.Arguments) -> None:
     fields = _fields(args, model, scorer.method)
     reader = RowReader(args.format_, args.fields, args.on_error, fields)
     if args.color and sys.stdout.isatty() and not args.quiet:
-        click.echo(f"lm: {output.color_legend()}", err=True)
+        click.echo(f"lm: {color_legend()}", err=True)
     header = rows.columns if args.header and not args.as_json else ()
     chats = fields if isinstance(fields, MessageFields) else None
     totals = LineTotals(scorer) if args.verbose and not args.resume and chats else None

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from lmcli import ownership
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import user_errors
-from lmcli.text.characters import visible, without_surrogates
+from lmcli.text.characters import DIM, PLAIN, shows_color, visible, without_surrogates
 
 # for text that must stay on one line of a TSV or of piped output
 ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
@@ -49,7 +49,8 @@ class OutputFile:
 
     def __init__(self, path: str | None = None, resume: bool = False, styled: bool = False):
         self.path = Path(path) if path and path != "-" else None
-        self._drawn = self.path is None and not styled and sys.stdout.isatty()
+        self._terminal = self.path is None and sys.stdout.isatty()
+        self._drawn = self._terminal and not styled
         self.resumed_lines = 0
         if self.path is None:
             if resume:
@@ -72,10 +73,14 @@ class OutputFile:
         part.unlink(missing_ok=True)  # also a link: nothing is written through one
         return ownership.create(part, 0o666)
 
-    def write(self, text: str) -> None:
-        """Appends text as UTF-8."""
+    def write(self, text: str, dim: bool = False) -> None:
+        """Appends text as UTF-8; on a terminal `dim` text has less contrast."""
+        if self._drawn or (dim and self._terminal):
+            text = visible(text)
+        if dim and text and self._terminal and shows_color(sys.stdout):
+            text = f"{DIM}{text}{PLAIN}"
         try:
-            data = (visible(text) if self._drawn else text).encode("utf-8")
+            data = text.encode("utf-8")
         except UnicodeEncodeError:  # the name of a file, or a text from Python
             data = without_surrogates(text).encode("utf-8")
         with user_errors(self.path or "standard output", "write"):

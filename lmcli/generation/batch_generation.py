@@ -47,6 +47,20 @@ def stream_one(generator: TextGenerator, prompt: list[int], seed: int) -> Iterat
     yield TextChunk(0, result.text, result)
 
 
+def speed(texts: int, tokens: int, first: float | None, seconds: float) -> str:
+    """How fast texts came, for people; the first token after `first` seconds, if that is known.
+
+    The rate of one text is that after its first token, the rate of several is that of the whole.
+    """
+    parts = [f"{texts:,} texts"] if texts > 1 else []
+    parts.append(f"{tokens:,} token{'s' if tokens != 1 else ''}")
+    if texts == 1 and first is not None:
+        tokens, seconds = tokens - 1, seconds - first
+    if tokens > 0:
+        parts.append(f"{tokens / seconds:,.1f} tokens/s")
+    return ", ".join([*parts, *([] if first is None else [f"the first after {first:.2f} s"])])
+
+
 class SampledPrompt(NamedTuple):
     """A prompt and the seed of each of its results."""
 

@@ -4,7 +4,6 @@ Ctrl-C stops a text; a second one at the empty prompt ends the loop, and so does
 begin with / are commands; HELP has them.
 """
 
-import os
 import signal
 import sys
 import time
@@ -17,9 +16,10 @@ from typing import Any
 from lmcli import storage
 from lmcli.data.output_file import json_line
 from lmcli.errors import UserError
-from lmcli.generation.batch_generation import stream_one
+from lmcli.generation.batch_generation import speed, stream_one
 from lmcli.generation.chat import Chat
-from lmcli.text.characters import for_stream, without_surrogates
+from lmcli.generation.decoding import slid, slid_note
+from lmcli.text.characters import DIM, PLAIN, for_stream, shows_color, without_surrogates
 from lmcli.text.chat_template import ASSISTANT, Message
 
 try:
@@ -35,7 +35,7 @@ A line that ends in \ continues in the next one. """ begins and ends several lin
 Ctrl-C stops a text, and ends when pressed again; so does Ctrl-D.'''
 HISTORY_LINES = 1000
 HISTORY_FILE = "generate_history"
-TEXT_COLOR, DIM, PLAIN = "\x1b[36m", "\x1b[2m", "\x1b[0m"
+TEXT_COLOR = "\x1b[36m"
 
 
 class StopText(KeyboardInterrupt):
@@ -62,6 +62,7 @@ class Session:
     note: Callable[[str], None]
     messages: list[Message] = field(default_factory=list)
     first: int = 0  # the oldest message that still fits into the context
+    noted: bool = False  # that a text outgrew the context
 
     def decoder(self, **options: Any) -> Any:
         """What generates the next text; raises UserError for options that it does not take."""
@@ -74,12 +75,15 @@ class Session:
             ids, limit = self._fitted(decoder.config.max_new_tokens, text)
             decoder = self.decoder(max_new_tokens=limit)
         else:
-            ids = self.model.prompt(text, self.bos)
+            ids = decoder.fit(self.model.prompt(text, self.bos))
         pieces: list[str] = []
         try:
             for chunk in stream_one(decoder, ids, self.seed):
                 if chunk.result:
                     self.model.checked(chunk.result, "the text")
+                    if not self.noted and slid(self.model.config, ids, chunk.result):
+                        self.note(slid_note(1, self.model.context))
+                        self.noted = True
                 pieces.append(chunk.text)
                 yield chunk.text
         except UserError:
@@ -184,9 +188,8 @@ class Terminal:
 
     def __init__(self, quiet: bool):
         self.quiet, self.edits = quiet, sys.stdin.isatty() and sys.stdout.isatty()
-        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-        self.text_color = TEXT_COLOR if sys.stdout.isatty() and not plain else ""
-        self.dim = DIM if sys.stderr.isatty() and not plain else ""
+        self.text_color = TEXT_COLOR if shows_color(sys.stdout) else ""
+        self.dim = DIM if shows_color(sys.stderr) else ""
 
     def message(self) -> str:
         """The user's next message or command, which may have several lines. Raises EOFError."""
@@ -226,9 +229,7 @@ class Terminal:
     def figures(self, tokens: int, first: float, seconds: float) -> None:
         """Writes how fast a text came, the first token after `first` seconds, to a person."""
         if sys.stderr.isatty() and not self.quiet:
-            rate = f"{(tokens - 1) / (seconds - first):,.1f} tokens/s, " if tokens > 1 else ""
-            count = f"{tokens:,} token{'s' if tokens != 1 else ''}"
-            line = f"{count}, {rate}the first after {first:.2f} s"
+            line = speed(1, tokens, first, seconds)
             print(f"{self.dim}{line}{PLAIN if self.dim else ''}", file=sys.stderr)
 
     def note(self, text: str) -> None:

@@ -6,13 +6,15 @@ and the newer half. An encoder–decoder reads its prompt as the source and gene
 
 import math
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from lmcli.config import GenerateConfig, ModelConfig
+from lmcli.errors import UserError
 from lmcli.generation import sampling
 from lmcli.generation.beam_search import UNDEFINED, Hypothesis, search
 from lmcli.generation.constraints import Constraints, SequenceState, sequence_state
@@ -32,12 +34,21 @@ DecodingStates = Callable[[list[list[int]], list[list[int]] | None, int], "State
 NO_TOKEN = "no token of the vocabulary that the options allow continues the form of the text"
 
 
+def too_long(prompt: list[int], context: int, hint: str) -> UserError:
+    """The error of a prompt (ids) longer than the context."""
+    count, over = len(prompt), len(prompt) - context
+    return UserError(
+        f"the prompt has {count:,} tokens, {over:,} more than the context of {context:,}", hint=hint
+    )
+
+
 @dataclass
 class Generated:
     """One continuation; `token_logprobs` are natural logs under the model, before any filter.
 
     `finish_reason` is "stop" after a stop token, a stop string, or where no token is allowed;
-    "length" where the limit was reached. With a `problem` there is no such text.
+    "length" where the limit was reached. With a `problem` there is no such text. With `logprobs`
+    there are `alternatives`: for each token the likeliest (token, text, logprob), likeliest first.
     """
 
     text: str
@@ -46,6 +57,23 @@ class Generated:
     token_logprobs: list[float]
     seed: int
     problem: str = ""
+    alternatives: list[list[dict[str, Any]]] = field(default_factory=list)
+
+
+def slid(config: ModelConfig, prompt: list[int], result: Generated) -> bool:
+    """True if a decoder's window left the beginning of the prompt (ids) or of its text behind."""
+    # the last token is not read
+    tokens = len(prompt) + len(result.tokens) - 1
+    return config.shape == "decoder" and tokens > config.max_position_embeddings
+
+
+def slid_note(count: int, context: int) -> str:
+    """What a user is told about texts that outgrew the context."""
+    texts = "1 text is" if count == 1 else f"{count:,} texts are"
+    return (
+        f"{texts} longer, with the prompt, than the context of {context:,} tokens: the window "
+        "slid, and the end was written without the beginning"
+    )
 
 
 class PromptRow(NamedTuple):
@@ -69,7 +97,8 @@ class Decoder:
 
     `decoding_state` reads texts with the model that `model_config` describes. `decoder_start`
     begins the target of an encoder–decoder (None: as config.json says). With `extendable` states
-    prompts enter while others go on.
+    prompts enter while others go on. `first_token_at` is when (`time.perf_counter`) a first token
+    was chosen, but for beams.
     """
 
     model_config: ModelConfig
@@ -83,6 +112,7 @@ class Decoder:
     decoder_start: int | None = None
     device_type: str = "cpu"
     extendable: bool = False
+    first_token_at: float | None = None
 
     def __post_init__(self) -> None:
         config = self.model_config
@@ -111,6 +141,24 @@ class Decoder:
     def one_row_per_sample(self) -> bool:
         """True if each sample is drawn by itself, token by token; a beam search finds several."""
         return self.config.num_beams == 1
+
+    def fit(self, prompt: list[int]) -> list[int]:
+        """A prompt (ids), cut if it is longer than the context and `on_long` is "truncate".
+
+        A decoder then keeps the end, and room for new tokens; a source keeps its beginning. Raises
+        UserError with "error"; with "slide" a decoder's window starts with the newer half.
+        """
+        most, how = self.max_source if self.has_encoder else self.context, self.config.on_long
+        if most is None or len(prompt) <= most or (how == "slide" and not self.has_encoder):
+            return prompt
+        if how == "truncate" and self.has_encoder:
+            return self._source(prompt)
+        if how == "truncate":
+            room = min(self.config.max_new_tokens, most // 2) + len(self.bos)
+            return self.bos + prompt[-max(1, most - room) :]
+        part, ways = ("beginning", "") if self.has_encoder else ("end", " or slide")
+        hint = f"shorten it, or read its {part} alone with --on-long truncate{ways}"
+        raise too_long(prompt, most, hint)
 
     def cost(self, prompt: list[int], num_samples: int) -> int:
         """Tokens that a row may fill; a target is rarely twice as long as its source."""
@@ -153,6 +201,7 @@ class Decoder:
                 entering.append(self._row(number, waiting.prompt, waiting.seeds[0]))
                 number, waiting = number + 1, take()
             state, rows = self._advance(state, rows, entering)
+            self.first_token_at = self.first_token_at or time.perf_counter()
             yield from self._choose(rows, state.logits)
             unfinished = [i for i, row in enumerate(rows) if row.finish_reason is None]
             if not self.use_cache or not (unfinished or self.extendable):
@@ -246,8 +295,20 @@ class Decoder:
             elif (token := sampling.choose(scores, self.config, row.random)) is None:
                 text = row.end()
             else:
-                text = row.add(token, float(own[token]) - normalizer)
+                logprob = float(own[token]) - normalizer
+                text = row.add(token, logprob, self._alternatives(own, normalizer))
             yield TextChunk(row.number, text, row.result() if row.finish_reason else None)
+
+    def _alternatives(self, logits: Floats, normalizer: float) -> list[dict[str, Any]]:
+        """The likeliest tokens by logits (V,); none without `logprobs`."""
+        ids = sampling.likeliest(logits, self.config.logprobs) if self.config.logprobs else ()
+        logprobs = [(int(token), float(logits[token]) - normalizer) for token in ids]
+        text = self.tokenizer.token_text
+        return [
+            {"token": token, "text": text(token), "logprob": logprob}
+            for token, logprob in logprobs
+            if logprob > -math.inf  # an impossible token is no alternative
+        ]
 
     def generate(self, prompts: list[list[int]], seeds: list[int]) -> list[Generated]:
         """The finished continuations of `stream`, in order."""
@@ -271,20 +332,30 @@ class Decoder:
         sequences = self._sequence_state(rows, written, limits)
         by_prompt = search(state, sequences, self.rules, self.stop_ids)
         return [
-            [self._result(prompt, hypothesis, limit) for hypothesis in hypotheses[:count]]
-            for prompt, hypotheses, limit in zip(prompts, by_prompt, limits)
+            [self._result(prompt, row, hypothesis) for hypothesis in hypotheses[:count]]
+            for prompt, row, hypotheses in zip(prompts, rows, by_prompt)
         ]
 
-    def _result(self, prompt: list[int], hypothesis: Hypothesis, limit: int) -> Generated:
+    def _result(self, prompt: list[int], searched: "_Row", hypothesis: Hypothesis) -> Generated:
         row = self._row(0, prompt, 0)
+        alternatives = self._read_again(searched, hypothesis.tokens)
         for token, logprob in zip(hypothesis.tokens, hypothesis.logprobs):
             if row.finish_reason is None:
-                row.add(token, logprob)
+                row.add(token, logprob, next(alternatives, []))
         if hypothesis is UNDEFINED:
             row.end(finite.LOGPROB)
-        elif len(row.tokens) < limit:
+        elif len(row.tokens) < searched.limit:
             row.end()
         return row.result()
+
+    def _read_again(self, row: "_Row", tokens: list[int]) -> Iterator[list[dict[str, Any]]]:
+        """The alternatives of each token after the window of a row; nothing without `logprobs`."""
+        if self.config.logprobs:
+            state = self._state([row], len(row.window) + len(tokens))
+            for token in tokens:
+                (logits,), (normalizer,) = state.logits, sampling.log_sum_exp(state.logits)
+                yield self._alternatives(logits, float(normalizer))
+                state.add(np.array([token], np.int64))
 
 
 @dataclass
@@ -299,6 +370,7 @@ class _Row:
     source: list[int] = field(default_factory=list)  # ids for the encoder
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    alternatives: list[list[dict[str, Any]]] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
     problem: str = ""
@@ -312,12 +384,13 @@ class _Row:
         self._recent = self._end_of_prompt()
         self._emitted = 0  # characters of `text` returned so far
 
-    def add(self, token: int, logprob: float) -> str:
+    def add(self, token: int, logprob: float, alternatives: list[dict[str, Any]]) -> str:
         """Adds one token; returns the text that is certain with it."""
         if not math.isfinite(logprob):
             return self.end(finite.LOGPROB)
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        self.alternatives += [alternatives] if alternatives else []
         self.window.append(token)
         at_limit = len(self.tokens) == self.limit
         if token in self.decoder.stop_ids:
@@ -383,4 +456,5 @@ class _Row:
     def result(self) -> Generated:
         """The finished text."""
         reason = self.finish_reason or "length"
-        return Generated(self.text, reason, self.tokens, self.logprobs, self.seed, self.problem)
+        numbers = self.tokens, self.logprobs, self.seed, self.problem, self.alternatives
+        return Generated(self.text, reason, *numbers)

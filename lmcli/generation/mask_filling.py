@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lmcli.config import GenerateConfig, ModelConfig
+from lmcli.errors import UsageError
 from lmcli.generation import sampling
-from lmcli.generation.decoding import Generated
+from lmcli.generation.decoding import Generated, too_long
 from lmcli.model import finite
 from lmcli.model.cached_forward import pad
 from lmcli.model.transformer import Transformer
@@ -54,6 +55,15 @@ class MaskFiller:
     mask: int
     sampled: bool = False
     one_row_per_sample = False  # all results of a prompt come from one row
+    first_token_at = None  # they are chosen in any order
+
+    def __post_init__(self) -> None:
+        if self.config.logprobs:
+            raise UsageError(
+                "an encoder has no steps with alternatives",
+                where="--logprobs",
+                hint="use --num-samples 5 --json for the likeliest fillings",
+            )
 
     @property
     def model_config(self) -> ModelConfig:
@@ -64,6 +74,13 @@ class MaskFiller:
     def device_type(self) -> str:
         """Where the model is: cpu, cuda or mps."""
         return self.model.embedding.weight.device.type
+
+    def fit(self, prompt: list[int]) -> list[int]:
+        """The prompt (ids); raises UserError if it is longer than the context."""
+        context = self.model_config.max_position_embeddings
+        if len(prompt) > context:
+            raise too_long(prompt, context, "shorten it; masks are filled in whole prompts")
+        return prompt
 
     def cost(self, prompt: list[int], num_samples: int) -> int:
         """Tokens of the forward passes of a row."""

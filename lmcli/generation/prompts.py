@@ -38,7 +38,7 @@ def encode_prompt(
 ) -> list[int]:
     """Ids of a prompt with `bos` once in front and for an encoder the template's end.
 
-    Raises UserError for an empty prompt without bos, for one without a mask or too long for masks.
+    Raises UserError for an empty prompt without bos, or one without a mask for an encoder.
     """
     ids = tokenizer.encode(text)
     ids = ids if bos and ids[: len(bos)] == bos else bos + ids
@@ -56,14 +56,11 @@ def encode_prompt(
                 f"nothing to fill: the prompt has no {tokenizer.pieces([mask])[0]}",
                 hint="write the mask token where this model should fill in a token",
             )
-        context = config.max_position_embeddings
-        if len(ids) > context:
-            raise UserError(f"the prompt has {len(ids)} tokens, more than the context of {context}")
     return ids
 
 
 class Prompts:
-    """Reads prompts; `encode` is encode_prompt for a model, `note` gets warnings.
+    """Reads prompts; `encode` is encode_prompt for a model, `fit` cuts ids, `note` gets warnings.
 
     Standard input has lines or rows of a `format`, of which `fields` are read (see row_prompt). The
     Chat that `find_chat` returns writes messages, and with `chat_texts` all texts as a user's. No
@@ -73,7 +70,7 @@ class Prompts:
     def __init__(
         self,
         encode: Callable[[str], list[int]],
-        config: ModelConfig,
+        fit: Callable[[list[int]], list[int]],
         on_error: str,
         note: Callable[[str], None],
         find_chat: Callable[[], Chat],
@@ -81,7 +78,7 @@ class Prompts:
         format: str = "text",
         fields: tuple[str, ...] = (),
     ):
-        self.encode, self.config, self.on_error, self.note = encode, config, on_error, note
+        self.encode, self.fit, self.on_error, self.note = encode, fit, on_error, note
         self.find_chat, self.chat_texts, self.fields, self.empty = find_chat, chat_texts, fields, 0
         self.reader = RowReader(format, on_error=on_error, extract=self._extract)
 
@@ -103,10 +100,10 @@ class Prompts:
             for records in self._standard_input(whole, zero):
                 waiting += [prompt for record in records for prompt in self._prompts(record, whole)]
                 while waiting and not whole and not zero:
-                    yield self._checked(waiting[:PROMPTS_PER_BATCH])
+                    yield waiting[:PROMPTS_PER_BATCH]
                     waiting = waiting[PROMPTS_PER_BATCH:]
         if waiting:
-            yield self._checked(waiting)
+            yield waiting
 
     def _standard_input(self, whole: bool, zero: bool) -> Iterator[list[Record]]:
         if not whole and not zero:
@@ -151,20 +148,12 @@ class Prompts:
         """The prompt of a text, or of the row that it is from. Raises UserError."""
         messages = None if row is None else row_prompt(row, self.fields)
         if isinstance(messages, list):
-            return Prompt(*self.chat.encode(without_answer(messages)), row)
-        if self.chat_texts:
-            return Prompt(*self.chat.encode_user(text), row)
-        return Prompt(text, self.encode(text), row)
-
-    def _checked(self, batch: list[Prompt]) -> list[Prompt]:
-        """The batch, after a warning about prompts that are cut."""
-        config, context = self.config, self.config.max_position_embeddings
-        long = sum(len(prompt.ids or ()) > context for prompt in batch)
-        if long and not (config.shape == "encoder-decoder" and config.positions == "relative"):
-            which = "1 prompt is" if long == 1 else f"{long} prompts are"
-            read = f"only the {'end' if config.shape == 'decoder' else 'beginning'} is read"
-            self.note(f"{which} longer than the context of {context} tokens; {read}")
-        return batch
+            text, ids = self.chat.encode(without_answer(messages))
+        elif self.chat_texts:
+            text, ids = self.chat.encode_user(text)
+        else:
+            ids = self.encode(text)
+        return Prompt(text, self.fit(ids), row)
 
     def report_skipped(self) -> None:
         """Notes how many lines have an empty result or were skipped."""

@@ -140,6 +140,13 @@ def choose(logits: Floats, config: GenerateConfig, random: Random) -> int | None
     return int(ids[draw(logits, random.random())]) if len(ids) else None
 
 
+def likeliest(logits: Floats, count: int) -> Integers:
+    """Ids of the `count` largest logits (V,), largest first; of equal ones the first."""
+    count = min(count, len(logits))
+    ids = np.nonzero(keep_top_k(logits, count))[0]
+    return ids[np.argsort(-logits[ids], kind="stable")][:count]
+
+
 def log_sum_exp(logits: Floats) -> NDArray[np.float64]:
     """log Σ exp over the last axis; NaN or infinite if a logit is NaN or +∞, or all are −∞."""
     best, rows = logits.max(-1)[..., None], logits.reshape(-1, logits.shape[-1])

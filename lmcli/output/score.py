@@ -11,7 +11,7 @@ from lmcli.data.rows import Record, records_from_json, records_to_json
 from lmcli.data.schema import join_prefix
 from lmcli.distributed.work_queue import RemoteTask
 from lmcli.evaluation.intervals import wilson_interval
-from lmcli.output.cells import cell, numbered, tsv_line
+from lmcli.output.cells import cell, numbered, paint, shade, tsv_line
 from lmcli.scoring.scorer import NATS_PER_BIT, Score, Scorer, ScoringInput, Unit, choose
 from lmcli.text.characters import visible
 
@@ -264,10 +264,6 @@ class WorstRows(RecordRows):
         return f"{record.line}\t{super().lines(record, scores)}"
 
 
-# bits of surprisal from which a token has this background (of xterm's 256 colors)
-SHADES = ((14.0, 203), (10.0, 209), (7.0, 215), (4.0, 222), (2.0, 230))
-
-
 @dataclass
 class ColoredRows(RecordRows):
     """The text of each record, the background of each token colored by its surprisal.
@@ -282,32 +278,19 @@ class ColoredRows(RecordRows):
     def format(self, record: Record, scores: Sequence[Score]) -> str:
         """The colored text on one line."""
         data, colored, run = record.text.encode("utf-8"), [], b""
-        shade: int | None = 0
+        color: int | None = 0
         for unit in scores[0].pieces or []:
-            unit_shade = _shade(unit.surprisal)
+            unit_color = shade(unit.surprisal)
             inside_character = data[unit.start : unit.start + 1] and data[unit.start] & 0xC0 == 0x80
-            if unit_shade != shade and not inside_character:  # a character has one color
-                colored.append(_paint(run, shade))
-                run, shade = b"", unit_shade
+            if unit_color != color and not inside_character:  # a character has one color
+                colored.append(_drawn(run, color))
+                run, color = b"", unit_color
             run += data[unit.start : unit.end]
-        return "".join((*colored, _paint(run, shade))) + "\n"
+        return "".join((*colored, _drawn(run, color))) + "\n"
 
 
-def _shade(bits: float | None) -> int | None:
-    return None if bits is None else next((color for least, color in SHADES if bits >= least), 0)
-
-
-def _paint(data: bytes, shade: int | None) -> str:
-    text = visible(data.decode("utf-8", "replace"), keep="\t")
-    if not text or shade == 0:
-        return text
-    return f"\x1b[2m{text}\x1b[0m" if shade is None else f"\x1b[48;5;{shade};38;5;16m{text}\x1b[0m"
-
-
-def color_legend() -> str:
-    """What the colors mean."""
-    shades = (f"\x1b[48;5;{color};38;5;16m {least:g} \x1b[0m" for least, color in reversed(SHADES))
-    return f"bits of surprisal from {' '.join(shades)}"
+def _drawn(data: bytes, color: int | None) -> str:
+    return paint(visible(data.decode("utf-8", "replace"), keep="\t"), color)
 
 
 def row_format(

@@ -1,5 +1,6 @@
 """Characters that are not text: half surrogates in input, control characters on a terminal."""
 
+import os
 import re
 from collections.abc import Sequence
 from itertools import accumulate
@@ -13,6 +14,15 @@ REPLACEMENT = "\ufffd"  # for what is not text: half a surrogate pair, half a ch
 CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"  # what a terminal is sent before and after dim text
+
+
+def shows_color(stream: TextIO) -> bool:
+    """True for a terminal that shows colors, unless NO_COLOR says otherwise."""
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return stream.isatty() and not plain
 
 
 def visible(text: str, keep: str = "\n\t") -> str:

@@ -1,6 +1,7 @@
 """`lm generate`: prompts, how their continuations are written, and what ends them."""
 
 import json
+import math
 import os
 import re
 import select
@@ -10,6 +11,9 @@ import time
 from functools import partial
 
 import pytest
+
+import lmcli
+from lmcli.errors import UserError
 
 
 @pytest.fixture
@@ -120,12 +124,104 @@ def test_an_echoed_prompt_is_escaped_like_its_continuation(generate):
     assert line.startswith("a\\tb\\\\c\\rd") and line.count("\n") == 1
 
 
-def test_a_prompt_longer_than_the_context_is_cut_with_a_warning(inside, trained):
-    long = "The baker went home. " * 40
-    for arguments, text in ((long,), b""), ((), long.encode() + b"\n"):
-        done = inside("generate", "-m", trained[0], "-n", 3, *arguments, stdin=text)
-        assert done.returncode == 0 and b"longer than the context of 64 tokens" in done.stderr
-    assert inside("generate", "-m", trained[0], "-n", 3, "-q", long).stderr == b""
+class TestLongPrompts:
+    LONG = "The baker went home. " * 40
+
+    def test_the_error_says_by_how_much(self, inside, trained, generate):
+        lm = lmcli.load(trained[0])
+        count = len(lm.prompt(self.LONG))
+        message = f"the prompt has {count} tokens, {count - 64} more than the context of 64"
+        done = inside("generate", "-m", trained[0], self.LONG)
+        assert done.returncode == 1 and done.stdout == b""
+        assert done.stderr.decode().startswith(f"lm: error: {message}\n  shorten it, or ")
+        text = f"The\n{self.LONG}\nA\n".encode()
+        done = inside("generate", "-m", trained[0], "-n", 2, stdin=text)
+        assert done.returncode == 1 and f"standard input, line 2: {message}" in str(done.stderr)
+        out = generate("-n", 2, "--on-error", "blank", stdin=text).split("\n")
+        assert len(out) == 4 and out[0] and not out[1] and out[2]
+        with pytest.raises(UserError, match=message):
+            lm.generate(self.LONG)
+        with pytest.raises(UserError, match=message):
+            lm.stream(self.LONG)
+
+    def test_what_is_read_of_them(self, inside, trained):
+        lm = lmcli.load(trained[0])
+        ids = lm.prompt(self.LONG)
+        bos, options = lm.bos_ids(), {"temperature": 0.0, "max_new_tokens": 5}
+        for how, newest in ("slide", 32 - len(bos)), ("truncate", 59 - len(bos)):
+            (result,) = lm.generate(self.LONG, on_long=how, **options)
+            expected = lm.decoder(**options).generate([bos + ids[-newest:]], [0])[0]
+            assert result.tokens == expected.tokens
+            arguments = ("--on-long", how, "--temperature", 0, "-n", 5, "--json")
+            row = json.loads(inside("generate", "-m", trained[0], *arguments, self.LONG).stdout)
+            assert row["tokens"] == result.tokens and row["prompt"] == self.LONG
+
+    def test_a_text_that_outgrows_the_context_says_so_once(self, inside, trained):
+        options = ("-m", trained[0], "--seed", 7, "-n", 70)
+        prompts = b"The\n" * 8
+        stderr = inside("generate", *options, stdin=prompts).stderr.decode()
+        rows = inside("generate", *options, "--json", "-q", stdin=prompts)
+        rows = [json.loads(line) for line in rows.stdout.splitlines()]
+        start = len(lmcli.load(trained[0]).prompt("The"))
+        count = sum(start + len(row["tokens"]) > 65 for row in rows)
+        assert f"lm: {count} texts are longer, with the prompt, than the context of 64" in stderr
+        assert stderr.count("\n") == 1 and count > 1
+        assert inside("generate", *options, "-q", "The").stderr == b""
+        assert inside("generate", *options, "-n", 70, "--stop", "e", "The").stderr == b""
+
+
+class TestAlternatives:
+    def test_they_stand_in_json(self, inside, generate):
+        arguments = ("-n", 6, "--json", "The", "A")
+        plain, more = generate(*arguments), generate(*arguments, "--logprobs", 3)
+        for before, after in zip(map(json.loads, plain.splitlines()), more.splitlines()):
+            row = json.loads(after)
+            steps = row.pop("alternatives")
+            assert row == before and len(steps) == len(row["tokens"])
+            for token, logprob, step in zip(row["tokens"], row["token_logprobs"], steps):
+                values = [each["logprob"] for each in step]
+                assert len(step) == 3 and values == sorted(values, reverse=True)
+                same = [each["logprob"] for each in step if each["token"] == token]
+                assert same == [logprob] or values[-1] >= logprob
+        for count in (1, 10_000):
+            row = json.loads(generate("-n", 1, "--json", "--logprobs", count, "The"))
+            assert len(row["alternatives"][0]) == min(count, 512)
+        total = sum(math.exp(each["logprob"]) for each in row["alternatives"][0])
+        assert total == pytest.approx(1, abs=1e-3)
+
+    def test_why_has_a_line_for_each_token(self, generate):
+        arguments = ("-n", 6, "The")
+        row = json.loads(generate(*arguments, "--json", "--logprobs", 5))
+        out = generate(*arguments, "--why")
+        assert out.startswith(f"{row['text']}\n\n") and out.endswith("\n\n") and "\x1b" not in out
+        lines = out.removesuffix("\n\n").split("\n")[-6:]
+        for line, token, logprob, step in zip(
+            lines, row["tokens"], row["token_logprobs"], row["alternatives"], strict=True
+        ):
+            shares = [float(share) for share in re.findall(r"([\d.]+)%", line)]
+            expected = [100 * math.exp(each["logprob"]) for each in step if each["token"] != token]
+            assert shares == pytest.approx([100 * math.exp(logprob), *expected], abs=0.51)
+        assert len(re.findall("%", generate(*arguments, "--why", "--logprobs", 1))) <= 12
+        several = generate("--why", "-n", 2, "--num-samples", 2, stdin=b"The\nA\n")
+        assert several.count("\n\n") == 8
+
+    def test_a_stop_text_and_echo(self, generate):
+        out = generate("-n", 60, "--why", "--echo", "--stop", "e", "The")
+        alone = generate("-n", 60, "--echo", "--stop", "e", "The")
+        assert out.startswith(alone + "\n")
+
+
+def test_verbose_tells_how_fast_texts_came(inside, trained):
+    options = ("generate", "-m", trained[0], "-v", "-n", 4, "--seed", 7)
+    for texts, stdin, pattern in (
+        (("The",), b"", r"4 tokens, [\d,.]+ tokens/s, the first after \d\.\d\d s"),
+        ((), b"The\nA\n", r"2 texts, 8 tokens, [\d,.]+ tokens/s, the first after \d\.\d\d s"),
+        (("--num-beams", 2, "The"), b"", r"4 tokens, [\d,.]+ tokens/s"),
+        ((), b"", r"0 tokens"),
+    ):
+        done = inside(*options, *texts, stdin=stdin)
+        last = done.stderr.decode().splitlines()[-1]
+        assert done.returncode == 0 and re.fullmatch(f"lm: {pattern}", last)
 
 
 def test_generation_continues_beyond_the_context(generate):
@@ -144,6 +240,11 @@ def test_generation_continues_beyond_the_context(generate):
         (("--stop", "", "a"), "--stop"),
         (("\udcff",), "UTF-8"),
         (("--num-samples", "3", "--num-beams", "2", "a"), "num-beams"),
+        (("--logprobs", "0", "--json", "a"), "--logprobs"),
+        (("--logprobs", "3", "a"), "--logprobs needs --json or --why"),
+        (("--why", "--json", "a"), "--why and --json exclude each other"),
+        (("-i", "--why"), "-i and --why exclude each other"),
+        (("-i", "--on-long", "slide"), "-i and --on-long exclude each other"),
     ],
 )
 def test_impossible_options_are_usage_errors(inside, trained, arguments, expected):

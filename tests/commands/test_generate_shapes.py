@@ -34,7 +34,8 @@ def test_beams_of_the_folder_are_the_default_and_temperature_samples(inside, mar
 @pytest.mark.parametrize("count", [1, 3])
 def test_lines_of_beams_stay_in_step_with_prompts(inside, marian, count):
     prompts = b"the dog\na\n\n \n" + b"the baker went home " * 9 + b"\nthe cat ran\n"
-    options = "-m", marian, "--length-penalty", -10, "--early-stopping", "true"
+    options = ("-m", marian, "--length-penalty", -10, "--early-stopping", "true")
+    options += ("--on-long", "truncate")
     done = inside("generate", *options, "--num-samples", count, stdin=prompts)
     assert done.returncode == 0 and len(done.stdout.decode().splitlines()) == 6 * count
     rows = inside("generate", *options, "--num-samples", count, "--json", stdin=prompts).stdout
@@ -55,12 +56,21 @@ def test_a_target_is_streamed_without_special_tokens(inside, marian):
     assert out == row["text"] + "\n" and "<|endoftext|>" not in out
 
 
-def test_a_source_longer_than_the_context_has_a_note(inside, marian):
-    done = inside("generate", "-m", marian, "the baker went home " * 20)
-    assert (
-        done.returncode == 0
-        and b"longer than the context of 32 tokens; only the beginning is read" in done.stderr
-    )
+def test_a_source_longer_than_the_context(inside, marian):
+    long = "the baker went home " * 20
+    for how in ((), ("--on-long", "slide")):
+        done = inside("generate", "-m", marian, *how, long)
+        assert done.returncode == 1 and b"191 more than the context of 32\n" in done.stderr
+        assert b"read its beginning alone with --on-long truncate\n" in done.stderr
+    done = inside("generate", "-m", marian, "--on-long", "truncate", "-v", long)
+    assert done.returncode == 0 and done.stdout.count(b"\n") == 1
+
+
+def test_a_mask_has_no_alternatives(inside, berts):
+    done = inside("generate", "-m", berts / "masked", "--why", "a [MASK]")
+    assert done.returncode == 2 and b"--logprobs: an encoder" in done.stderr
+    done = inside("generate", "-m", berts / "masked", "[MASK] " * 30)
+    assert done.returncode == 1 and b"8 more than the context of 24" in done.stderr
 
 
 def test_masks_are_filled(inside, berts):

@@ -160,6 +160,21 @@ class TestTerminal:
             code, sent = on_a_terminal(*arguments)
             assert code == 0 and expected in re.sub(r"\s+", "", sent) and not RAW.search(sent)
 
+    def test_prompts_are_dim_and_samples_parted(self, on_a_terminal, lm, trained, monkeypatch):
+        options = ("generate", "-m", trained[0], "-n", 3, "--seed", 7, "--threads", 1)
+        texts = lm(*options, "--num-samples", 2, "The\x1b[1m").stdout.decode().split("\n")
+        code, sent = on_a_terminal(*options, "--num-samples", 2, "The\x1b[1m")
+        expected = "".join(
+            f"\x1b[2m── {number} of 2 ──\nThe␛[1m\x1b[0m{text}\n"
+            for number, text in enumerate(texts[:2], 1)
+        )
+        assert code == 0 and sent == expected
+        code, sent = on_a_terminal(*options, "--why", "The")
+        start, _, lines = sent.partition("\n\n")
+        assert code == 0 and "lm: bits of surprisal" in start and "\x1b[2mThe\x1b[0m" in start
+        assert lines.count("\n") == 4 and "\x1b[48;5;" in sent
+        assert max(len(re.sub("\x1b[^m]*m", "", line)) for line in lines.split("\n")) <= 80
+
     @pytest.mark.parametrize(
         "arguments",
         [

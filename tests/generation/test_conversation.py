@@ -11,6 +11,7 @@ from lmcli.data.schema import row_prompt
 from lmcli.errors import UserError
 from lmcli.generation.chat import Chat, without_answer
 from lmcli.generation.conversation import Session
+from lmcli.generation.decoding import slid_note
 from lmcli.text.chat_template import DEFAULT_TEMPLATE
 from lmcli.text.tokenizer import Tokenizer
 
@@ -56,6 +57,14 @@ class TestSession:
         options = {"max_new_tokens": 8, "temperature": 0.0}
         for prompt in ("The baker", "A"):
             assert "".join(talk.answer(prompt)) == model.generate(prompt, **options)[0].text
+
+    def test_a_text_that_outgrows_the_context_says_so_once(self, session, model):
+        talk, notes = session(chat=False, max_new_tokens=140)
+        for _ in range(2):
+            list(talk.answer("The baker"))
+        assert notes == [slid_note(1, 128)]
+        with pytest.raises(UserError, match="more than the context of 128"):
+            list(talk.answer("word " * 200))
 
     def test_the_oldest_turns_are_left_out_and_it_is_said_once(self, session, model):
         talk, notes = session()

@@ -180,3 +180,28 @@ def test_impossible_options_are_refused(comparison, tmp_path):
         match=r"generation_config\.json.*early_stopping: 'soon' is not one of",
     ):
         lmcli.load(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bart"])
+def test_alternatives_of_each_step_are_those_of_transformers(family, options, comparison, tmp_path):
+    model = comparison.make(family, tmp_path)
+    lm, rows = lmcli.load(tmp_path), comparison.inputs(6)
+    decoder = lm.decoder(logprobs=5, max_new_tokens=12, **options)
+    results = lmcli.api.generate_all(decoder, rows, seed=3)
+    assert max(len(result.tokens) for (result,) in results) > 5
+    for row, (result,) in zip(rows, results):
+        start = [decoder.target_start] if decoder.has_encoder else row
+        ids = torch.tensor([[*start, *result.tokens]])
+        inputs = {"input_ids": ids}
+        if decoder.has_encoder:
+            inputs = {"input_ids": torch.tensor([row]), "decoder_input_ids": ids}
+        with torch.no_grad():
+            logprobs = model(**inputs).logits[0, len(start) - 1 : -1].log_softmax(-1)
+        best = logprobs.topk(5)
+        steps = result.alternatives
+        tokens = [[each["token"] for each in step] for step in steps]
+        values = torch.tensor([[each["logprob"] for each in step] for step in steps])
+        assert tokens == best.indices.tolist()
+        assert (values - best.values).norm() < 1e-5 * best.values.norm()
+        assert steps[0][0]["text"] == lm.tokenizer.token_text(tokens[0][0])
