@@ -318,7 +318,7 @@ class Model:
         self.require("generate")
         config = generation_config(self.checkpoint.generate, options)
         stop_strings = check_stop_strings(stop)
-        check_form(config, self.config.shape, stop_strings)
+        check_form(config, self.config.shape, stop_strings or config.stop_strings)
         if self.config.shape == "encoder":
             from lmcli.generation.mask_filling import MaskFiller
 

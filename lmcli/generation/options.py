@@ -16,8 +16,9 @@ from lmcli.text.tokenizer import Tokenizer
 def generation_config(defaults: GenerateConfig, options: dict[str, Any]) -> GenerateConfig:
     """The defaults with `options`, fields of GenerateConfig; None leaves a default.
 
-    A temperature above 0 samples: it sets num_beams to 1 unless that is an option. Raises TypeError
-    for an unknown option, UsageError for a value out of range.
+    A temperature above 0 samples: it sets num_beams to 1 unless that is an option. A text of a form
+    does not end at `stop_strings` of the defaults. Raises TypeError for an unknown option,
+    UsageError for a value out of range.
     """
     known = sorted(f.name for f in fields(GenerateConfig))
     for name in sorted(options):
@@ -36,9 +37,10 @@ def generation_config(defaults: GenerateConfig, options: dict[str, Any]) -> Gene
             where = "--" + name.replace("_", "-")
             raise UsageError("must not be empty", where=where, hint="leave it out")
     # a limit on new tokens replaces the folder's limit on all tokens
-    implied = {"max_length": 0} if "max_new_tokens" in chosen else {}
+    implied: dict[str, Any] = {"max_length": 0} if "max_new_tokens" in chosen else {}
     implied |= {"min_length": 0} if "min_new_tokens" in chosen else {}
     implied |= {"num_beams": 1} if chosen.get("temperature") else {}
+    implied |= {"stop_strings": ()} if any(map(chosen.get, TEXT_FORMS)) else {}
     return replace(defaults, **{**implied, **chosen})
 
 

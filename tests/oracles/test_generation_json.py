@@ -1,6 +1,7 @@
 """Every key of generation_config.json is followed, without effect, or named; stop strings."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lmcli.checkpoints.generation_json import (
     ignored_keys,
 )
 from lmcli.config import GenerateConfig
-from lmcli.errors import UserError
+from lmcli.errors import UsageError, UserError
 
 transformers = pytest.importorskip("transformers")
 CLASSES = ({*GENERATE_KEYS}, IDS_AND_MODES, WITHOUT_EFFECT, {*NOT_SUPPORTED})
@@ -133,6 +134,20 @@ def test_a_text_ends_with_the_token_that_completes_a_stop_string(folder, setting
                 ended += 1
                 assert stop in prompt + ours.text and free.text.startswith(ours.text)
     assert ended > 8
+
+
+def test_stop_strings_do_not_end_a_text_of_a_form(folder, settings):
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    settings(max_new_tokens=30, stop_strings=["0", "1", "tomato"])
+    model = lmcli.load(folder)
+    ((number,), (choice,)) = (
+        model.generate("Once", regex="[01]{9}!"),
+        model.generate("Once", choices=["tomatoes", "tomato soup"]),
+    )
+    assert re.fullmatch("[01]{9}!", number.text)
+    assert choice.text in ("tomatoes", "tomato soup")
+    with pytest.raises(UsageError, match="--stop would cut the text"):
+        model.generate("Once", regex="a", stop_strings=("x",))
 
 
 def test_several_stop_strings_and_no_comma_splits_one(folder, settings):
