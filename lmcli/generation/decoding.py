@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from lmcli.errors import UserError
 from lmcli.generation import sampling
 from lmcli.generation.beam_search import UNDEFINED, Hypothesis, search
 from lmcli.generation.constraints import Constraints, SequenceState, sequence_state
+from lmcli.generation.prompt_lookup import PromptLookup
 from lmcli.generation.sampling import Floats
 from lmcli.generation.structure import Structure, form_of
 from lmcli.model import finite
@@ -200,9 +202,13 @@ class Decoder:
                     break
                 entering.append(self._row(number, waiting.prompt, waiting.seeds[0]))
                 number, waiting = number + 1, take()
-            state, rows = self._advance(state, rows, entering)
-            self.first_token_at = self.first_token_at or time.perf_counter()
-            yield from self._choose(rows, state.logits)
+            alone = rows[0] if len(rows) == 1 and self.extendable and not entering else None
+            if state and alone and (guess := alone.guess()):
+                yield from self._verify(cast("FastDecodingState", state), alone, guess)
+            else:
+                state, rows = self._advance(state, rows, entering)
+                self.first_token_at = self.first_token_at or time.perf_counter()
+                yield from self._choose(rows, state.logits)
             unfinished = [i for i, row in enumerate(rows) if row.finish_reason is None]
             if not self.use_cache or not (unfinished or self.extendable):
                 state = None
@@ -210,6 +216,21 @@ class Decoder:
                 state.keep(np.array(unfinished, np.int64))
             rows = [rows[i] for i in unfinished]
             waiting = waiting or take()
+
+    def _verify(
+        self, state: "FastDecodingState", row: "_Row", guess: list[int]
+    ) -> Iterator[TextChunk]:
+        """Reads a guess with the newest token, and chooses tokens as long as they are the guess.
+
+        The one after them is chosen too: all are what `_choose` gives one by one, to the bit.
+        """
+        ahead = state.look_ahead(np.array([row.window[-1], *guess], np.int64))
+        for right in range(len(guess) + 1):
+            yield from self._choose([row], ahead[right : right + 1])
+            if row.finish_reason or row.tokens[-1:] != guess[right : right + 1]:
+                break
+        state.accept(right + 1)
+        row.lookup.learn(len(guess), right)
 
     def _advance(
         self, state: "State | None", rows: list["_Row"], entering: list["_Row"]
@@ -406,6 +427,16 @@ class _Row:
         if self.decoder.config.stop_strings and self._completes_a_stop_string(token):
             self.finish_reason = "stop"
         return self._emit(new)
+
+    def guess(self) -> list[int]:
+        """Tokens that may follow, as far as the text and the context have room for them."""
+        room = min(self.limit - len(self.tokens), self.decoder.context - len(self.window) + 1)
+        return self.lookup.guess(self.tokens, room - 1) if room > 1 else []
+
+    @cached_property
+    def lookup(self) -> PromptLookup:
+        """Guesses of the next tokens; made for a text that is alone."""
+        return PromptLookup(self.prompt)
 
     def forbid_by_form(self, scores: Floats) -> None:
         """Sets the scores (V,) of tokens that the form of the text does not allow to −∞."""

@@ -109,6 +109,22 @@ class FastDecodingState:
         self._lengths = starts + counts
         self.logits = self._read(np.concatenate([tokens, *new]), starts, counts)
 
+    def look_ahead(self, tokens: Integers) -> Array:
+        """The logits (N, V) after each of N more tokens of the only sequence.
+
+        `accept` must follow: only then the sequence has the first of them.
+        """
+        self._reserve([], len(tokens))
+        rows = np.arange(len(tokens))
+        positions = self._lengths + rows
+        self.logits = self._forward(tokens, np.zeros_like(rows), positions, rows)
+        return self.logits
+
+    def accept(self, count: int) -> None:
+        """Adds the first tokens that `look_ahead` has read, at least one."""
+        self._lengths = self._lengths + count
+        self.logits = self.logits[count - 1 : count]
+
     def keep(self, rows: Integers) -> None:
         """Selects, reorders or repeats sequences (B', int64)."""
         self._lengths, self._source_of = self._lengths[rows], self._source_of[rows]
@@ -244,18 +260,18 @@ class FastDecodingState:
             self._relative = self.weights.relative_bias(capacity)
             self._model.relative = self._relative.ctypes.data
 
-    def _reserve(self, sequences: list[list[int]]) -> None:
-        """Finds places for new sequences and for one more token of the others.
+    def _reserve(self, sequences: list[list[int]], more: int = 1) -> None:
+        """Finds places for new sequences and for `more` tokens of the others.
 
         If there is no room, a new cache takes those that are read: its size is by the present
         number and lengths, not by those before.
         """
         slots, room = self._keys.shape[1], self._keys.shape[3]
         old, count = len(self._slots), len(self._slots) + len(sequences)
-        longest = max([*(self._lengths + 1).tolist(), *map(len, sequences)])
+        longest = max([*(self._lengths + more).tolist(), *map(len, sequences)])
         if count > slots or longest > room:
-            more = longest + max(SPARE_TOKENS, longest // 2)
-            self._move(max(count, 3 * old // 2) if count > slots else count, more)
+            room = longest + max(SPARE_TOKENS, longest // 2)
+            self._move(max(count, 3 * old // 2) if count > slots else count, room)
         if sequences:
             free = np.setdiff1d(np.arange(self._keys.shape[1]), self._slots)
             self._slots = np.concatenate([self._slots, free[: len(sequences)]])

@@ -100,6 +100,22 @@ def test_greedy_texts_of_200_prompts_equal_the_pytorch_path(case, model_of):
 
 
 @pytest.mark.parametrize("case", DECODERS, ids=str)
+def test_several_tokens_at_once_give_the_logits_of_each_to_the_bit(case, model_of):
+    for dtype, weight_type in ((torch.float32, None), (torch.bfloat16, None), (None, "int8")):
+        model = copy.deepcopy(model_of(case)).to(dtype or torch.bfloat16)
+        sources = [[5, 9, 2]] if model.encoder else None
+        one, several = (fast_state(model, [[4, 7, 9]], sources, 30, weight_type) for _ in "ab")
+        for count, right in ((3, 1), (9, 9), (2, 2), (5, 3)):
+            tokens = np.arange(count) + 3 * right
+            ahead = several.look_ahead(tokens)
+            several.accept(right)
+            for token, logits in zip(tokens[:right], ahead):
+                one.add(np.array([token]))
+                assert np.array_equal(one.logits[0], logits)
+            assert np.array_equal(several.logits, one.logits) and several.length == one.length
+
+
+@pytest.mark.parametrize("case", DECODERS, ids=str)
 def test_bfloat16_is_as_near_to_float32_as_the_pytorch_path(case, model_of, difference):
     model = model_of(case)
     exact = torch.cat([*walk(DecodingState, model)[:3]])
