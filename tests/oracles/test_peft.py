@@ -135,6 +135,7 @@ def test_we_read_adapters_of_embedding_and_head_from_peft(name, which, tmp_path)
     both = pair(case, tmp_path / "base", folder.load)
     targets = [(UNTIED | TIED)[name][index] for index in which]
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    torch.manual_seed(0)  # for peft's random weights
     adapted = peft.get_peft_model(both.theirs, config).eval()
     adapted.save_pretrained(tmp_path / "theirs")
     _name_base(tmp_path / "theirs", tmp_path / "base")
@@ -157,6 +158,7 @@ def test_we_read_adapters_of_embedding_and_head_from_peft(name, which, tmp_path)
 def test_adapters_of_a_shared_embedding_are_an_error(name, target, tmp_path):
     both = pair(next(case for case in CASES if str(case) == name), tmp_path / "base", folder.load)
     config = peft.LoraConfig(r=4, target_modules=[target], init_lora_weights=False)
+    torch.manual_seed(0)  # for peft's random weights
     peft.get_peft_model(both.theirs, config).save_pretrained(tmp_path / "theirs")
     _name_base(tmp_path / "theirs", tmp_path / "base")
     with pytest.raises(
@@ -196,6 +198,7 @@ def test_we_read_adapters_from_peft(case, options, tmp_path):
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False, **options
     )
+    torch.manual_seed(0)  # for peft's random weights
     adapted = peft.get_peft_model(both.theirs, config).eval()
     adapted.save_pretrained(tmp_path / "theirs")
     _name_base(tmp_path / "theirs", tmp_path / "base")
