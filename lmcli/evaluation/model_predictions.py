@@ -88,6 +88,7 @@ class ModelPredictor:
             "num_beams": self.options.num_beams,
             "stop": self.options.stop,
             "seed": self.options.seed,
+            "on_long": "slide" if config.shape == "decoder" else "truncate",  # they are counted
         }
         if config.shape == "decoder":
             options["temperature"] = 0.0

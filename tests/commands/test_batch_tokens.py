@@ -47,7 +47,19 @@ def rows(inside, *arguments, dtype="float32") -> list[dict]:
 )
 def test_generated_texts(options, inside, model):
     results = [
-        rows(inside, "generate", "-m", model, "-n", 8, "--batch-tokens", size, *options)
+        rows(
+            inside,
+            "generate",
+            "-m",
+            model,
+            "--on-long",
+            "slide",
+            "-n",
+            8,
+            "--batch-tokens",
+            size,
+            *options,
+        )
         for size in SIZES
     ]
     for result in results[1:]:
@@ -59,7 +71,7 @@ def test_generated_texts(options, inside, model):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", [[], ["--temperature", 0], ["--num-samples", 2]], ids=str)
 def test_a_decoder_on_a_cpu_generates_the_same_bits(options, dtype, inside, model):
-    arguments = ("generate", "-m", model, "-n", 8, "--seed", 3, *options)
+    arguments = ("generate", "-m", model, "--on-long", "slide", "-n", 8, "--seed", 3, *options)
     results = [rows(inside, *arguments, "--batch-tokens", size, dtype=dtype) for size in SIZES]
     assert results[0] == results[1] == results[2]
 

@@ -123,6 +123,8 @@ class TestTheOutputIsThatOfOneProcess:
             "generate",
             "-m",
             model,
+            "--on-long",
+            "slide",
             "--seed",
             3,
             "--num-samples",
