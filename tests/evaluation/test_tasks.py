@@ -183,6 +183,7 @@ def test_a_generator_reads_the_source_as_in_training(
     expected = {"num_beams": 3, "max_new_tokens": 5, "stop": ("x",), "seed": 1, "bos": None}
     if template and "messages" in row:
         source, expected["bos"] = "<s><|user|>\nHi\n<|assistant|>\n", False
+    expected["on_long"] = "truncate"
     if shape == "decoder":
-        expected["temperature"] = 0.0  # greedy
+        expected |= {"temperature": 0.0, "on_long": "slide"}  # greedy
     assert calls == [([source + (separator if shape == "decoder" else "")], expected)]
