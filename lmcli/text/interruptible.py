@@ -40,6 +40,8 @@ def run_in_thread(
         except BaseException as error:  # raised again where the result is awaited
             errors.append(error)
 
+    if deadline is not None and deadline <= time.monotonic():
+        raise DeadlineExceeded  # also where the work would be done before the first look
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
