@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lmcli.kernels.decoding_state import State
 
 WORST = -1.0e9  # score of a beam that does not exist or has ended, below those that go on
-PART_COLUMNS = 64  # scores of a row that are compared first, to find the best of a vocabulary
+GROUP_COLUMNS = 64  # columns of a group, of which only the largest score is compared at first
 NOTHING = -np.inf  # score of a finished text that does not exist, below all that do
 
 
@@ -159,17 +159,18 @@ def _largest(scores: Floats, count: int) -> tuple[Floats, Integers]:
 def _best_columns(scores: Floats, count: int) -> Integers:
     """Columns (R, n) among which are those of the `count` largest scores (R, V) of each row.
 
-    They are all columns of the `count` parts with the largest maximum, and the rest of a division.
+    They are the columns of the `count` groups with the largest maximum, and those in no group.
+    Group i of G has the columns i, i + G, i + 2 G and so on.
     """
     size = scores.shape[1]
-    parts = size // PART_COLUMNS
-    if parts <= 2 * count:
+    groups = size // GROUP_COLUMNS
+    if groups <= 2 * count:
         return np.arange(size)[None].repeat(len(scores), 0)
-    maxima = scores[:, : parts * PART_COLUMNS].reshape(-1, PART_COLUMNS, parts).max(1)
+    maxima = scores[:, : groups * GROUP_COLUMNS].reshape(-1, GROUP_COLUMNS, groups).max(1)
     best = np.argpartition(maxima, -count, 1)[:, None, -count:]  # NaN is the largest
-    columns = (best + parts * np.arange(PART_COLUMNS)[:, None]).reshape(len(scores), -1)
-    rest = np.arange(parts * PART_COLUMNS, size)[None].repeat(len(scores), 0)
-    return np.concatenate([columns, rest], 1)
+    columns = (best + groups * np.arange(GROUP_COLUMNS)[:, None]).reshape(len(scores), -1)
+    ungrouped = np.arange(groups * GROUP_COLUMNS, size)[None].repeat(len(scores), 0)
+    return np.concatenate([columns, ungrouped], 1)
 
 
 def _first_beams(prompts: int, width: int) -> tuple[_Beams, _Beams]:

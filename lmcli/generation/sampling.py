@@ -151,10 +151,10 @@ def log_sum_exp(logits: Floats) -> NDArray[np.float64]:
     """log Σ exp over the last axis; NaN or infinite if a logit is NaN or +∞, or all are −∞."""
     best, rows = logits.max(-1)[..., None], logits.reshape(-1, logits.shape[-1])
     totals = np.empty(len(rows))
-    some = max(1, (1 << 16) // len(rows[0]))  # rows at once, which stay in the processor's cache
+    at_once = max(1, (1 << 16) // len(rows[0]))  # rows that stay in the processor's cache
     with np.errstate(invalid="ignore", divide="ignore"):
-        for start in range(0, len(rows), some):
-            part = slice(start, start + some)
-            differences = rows[part] - best.reshape(-1, 1)[part]
-            totals[part] = np.exp(differences, out=differences).sum(-1, dtype=np.float64)
+        for start in range(0, len(rows), at_once):
+            block = slice(start, start + at_once)
+            differences = rows[block] - best.reshape(-1, 1)[block]
+            totals[block] = np.exp(differences, out=differences).sum(-1, dtype=np.float64)
         return best[..., 0] + np.log(totals).reshape(logits.shape[:-1])

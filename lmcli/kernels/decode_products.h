@@ -255,14 +255,14 @@ INLINE void tile(const Matrix *matrix, int64_t type, Rows x, int64_t row, float 
         int64_t row_bytes = x.stride * (type == FLOAT32 ? 4 : 2);
         const char *rows = type == FLOAT32 ? (const char *)x.data : (const char *)x.packed;
         add_inputs(type, weight, bytes, vectors, rows + row * row_bytes, row_bytes, B, S, next, step, sums);
-        vectors = 0;
-    }
-    int64_t at_once = type == INT8 ? 8 : type == INT4 ? 4 : 16;
-    for (int64_t k = 0; k < vectors; k += at_once) {
-        UNROLL for (int i = 0; i < B * at_once; i++) FETCH(next + k * step + i * 64);
-        if (type == BFLOAT16_AS_AMX)
-            add_32(weight + k * 64, bytes, (const uint16_t *)x.packed + row * x.stride + 2 * k, x.stride, B, S, sums);
-        else add_group(matrix, type, weight + k * 64, bytes, block, inputs / GROUP, k / at_once, x, row, B, S, sums);
+    } else {
+        int64_t at_once = type == INT8 ? 8 : type == INT4 ? 4 : 16;
+        for (int64_t k = 0; k < vectors; k += at_once) {
+            UNROLL for (int i = 0; i < B * at_once; i++) FETCH(next + k * step + i * 64);
+            if (type == BFLOAT16_AS_AMX)
+                add_32(weight + k * 64, bytes, (const uint16_t *)x.packed + row * x.stride + 2 * k, x.stride, B, S, sums);
+            else add_group(matrix, type, weight + k * 64, bytes, block, inputs / GROUP, k / at_once, x, row, B, S, sums);
+        }
     }
     UNROLL for (int b = 0; b < B; b++) {
         int64_t first = column + b * LANES, count = matrix->outputs - first < LANES ? matrix->outputs - first : LANES;

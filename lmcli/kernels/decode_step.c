@@ -44,7 +44,7 @@ typedef struct {  /* one call: `rows` tokens, each with a slot of the cache and 
     float *logits;  /* (logit_rows, V) */
     Rows normed, query, mixed, inner;  /* scratch: (rows, C), (rows, H D), (rows, H D), (2 rows, F) */
     float *key, *value;  /* scratch (rows, K D) */
-    float *scores;  /* scratch (threads, QUERIES · longest + 16 D) */
+    float *scores, *part;  /* scratch (threads, QUERIES, longest), (threads, 16, D) */
 } Call;
 
 /* ------------------------------------------------------------------------------------------------------- norms */
@@ -194,8 +194,9 @@ typedef struct {
     int64_t type;  /* FLOAT32 or BFLOAT16 */
     const float *bias;  /* is read backwards: by distance; NULL: none */
     int64_t count, more;  /* keys of the first query; of each further one so many more */
-    float *scores;  /* scratch, (QUERIES, longest) and (16, D) */
+    float *scores;  /* scratch, (QUERIES, longest) */
     int64_t longest;
+    float *part;  /* scratch, (16, D) */
 } Attended;
 
 /* The rows `from` to `to` of keys or values: their own memory, or of at most 16 in bfloat16 copies in `part`. */
@@ -214,9 +215,9 @@ static void attend(const Model *model, Attended to, const float *query, int64_t 
                    int64_t stride) {
     int64_t size = model->head_dim, longest = to.longest, all = to.count + (queries - 1) * to.more;
     int64_t step = to.type == FLOAT32 ? PART : LANES;
-    float sums[QUERIES], *part = to.scores + QUERIES * longest;
+    float sums[QUERIES];
     for (int64_t i = 0; i < all; i += LANES) {
-        const float *keys = rows_of(to.keys, to.type, i, i + LANES < all ? i + LANES : all, size, part);
+        const float *keys = rows_of(to.keys, to.type, i, i + LANES < all ? i + LANES : all, size, to.part);
         for (int64_t s = 0; s < queries; s++) {
             int64_t count = to.count + s * to.more - i;
             if (count <= 0) continue;
@@ -234,7 +235,7 @@ static void attend(const Model *model, Attended to, const float *query, int64_t 
     }
     for (int64_t i = 0; i < all; i += step) {
         int64_t s = 0, end = i + step < to.count ? i + step : to.count;
-        const float *values = rows_of(to.values, to.type, i, i + step < all ? i + step : all, size, part);
+        const float *values = rows_of(to.values, to.type, i, i + step < all ? i + step : all, size, to.part);
         if (end > i)
             for (; s + 4 <= queries; s += 4)
                 add_values(to.scores + s * longest + i, longest, values, end - i, size, 4, out + s * stride, stride);
@@ -249,11 +250,6 @@ static void attend(const Model *model, Attended to, const float *query, int64_t 
     }
     for (int64_t s = 0; s < queries; s++)
         for (int64_t i = 0; i < size; i++) out[s * stride + i] /= sums[s];
-}
-
-/* This thread's scratch for attention. */
-INLINE float *scores_of(const Model *model, const Call *call) {
-    return call->scores + THREAD * (QUERIES * call->longest + LANES * model->head_dim);
 }
 
 /* Element `at` of a cache. */
@@ -280,59 +276,51 @@ static void cache_share(const Model *model, const Layer *layer, const Call *call
     }
 }
 
-/* Rows that a thread takes at once, of one head. */
-INLINE int64_t rows_of_share(const Model *model, const Call *call) {
-    int64_t rows = call->rows * model->heads / (THREADS * 8);
-    return rows < 1 ? 1 : rows > QUERIES ? QUERIES : rows;
-}
-
-/* Rows after `row` that follow each other in the same sequence, up to `end`: their queries are attended together. */
-INLINE int64_t run_of(const Layer *layer, const Call *call, int64_t row, int64_t end) {
+/* Rows from `row` on, up to `end`, whose queries can be attended together: of one sequence, or of one source. */
+INLINE int64_t run_of(const Layer *layer, const Call *call, int cross, int64_t row, int64_t end) {
+    const int64_t *slot = call->slot, *position = call->position, *source = call->source;
     int64_t next = row + 1;
-    if (layer->window && call->position[row] + QUERIES > layer->window) return 1;  /* each begins elsewhere */
-    while (next < end && call->slot[next] == call->slot[row] && call->position[next] == call->position[next - 1] + 1) next++;
+    if (cross) while (next < end && source[next] == source[row]) next++;
+    else if (layer->window && position[row] + QUERIES > layer->window) return 1;  /* the keys of each begin elsewhere */
+    else while (next < end && slot[next] == slot[row] && position[next] == position[next - 1] + 1) next++;
     return next - row;
 }
 
-/* call->mixed of this thread's (rows, head) pairs: attention to the cache. */
-static void attention_share(const Model *model, const Layer *layer, const Call *call) {
-    int64_t size = model->head_dim, heads = model->heads, group = heads / model->key_heads;
-    int64_t step = rows_of_share(model, call);
-    for (int64_t i = THREAD; i < (call->rows + step - 1) / step * heads; i += THREADS) {
-        int64_t row = i / heads * step, end = row + step < call->rows ? row + step : call->rows, head = i % heads, count;
-        for (; row < end; row += count) {
-            int64_t position = call->position[row], first = 0;
-            float *query = call->query.data + row * call->query.stride + head * size;
-            count = run_of(layer, call, row, end);
-            for (int64_t s = 0; s < count; s++)
-                prepare_head(model, layer, call, row + s, query + s * call->query.stride, layer->query_norm);
-            if (layer->window && position >= layer->window) first = position - layer->window + 1;
-            int64_t at = ((call->slot[row] * model->key_heads + head / group) * model->capacity + first) * size;
-            const float *bias = model->relative ? model->relative + head * model->capacity : 0;
-            Attended to = {cache_at(model, layer->keys, at), cache_at(model, layer->values, at), model->cache_type, bias,
-                           position + 1 - first, 1, scores_of(model, call), call->longest};
-            attend(model, to, query, call->query.stride, count, call->mixed.data + row * call->mixed.stride + head * size,
-                   call->mixed.stride);
-        }
+/* The keys and values that the query of a row sees, and the queries of the rows after it in a run. */
+INLINE Attended seen_by(const Model *model, const Layer *layer, const Call *call, int cross, int64_t row, int64_t head) {
+    int64_t size = model->head_dim, heads = model->key_heads, key_head = head / (model->heads / heads);
+    float *scores = call->scores + THREAD * QUERIES * call->longest, *part = call->part + THREAD * LANES * size;
+    if (cross) {
+        int64_t at = (call->source[row] * heads + key_head) * model->cross_capacity * size;
+        Attended to = {layer->cross_keys + at, layer->cross_values + at, FLOAT32, 0, call->source_length[row], 0, scores,
+                       call->longest, part};
+        return to;
     }
+    int64_t position = call->position[row], first = 0;
+    if (layer->window && position >= layer->window) first = position - layer->window + 1;
+    int64_t at = ((call->slot[row] * heads + key_head) * model->capacity + first) * size;
+    Attended to = {cache_at(model, layer->keys, at), cache_at(model, layer->values, at), model->cache_type,
+                   model->relative ? model->relative + head * model->capacity : 0, position + 1 - first, 1, scores,
+                   call->longest, part};
+    return to;
 }
 
-/* The same to the encoder's output: rows with the same source are attended together, as beams are. */
-static void cross_share(const Model *model, const Layer *layer, const Call *call) {
-    int64_t size = model->head_dim, heads = model->heads, group = heads / model->key_heads, step = rows_of_share(model, call);
+/* call->mixed of this thread's rows and heads: attention to the cache, or with `cross` to the encoder's output. */
+static void attention_share(const Model *model, const Layer *layer, const Call *call, int cross) {
+    int64_t size = model->head_dim, heads = model->heads, step = call->rows * heads / (THREADS * 8);
+    step = step < 1 ? 1 : step > QUERIES ? QUERIES : step;  /* rows that a thread takes at once, of one head */
     for (int64_t i = THREAD; i < (call->rows + step - 1) / step * heads; i += THREADS) {
         int64_t row = i / heads * step, end = row + step < call->rows ? row + step : call->rows, head = i % heads, count;
         for (; row < end; row += count) {
-            int64_t source = call->source[row], at = (source * model->key_heads + head / group) * model->cross_capacity * size;
             float *query = call->query.data + row * call->query.stride + head * size;
-            for (count = 0; row + count < end && call->source[row + count] == source; count++) {
-                float *each = query + count * call->query.stride;
-                if (layer->cross_query_norm.weight) normalize(each, layer->cross_query_norm, each, size, model->eps, 1);
+            count = run_of(layer, call, cross, row, end);
+            for (int64_t s = 0; s < count; s++) {
+                float *each = query + s * call->query.stride;
+                if (!cross) prepare_head(model, layer, call, row + s, each, layer->query_norm);
+                else if (layer->cross_query_norm.weight) normalize(each, layer->cross_query_norm, each, size, model->eps, 1);
             }
-            Attended to = {layer->cross_keys + at, layer->cross_values + at, FLOAT32, 0, call->source_length[row], 0,
-                           scores_of(model, call), call->longest};
-            attend(model, to, query, call->query.stride, count, call->mixed.data + row * call->mixed.stride + head * size,
-                   call->mixed.stride);
+            attend(model, seen_by(model, layer, call, cross, row, head), query, call->query.stride, count,
+                   call->mixed.data + row * call->mixed.stride + head * size, call->mixed.stride);
         }
     }
 }
@@ -355,7 +343,7 @@ static void attention_heads(const Model *model, const Layer *layer, const Call *
     BARRIER
     cache_share(model, layer, call);
     BARRIER
-    attention_share(model, layer, call);
+    attention_share(model, layer, call, 0);
     BARRIER
     pack_share(&layer->output, call);
 }
@@ -370,7 +358,7 @@ static void attention_sublayer(const Model *model, const Layer *layer, const Cal
 static void cross_sublayer(const Model *model, const Layer *layer, const Call *call) {
     product_share(&layer->cross_query, call->normed, call->rows, call->query.data, call->query.stride, 0);
     BARRIER
-    cross_share(model, layer, call);
+    attention_share(model, layer, call, 1);
     BARRIER
     pack_share(&layer->cross_output, call);
     product_share(&layer->cross_output, call->mixed, call->rows, call->x, model->hidden, 1);

@@ -86,7 +86,7 @@ class _Call(ctypes.Structure):
         *_fields(_pointer, "slot position source source_length logit_row"),
         *_fields(_pointer, "cos sin local_cos local_sin x logits"),
         *_fields(_Rows, "normed query mixed inner"),
-        *_fields(_pointer, "key value scores"),
+        *_fields(_pointer, "key value scores part"),
     ]
 
 

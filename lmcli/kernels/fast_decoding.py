@@ -186,9 +186,9 @@ class FastDecodingState:
             _Call(
                 rows=len(tokens),
                 logit_rows=len(logit_rows),
-                longest=(scratch["scores"].shape[1] - LANES * self.config.head_dim) // QUERIES,
+                longest=scratch["scores"].shape[2],
                 **{name: values.ctypes.data for name, values in arrays.items()},
-                **{name: scratch[name].ctypes.data for name in ("key", "value", "scores")},
+                **{name: scratch[name].ctypes.data for name in ("key", "value", "scores", "part")},
                 **{name: _rows(scratch, name) for name in ("normed", "query", "mixed", "inner")},
             ),
         )
@@ -220,18 +220,16 @@ class FastDecodingState:
         config, keys = self.config, self._keys.shape[3]
         longest = max(keys, self._sources.longest if self._sources else 0)
         longest = -(-longest // LANES) * LANES
-        threads, room = thread_count(), QUERIES * longest + LANES * config.head_dim
-        scratch, enough = self._scratch, False
-        if scratch:
-            scores = scratch["scores"].shape
-            enough = scores[0] >= threads and scores[1] >= room and len(scratch["key"]) >= count
-        if not enough:
+        threads, scratch = thread_count(), self._scratch
+        scores = scratch["scores"].shape if scratch else (0, 0, 0)
+        if scores[0] < threads or scores[2] < longest or len(scratch["key"]) < count:
             key_width = config.num_key_value_heads * config.head_dim
             width = config.num_attention_heads * config.head_dim
             self._scratch = scratch = {
                 "key": np.empty((count, key_width), np.float32),
                 "value": np.empty((count, key_width), np.float32),
-                "scores": np.empty((threads, room), np.float32),
+                "scores": np.empty((threads, QUERIES, longest), np.float32),
+                "part": np.empty((threads, LANES, config.head_dim), np.float32),
             }
             sizes = {"normed": config.hidden_size, "query": width, "mixed": width}
             for name, size in {**sizes, "inner": config.intermediate_size}.items():
