@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from lmcli import display
+from lmcli.terminal import tables
 from lmcli.text.characters import visible
 
 STEP = SimpleNamespace(
@@ -33,7 +34,7 @@ def test_clock(seconds, text):
 
 
 def test_table_aligns_numbers_right_and_keeps_brackets():
-    text = display.table(("file", "bits"), [("[bold]x", "1.5"), ("longer name", "12.25")])
+    text = tables.table(("file", "bits"), [("[bold]x", "1.5"), ("longer name", "12.25")])
     assert [line.rstrip() for line in text.splitlines()] == [
         "file          bits",
         "[bold]x        1.5",
@@ -43,7 +44,7 @@ def test_table_aligns_numbers_right_and_keeps_brackets():
 
 def test_table_wider_than_the_terminal_keeps_every_number():
     names = [f"figure_{i}" for i in range(20)]
-    text = display.table(("system", *names), [("a model", *(f"{i}.0123456789" for i in range(20)))])
+    text = tables.table(("system", *names), [("a model", *(f"{i}.0123456789" for i in range(20)))])
     assert all(f" {i}.0123456789" in text for i in range(20)) and all(
         name in text for name in names
     )
@@ -190,7 +191,7 @@ def test_every_picture_is_one_column_wide():
 
 
 def test_a_table_draws_names_without_markup():
-    text = display.table(("[red]label", EVIL), [(EVIL, "1")])
+    text = tables.table(("[red]label", EVIL), [(EVIL, "1")])
     assert "[red]label" in text and text.count(DRAWN) == 2
 
 

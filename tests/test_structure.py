@@ -30,7 +30,7 @@ GROUND = ("errors", "ownership", "storage", "config", "recipes")  # in this orde
 FLOORS = (
     *((name,) for name in GROUND),
     ("text", "model"),
-    ("data", "kernels"),
+    ("data", "kernels", "terminal"),
     ("distributed", "checkpoints"),
     ("generation", "scoring", "training"),
     ("api", "__init__"),
@@ -51,6 +51,7 @@ NEVER = {
     "model": {"tokenizers", "safetensors", *NO_SCREEN},
     "kernels": {"tokenizers", "safetensors", *NO_SCREEN},
     "display": {"torch", "numpy", "tokenizers", "click"},
+    "terminal": {"torch", "numpy", "tokenizers", "safetensors", "click"},
     "commands": {"rich"},
     "__main__": {"rich", "click", "torch"},
 }

@@ -169,7 +169,8 @@ def _print(
     results: "Iterable[SystemResult]", style: "EvaluationFormat", as_json: bool
 ) -> "list[SystemResult]":
     """Prints the results as they come, on a terminal all at the end; returns them."""
-    from lmcli.display import print_rows, table
+    from lmcli.display import print_rows
+    from lmcli.terminal.tables import table
 
     printed: list[SystemResult] = []
     if as_json or not sys.stdout.isatty():

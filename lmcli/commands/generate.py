@@ -311,9 +311,9 @@ def _style(model: "Model", args: options.Arguments) -> "GenerationFormat":
     """How texts are written: on a terminal with their prompts, and parted from other samples."""
     from shutil import get_terminal_size
 
-    from lmcli import display
     from lmcli.output.cells import color_legend
     from lmcli.output.generate import GenerationFormat, WhyFormat
+    from lmcli.terminal.tables import fit
     from lmcli.text.characters import shows_color
 
     shape, terminal = model.config.shape, sys.stdout.isatty()
@@ -338,7 +338,7 @@ def _style(model: "Model", args: options.Arguments) -> "GenerationFormat":
         continues=shape == "decoder",
         colors=colors,
         columns=get_terminal_size().columns if terminal else None,
-        fit=display.fit,
+        fit=fit,
     )
 
 

@@ -13,6 +13,8 @@ from lmcli.commands import run
 from lmcli.kernels import build
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the forked processes import it, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from drawn_screen import Screen, Terminal
 from forked import LmPopen
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +68,30 @@ def lm(environment):
         return subprocess.run(
             command, input=stdin, capture_output=True, env=environment, timeout=120, **options
         )
+
+    return call
+
+
+@pytest.fixture
+def terminal(environment):
+    """terminal(*arguments, columns=80, rows=24, **options): a running `lm` on a `Terminal`."""
+    running = []
+
+    def call(*arguments, variables: dict | None = None, **options) -> Terminal:
+        running.append(Terminal(arguments, {**environment, **(variables or {})}, **options))
+        return running[-1]
+
+    yield call
+    for one in running:
+        one.close()
+
+
+@pytest.fixture
+def screen(terminal):
+    """screen(*arguments, **options): what a `Terminal` shows when `lm` has ended."""
+
+    def call(*arguments, **options) -> Screen:
+        return terminal(*arguments, **options).read()
 
     return call
 
