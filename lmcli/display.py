@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcli.data.output_file import json_line
 from lmcli.terminal.tables import table
+from lmcli.terminal.wrapping import message_for
 from lmcli.text.characters import for_stream, visible, without_surrogates
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ MARKDOWN_COLUMNS = 100
 
 
 def note(text: str) -> None:
-    """Prints one line on standard error: what was chosen, skipped or changed."""
-    print(f"lm: {for_stream(text, sys.stderr)}", file=sys.stderr, flush=True)
+    """Prints a message on standard error: what was chosen, skipped or changed."""
+    print(message_for(sys.stderr, f"lm: {text}"), file=sys.stderr, flush=True)
 
 
 def clock(seconds: float | None) -> str:
