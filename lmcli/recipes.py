@@ -227,7 +227,7 @@ def _find(preset: str) -> Path:
     path = Path(preset)
     shipped = f"choose a shipped preset ({', '.join(preset_names())})"
     if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
-        if not path.is_file():
+        if path.is_dir() or not path.exists():
             raise UsageError("no such preset file", where=preset, hint=shipped)
         return path
     if preset not in preset_names():

@@ -105,6 +105,7 @@ def evaluate(args: options.Arguments) -> None:
     if args.files or not args.references:
         files = options.input_files(args.files, args.include, args.quiet)
     from lmcli import api
+    from lmcli.data.files import display_name
     from lmcli.display import note
     from lmcli.evaluation import preparation, systems, tasks
     from lmcli.output import evaluate as output
@@ -124,7 +125,7 @@ def evaluate(args: options.Arguments) -> None:
 
     new_system("")  # a missing library is an error before the work
     evaluation = EvaluationRun(args, request, task, dataset, survey.records)
-    source_name = dataset.name_of((files or [args.references])[0])
+    source_name = display_name((files or [args.references])[0])
     measured = evaluation.measure(new_system, source_name)
     results = systems.evaluate_systems(measured, survey.groups, figures, args.resamples, args.seed)
     if survey.empty_references and not args.quiet:

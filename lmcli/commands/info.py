@@ -84,13 +84,10 @@ def _tokenizer(model: str | None) -> "Tokenizer | None":
 def _describe(name: str, tokenizer: "Tokenizer | None", fields: tuple[str, ...]) -> "Summary":
     """The facts about a path, a name in the Hub's local cache, or - for standard input."""
     from lmcli.checkpoints import hub
-    from lmcli.data.documents import pin_stdin
+    from lmcli.data.files import pin
     from lmcli.output import info as output
 
-    if name == "-":
-        summary = output.describe(pin_stdin(), tokenizer, fields)
-        summary.facts["path"] = "-"
-    elif not os.path.lexists(name) and hub.is_hub_name(name):
+    if name != "-" and not os.path.lexists(name) and hub.is_hub_name(name):
         snapshot = hub.cached_snapshot(name)
         if snapshot is None:
             raise UserError(
@@ -101,7 +98,10 @@ def _describe(name: str, tokenizer: "Tokenizer | None", fields: tuple[str, ...])
             )
         summary = output.describe(str(snapshot), tokenizer, fields)
     else:
-        summary = output.describe(name, tokenizer, fields)
+        path = pin(name)
+        summary = output.describe(path, tokenizer, fields)
+        if path != name:
+            summary.facts["path"] = name
     if summary.config:
         from lmcli.api import abilities
 

@@ -219,12 +219,12 @@ def _validation_sets(models: list[Loaded]) -> Iterator[PerplexitySource]:
 
 def _sources(args: options.Arguments, files: list[str]) -> Iterator[PerplexitySource]:
     """The files, each measured by all models; errors in a file are raised before its work."""
-    from lmcli.data.documents import DocumentFormat, find_documents, pin_stdin, survey
-    from lmcli.data.rows import display_name
+    from lmcli.data.documents import DocumentFormat, find_documents, survey
+    from lmcli.data.files import display_name, pin
 
     document_format = DocumentFormat(args.documents, args.format_, args.fields, args.on_error)
     for path in files:
-        name, file = display_name(path), pin_stdin() if path == "-" else path
+        name, file = display_name(path), pin(path)
         if args.by and not document_format.has_rows(file):
             raise UsageError(
                 "is plain text, which has no fields to group by",

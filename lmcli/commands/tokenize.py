@@ -120,7 +120,8 @@ def _learn(args: options.Arguments) -> None:
         raise UsageError("--train needs an output folder", hint="name it with -o DIR")
     from lmcli.config import TokenizerConfig
     from lmcli.data.corpus import learn_tokenizer
-    from lmcli.data.documents import DocumentFormat, pin_stdin, survey
+    from lmcli.data.documents import DocumentFormat, survey
+    from lmcli.data.files import pin
     from lmcli.storage import user_errors
 
     folder = Path(args.output)
@@ -135,8 +136,7 @@ def _learn(args: options.Arguments) -> None:
 
     config = TokenizerConfig(args.vocab_size or 4096, args.pattern or "gpt2")
     document_format = DocumentFormat("file", args.format_, args.fields, args.on_error)
-    files = [pin_stdin() if path == "-" else path for path in paths]
-    documents = survey(files, document_format).documents
+    documents = survey(map(pin, paths), document_format).documents
     tokenizer = learn_tokenizer(documents, document_format, config, note)
     with user_errors(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)

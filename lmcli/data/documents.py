@@ -6,7 +6,6 @@ numbers, and the validation split can be stored (`recipe.yaml`) and measured aga
 
 import codecs
 import hashlib
-import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -46,8 +45,7 @@ from lmcli.data.schema import (
 )
 from lmcli.data.schema import squad_example as row_squad_example
 from lmcli.errors import UsageError, UserError
-from lmcli.ownership import create, temporary_name
-from lmcli.storage import cache_folder, user_errors
+from lmcli.storage import user_errors
 from lmcli.text.chat_template import ASSISTANT
 from lmcli.text.splitting import PIECE_CHARS, SAFE_CUT, SAFE_CUT_CRLF, cut_position
 
@@ -464,34 +462,3 @@ def line_number(file: str, at: int) -> int:
         while at and (chunk := handle.read(min(CHUNK_BYTES, at))):
             lines, at = lines + chunk.count(b"\n"), at - len(chunk)
     return lines
-
-
-# -- copies of input that can be read again
-
-
-def pin_stdin() -> str:
-    """Copies standard input into the cache, named by its content, so that a run can be resumed."""
-    action = "keep standard input"
-    with user_errors(cache_folder() / "stdin", action), open_bytes("-") as source:
-        chunks = iter(lambda: source.read(CHUNK_BYTES), b"")
-        return write_pinned("stdin", ".txt", action, chunks)
-
-
-def write_pinned(folder_name: str, suffix: str, action: str, chunks: Iterable[bytes]) -> str:
-    """Writes chunks to a file in a folder of the cache, named by its content; returns the path.
-
-    Raises UserError, which names the `action`, when it cannot be written.
-    """
-    folder, digest = cache_folder(folder_name), hashlib.sha256()
-    part = temporary_name(folder / "new")
-    with user_errors(folder, action):
-        try:
-            with create(part) as out:
-                for chunk in chunks:
-                    digest.update(chunk)
-                    out.write(chunk)
-            target = folder / f"{digest.hexdigest()[:16]}{suffix}"
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
-    return str(target)

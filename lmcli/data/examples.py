@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from lmcli.data.byte_ranges import Document
-from lmcli.data.documents import DocumentFormat, line_number, read_rows, write_pinned
+from lmcli.data.documents import DocumentFormat, line_number, read_rows
+from lmcli.data.files import write_pinned
 from lmcli.data.rows import RowReader, display_name
 from lmcli.data.schema import (
     MESSAGES,

@@ -2,10 +2,12 @@
 
 import codecs
 import gzip
+import hashlib
 import importlib
 import io
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -15,11 +17,14 @@ from types import ModuleType
 from typing import Any, BinaryIO, cast
 
 from lmcli.errors import UserError
-from lmcli.storage import user_errors
+from lmcli.ownership import create, temporary_name
+from lmcli.storage import cache_folder, user_errors
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")  # may follow the suffix that names the format
 COMPRESSED_BYTES = 1 << 16  # read at once
 PARQUET_ROWS = 1024  # converted at once
+PINNED_BYTES = 1 << 18  # copied at once
+ENDING = re.compile(r"(\.\w{1,8}){1,2}$", re.ASCII)  # of a pipe's name, which names its format
 HEAD_BYTES = 1 << 16  # by which text is told from binary data
 # how text in other encodings may begin, and the name that iconv has for it; the longer ones first
 ENCODING_MARKS = (
@@ -40,8 +45,12 @@ FREQUENT = (
 )
 
 
+_pinned_names: dict[str, str] = {}  # paths of copies that `pin` has made → the inputs' names
+
+
 def display_name(file: str) -> str:
     """The name of an input in messages and results; bytes that are not UTF-8 show as U+FFFD."""
+    file = _pinned_names.get(file, file)
     if file == "-":
         return "standard input"
     return file if file.isascii() else os.fsencode(file).decode("utf-8", "replace")
@@ -386,3 +395,53 @@ def _is_text(name: str) -> bool:
     except UnicodeDecodeError as error:  # fine if only a last character is incomplete
         return error.start > len(head) - 4 and len(head) == HEAD_BYTES
     return True
+
+
+# -- copies of input that can be read again
+
+
+def pin(file: str) -> str:
+    """The file itself if it can be read twice, else the path of a copy in the cache.
+
+    Standard input, pipes and what is in /dev are copied; the copy is named by its content, so that
+    a run on it can be resumed. `display_name` of the copy is that of the file.
+    """
+    with user_errors(display_name(file), "read"):
+        path = Path(file)
+        is_stream = path.exists() and not (path.is_file() or path.is_dir())
+        if not (file == "-" or file.startswith("/dev/") or is_stream):
+            return file
+        source = open_bytes("-") if file == "-" else open(file, "rb", buffering=0)
+    ending = ENDING.search(file)
+    with source:
+        action = f"keep {display_name(file)}"
+        chunks = _chunks_of(source, display_name(file))
+        copy = write_pinned("stdin", ending[0] if ending else ".txt", action, chunks)
+    _pinned_names[copy] = file
+    return copy
+
+
+def _chunks_of(source: BinaryIO, name: str) -> Iterator[bytes]:
+    with user_errors(name, "read"):
+        while chunk := source.read(PINNED_BYTES):
+            yield chunk
+
+
+def write_pinned(folder_name: str, suffix: str, action: str, chunks: Iterable[bytes]) -> str:
+    """Writes chunks to a file in a folder of the cache, named by its content; returns the path.
+
+    Raises UserError, which names the `action`, when it cannot be written.
+    """
+    folder, digest = cache_folder(folder_name), hashlib.sha256()
+    part = temporary_name(folder / "new")
+    with user_errors(folder, action):
+        try:
+            with create(part) as out:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    out.write(chunk)
+            target = folder / f"{digest.hexdigest()[:16]}{suffix}"
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+    return str(target)

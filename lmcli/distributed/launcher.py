@@ -4,6 +4,7 @@ Also what a process needs to know that `run_processes` or torchrun started: its 
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -191,10 +192,17 @@ def _start(
         subprocess.Popen(
             [sys.executable, "-m", "lmcli", *arguments],
             stdin=None if rank == 0 else subprocess.DEVNULL,
+            pass_fds=() if rank else _pipes(arguments),
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(count)
     ]
+
+
+def _pipes(arguments: list[str]) -> list[int]:
+    """The descriptors that a shell has opened for arguments such as <(COMMAND)."""
+    names = [re.fullmatch(r"/dev/fd/(\d{1,9})", argument) for argument in arguments]
+    return [int(name[1]) for name in names if name and os.path.exists(name[0])]
 
 
 def _environment(count: int, restarts: int, scratch: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -79,7 +79,6 @@ class EvalDataset:
     multi_label: bool = False
     by: str | None = None
     labels: tuple[str, ...] = ()
-    names: dict[str, str] = field(default_factory=dict)  # of files, in messages
 
     def __iter__(self) -> Iterator[EvalRecord]:
         """Raises UserError (file and line) for a bad record, and for files of different lengths."""
@@ -99,10 +98,6 @@ class EvalDataset:
         records = iter(self)
         while batch := list(islice(records, size)):
             yield batch
-
-    def name_of(self, file: str) -> str:
-        """The name of a file in messages."""
-        return self.names.get(file, display_name(file))
 
     def read_predictions(self, file: str) -> Iterator[tuple[Prediction, str]]:
         """(prediction, file and line) of each line of a file: plain text, JSON Lines, TSV or CSV.
@@ -134,15 +129,10 @@ class EvalDataset:
     def _records(self, files: Sequence[str], format: str) -> Iterator[Record]:
         try:
             for batch in _whole_rows(format).batches(files):
-                for record in batch:
-                    record.file = self.names.get(record.file, record.file)
                 yield from batch
         except UserError as error:
-            where = error.where or ""
-            for file, name in self.names.items():
-                where = where.replace(file, name)
             hint = error.hint and "every record counts: correct the line or take it out"
-            raise UserError(error.what, where, hint) from error
+            raise UserError(error.what, error.where, hint) from error
 
     def _eval_record(self, record: Record) -> EvalRecord:
         row = record.fields

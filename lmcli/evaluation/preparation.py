@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lmcli.checkpoints import folder, hub
 from lmcli.config import ModelConfig
-from lmcli.data.documents import pin_stdin
+from lmcli.data.files import display_name, pin
 from lmcli.errors import UserError
 from lmcli.evaluation.predictions import EvalDataset, EvalRecord, first_record
 from lmcli.evaluation.systems import LabelCounts, TextCounts
@@ -44,19 +44,16 @@ def model_configs(models: Sequence[str]) -> dict[str, ModelConfig]:
 def open_dataset(
     options: EvaluationOptions, files: Sequence[str], configs: Mapping[str, ModelConfig]
 ) -> tuple[EvalDataset, Task]:
-    """The records of files and their task. Standard input is stored, so it can be read again.
+    """The records of files and their task; pipes are copied, so that they can be read again.
 
     Raises UserError if there is no record and UsageError if nothing shows the task.
     """
-    references = options.references
-    stdin = pin_stdin() if "-" in (*files, references) else ""
-    names = {stdin: "standard input"} if stdin else {}
-    paths = [stdin if name == "-" else name for name in files]
-    reference_path = stdin if references == "-" else references
+    references = [options.references] if options.references else []
+    pinned = {name: pin(name) for name in dict.fromkeys([*files, *references])}
 
     # the file with the references shows the task
-    sources = [reference_path] if reference_path else paths
-    where = ", ".join(names.get(name, name) for name in sources[:3])
+    sources = [pinned[name] for name in references or files]
+    where = ", ".join(map(display_name, sources[:3]))
     first = first_record(sources, "auto" if references and files else options.format)
     if first is None:
         hint = "give a file with records and their labels or references, or pipe some in"
@@ -70,10 +67,10 @@ def open_dataset(
     fields = options.fields
     paired = len(fields) == 1 and fields[0].count(",") == 1
     dataset = EvalDataset(
-        files=paths,
+        files=[pinned[name] for name in files],
         schema=task.schema,
         format=options.format,
-        references=reference_path,
+        references=sources[0] if references else None,
         fields=tuple(fields[0].split(",")) if paired else fields,
         paired=paired,
         reference=name,
@@ -84,7 +81,6 @@ def open_dataset(
         labels=tuple(
             dict.fromkeys(label for config in configs.values() for label in config.labels)
         ),
-        names=names,
     )
     return dataset, task
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lmcli.data.corpus import encode_documents
 from lmcli.data.documents import DocumentFormat, survey
-from lmcli.data.files import expand, open_bytes, text_chunks
+from lmcli.data.files import display_name, expand, open_bytes, text_chunks
 from lmcli.data.rows import (
     CHUNK_BYTES,
     Line,
@@ -82,7 +82,7 @@ def _text_counts(file: str, facts: dict[str, Any]) -> dict[str, int]:
     if not bad_line and decoder.getstate()[0]:  # an unfinished character at the end
         bad_line = counts["lines"] + 1
     if bad_line:
-        raise UserError(f"is not text: invalid UTF-8 in line {bad_line}", where=file)
+        raise UserError(f"is not text: invalid UTF-8 in line {bad_line}", where=display_name(file))
     counts["lines"] += bool(last) and not last.endswith(b"\n")
     return {name: counts[name] for name in ("lines", "characters", "words")}
 

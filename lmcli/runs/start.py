@@ -195,7 +195,7 @@ def _adapter_base(request: Request, folder: Path) -> dict[str, str]:
 
 def _run_name(request: Request) -> str:
     """The name of the run's folder without -o: that of the first file."""
-    if not request.data or request.data[0] == "-":
+    if not request.data or request.data[0] == "-" or request.data[0].startswith("/dev/"):
         return "stdin"
     return Path(os.path.abspath(request.data[0])).stem or "run"
 

@@ -162,8 +162,8 @@ def not_finite(scorer: Scorer, scored: ScoredDocument, source: str) -> UserError
     if scored.document.bytes == end - start:  # plain text
         before = ids[: int(np.isinf(scored.logprobs).argmax())].tolist()
         start += scorer.tokenizer.count_bytes(before)
-    known = source in (file, display_name("-"))
-    where = f"{source if known else f'{source}, {file}'}, byte {start:,}"
+    name = display_name(file)
+    where = f"{name if source == name else f'{source}, {name}'}, byte {start:,}"
     return finite.not_finite(scorer.model, scorer.name, finite.LOGPROB, where)
 
 

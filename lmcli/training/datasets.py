@@ -10,7 +10,7 @@ from lmcli.config import TrainConfig
 from lmcli.data import diagnostics, documents, examples, splits
 from lmcli.data.byte_ranges import Document, Documents
 from lmcli.data.documents import SPLIT_SEED, DocumentFormat
-from lmcli.data.files import expand
+from lmcli.data.files import expand, pin
 from lmcli.data.rows import TABLES, file_format
 from lmcli.data.samplers import MixtureSampler
 from lmcli.data.schema import TEXT_LABEL_FIELDS
@@ -134,8 +134,8 @@ def open_sources(
         )
         doc_format = replace(doc_format, **examples.PARALLEL_FORMAT)
     return Source(
-        [documents.pin_stdin() if file == "-" else str(Path(file).absolute()) for file in files],
-        [str(Path(file).absolute()) for file in validation_files],
+        [str(Path(pin(file)).absolute()) for file in files],
+        [str(Path(pin(file)).absolute()) for file in validation_files],
         doc_format,
         on_long=on_long,
         shares=shares,

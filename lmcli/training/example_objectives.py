@@ -260,7 +260,7 @@ def _limit_lengths(
         first = documents[int(long[0])]
         raise UserError(
             f"longer than the context of {context} tokens, and so are {len(long) - 1:,} others",
-            where=f"{first.file}, line {line_number(first.file, first.start)}",
+            where=f"{display_name(first.file)}, line {line_number(first.file, first.start)}",
             hint="--on-long truncate or skip, or a larger --set train.context",
         )
     count, too_long = f"{len(long):,} of {len(examples):,}", f"longer than the context of {context}"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from lmcli.config import ModelConfig, TokenizerConfig
 from lmcli.data import corpus
 from lmcli.data.documents import DocumentFormat, first_rows
+from lmcli.data.files import display_name
 from lmcli.errors import UsageError
 from lmcli.text.tokenizer import Tokenizer
 from lmcli.training.datasets import FirstRows, Source, Split
@@ -68,7 +69,7 @@ def resolve_objective(
         if not doc_format.has_rows(file):
             raise UsageError(
                 f"{objective.learns}, and this is plain text",
-                where=file,
+                where=display_name(file),
                 hint="leave it out, or name the format of all files with --format",
             )
     return objective, doc_format

@@ -518,7 +518,7 @@ def test_documents_are_encoded_the_same_in_pieces_and_measured(tmp_path, small_c
 
 
 def test_standard_input_is_stored_under_its_content(tmp_path):
-    program = "from lmcli.data.documents import pin_stdin; print(pin_stdin())"
+    program = "from lmcli.data.files import pin; print(pin('-'))"
     env = {**os.environ, "LM_CACHE": str(tmp_path / "cache")}
     names = [
         subprocess.run(
