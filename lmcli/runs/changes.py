@@ -15,6 +15,7 @@ from typing import Any
 from lmcli import __version__
 from lmcli.config import Recipe
 from lmcli.errors import UserError
+from lmcli.storage import cached, read_json
 
 # settings of train that may change on resume: model, data and budget do not depend on them
 CHANGEABLE = ("learning_rate", "matrix_learning_rate", "gradient_clip", "precision", "recompute")
@@ -98,13 +99,24 @@ def versions_here() -> dict[str, str]:
 
 @cache
 def code() -> str:
-    """12 digits of a SHA-256 over the code of CODE; comments and docstrings do not count."""
-    digest, package = hashlib.sha256(), Path(__file__).resolve().parent.parent
-    for file in sorted(file for pattern in CODE for file in package.glob(pattern)):
-        text = file.read_text(encoding="utf-8")
-        meaning = syntax(ast.parse(text)) if file.suffix == ".py" else without_c_comments(text)
-        digest.update(f"{file.relative_to(package)}\n{meaning}\n".encode())
-    return digest.hexdigest()[:12]
+    """12 digits of a SHA-256 over the code of CODE; comments and docstrings do not count.
+
+    Parsing takes a second: the cache has the digest of the same files, if lm has seen them before.
+    """
+    package = Path(__file__).resolve().parent.parent
+    files = sorted(file for pattern in CODE for file in package.glob(pattern))
+    texts = {str(file.relative_to(package)): file.read_text(encoding="utf-8") for file in files}
+    key = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+    def write(folder: Path) -> None:
+        digest = hashlib.sha256()
+        for name, text in texts.items():
+            python = name.endswith(".py")
+            meaning = syntax(ast.parse(text)) if python else without_c_comments(text)
+            digest.update(f"{name}\n{meaning}\n".encode())
+        (folder / "facts.json").write_text(json.dumps({"code": digest.hexdigest()[:12]}))
+
+    return read_json(cached("code", key, write) / "facts.json")["code"]
 
 
 def syntax(node: Any) -> str:

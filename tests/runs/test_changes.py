@@ -12,6 +12,12 @@ from lmcli.runs import changes
 RUN = Path("runs/a")
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path_factory):
+    """A cache of its own."""
+    monkeypatch.setenv("LM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 def recipe(section="train", **values) -> Recipe:
     base = Recipe()
     return dataclasses.replace(
@@ -132,6 +138,14 @@ def test_comments_in_c_do_not_change_the_fingerprint(monkeypatch, tmp_path):
         'int f(void) { return h("/* text */"); }\n',
     )
     assert plain == same and len({plain, *other}) == len(other) + 1
+
+
+def test_files_that_were_seen_before_are_not_parsed_again(monkeypatch):
+    changes.code.cache_clear()
+    first = changes.code()
+    changes.code.cache_clear()
+    monkeypatch.setattr(changes, "syntax", pytest.fail)
+    assert changes.code() == first
 
 
 def change(**kind) -> changes.Change:
