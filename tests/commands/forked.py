@@ -3,6 +3,7 @@
 The process has its own signals, streams, environment and session, as one that Python starts.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,23 @@ import time
 from multiprocessing import reduction
 
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-CONTEXT.set_forkserver_preload(["lmcli.api", "lmcli.runs.run", "lmcli.display"])
+CONTEXT.set_forkserver_preload(
+    [
+        "filelock",
+        "lmcli.display",
+        "lmcli.output.evaluate",
+        "lmcli.output.perplexity",
+        "lmcli.planning.auto_preset",
+        "lmcli.runs.resume",
+        "lmcli.runs.resume_check",
+        "lmcli.runs.start",
+        "lmcli.commands.evaluate",
+        "lmcli.commands.generate",
+        "lmcli.commands.train",
+        "rich.console",
+        "safetensors.torch",
+    ]
+)
 
 
 class Descriptor:
@@ -49,6 +66,8 @@ def become_lm(arguments, environment, folder, streams, session) -> None:
     sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
     from lmcli import commands
 
+    gc.freeze()  # no collection of garbage goes through all that was imported
+    os.fsync = lambda handle: None  # as in conftest.py
     sys.argv = ["lm", *arguments]
     commands.STARTED_AT = time.monotonic()
     subprocess.Popen = ChildPopen  # for --nproc
