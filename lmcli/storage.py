@@ -304,7 +304,10 @@ def _other_cache(folder: Path, problem: str) -> Path:
     if second := _write_problem(other):
         raise UserError(f"cannot write: {problem}; {other}: {second}", str(folder), hint)
     if logging.getLogger("lmcli").isEnabledFor(logging.WARNING):  # not with --quiet
-        print(f"lm: {folder}: cannot write: {problem}; the cache is {other}", file=sys.stderr)
+        text = f"{folder}: cannot write: {problem}; the cache is {other}"
+        if sys.stderr.isatty():  # control characters in a folder's name are drawn
+            text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        print(f"lm: {text}", file=sys.stderr)
     return other
 
 

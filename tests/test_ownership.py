@@ -2,6 +2,7 @@
 
 import os
 import stat
+import sys
 
 import pytest
 
@@ -260,6 +261,13 @@ class TestAnotherCache:
             f"lm: {home}/.cache/lm: cannot write: {reason}; the cache is {other}\n"
         )
         assert mode_of(other) == 0o700 and os.listdir(other) == ["a"]
+
+    def test_control_characters_in_its_name_are_drawn(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("HOME", "/proc/\x1b[2J\x9b\u202e字")
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        storage.cache_folder()
+        printed = capsys.readouterr().err
+        assert printed.startswith(r"lm: /proc/\x1b[2J\x9b\u202e字/.cache/lm: cannot write: ")
 
     def test_a_full_disk(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))

@@ -362,6 +362,16 @@ on_error = choice(
     help="Bad record: stop, write an empty result, or skip it.",
 )
 reading = _all_of(input_format, on_error)
+reading_documents = _all_of(
+    input_format,
+    choice(
+        "--on-error",
+        values=["stop", "skip"],
+        default="stop",
+        show_default=True,
+        help="Bad record: stop, or skip it.",
+    ),
+)
 writing = _all_of(
     click.option(
         "-o",

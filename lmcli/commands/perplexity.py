@@ -68,7 +68,7 @@ class PerplexitySource(NamedTuple):
     help="Measure as this signature says, and check that the result is the same.",
 )
 @options.json_output
-@options.reading
+@options.reading_documents
 @options.hardware
 @options.batch_tokens
 @options.quiet

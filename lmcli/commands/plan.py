@@ -52,7 +52,7 @@ PRESETS = ("auto", "tiny", "small", "base")  # what lm train chooses, then decod
     help="Bandwidth between two devices in each direction.  [default: 25, that is 200 Gbit/s]",
 )
 @options.nproc
-@options.reading
+@options.reading_documents
 @options.device
 @options.threads
 @options.json_output

@@ -114,7 +114,7 @@ WITH_RESUME = {
     default=None,
     help="Shard the model across processes, or replicate it.  [default: shard if need be]",
 )
-@options.reading
+@options.reading_documents
 @options.hardware
 @options.quiet
 @options.verbose

@@ -22,6 +22,8 @@ from lmcli.data.byte_ranges import Document, DocumentLabels, Documents
 from lmcli.data.files import open_bytes, text_chunks
 from lmcli.data.rows import (
     CHUNK_BYTES,
+    NOT_UTF_8,
+    SKIPPED,
     TABLES,
     Line,
     bad_record,
@@ -284,7 +286,7 @@ def _scan_rows(
             texts, labels = doc_format.content(parse(line))
         except ValueError as error:
             if doc_format.on_error == "stop":
-                raise bad_record(error, file, number) from error
+                raise bad_record(error, file, number, SKIPPED) from error
             found.counts["skipped"] += 1
             continue
         if not all(text.strip() for text in texts):
@@ -306,7 +308,7 @@ def _scan_lines(
         try:
             line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise bad_record(error, file, number) from error
+            raise bad_record(error, file, number, NOT_UTF_8) from error
         if line.strip():
             begin, end = start if begin < 0 else begin, start + len(line)
             text_hash = crc32(line.rstrip(), text_hash)

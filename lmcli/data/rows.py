@@ -2,7 +2,6 @@
 
 import codecs
 import csv
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from lmcli.data.files import COMPRESSED_SUFFIXES, display_name, open_bytes, text
 from lmcli.data.schema import row_text
 from lmcli.errors import UserError
 from lmcli.storage import user_errors
-from lmcli.text.characters import without_surrogates
+from lmcli.text.characters import parse_json
 
 CHUNK_BYTES = 1 << 18
 MAX_LINE_BYTES = 1 << 28  # of one record: more than real ones have, and what a laptop can hold
@@ -42,28 +41,22 @@ def file_format(file: str, format: str) -> str:
 def parse_row(line: str, format: str, columns: Sequence[str] = ()) -> dict[str, Any] | str:
     """The row on one line: a dict of fields, or for plain text the line itself.
 
-    `columns` names the cells of a table's row. Raises ValueError for invalid JSON and CSV.
+    `columns` names the cells of a table's row. Raises ValueError for invalid JSON and CSV, and for
+    more cells than columns.
     """
     if format == "text":
         return line
     if format == "jsonl":
         return parse_json_row(line)
-    return dict(zip(columns, split_cells(line, format)))
+    cells = split_cells(line, format)
+    if any(cells[len(columns) :]):
+        raise ValueError(f"{len(cells)} cells, and the header names {len(columns)} columns")
+    return dict(zip(columns, cells))
 
 
 def parse_json_row(line: str) -> dict[str, Any]:
-    """The JSON object on one line; ValueError for anything else.
-
-    NaN and Infinity, which are no JSON but which Python writes, are read as null.
-    """
-    try:
-        row = json.loads(line, parse_constant=lambda _: None)
-        if "\\ud" in line.lower():  # else no text can have half a surrogate pair
-            row = without_surrogates(row)
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"invalid JSON: {error.msg} (column {error.colno})") from None
+    """The JSON object on one line; ValueError for anything else."""
+    row = parse_json(line)
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
     return row
@@ -83,12 +76,21 @@ def split_cells(line: str, format: str) -> list[str]:
         raise ValueError(f"is no whole CSV row: {error}") from None
 
 
+def column_names(line: str, format: str) -> list[str]:
+    """The names in the header of a table. Raises ValueError for broken CSV and a repeated name."""
+    names = split_cells(line, format)
+    if repeated := next((name for name in names if name and names.count(name) > 1), None):
+        raise ValueError(f"column {repeated!r} stands twice in the header")
+    return names
+
+
 def parse_header(line: "Line", format: str, file: str) -> list[str]:
-    """The column names in the first line of a table. Raises UserError for broken CSV."""
+    """The `column_names` in the first line of a table. Raises UserError if they are bad."""
     try:
-        return split_cells(line.text.decode("utf-8", "replace"), format)
+        return column_names(line.text.decode("utf-8", "replace"), format)
     except ValueError as error:
-        raise bad_record(error, file, line.number) from error
+        hint = "the first line names the columns, each by another name: correct it"
+        raise bad_record(error, file, line.number, hint) from error
 
 
 class Line(NamedTuple):
@@ -183,9 +185,7 @@ def checked_chunks(file: str, chunks: Iterable[bytes], digest: Any) -> Iterator[
         except UnicodeDecodeError as error:
             number = lines + error.object[: error.start].count(b"\n")
             raise UserError(
-                "invalid UTF-8",
-                where=f"{display_name(file)}, line {number}",
-                hint="only UTF-8 text can be read; iconv -f LATIN1 -t UTF-8 converts Latin-1",
+                "invalid UTF-8", where=f"{display_name(file)}, line {number}", hint=NOT_UTF_8
             ) from error
         line_bytes = (
             len(chunk) - end - 1 if (end := chunk.rfind(b"\n")) >= 0 else line_bytes + len(chunk)
@@ -375,13 +375,16 @@ def unfinished_batches(
             yield batch, written
 
 
-def bad_record(error: ValueError, file: str, number: int) -> UserError:
+SKIPPED = "--on-error skip leaves such records out"
+SKIPPED_OR_BLANK = f"{SKIPPED}, --on-error blank writes an empty result"
+NOT_UTF_8 = "only UTF-8 text can be read; iconv -f LATIN1 -t UTF-8 converts Latin-1"
+
+
+def bad_record(
+    error: ValueError, file: str, number: int, hint: str = SKIPPED_OR_BLANK
+) -> UserError:
     """The UserError for a line that is no valid record."""
     what = str(error)
     if isinstance(error, UnicodeDecodeError):
         what = f"invalid UTF-8 (byte {error.start + 1} of the line)"
-    return UserError(
-        what,
-        where=f"{display_name(file)}, line {number}",
-        hint="--on-error skip leaves such records out, --on-error blank writes an empty result",
-    )
+    return UserError(what, where=f"{display_name(file)}, line {number}", hint=hint)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lmcli.errors import UsageError
-from lmcli.text.characters import without_surrogates
+from lmcli.text.characters import RepeatedKey, parse_json
 
 Row = Mapping[str, Any]
 
@@ -362,18 +362,19 @@ def answer_texts(row: Row, name: str) -> tuple[str, ...]:
 def _parse_answers(row: Row, name: str) -> tuple[list[str], list[Any] | None]:
     """(texts of the answers, their answer_start values or None where there are none).
 
-    The field holds a list of {"text", "answer_start"} as in SQuAD; an object of two lists, as in
-    Hugging Face's copy; a list of texts; or one text. A text may be any of these as JSON (tables).
+    The field holds a list of {"text", "answer_start"} (SQuAD), an object of two lists (Hugging
+    Face), a list of texts, or one text, which may be any of these as JSON (tables).
     """
     value: Any = row.get(name)
     if isinstance(value, str):
         if not value.startswith(("[", "{")):
             return [value] if value else [], None
         try:
-            value = without_surrogates(json.loads(value))
-        except (ValueError, RecursionError):
+            value = parse_json(value)
+        except RepeatedKey:
+            raise
+        except ValueError:
             return [value], None
-    # texts and starts are either two lists of an object, or two fields of a list's objects
     if isinstance(value, dict):
         texts, starts = value.get("text"), value.get("answer_start")
     elif isinstance(value, list):
@@ -383,7 +384,7 @@ def _parse_answers(row: Row, name: str) -> tuple[list[str], list[Any] | None]:
             starts = [answer.get("answer_start") for answer in objects]
     else:
         texts = starts = None
-    if not isinstance(texts, list) or not isinstance(starts, list | None):
+    if not (isinstance(texts, list) and isinstance(starts, list | None)):
         raise ValueError(f"field {name!r} is missing or no list of answers")
     for text in texts:
         if not isinstance(text, str):

@@ -5,7 +5,7 @@ So the choice is random; neither the order of the documents nor a pattern in it 
 and copies of a text are all held out or none unless there are very many.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -106,6 +106,19 @@ def limit(
         if total <= 2 * max_bytes:
             return documents
     return Documents.of(_beginnings(documents, doc_format, max_bytes, total))
+
+
+def limit_each(
+    sources: Sequence[Documents], doc_format: DocumentFormat, max_bytes: int, seed: int | None
+) -> Documents:
+    """About `max_bytes` of several lists of documents, of each its share: at least some of each."""
+    total = max(1, sum(documents.bytes for documents in sources))
+    return Documents.joined(
+        [
+            limit(documents, doc_format, max(1, max_bytes * documents.bytes // total), seed)
+            for documents in sources
+        ]
+    )
 
 
 def _beginnings(

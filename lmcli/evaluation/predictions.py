@@ -1,7 +1,6 @@
 """Records to evaluate, and predictions for them: from files, or from fields of the records."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar
@@ -10,6 +9,7 @@ from lmcli.data.rows import (
     TABLES,
     Record,
     RowReader,
+    column_names,
     display_name,
     file_format,
     parse_json_row,
@@ -30,6 +30,7 @@ from lmcli.data.schema import (
     row_texts,
 )
 from lmcli.errors import UsageError, UserError
+from lmcli.text.characters import RepeatedKey
 
 Other = TypeVar("Other")
 Prediction = tuple[str, ...]  # labels, or one text; () for none
@@ -258,7 +259,11 @@ class PredictionFormat:
 
     def value(self, line: str | dict[str, Any]) -> tuple[Any, str]:
         """(the prediction on a line or in a row as it is written, the field that holds it)."""
-        row = parse_row(line, self.format, self.columns) if isinstance(line, str) else line
+        row = line
+        if isinstance(line, str) and self.format in TABLES and not self.has_header:
+            row = {"label": split_cells(line, self.format)[0]}
+        elif isinstance(line, str):
+            row = parse_row(line, self.format, self.columns)
         if isinstance(row, str):
             return row, "text"
         name = next((name for name in self.fields if name in row), None)
@@ -281,16 +286,20 @@ def _prediction_format(
     if has_rows:
         return PredictionFormat(format, fields)
     if format == "text" and first_line.startswith("{"):
-        with suppress(ValueError):
+        try:
             parse_json_row(first_line)
             format = "jsonl"
+        except RepeatedKey:
+            raise
+        except ValueError:
+            pass
     has_names = any(name in split_cells(first_line, "tsv") for name in fields)
     if format == "text" and "\t" in first_line and (has_names or schema.kind == "labels"):
         format = "tsv"
     if format == "tsv" and schema.kind == "labels" and not has_names:
         # as `lm classify` writes them: label, probability, text
-        return PredictionFormat(format, ("label",), ("label",))
-    columns = tuple(split_cells(first_line, format)) if format in TABLES else ()
+        return PredictionFormat(format, ("label",))
+    columns = tuple(column_names(first_line, format)) if format in TABLES else ()
     return PredictionFormat(format, fields, columns, has_header=format in TABLES)
 
 

@@ -169,11 +169,11 @@ def products(config: ModelConfig, sizes: ForwardPass) -> list[MatrixProduct]:
     its input and (out, T) · (T, in) for that of its weight. Attention has six, each a pair per row
     and head.
     """
-    products = []
+    matrix_products = []
     for linear in linears(config):
         count, inputs, outputs = linear.count, linear.inputs, linear.outputs
         positions = linear.positions(sizes)
-        products += [
+        matrix_products += [
             MatrixProduct("linear", count, 1, positions, inputs, outputs),
             MatrixProduct("linear input", count, 1, positions, outputs, inputs),
             MatrixProduct("linear weight", count, 1, outputs, positions, inputs),
@@ -181,7 +181,7 @@ def products(config: ModelConfig, sizes: ForwardPass) -> list[MatrixProduct]:
     for layer in _attentions(config):
         count, pairs, size = layer.count, sizes.rows * layer.heads, layer.head_dim
         queries, keys = sizes.length(layer.queries), sizes.length(layer.keys)
-        products += [
+        matrix_products += [
             MatrixProduct("scores", count, pairs, queries, size, keys),
             MatrixProduct("mixture", count, pairs, queries, keys, size),
             MatrixProduct("weights", count, pairs, queries, size, keys),
@@ -189,7 +189,7 @@ def products(config: ModelConfig, sizes: ForwardPass) -> list[MatrixProduct]:
             MatrixProduct("query", count, pairs, queries, keys, size),
             MatrixProduct("key", count, pairs, keys, queries, size),
         ]
-    return [product for product in products if product.flops]
+    return [product for product in matrix_products if product.flops]
 
 
 def stacks(config: ModelConfig) -> list[StackSizes]:

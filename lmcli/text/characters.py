@@ -1,5 +1,6 @@
 """Characters that are not text: half surrogates in input, control characters on a terminal."""
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -53,6 +54,37 @@ def byte_offsets(text: str) -> Sequence[int]:
     if text.isascii():
         return range(len(text) + 1)
     return [0, *accumulate(len(character.encode("utf-8")) for character in text)]
+
+
+class RepeatedKey(ValueError):
+    """A JSON object in which a key stands twice; Python's parser would take the last one."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        name = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKey(f"field {name!r} stands twice in one object")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=lambda _: None)
+
+
+def parse_json(text: str) -> Any:
+    """The JSON value of a text; NaN and Infinity, which Python writes, are read as null.
+
+    Halves of surrogate pairs become U+FFFD. Raises ValueError: RepeatedKey, invalid or too deep.
+    """
+    try:
+        value = _DECODER.decode(text)
+        # else no text can have half a surrogate pair
+        return without_surrogates(value) if "\\ud" in text.lower() else value
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"invalid JSON: {error.msg} (column {error.colno})") from None
 
 
 def without_surrogates(value: Any) -> Any:

@@ -317,14 +317,15 @@ class FirstRows:
 class Split:
     """The training and the validation documents; of these `measured` are evaluated.
 
-    `source` has the hash of each file. With a mixture, `per_source` has the training documents of
-    each of its sources.
+    `source` has the hash of each file. `held_out` are the validation documents of each source. With
+    a mixture, `per_source` has the training documents of each of its sources.
     """
 
     source: Source
     training: Documents
     validation: Documents
     measured: Documents
+    held_out: list[Documents]
     per_source: list[Documents] = field(default_factory=list)
 
 
@@ -357,12 +358,12 @@ def split(source: Source, validation_bytes: int, note: Callable[[str], None]) ->
         note(f"{skipped} bad records left out")
     if empty := sum(survey.empty for survey in surveys):
         note(f"{empty:,} rows with an empty {'side' if doc_format.paired else 'text'} left out")
-    held_out = Documents.joined(validation)
     result = Split(
         replace(source, hashes=hashes),
         Documents.joined(training),
-        held_out,
-        splits.limit(held_out, doc_format, validation_bytes or EVALUATED_BYTES, seed),
+        Documents.joined(validation),
+        splits.limit_each(validation, doc_format, validation_bytes or EVALUATED_BYTES, seed),
+        validation,
         training if source.shares else [],
     )
     note(_sizes(result, doc_format))
@@ -373,10 +374,8 @@ def measure_fewer(split: Split, validation_bytes: int, note: Callable[[str], Non
     """The split with about `validation_bytes` evaluated, if these are fewer; `note` gets that."""
     if split.measured.bytes <= validation_bytes:
         return split
-    source = split.source
-    measured = splits.limit(
-        split.validation, source.doc_format, validation_bytes, source.split_seed
-    )
+    doc_format, seed = split.source.doc_format, split.source.split_seed
+    measured = splits.limit_each(split.held_out, doc_format, validation_bytes, seed)
     if measured.bytes >= split.measured.bytes:
         return split
     note(

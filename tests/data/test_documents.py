@@ -424,7 +424,7 @@ class TestSurvey:
         ]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(documents_module, "CHUNK_BYTES", chunk)
-            assert texts(written(tmp_path_factory.mktemp("t"), content)) == expected
+            assert texts(written(tmp_path_factory.getbasetemp(), content)) == expected
 
     @pytest.mark.parametrize("chunk", [1, 3, 1 << 18])
     @pytest.mark.parametrize(

@@ -74,6 +74,22 @@ def test_a_large_validation_set_is_limited_and_the_note_says_so(prepare):
     assert "of them measured" in notes[0]
 
 
+def test_the_limit_takes_some_of_each_source(tmp_path):
+    for name, count in (("a", 90), ("b", 9), ("c", 1)):
+        (tmp_path / name).write_text("".join(LINES) * count)
+    names = tuple(str(tmp_path / name) for name in "abc")
+    source = datasets.open_sources(
+        names, (), DocumentFormat("line"), None, lambda text: None, weights=(1, 1, 1)
+    )
+    split = datasets.split(source, 300, lambda text: None)
+    fewer = datasets.measure_fewer(
+        datasets.split(source, 0, lambda text: None), 300, lambda text: None
+    )
+    for measured in (split.measured, fewer.measured):
+        assert {document.file for document in measured} == set(names)
+        assert sum(document.file == names[0] for document in measured) >= 5
+
+
 def test_byte_ranges_round_trip():
     documents = [Document("a", 0, 5), Document("a", 9, 12), Document("b", 3, 4)]
     stored = datasets.ranges(documents)
