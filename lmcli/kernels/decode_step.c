@@ -131,44 +131,60 @@ INLINE void prepare_head(const Model *model, const Layer *layer, const Call *cal
     rotate(head, cos + row * half, sin + row * half, model->rotary);
 }
 
+/* 16 numbers of a cache, one, or the last `count` of a row and zeros, from its element `at` on. */
+INLINE floats cached(const void *cache, int64_t type, int64_t at) {
+    return type == FLOAT32 ? load((const float *)cache + at) : load_bfloat16s((const uint16_t *)cache + at);
+}
+
+INLINE float cached_one(const void *cache, int64_t type, int64_t at) {
+    return type == FLOAT32 ? ((const float *)cache)[at] : load_bfloat16(((const uint16_t *)cache)[at]);
+}
+
+INLINE floats cached_end(const void *cache, int64_t type, int64_t at, int64_t count) {
+    float padded[LANES] = {0};
+    for (int64_t i = 0; i < count; i++) padded[i] = cached_one(cache, type, at + i);
+    return load(padded);
+}
+
 /* Lane k = query · keys[k], of `count` keys, at most 16. */
-INLINE floats dots(const float *query, const float *keys, int64_t size, int64_t count) {
+INLINE floats dots(const float *query, const void *keys, int64_t type, int64_t size, int64_t count) {
     floats sum[4][4] = {0};
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) {
         floats q = load(query + i);
-        UNROLL for (int k = 0; k < 16; k++) sum[k % 4][k / 4] += q * load(keys + (k < count ? k : 0) * size + i);
+        UNROLL for (int k = 0; k < 16; k++) sum[k % 4][k / 4] += q * cached(keys, type, (k < count ? k : 0) * size + i);
     }
     if (i < size) {
         floats q = load_end(query + i, size - i);
         UNROLL for (int k = 0; k < 16; k++)
-            sum[k % 4][k / 4] += q * load_end(keys + (k < count ? k : 0) * size + i, size - i);
+            sum[k % 4][k / 4] += q * cached_end(keys, type, (k < count ? k : 0) * size + i, size - i);
     }
     return totals(sum);
 }
 
 /* out[s] += Σ weights[s][i] · values[i] of S queries, the dimensions `from` to `from` + 16 N. */
-INLINE void weighted_sums(const float *weights, int64_t longest, const float *values, int64_t count, int64_t size,
+INLINE void weighted_sums(const float *weights, int64_t longest, const void *values, int64_t type, int64_t count, int64_t size,
                           int64_t from, int S, int N, float *out, int64_t stride) {
     floats sum[4][4];
     UNROLL for (int s = 0; s < S; s++) UNROLL for (int n = 0; n < N; n++) sum[s][n] = load(out + s * stride + from + LANES * n);
     for (int64_t i = 0; i < count; i++)
         UNROLL for (int n = 0; n < N; n++) {
-            floats value = load(values + i * size + from + LANES * n);
+            floats value = cached(values, type, i * size + from + LANES * n);
             UNROLL for (int s = 0; s < S; s++) sum[s][n] += weights[s * longest + i] * value;
         }
     UNROLL for (int s = 0; s < S; s++) UNROLL for (int n = 0; n < N; n++) *(floats *)(out + s * stride + from + LANES * n) = sum[s][n];
 }
 
 /* The same for all dimensions. */
-INLINE void add_values(const float *weights, int64_t longest, const float *values, int64_t count, int64_t size, int S,
-                       float *out, int64_t stride) {
+INLINE void add_values(const float *weights, int64_t longest, const void *values, int64_t type, int64_t count, int64_t size,
+                       int S, float *out, int64_t stride) {
     int64_t i = 0;
-    for (; i + 4 * LANES <= size; i += 4 * LANES) weighted_sums(weights, longest, values, count, size, i, S, 4, out, stride);
-    for (; i + LANES <= size; i += LANES) weighted_sums(weights, longest, values, count, size, i, S, 1, out, stride);
+    for (; i + 4 * LANES <= size; i += 4 * LANES)
+        weighted_sums(weights, longest, values, type, count, size, i, S, 4, out, stride);
+    for (; i + LANES <= size; i += LANES) weighted_sums(weights, longest, values, type, count, size, i, S, 1, out, stride);
     for (; i < size; i++)
         for (int s = 0; s < S; s++)
-            for (int64_t k = 0; k < count; k++) out[s * stride + i] += weights[s * longest + k] * values[k * size + i];
+            for (int64_t k = 0; k < count; k++) out[s * stride + i] += weights[s * longest + k] * cached_one(values, type, k * size + i);
 }
 
 /* scores = e^(scores - the largest), then zeros up to a multiple of 16; returns their sum. */
@@ -197,32 +213,43 @@ typedef struct {
     float *scores;  /* scratch, (QUERIES, longest) */
     int64_t longest;
     float *part;  /* scratch, (16, D) */
+    const void *next;  /* keys that are read after this: they are fetched meanwhile */
 } Attended;
 
-/* The rows `from` to `to` of keys or values: their own memory, or of at most 16 in bfloat16 copies in `part`. */
-INLINE const float *rows_of(const void *cache, int64_t type, int64_t from, int64_t to, int64_t size, float *part) {
-    if (type == FLOAT32) return (const float *)cache + from * size;
-    const uint16_t *x = (const uint16_t *)cache + from * size;
+/* The row `at` of keys or values, which has `bytes`. */
+INLINE const void *row_of(const void *cache, int64_t bytes, int64_t at) { return (const char *)cache + at * bytes; }
+
+/* The rows `from` to `to` of keys or values, as numbers of `type`: their own memory, or of at most 16 copies in `part`. */
+INLINE const void *rows_of(const void *cache, int64_t stored, int64_t type, int64_t from, int64_t to, int64_t size, float *part) {
+    if (stored == type) return row_of(cache, size * (type == FLOAT32 ? 4 : 2), from);
     int64_t i = 0, all = (to - from) * size;
-    for (; i + LANES <= all; i += LANES) *(floats *)(part + i) = load_bfloat16s(x + i);
-    for (; i < all; i++) part[i] = load_bfloat16(x[i]);
+    for (; i + LANES <= all; i += LANES) *(floats *)(part + i) = cached(cache, stored, from * size + i);
+    for (; i < all; i++) part[i] = cached_one(cache, stored, from * size + i);
     return part;
 }
 
-/* out = softmax(query · keys · scale + bias) values of each of `queries` queries, (queries, D).
+/* Fetches rows of keys or values. */
+INLINE void fetch_rows(const void *cache, int64_t bytes, int64_t from, int64_t to) {
+    for (int64_t i = from * bytes; i < to * bytes; i += 64) FETCH((const char *)cache + i);
+}
+
+/* out = softmax(query · keys · scale + bias) values of each of `queries` queries, (queries, D), by numbers of `type`.
    Keys and values are read in parts for all queries: these stay in the cache of the processor. */
-static void attend(const Model *model, Attended to, const float *query, int64_t query_stride, int64_t queries, float *out,
-                   int64_t stride) {
+INLINE void attend_as(int64_t type, const Model *model, Attended to, const float *query, int64_t query_stride, int64_t queries,
+                      float *out, int64_t stride) {
     int64_t size = model->head_dim, longest = to.longest, all = to.count + (queries - 1) * to.more;
-    int64_t step = to.type == FLOAT32 ? PART : LANES;
+    int64_t bytes = size * (to.type == FLOAT32 ? 4 : 2), each = size * (type == FLOAT32 ? 4 : 2);
+    int64_t step = to.type == type ? PART : LANES;
     float sums[QUERIES];
     for (int64_t i = 0; i < all; i += LANES) {
-        const float *keys = rows_of(to.keys, to.type, i, i + LANES < all ? i + LANES : all, size, to.part);
+        int64_t end = i + LANES < all ? i + LANES : all;
+        const void *keys = rows_of(to.keys, to.type, type, i, end, size, to.part);
+        fetch_rows(to.values, bytes, i, end);
         for (int64_t s = 0; s < queries; s++) {
             int64_t count = to.count + s * to.more - i;
             if (count <= 0) continue;
             const float *some = query + s * query_stride;
-            floats dot = count >= LANES ? dots(some, keys, size, LANES) : dots(some, keys, size, count);
+            floats dot = count >= LANES ? dots(some, keys, type, size, LANES) : dots(some, keys, type, size, count);
             *(floats *)(to.scores + s * longest + i) = dot * model->attention_scale;
         }
     }
@@ -234,22 +261,31 @@ static void attend(const Model *model, Attended to, const float *query, int64_t 
         memset(out + s * stride, 0, size * sizeof *out);
     }
     for (int64_t i = 0; i < all; i += step) {
-        int64_t s = 0, end = i + step < to.count ? i + step : to.count;
-        const float *values = rows_of(to.values, to.type, i, i + step < all ? i + step : all, size, to.part);
+        int64_t s = 0, end = i + step < to.count ? i + step : to.count, last_row = i + step < all ? i + step : all;
+        const void *values = rows_of(to.values, to.type, type, i, last_row, size, to.part);
+        if (to.next) fetch_rows(to.next, bytes, i, last_row);
         if (end > i)
             for (; s + 4 <= queries; s += 4)
-                add_values(to.scores + s * longest + i, longest, values, end - i, size, 4, out + s * stride, stride);
+                add_values(to.scores + s * longest + i, longest, values, type, end - i, size, 4, out + s * stride, stride);
         for (int64_t q = 0; q < queries; q++) {  /* what the others do not see */
             int64_t begin = q < s ? end : i, last = to.count + q * to.more;
             if (last > i + step) last = i + step;
             if (begin < i) begin = i;
             if (last > begin)
-                add_values(to.scores + q * longest + begin, longest, values + (begin - i) * size, last - begin, size, 1,
+                add_values(to.scores + q * longest + begin, longest, row_of(values, each, begin - i), type, last - begin, size, 1,
                            out + q * stride, stride);
         }
     }
     for (int64_t s = 0; s < queries; s++)
         for (int64_t i = 0; i < size; i++) out[s * stride + i] /= sums[s];
+}
+
+/* Few queries read numbers as the cache has them; for many these are converted once. */
+ONCE void attend(const Model *model, Attended to, const float *query, int64_t query_stride, int64_t queries, float *out,
+                 int64_t stride) {
+    if (to.type == FLOAT32) attend_as(FLOAT32, model, to, query, query_stride, queries, out, stride);
+    else if (queries < 3) attend_as(BFLOAT16, model, to, query, query_stride, queries, out, stride);
+    else attend_as(FLOAT32, model, to, query, query_stride, queries, out, stride);
 }
 
 /* Element `at` of a cache. */
@@ -293,7 +329,7 @@ INLINE Attended seen_by(const Model *model, const Layer *layer, const Call *call
     if (cross) {
         int64_t at = (call->source[row] * heads + key_head) * model->cross_capacity * size;
         Attended to = {layer->cross_keys + at, layer->cross_values + at, FLOAT32, 0, call->source_length[row], 0, scores,
-                       call->longest, part};
+                       call->longest, part, 0};
         return to;
     }
     int64_t position = call->position[row], first = 0;
@@ -301,7 +337,7 @@ INLINE Attended seen_by(const Model *model, const Layer *layer, const Call *call
     int64_t at = ((call->slot[row] * heads + key_head) * model->capacity + first) * size;
     Attended to = {cache_at(model, layer->keys, at), cache_at(model, layer->values, at), model->cache_type,
                    model->relative ? model->relative + head * model->capacity : 0, position + 1 - first, 1, scores,
-                   call->longest, part};
+                   call->longest, part, 0};
     return to;
 }
 
@@ -309,7 +345,10 @@ INLINE Attended seen_by(const Model *model, const Layer *layer, const Call *call
 static void attention_share(const Model *model, const Layer *layer, const Call *call, int cross) {
     int64_t size = model->head_dim, heads = model->heads, step = call->rows * heads / (THREADS * 8);
     step = step < 1 ? 1 : step > QUERIES ? QUERIES : step;  /* rows that a thread takes at once, of one head */
-    for (int64_t i = THREAD; i < (call->rows + step - 1) / step * heads; i += THREADS) {
+    int64_t parts = (call->rows + step - 1) / step * heads;
+    for (int64_t i = THREAD; i < parts; i += THREADS) {
+        int64_t following = i + THREADS < parts ? i + THREADS : i;
+        const void *next = seen_by(model, layer, call, cross, following / heads * step, following % heads).keys;
         int64_t row = i / heads * step, end = row + step < call->rows ? row + step : call->rows, head = i % heads, count;
         for (; row < end; row += count) {
             float *query = call->query.data + row * call->query.stride + head * size;
@@ -319,8 +358,10 @@ static void attention_share(const Model *model, const Layer *layer, const Call *
                 if (!cross) prepare_head(model, layer, call, row + s, each, layer->query_norm);
                 else if (layer->cross_query_norm.weight) normalize(each, layer->cross_query_norm, each, size, model->eps, 1);
             }
-            attend(model, seen_by(model, layer, call, cross, row, head), query, call->query.stride, count,
-                   call->mixed.data + row * call->mixed.stride + head * size, call->mixed.stride);
+            Attended to = seen_by(model, layer, call, cross, row, head);
+            to.next = next;
+            attend(model, to, query, call->query.stride, count, call->mixed.data + row * call->mixed.stride + head * size,
+                   call->mixed.stride);
         }
     }
 }

@@ -27,6 +27,7 @@ ARRAY_TYPES = {np.dtype(np.float32): "float32", BFLOAT16_BITS: "bfloat16"}
 WEIGHT_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 BLOCK_OUTPUTS = 16  # outputs whose weights decode_products.h interleaves
 WEIGHT_GROUP = 32  # integer weights that share a scale
+ARENA_BYTES = 1 << 26  # only what is written takes memory
 ACTIVATION_NUMBERS = {
     "silu": 0,
     "gelu": 1,
@@ -163,6 +164,7 @@ class DecoderWeights:
         self.config, self._parameters = config, parameters
         self.finish_embedding, self.relative_bias = finish_embedding, relative_bias
         self._arrays: list[NDArray[Any]] = []  # what the pointers point to
+        self._arena = Arena()
         self.embedding = parameters["embedding.weight"]
         self.weight_type = weight_type or ARRAY_TYPES[self.embedding.dtype]
         positions = parameters.get("decoder.positions.weight")
@@ -224,7 +226,7 @@ class DecoderWeights:
         if weight is None:
             return _Matrix()
         kind = type_of(weight.shape[1], self.weight_type)
-        numbers, scales = interleave(weight, kind)
+        numbers, scales = interleave(weight, kind, self._arena)
         bias = self._floats(f"{name}.bias")
         pointers = self._pointer(numbers), self._pointer(scales), bias
         return _Matrix(*pointers, WEIGHT_TYPES[kind], *weight.shape)
@@ -250,12 +252,33 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
+class Arena:
+    """Arrays that lie one after the other in a few large blocks of memory.
+
+    The system gives large blocks in pages of 2 MiB: a step that reads matrices of 1 to 3 MB in
+    pages of 4 KiB waits for page tables, and for the processor to fetch ahead anew in each page.
+    """
+
+    def __init__(self) -> None:
+        self._free = np.zeros(0, np.uint8)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """As the function `zeros`."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if size > len(self._free):
+            self._free = zeros((max(size, ARENA_BYTES),), np.uint8)
+        array, self._free = self._free[:size], self._free[-(-size // 64) * 64 :]
+        return array.view(dtype).reshape(shape)
+
+
 def type_of(inputs: int, weight_type: str) -> str:
     """The type of a matrix with so many inputs: integers need whole groups, else bfloat16."""
     return "bfloat16" if weight_type.startswith("int") and inputs % WEIGHT_GROUP else weight_type
 
 
-def interleave(weight: Weight, kind: str) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+def interleave(
+    weight: Weight, kind: str, arena: Arena
+) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
     """A matrix (O, I) as decode_products.h reads it: its bytes, and the scales of integers.
 
     Integers are rounded to the nearest, in groups of WEIGHT_GROUP inputs with a scale in bfloat16.
@@ -265,8 +288,8 @@ def interleave(weight: Weight, kind: str) -> tuple[NDArray[np.uint8], NDArray[np
     blocks, padded = -(-outputs // BLOCK_OUTPUTS), -(-inputs // WEIGHT_GROUP) * WEIGHT_GROUP
     bits = {"float32": 32 * inputs, "bfloat16": 16 * padded, "int8": 8 * padded, "int4": 4 * padded}
     groups = inputs // WEIGHT_GROUP if kind.startswith("int") else 0
-    numbers = zeros((blocks * BLOCK_OUTPUTS * bits[kind] // 8,), np.uint8)
-    scales = zeros((blocks * groups * BLOCK_OUTPUTS,), np.uint16)
+    numbers = arena.zeros((blocks * BLOCK_OUTPUTS * bits[kind] // 8,), np.uint8)
+    scales = arena.zeros((blocks * groups * BLOCK_OUTPUTS,), np.uint16)
     pointers = numbers.ctypes.data, scales.ctypes.data, None
     matrix = _Matrix(*pointers, WEIGHT_TYPES[kind], outputs, inputs)
     source = rows.ctypes.data, WEIGHT_TYPES[ARRAY_TYPES[rows.dtype]]

@@ -75,7 +75,7 @@ def test_fewer_bits_are_near_float32(model: FastTransformer, kind: str, bound: f
 def test_integers_are_the_nearest_ones(kind: str) -> None:
     matrix = np.random.default_rng(0).normal(0, 1, (37, 96)).astype(np.float32)
     matrix[5, 32:64] = 0
-    numbers, scales = decode_step.interleave(matrix, kind)
+    numbers, scales = decode_step.interleave(matrix, kind, decode_step.Arena())
     values, factors = deinterleave(numbers, scales, 37, 96, BITS[kind])
     largest = np.abs(matrix.reshape(37, 3, WEIGHT_GROUP)).max(2)
     exact = largest / (127 if kind == "int8" else 7)
