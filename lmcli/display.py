@@ -9,17 +9,22 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lmcli.data.output_file import json_line
+from lmcli.terminal import activity
+from lmcli.terminal.live_region import LiveRegion, can_redraw
 from lmcli.terminal.tables import table
+from lmcli.terminal.training_state import Evaluated, Phase, SampleText, TrainingState, clock
 from lmcli.terminal.wrapping import message_for
-from lmcli.text.characters import for_stream, visible, without_surrogates
+from lmcli.text.characters import for_stream, without_surrogates
 
 if TYPE_CHECKING:
-    from rich.live import Live
-    from rich.table import Table
+    from rich.text import Text
 
+    from lmcli.runs.run import TrainingRun
     from lmcli.training.loop import Due, Validation
     from lmcli.training.train_step import Note, Step
 
@@ -30,15 +35,6 @@ MARKDOWN_COLUMNS = 100
 def note(text: str) -> None:
     """Prints a message on standard error: what was chosen, skipped or changed."""
     print(message_for(sys.stderr, f"lm: {text}"), file=sys.stderr, flush=True)
-
-
-def clock(seconds: float | None) -> str:
-    """Seconds as "1:05" or "2:03:04"; "–" for None."""
-    if seconds is None:
-        return "–"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def markdown(text: str) -> str:
@@ -86,47 +82,73 @@ def _cell(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _moving_average(average: float | None, value: float, weight: float) -> float:
-    """The exponential moving average after one more value, which has this weight."""
-    return value if average is None else (1 - weight) * average + weight * value
+# what is due between steps → how the screen calls it
+PHASES = {"evaluation": "evaluating", "save": "saving", "sample": "writing a sample"}
 
 
 class TrainingView:
-    """Progress of a run: a live panel on a terminal, elsewhere a line every ten seconds.
+    """Progress of a run: a live screen on a terminal, elsewhere a line every ten seconds.
 
-    Prints nothing with `quiet`. `target` is the unit of a loss, as in nats per token;
-    `bytes_per_token`, unless 0, converts it to bits per byte.
+    Prints nothing with `quiet`. It begins before there is a run, and shows what `activity` tells.
+    `live` is True on a terminal.
     """
 
-    def __init__(self, quiet: bool, bytes_per_token: float = 0.0, target: str = "token"):
-        from rich.console import Console
-
-        self.console = Console(stderr=True, highlight=False)
-        self.quiet, self.bytes_per_token, self.target = quiet, bytes_per_token, target
-        self.live: Live | None = None
-        self.last: Step | None = None
-        self.loss: float | None = None
-        self.speed: float | None = None
-        self.figures = self.sample_text = self.status = ""
+    def __init__(self, quiet: bool):
+        self.quiet, self.state = quiet, TrainingState()
+        self._region: LiveRegion | None = None
+        self.live = not quiet and can_redraw(sys.stderr)
+        self._context = ExitStack()
         self._printed = time.monotonic()
+        self._plotted = "val_loss"
 
     def __enter__(self) -> TrainingView:
-        if self.console.is_terminal and not self.quiet:
-            from rich.live import Live
-
-            self.live = Live(console=self.console, refresh_per_second=8, transient=False)
-            self.live.start()
+        if self.live:
+            self._region = self._context.enter_context(LiveRegion(sys.stderr, self._lines))
+            self._context.enter_context(activity.shown_by(self._begin_phase))
+            self._begin_phase("starting")
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
+        self.end(f"stopped at step {self.state.step:,}")
+        self._context.close()
+
+    def end(self, how: str = "") -> None:
+        """Ends the live screen; the final state stays. Does nothing the second time."""
+        if self._region:
+            from lmcli.terminal.training_screen import final_lines
+
+            self.state.ended = how or f"done in {clock(self.state.elapsed)}"
+            self._region.close(final_lines(self.state, self._region.columns))
+            self._region = None
+
+    def begin(self, run: TrainingRun) -> None:
+        """Shows this run from now on, with what it has logged before a resume."""
+        from lmcli.model.device import peak_memory
+
+        state = self.state
+        state.name, state.target = str(run.folder), run.objective.target
+        state.unit, self._plotted = f"nats/{state.target}", "val_loss"
+        if run.bytes_per_token:
+            state.unit, self._plotted = "bits/byte", "val_bits_per_byte"
+            state.nats_per_unit = math.log(2) * run.bytes_per_token
+        state.memory = partial(peak_memory, run.record.device_config.device)
+        state.stopping = lambda: run.trainer.stop
+        for row in run.record.folder.metrics() if self.live else ():
+            if row.get("loss") is not None:
+                state.losses.add(row["step"], row["loss"] / state.nats_per_unit)
+            elif row.get(self._plotted) is not None:
+                value, best = row[self._plotted], state.best
+                is_best = best is None or value < best.value
+                headline = f"{value:.4f} {state.unit}"
+                state.evaluations.append(Evaluated(row["step"], value, headline, is_best))
+        compiled = run.trainer.train_step.compiled
+        self._begin_phase("compiling the model" if compiled else "making the first step")
 
     def show(self, kind: str, event: Any) -> None:
-        """Shows an event of a run; `kind` is step, evaluation, validation, sample or note."""
+        """Shows an event of a run; `kind` is step, due, validation, sample or note."""
         views: dict[str, Callable[[Any], None]] = {
             "step": self.step,
-            "evaluation": self.evaluation,
+            "due": self.due,
             "validation": self.validation,
             "sample": self.sample,
             "note": self.note,
@@ -134,101 +156,80 @@ class TrainingView:
         views[kind](event)
 
     def step(self, step: Step) -> None:
-        """Shows a training step: loss (average over about 20 steps) and speed (about 10)."""
-        self.loss = _moving_average(self.loss, step.loss, 0.05)
-        self.speed = _moving_average(self.speed, step.tokens_per_second, 0.1)
-        self.last = step
-        if self.live:
-            self._draw()
-        elif self._line_is_due():
+        """Shows a training step."""
+        self.state.add_step(
+            step.step,
+            step.loss,
+            step.tokens_per_second,
+            step.share,
+            step.epoch,
+            step.learning_rate,
+            step.elapsed,
+            step.remaining,
+            time.monotonic(),
+        )
+        if self._line_is_due():
             self._print(self._line(step))
 
-    def _draw(self) -> None:
-        if self.live:
-            from rich.text import Text
-
-            self.live.update(self._panel(self.last) if self.last else Text(self.status))
-
     def _line(self, step: Step) -> str:
+        speed = self.state.tokens_per_second or 0.0
         return (
             f"step {step.step:,} · {step.share:.0%} · epoch {step.epoch:.2f} · loss {self._loss()} "
-            f"· {self.speed:,.0f} tokens/s · {clock(step.remaining)} left"
+            f"· {speed:,.0f} tokens/s · {clock(step.remaining)} left"
         )
 
-    def _loss(self, style: str = "", end: str = "") -> str:
-        loss = self.loss or 0.0
-        nats = f"{style}{loss:.3f}{end} nats/{self.target}"
-        if not self.bytes_per_token:
+    def _loss(self) -> str:
+        loss, state = self.state.loss or 0.0, self.state
+        nats = f"{loss:.3f} nats/{state.target}"
+        if state.nats_per_unit == 1.0:
             return nats
-        return f"{nats} = {style}{loss / math.log(2) / self.bytes_per_token:.3f}{end} bits/byte"
+        return f"{nats} = {loss / state.nats_per_unit:.3f} {state.unit}"
 
-    def _panel(self, step: Step) -> Table:
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
+    def _lines(self, columns: int, rows: int) -> list[Text]:
+        from lmcli.terminal.training_screen import live_lines
 
-        progress = Table.grid(padding=(0, 1))
-        progress.add_row(
-            ProgressBar(total=1.0, completed=step.share, width=30),
-            f"{step.share:.0%}",
-            f"[bold]{clock(step.remaining)}[/bold] left",
-            f"step {step.step:,}",
-            f"epoch {step.epoch:.2f}",
-        )
-        panel = Table.grid(padding=(0, 1))
-        panel.add_row(progress)
-        panel.add_row(
-            f"training   loss {self._loss('[bold]', '[/bold]')} · {self.speed:,.0f} tokens/s "
-            f"· rate {step.learning_rate:.2g}"
-        )
-        if self.status:
-            panel.add_row(Text(self.status))
-        if self.figures:
-            panel.add_row(Text(visible(self.figures)))
-        if self.sample_text:
-            text = visible(self.sample_text, keep="")
-            panel.add_row(Text(text, style="italic dim", overflow="fold"))
-        return panel
+        return live_lines(self.state, columns, rows, time.monotonic())
 
-    def evaluation(self, event: Due) -> None:
-        """Shows that the model is evaluated; as a line, if there was none for a while."""
-        self.status = f"evaluating after step {event.step:,} …"
-        if self.live:
-            self._draw()
-        elif self._line_is_due():
-            self._print(self.status)
+    def _begin_phase(self, name: str, seconds: float = 0.0) -> None:
+        self.state.phase = Phase(name, time.monotonic(), seconds)
+
+    def due(self, event: Due) -> None:
+        """Shows what is done between steps; an evaluation as a line, if there was none lately."""
+        self._begin_phase(PHASES[event.what], event.seconds)
+        if event.what == "evaluation" and self._line_is_due():
+            self._print(f"evaluating after step {event.step:,} …")
 
     def _line_is_due(self) -> bool:
         """True every SECONDS_BETWEEN_LINES, where lines are printed."""
-        if self.quiet or time.monotonic() - self._printed < SECONDS_BETWEEN_LINES:
+        if self.quiet or self.live:
+            return False
+        if time.monotonic() - self._printed < SECONDS_BETWEEN_LINES:
             return False
         self._printed = time.monotonic()
         return True
 
     def validation(self, event: Validation) -> None:
         """Shows the figures of an evaluation."""
-        self.status = ""
+        headline = event.figures.headline()
+        value = event.figures.metrics().get(self._plotted, math.nan)
+        self.state.evaluations.append(Evaluated(event.step, value, headline, event.best))
+        self.state.phase = None
         when = f"step {event.step:,}" if event.step else "before the first step"
         best = ", best" if event.best else ""
-        self.figures = f"validation {event.figures.headline()} ({when}{best})"
-        self._draw()
-        self._print(self.figures)
+        self._print(f"validation {headline} ({when}{best})")
 
-    def sample(self, text: str) -> None:
+    def sample(self, sample: SampleText) -> None:
         """Shows a sample text, on one line outside a terminal."""
-        self.sample_text = " ".join(text.split())
-        self._draw()
-        self._print(f"sample     {self.sample_text}")
+        self.state.samples.append(sample)
+        self.state.phase = None
+        if not sample.finished:
+            self._print(f"sample     {' '.join(sample.text.split())}")
 
     def _print(self, line: str) -> None:
         if not self.live and not self.quiet:
             print(for_stream(line, sys.stderr), file=sys.stderr, flush=True)
 
     def note(self, event: Note) -> None:
-        """Shows one line that stays: what the run has changed by itself."""
-        if self.live:
-            from rich.text import Text
-
-            self.console.print(Text(f"lm: {visible(event.text)}"))
-        elif not self.quiet:
+        """Shows a message that stays: what the run has changed by itself."""
+        if not self.quiet:
             note(event.text)

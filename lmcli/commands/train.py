@@ -12,6 +12,7 @@ from lmcli.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from lmcli.config import Recipe
+    from lmcli.display import TrainingView
     from lmcli.distributed.data_parallel import ReplicaGroup
     from lmcli.runs.run import TrainingRun
     from lmcli.runs.start import Request
@@ -130,23 +131,33 @@ def train(args: options.Arguments) -> None:
     save the run; how to resume it is printed.
     """
     _check(args)
-    from lmcli import display
+    from lmcli.display import TrainingView, note
     from lmcli.distributed import launcher
 
-    note: Callable[[str], None] = (lambda text: None) if args.quiet else display.note
     if args.nproc > 1 and not launcher.is_distributed():
-        click.get_current_context().exit(launcher.run_processes(args.nproc, sys.argv[1:], note))
-    from lmcli.distributed import data_parallel  # torch, which the launching process leaves out
+        click.get_current_context().exit(
+            launcher.run_processes(args.nproc, sys.argv[1:], _silent if args.quiet else note)
+        )
+    with TrainingView(args.quiet or not launcher.is_leader()) as view, launcher.report_loss_once():
+        from lmcli.distributed import data_parallel  # torch, while the view is there already
 
-    with launcher.report_loss_once():
         replicas = data_parallel.join()
         if replicas.is_leader:
-            _lead(args, replicas, note)
+            _lead(args, replicas, view, _silent if args.quiet else note)
         else:
             _work(args, replicas)
 
 
-def _lead(args: options.Arguments, replicas: "ReplicaGroup", note: Callable[[str], None]) -> None:
+def _silent(text: str) -> None:
+    """Drops a message, with --quiet."""
+
+
+def _lead(
+    args: options.Arguments,
+    replicas: "ReplicaGroup",
+    view: "TrainingView",
+    note: Callable[[str], None],
+) -> None:
     """Trains as the leader, or as the only process, and prints the folder."""
     from lmcli.distributed import launcher
     from lmcli.runs import resume_check, start
@@ -157,7 +168,9 @@ def _lead(args: options.Arguments, replicas: "ReplicaGroup", note: Callable[[str
             args.output, args.resume, args.overwrite
         )
     if args.check_resume:
-        options.echo(resume_check.check(_request(args), note))
+        result = resume_check.check(_request(args), note)
+        view.end()
+        options.echo(result)
         return
     if args.resume:
         request = ResumeRequest(
@@ -171,17 +184,16 @@ def _lead(args: options.Arguments, replicas: "ReplicaGroup", note: Callable[[str
         run = resume(request, STARTED_AT, note, replicas)
     else:
         run = start.start(_request(args), STARTED_AT, note, replicas)
-    _show(run, args.quiet)
+    _show(run, view)
     for line in run.closing_lines():
         note(line)
     options.echo(run.folder)
 
 
-def _show(run: "TrainingRun", quiet: bool) -> None:
+def _show(run: "TrainingRun", view: "TrainingView") -> None:
     """Trains to the end and shows the run's events; raises Interrupted after Ctrl-C."""
-    from lmcli.display import TrainingView
-
-    with run.signals(), TrainingView(quiet, run.bytes_per_token, run.objective.target) as view:
+    view.begin(run)
+    with run.signals():
         for kind, event in run.events():
             view.show(kind, event)
     if run.stopped:
@@ -189,6 +201,7 @@ def _show(run: "TrainingRun", quiet: bool) -> None:
             f"stopped after step {run.step:,} and saved; "
             f"resume with: lm train --resume {run.folder}"
         )
+    view.end()
 
 
 def _request(args: options.Arguments) -> "Request":

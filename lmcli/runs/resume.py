@@ -15,6 +15,7 @@ from lmcli.recipes import with_settings
 from lmcli.runs import changes, initial_model, memory_fit, parallelism, run_folder
 from lmcli.runs.run import TrainingRun, make_train_step, make_trainer
 from lmcli.runs.run_record import RunRecord, tokenizer_hashes
+from lmcli.terminal import activity
 from lmcli.text import tokenizer as tokenizers
 from lmcli.training import datasets, objectives, resume_state
 from lmcli.training.datasets import Split
@@ -50,6 +51,7 @@ def resume(
     try:
         recipe = with_settings(recipe, request.sets)
         saved = resume_state.newest(folder.states, note)
+        activity.now("reading the data")
         split = _reread_data(request, recipe, facts, saved, note)
         device_config = parallelism.select_device(request.device, recipe, request.threads)
         replicas = parallelism.choose(replicas, request.shard, recipe, device_config, note)

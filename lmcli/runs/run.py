@@ -24,6 +24,7 @@ from lmcli.runs import forgetting
 from lmcli.runs.run_record import RunRecord
 from lmcli.scoring.perplexity import measure_perplexity
 from lmcli.scoring.scorer import Scorer
+from lmcli.terminal.training_state import SampleText
 from lmcli.text.tokenizer import Tokenizer
 from lmcli.training import datasets, resume_state, schedules
 from lmcli.training.divergence import Diverged
@@ -136,7 +137,7 @@ class TrainingRun:
         return self.record.data.bytes_per_token
 
     def events(self) -> Iterator[tuple[str, object]]:
-        """("step" | "evaluation" | "validation" | "sample" | "note", record) as they happen.
+        """("step" | "due" | "validation" | "sample" | "note", record) as they happen.
 
         Raises UserError if the time is over before the first step (nothing is left behind), and if
         the run diverges (the best model and earlier states stay). Then the folder is unlocked.
@@ -154,13 +155,12 @@ class TrainingRun:
                     case Validation():
                         record.log_validation(event, trainer.train_step, trainer.elapsed())
                         yield "validation", event
-                    case Due("evaluation"):
-                        yield "evaluation", event
-                    case Due("sample"):
-                        if sample := self._sample():
-                            yield "sample", sample
                     case Due():
-                        record.save_state(trainer.train_step)
+                        yield "due", event
+                        if event.what == "sample" and (sample := self._sample()):
+                            yield "sample", SampleText(self.step, sample)
+                        elif event.what == "save":
+                            record.save_state(trainer.train_step)
             record.finish(trainer.train_step, self.stopped)
             if record.remembered and not self.stopped:
                 yield from self._measure_forgetting()

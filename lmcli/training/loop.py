@@ -34,10 +34,12 @@ class Due:
     """What is due between two steps.
 
     The caller is to "save" the resume state or to draw a "sample"; an "evaluation" follows.
+    `seconds` is what it is expected to take.
     """
 
     what: str
     step: int
+    seconds: float = 0.0
 
 
 Event = Step | Validation | Due | Note
@@ -69,9 +71,11 @@ class Trainer:
     _looked_at: float = field(default=0.0, init=False)  # when it was last checked what is due
     _sampled_at: float = field(default=0.0, init=False)
     _sample_seconds: float = field(default=0.3, init=False)  # until one has been timed
+    _save_seconds: float = field(default=0.1, init=False)  # likewise
 
     def __post_init__(self) -> None:
         self.config, self.replicas = self.train_step.config, self.train_step.replicas
+        self._time_left = schedules.TimeLeft(self.config)
 
     @property
     def counters(self) -> Counters:
@@ -99,21 +103,24 @@ class Trainer:
             counters.look_first = False
             yield from self._evaluate(final=False)
         counters.preparation += self.elapsed() - counters.seconds
-        start = self.elapsed()
-        share = first = self._share()
+        share = self._share()
+        self._time_left.begin(self._progress())
         # resumed: something may be due after the step before the stop
         if counters.step and share < 1.0:
             yield from self._due_events(share)
         # the steps
         while share < 1.0 and not self.stop and not self._out_of_patience():
+            started = time.monotonic()
             self.replicas.broadcast(["step", share])
             gradients = yield from self.train_step.gradients()
             step = self.train_step.update(gradients, share)
             share = self._share()
             counters.seconds = step.elapsed = self.elapsed()
             step.share = share
-            if share > first:
-                step.remaining = (1 - share) / (share - first) * (step.elapsed - start)
+            self._time_left.add_step(self._progress(), time.monotonic() - started)
+            step.remaining = self._time_left.estimate(
+                self._progress(), self._seconds_between(share)
+            )
             yield step
             if share >= 1.0 or self.stop:
                 break
@@ -161,14 +168,12 @@ class Trainer:
         last = counters.looked
         if share <= last:
             return
-        timed = schedules.timed_evaluations(config.time, self._evaluation_cost())
-        times = min(timed, self.evaluations)
-        evaluates = self._is_due(config.eval_every, last, share, times)
+        evaluates = self._is_due(config.eval_every, last, share, self._evaluations())
         # doubtful states are not saved: they would replace sound ones
         doubtful = self.train_step.steps_above_limit()
         # before `looked` changes: a run that resumes there makes the evaluation
         if self._is_save_overdue(evaluates) and not doubtful:
-            yield self._save()
+            yield from self._save()
         counters.looked = share
         if evaluates:
             with self._averaged_weights():
@@ -176,10 +181,10 @@ class Trainer:
         if self._is_due(config.sample_every, last, share) and self._worth_a_sample():
             started = time.monotonic()
             with self._averaged_weights():
-                yield Due("sample", counters.step)
+                yield Due("sample", counters.step, self._sample_seconds)
             self._sampled_at, self._sample_seconds = time.monotonic(), time.monotonic() - started
         if self._is_due(config.save_every, last, share) and not doubtful:
-            yield self._save()
+            yield from self._save()
         self._looked_at = time.monotonic()
 
     def _is_save_overdue(self, evaluates: bool) -> bool:
@@ -188,12 +193,18 @@ class Trainer:
         pause = now - self._looked_at + evaluates * self.counters.evaluation_seconds
         return now - self._saved_at + pause >= SECONDS_BETWEEN_SAVES
 
-    def _save(self) -> Due:
-        """The event of a save, for which the counters are made ready."""
+    def _evaluations(self) -> int:
+        """How many evaluations the run affords, unless eval_every is set."""
+        timed = schedules.timed_evaluations(self.config.time, self._evaluation_cost())
+        return min(timed, self.evaluations)
+
+    def _save(self) -> Iterator[Due]:
+        """The event of a save, for which the counters are made ready; it is timed."""
         self.counters.seconds = self.elapsed()
         self._require_finite()
         self._saved_at = time.monotonic()
-        return Due("save", self.counters.step)
+        yield Due("save", self.counters.step, self._save_seconds)
+        self._save_seconds = time.monotonic() - self._saved_at
 
     def _last_events(self, share: float) -> Iterator[Event]:
         """The final evaluation and save of a run that has ended at `share` of its budget."""
@@ -208,14 +219,14 @@ class Trainer:
         ended = share >= 1.0 and not self.stop
         if ended and (counters.looked < 1.0 or counters.best == math.inf):
             if self._is_save_overdue(True) and not self.train_step.steps_above_limit():
-                yield self._save()
+                yield from self._save()
             counters.looked = share
             with self._averaged_weights():
                 yield from self._evaluate(final=True)
-        save = self._save()
+        self._require_finite()
         if ended and counters.best == math.inf:
             raise self._diverged("no evaluation gave a number")
-        yield save
+        yield from self._save()
         # a run stopped before any evaluation is evaluated now, so that it keeps trained weights;
         # the state does not record this, so a resumed run is as if it had never stopped
         if counters.best == math.inf:
@@ -235,12 +246,40 @@ class Trainer:
     def _out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.counters.stale
 
-    def _share(self) -> float:
+    def _progress(self) -> schedules.Progress:
         counters = self.counters
         epochs = counters.rows / self.train_step.rows.rows_per_epoch
-        progress = schedules.Progress(counters.step, counters.tokens, epochs, self.elapsed())
+        return schedules.Progress(counters.step, counters.tokens, epochs, self.elapsed())
+
+    def _share(self) -> float:
         at_the_end = 1.1 * self._evaluation_cost() + 0.3
-        return progress.share(self.config, counters.preparation, at_the_end)
+        return self._progress().share(self.config, self.counters.preparation, at_the_end)
+
+    def _seconds_between(self, share: float) -> float:
+        """Seconds of the evaluations, samples and saves that are planned after `share`.
+
+        Samples that the run may leave out take little time.
+        """
+        config, last = self.config, self.counters.looked
+        evaluations = self._count_due(config.eval_every, last, share, self._evaluations())
+        samples = config.sample_every and self._count_due(config.sample_every, last, share)
+        saves = self._count_due(config.save_every, last, share)
+        # the last ones are made in any case
+        return (
+            max(1, evaluations) * self._evaluation_cost()
+            + samples * self._sample_seconds
+            + max(1, saves) * self._save_seconds
+        )
+
+    def _count_due(
+        self, every: int, last: float, share: float, times: int = schedules.EVALUATIONS
+    ) -> int:
+        """How often something is still due: what is due at `share` is counted with the rest."""
+        if not every:
+            return times - math.floor(last * times)
+        step = self.counters.step
+        left = step * (1.0 - share) / share if share else 0.0
+        return int(step + left) // every - (step - 1) // every
 
     def _evaluation_cost(self) -> float:
         """Seconds of an evaluation: of the last one, else estimated from the speed of training."""
@@ -279,7 +318,7 @@ class Trainer:
             self.train_step.optimizer.swap_averages()
 
     def _evaluate(self, final: bool) -> Iterator[Due | Validation]:
-        yield Due("evaluation", self.counters.step)
+        yield Due("evaluation", self.counters.step, self._evaluation_cost())
         yield self._validate(final)
 
     def _validate(self, final: bool) -> Validation:

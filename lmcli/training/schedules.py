@@ -1,7 +1,7 @@
-"""How far a run has come, its learning-rate factor there, its evaluations. Pure functions."""
+"""How far a run has come, how long it still takes, its learning-rate factor, its evaluations."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from lmcli.config import TrainConfig
 
@@ -36,6 +36,60 @@ class Progress:
             room = config.time - seconds_before - seconds_after
             shares.append((self.seconds - seconds_before) / room if room > 0 else 1.0)
         return min(1.0, max(shares, default=1.0))
+
+
+SPEED_SECONDS = 30.0  # over about so many seconds of steps their speed is averaged
+
+
+@dataclass
+class TimeLeft:
+    """The seconds that a run has left.
+
+    Time budgets are known. For the others the steps are measured: each share of the budget that
+    they used, and the seconds of the steps alone; what happens between them is added.
+    """
+
+    config: TrainConfig
+    _seconds: float = field(default=0.0, init=False)  # of steps, older ones with less weight
+    _share: float = field(default=0.0, init=False)  # that these have used, likewise
+    _reached: float = field(default=0.0, init=False)
+    _steps: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._counted = replace(self.config, time=0.0)
+
+    def begin(self, progress: Progress) -> None:
+        """Sets where the run stands before its next step."""
+        self._reached = self._counted_share(progress)
+
+    def add_step(self, progress: Progress, seconds: float) -> None:
+        """Adds a step that took so many seconds and has led to `progress`.
+
+        The first one counts only until there is another: it may take many times as long.
+        """
+        weight = math.exp(-seconds / SPEED_SECONDS) if self._steps > 1 else 0.0
+        reached = self._counted_share(progress)
+        self._seconds = weight * self._seconds + seconds
+        self._share = weight * self._share + reached - self._reached
+        self._reached = reached
+        self._steps += 1
+
+    def estimate(self, progress: Progress, between: float) -> float | None:
+        """Seconds that are left; `between` are those of evaluations and saves to come."""
+        estimates = []
+        if self.config.time:
+            estimates.append(max(0.0, self.config.time - progress.seconds))
+        if self._has_counted and self._share > 0:
+            steps = (1.0 - self._reached) * self._seconds / self._share
+            estimates.append(max(0.0, steps) + between)
+        return min(estimates, default=None)
+
+    @property
+    def _has_counted(self) -> bool:
+        return bool(self._counted.steps or self._counted.tokens or self._counted.epochs)
+
+    def _counted_share(self, progress: Progress) -> float:
+        return progress.share(self._counted) if self._has_counted else 0.0
 
 
 def factor(schedule: str, share: float, warmup: float) -> float:

@@ -93,6 +93,7 @@ class TrainStep:
     counters: Counters = field(default_factory=Counters)
     replicas: ReplicaGroup = SINGLE_PROCESS
     tokens_per_second: float = field(default=0.0, init=False)  # the best so far
+    compiled: bool = field(default=False, init=False)
     _warm: bool = field(default=False, init=False)
     _next_trim: float = field(default=0.0, init=False)  # when to give memory back
 
@@ -110,6 +111,7 @@ class TrainStep:
         auto = long and device.compiles(self.device_config.device)
         if self.config.compile == "on" or (self.config.compile == "auto" and auto):
             compile_blocks(self.model)
+            self.compiled = True
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -1,0 +1,187 @@
+"""The lines at the bottom of a terminal that are drawn again in place while work goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from lmcli.text.characters import visible
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+SHORTEST_PAUSE = 0.25  # seconds between two drawings
+DRAWING_SHARE = 0.004  # of the time that drawing may take
+HIDE_CURSOR, SHOW_CURSOR, ERASE_BELOW, ERASE_LINE = "\x1b[?25l", "\x1b[?25h", "\x1b[J", "\x1b[K"
+BEGIN_UPDATE, END_UPDATE = "\x1b[?2026h", "\x1b[?2026l"  # a terminal that knows them draws at once
+
+Draw = Callable[[int, int], "Sequence[Text]"]  # (columns, rows) → lines that fit
+
+
+def can_redraw(stream: TextIO) -> bool:
+    """True for a terminal in UTF-8 that can move its cursor."""
+    if not stream.isatty() or "utf" not in (stream.encoding or "").lower():
+        return False
+    from rich.console import Console
+
+    console = Console(file=stream)
+    return not (console.is_dumb_terminal or console.legacy_windows)
+
+
+class LiveRegion(io.TextIOBase):
+    """Lines that a thread of its own draws again, in at most DRAWING_SHARE of the time.
+
+    Stands for standard error meanwhile: what is written there is printed above the lines. Keys that
+    are typed are not shown, since they would move the cursor. `draw` must not block.
+    """
+
+    def __init__(self, stream: TextIO, draw: Draw):
+        from rich.console import Console
+
+        self.stream, self._draw = stream, draw
+        self.console = Console(file=stream, highlight=False, emoji=False, markup=False)
+        self._lock = threading.RLock()
+        self._stopped = threading.Event()
+        self._widths: list[int] = []  # of the lines on the screen
+        self._columns = 0  # of the terminal then
+        self._pending = ""  # written, but no whole line yet
+        self._echo: Any = None
+        self._thread = threading.Thread(target=self._redraw, daemon=True)
+
+    @property
+    def columns(self) -> int:
+        """How many columns may be filled."""
+        return self._size()[0]
+
+    # -- as a stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """That of the terminal."""
+        return self.stream.encoding
+
+    def isatty(self) -> bool:
+        """True: it is a terminal."""
+        return True
+
+    def fileno(self) -> int:
+        """The terminal's."""
+        return self.stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Prints whole lines above the region."""
+        with self._lock:
+            self._pending += text
+            whole, newline, self._pending = self._pending.rpartition("\n")
+            if newline:
+                self._send(self._home() + ERASE_BELOW + visible(whole) + "\n")
+                self._widths = []
+                self.refresh()
+        return len(text)
+
+    # -- drawing
+
+    def __enter__(self) -> LiveRegion:
+        self._echo = _hide_keys(self.stream)
+        self._stderr, sys.stderr = sys.stderr, self
+        self._send(HIDE_CURSOR)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self, last: Sequence[Text] = ()) -> None:
+        """Erases the lines and prints the `last` ones instead; does nothing the second time."""
+        if self._stopped.is_set():
+            return
+        self._stopped.set()
+        self._thread.join()
+        sys.stderr = self._stderr
+        text = "".join(f"{line}\n" for line in self._rendered(last))
+        self._send(self._home() + ERASE_BELOW + text + self._pending + SHOW_CURSOR)
+        _show_keys(self.stream, self._echo)
+
+    def refresh(self) -> None:
+        """Draws the lines where they stand."""
+        with self._lock:
+            size = self._size()
+            lines = list(self._draw(*size))[: size[1]]
+            text = "\n".join(f"{line}{ERASE_LINE}" for line in self._rendered(lines))
+            self._send(f"{BEGIN_UPDATE}{self._home()}{text}{ERASE_BELOW}{END_UPDATE}")
+            self._widths, self._columns = [line.cell_len for line in lines], size[0]
+
+    def _redraw(self) -> None:
+        pause = 0.0
+        while not self._stopped.wait(pause):
+            started = time.thread_time()
+            self.refresh()
+            pause = max(SHORTEST_PAUSE, (time.thread_time() - started) / DRAWING_SHARE)
+
+    def _home(self) -> str:
+        """Moves the cursor from the end of the lines to their start.
+
+        In a window that is narrower now the terminal has wrapped them.
+        """
+        columns, rows = self._size()
+        height = len(self._widths)
+        if columns < self._columns:
+            height = sum(max(1, -(-width // (columns + 1))) for width in self._widths)
+        up = min(height - 1, rows - 1)
+        return f"\r\x1b[{up}A" if up > 0 else "\r"
+
+    def _rendered(self, lines: Sequence[Text]) -> list[str]:
+        """The lines with escape codes for their styles, as many as the terminal has colors."""
+        with self.console.capture() as captured:
+            for line in lines:
+                self.console.print(line, soft_wrap=True)
+        return captured.get().split("\n")[: len(lines)]
+
+    def _size(self) -> tuple[int, int]:
+        """(columns, rows) that may be filled: a full last column would wrap on some terminals."""
+        try:
+            size = os.get_terminal_size(self.stream.fileno())
+        except (OSError, ValueError):
+            return 79, 23
+        return max(1, (size.columns or 80) - 1), max(1, (size.lines or 24) - 1)
+
+    def _send(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
+
+
+def _hide_keys(stream: TextIO) -> Any:
+    """Turns off the echo of keys; returns the settings before, None if they are not ours to change.
+
+    A process in the background that changes them would be stopped.
+    """
+    try:
+        import termios
+    except ImportError:  # Windows
+        return None
+    try:
+        number = stream.fileno()
+        if os.tcgetpgrp(number) != os.getpgrp():
+            return None
+        before = termios.tcgetattr(number)
+        flags = before[3] & ~termios.ECHO
+        termios.tcsetattr(number, termios.TCSANOW, [*before[:3], flags, *before[4:]])
+    except (OSError, ValueError, termios.error):
+        return None
+    return before
+
+
+def _show_keys(stream: TextIO, before: Any) -> None:
+    if before is None:
+        return
+    import termios
+
+    with contextlib.suppress(OSError, termios.error):
+        if os.tcgetpgrp(stream.fileno()) == os.getpgrp():
+            termios.tcsetattr(stream.fileno(), termios.TCSANOW, before)

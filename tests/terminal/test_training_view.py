@@ -1,0 +1,258 @@
+"""Training as it is shown: plain lines in a pipe, nothing with --quiet, screens that fit."""
+
+import io
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lmcli import display
+from lmcli.terminal.live_region import LiveRegion
+from lmcli.terminal.training_screen import final_lines, flow, live_lines, shorten
+from lmcli.terminal.training_state import Evaluated, Phase, SampleText, TrainingState, clock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from drawn_screen import Screen, printable
+
+STEP = SimpleNamespace(
+    step=1234,
+    share=0.25,
+    epoch=1.5,
+    loss=2.0,
+    learning_rate=3e-3,
+    tokens_per_second=45678.0,
+    elapsed=25.0,
+    remaining=75,
+)
+FIGURES = SimpleNamespace(
+    headline=lambda: "1.5000 bits/byte · perplexity 20.00",
+    metrics=lambda: {"val_bits_per_byte": 1.5, "val_loss": 3.0},
+)
+VALIDATION = SimpleNamespace(step=1234, figures=FIGURES, best=True)
+EVIL = "\x1b[2J\x9b31m\u202e[red]\x07:smile:\r\x0b\x7f"
+SAMPLES = (
+    EVIL,
+    "the the of and",
+    "却说那僧人" * 30,
+    "First Citizen:\nBefore we proceed any further,\n\nhear me speak. " * 2,
+)
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0:00"), (5.4, "0:05"), (65, "1:05"), (59.6, "1:00"), (7384, "2:03:04"), (None, "–")],
+)
+def test_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+def new_view(quiet=False, bytes_per_token=4.0, target="token"):
+    """A view of a run with this target."""
+    view = display.TrainingView(quiet)
+    view.begin(
+        SimpleNamespace(
+            folder="runs/a",
+            objective=SimpleNamespace(target=target),
+            bytes_per_token=bytes_per_token,
+            record=SimpleNamespace(device_config=SimpleNamespace(device=None)),
+            trainer=SimpleNamespace(train_step=SimpleNamespace(compiled=False)),
+        )
+    )
+    return view
+
+
+def test_a_pipe_gets_plain_lines_at_intervals(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    with new_view() as view:
+        for i in range(301):
+            now[0] = i / 10
+            view.show("step", STEP)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3  # 30 s
+    # 2 nats a token of 4 bytes: 2 / ln 2 / 4 = 0.721 bits a byte
+    assert lines[0] == (
+        "step 1,234 · 25% · epoch 1.50 · loss 2.000 nats/token = 0.721 bits/byte · 45,678 tokens/s "
+        "· 1:15 left"
+    )
+
+
+def test_a_loss_of_other_targets_has_no_bits_per_byte(capsys, monkeypatch):
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0)
+    with new_view(bytes_per_token=0.0, target="masked token") as view:
+        view.step(STEP)
+        view.validation(VALIDATION)
+    assert "loss 2.000 nats/masked token · 45,678 tokens/s" in capsys.readouterr().err
+    assert view.state.evaluations[-1].value == 3.0  # on the axis of the training loss
+
+
+def test_evaluations_and_samples_are_lines_in_a_pipe(capsys):
+    with new_view() as view:
+        view.validation(VALIDATION)
+        view.sample(SampleText(7, "却说\n  one\ttwo [bold]"))
+        view.sample(SampleText(9, "of the finished model", finished=True))
+    assert capsys.readouterr() == (
+        "",
+        "validation 1.5000 bits/byte · perplexity 20.00 (step 1,234, best)\n"
+        "sample     却说 one two [bold]\n",
+    )
+    assert view.state.evaluations[-1].value == 1.5
+
+
+def test_quiet_prints_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0)
+    with new_view(quiet=True) as view:
+        view.step(STEP)
+        view.due(SimpleNamespace(what="evaluation", step=3, seconds=1.0))
+        view.validation(VALIDATION)
+        view.sample(SampleText(7, "text"))
+        view.note(SimpleNamespace(step=3, text="a note"))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_loss_is_a_moving_average():
+    with new_view(quiet=True) as view:
+        for loss in (4.0, 2.0):
+            view.step(SimpleNamespace(**{**vars(STEP), "loss": loss}))
+    assert view.state.loss == pytest.approx(0.95 * 4 + 0.05 * 2)
+
+
+def state_after(steps: int, total: int = 400, nats_per_unit: float = math.log(2) * 2.5):
+    """A run of `total` steps after some of them; its validation is best after step 300."""
+    state = TrainingState(
+        name="runs/shake",
+        unit="bits/byte" if nats_per_unit != 1 else "nats/text",
+        nats_per_unit=nats_per_unit,
+        memory=lambda: 1_234_000_000,
+    )
+    for i in range(1, steps + 1):
+        loss = nats_per_unit * (2.2 + 5 * math.exp(-i / 30) + 0.1 * math.sin(i * i))
+        state.add_step(i, loss, 3848.0, i / total, i / 200, 0.0052, i / 8, (total - i) / 8, 0.0)
+        if i % 50 == 0:
+            value = 2.3 + 5 * math.exp(-i / 30) + (0.2 if i > 300 else 0)
+            headline = f"{value:.4f} {state.unit} · perplexity 39.27"
+            state.evaluations.append(Evaluated(i, value, headline, i <= 300))
+            state.samples.append(SampleText(i, SAMPLES[(i // 50 - 1) % 4]))
+    return state
+
+
+SIZES = [(60, 24), (80, 24), (120, 40), (80, 12), (60, 7), (40, 5), (20, 3), (80, 1)]
+
+
+@pytest.mark.parametrize("columns, rows", SIZES)
+@pytest.mark.parametrize("steps", [0, 1, 2, 7, 49, 170, 400])
+def test_every_screen_fits_and_shows_no_control_character(columns, rows, steps):
+    for nats in (1.0, 1.7):
+        state = state_after(steps, nats_per_unit=nats)
+        state.phase = Phase("evaluating", 0.0, 3.0) if steps % 2 else None
+        lines = live_lines(state, columns, rows, 2.0)
+        assert len(lines) <= rows and all(line.cell_len <= columns for line in lines)
+        lines += final_lines(state, columns)
+        assert all(line.cell_len <= columns for line in lines)
+        assert printable([line.plain for line in lines])
+
+
+@pytest.mark.parametrize("columns, rows", SIZES[:3])
+def test_the_screen_in_the_middle_shows_everything(columns, rows):
+    state = state_after(170)
+    state.phase = Phase("evaluating", 0.0, 3.0)
+    lines = [line.plain for line in live_lines(state, columns - 1, rows - 1, 2.0)]
+    text = "\n".join(lines)
+    for figure in (
+        "42%",
+        "0:27 left",
+        "evaluating 0:02",
+        "step 170",
+        "epoch 0.85",
+        "3,848 tokens/s ███",
+        "rate 0.0052",
+        "1.2 GB",
+        "bits/byte",
+        "2.3337 bits/byte · perplexity 39.27",
+        "step 150, best",
+        "◆",
+        " 50  ␛[2J",
+        "100  the the of and",
+        "150  却说那僧人",
+    ):
+        assert figure in text, figure
+    # the newest sample is whole
+    assert (
+        "".join(line.strip().removeprefix("150") for line in lines[-9:]).count("却说那僧人") >= 28
+    )
+    braille = [c for line in lines for c in line if "\u2801" <= c <= "\u28ff"]
+    assert len(braille) > columns // 2
+
+
+def test_the_sample_of_a_language_with_spaces_is_cut_between_words():
+    text = "First Citizen: Before we proceed any further, hear me speak."
+    for columns in range(12, 70):
+        shown = shorten(text, columns)
+        words = shown.removesuffix(" …").split()
+        assert len(shown) <= columns and words == text.split()[: len(words)]
+
+
+def test_figures_flow_without_being_cut():
+    from rich.text import Text
+
+    items = ["step 1,234", "epoch 1.50", "45,678 tokens/s", "rate 0.003"]
+    for columns in range(15, 60):
+        lines = [line.plain for line in flow(map(Text, items), columns)]
+        assert " · ".join(lines) == " · ".join(items)
+        assert all(len(line) <= columns for line in lines)
+
+
+def test_the_estimate_falls_with_the_clock_and_waits_for_work_that_takes_longer():
+    state = state_after(200)  # 25 s are left
+    assert [state.seconds_left(now) for now in (0.0, 1.0, 99.0)] == [25.0, 24.0, 0.0]
+    state.phase = Phase("evaluating", 2.0, 5.0)
+    assert [state.seconds_left(now) for now in (2.0, 4.0, 7.0, 20.0)] == [23.0, 21.0, 18.0, 18.0]
+
+
+class FakeTerminal(io.StringIO):
+    """A terminal of 60 × 12 in a string; pyte draws what was written."""
+
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+    def fileno(self):
+        raise OSError
+
+
+def drawn(stream, columns=80, rows=24) -> Screen:
+    screen = Screen(columns, rows)
+    screen.feed(stream.getvalue().encode())
+    return screen
+
+
+def test_a_region_is_drawn_in_place_and_messages_stand_above_it():
+    from rich.text import Text
+
+    stream, height = FakeTerminal(), [3]
+    region = LiveRegion(stream, lambda columns, rows: [Text(f"row {i}") for i in range(height[0])])
+    before = sys.stderr
+    with region:
+        for height[0] in (3, 5, 2, 4):
+            region.refresh()
+        print("a message", file=sys.stderr)
+        print("another ", file=sys.stderr, end="")
+        print("one", file=sys.stderr)
+        region.refresh()
+        assert drawn(stream).lines == ["a message", "another one", *(f"row {i}" for i in range(4))]
+        region.close([Text("the end")])
+    assert sys.stderr is before
+    assert drawn(stream).lines == ["a message", "another one", "the end"]
+
+
+def test_a_region_higher_than_the_terminal_is_cut():
+    from rich.text import Text
+
+    stream = FakeTerminal()
+    region = LiveRegion(stream, lambda columns, rows: [Text(f"row {i}") for i in range(99)])
+    region.refresh()
+    region.refresh()
+    assert drawn(stream).lines == [f"row {i}" for i in range(23)]
