@@ -411,14 +411,15 @@ def check(section: type, key: str, value: Any, where: str) -> Any:
     Raises UsageError that names `where`, the key and the range.
     """
     spec = next(f for f in fields(section) if f.name == key)
-    if isinstance(value, bool) and "on" in spec.metadata["choices"]:
-        value = "on" if value else "off"  # YAML reads the words on and off as booleans
+    for words in (("off", "on"), ("false", "true")):  # which YAML reads as booleans
+        if isinstance(value, bool) and words[1] in spec.metadata["choices"]:
+            value = words[value]
     is_duration = key == "time" and isinstance(value, str)
     try:
         value = duration(value) if is_duration else _convert(spec.type, value)
     except (ValueError, OverflowError):  # infinity is not a whole number
         raise UsageError(
-            f"{key}: {value!r} is not {_type_name(spec.type)}",
+            f"{key}: {value!r} is not {type_name(spec.type)}",
             where=where,
             hint=f"{key}: {spec.metadata['meaning']}",
         ) from None
@@ -457,11 +458,12 @@ def _whole_number(text: str) -> int:
     return int(text) if text.lstrip("+-").isdigit() else int(number)  # a float has fewer digits
 
 
-def _type_name(kind: Any) -> str:
+def type_name(kind: Any) -> str:
+    """What values of a field's type are, in words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
     if get_origin(kind) is tuple:
         return {str: "a list of words", int: "a list of ids"}.get(get_args(kind)[0], "such a list")
-    return _type_name(get_args(kind)[0]) if get_args(kind) else names[kind]
+    return type_name(get_args(kind)[0]) if get_args(kind) else names[kind]
 
 
 def _check_range(spec: dataclasses.Field[Any], value: Any, where: str) -> None:

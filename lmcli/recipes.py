@@ -67,7 +67,7 @@ def resolve(
     """
     settings = [*(f"{key}={value}" for key, value in defaults.items()), *sets]
     options = {key: value for key, value in train.items() if value is not None}
-    values = _read(_find(preset), ancestors=())
+    values = _read(find_preset(preset), ancestors=())
     changed_keys = {setting.partition("=")[0].strip() for setting in settings}
     changed_keys |= {f"train.{key}" for key in options}
     if changed_keys & {f"train.{budget}" for budget in BUDGETS}:
@@ -223,7 +223,16 @@ def _sections_hint() -> str:
     return f"choose from the sections {', '.join(SECTIONS)}"
 
 
-def _find(preset: str) -> Path:
+def parent_file(path: Path, document: Mapping[str, Any]) -> Path | None:
+    """The preset file that this one extends; None if there is none."""
+    if "extends" not in document:
+        return None
+    file = path.parent / str(document["extends"])
+    return file if file.suffix in (".yaml", ".yml") else find_preset(str(document["extends"]))
+
+
+def find_preset(preset: str) -> Path:
+    """The file of a preset's name or file; UsageError with the nearest name if there is none."""
     path = Path(preset)
     shipped = f"choose a shipped preset ({', '.join(preset_names())})"
     if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
@@ -245,14 +254,10 @@ def _read(path: Path, ancestors: tuple[Path, ...]) -> Values:
         raise UsageError("extends itself", where=str(path))
     document = load_yaml(path)
     values: Values = {name: {} for name in SECTIONS}
-    if "extends" in document:
-        parent = str(document.pop("extends"))
-        file = path.parent / parent
-        if file.suffix not in (".yaml", ".yml"):
-            file = _find(parent)
+    if file := parent_file(path, document):
         values = _read(file, (*ancestors, path.resolve()))
     for section, keys in document.items():
-        if section in FACTS:  # a stored recipe.yaml is a preset too
+        if section in (*FACTS, "extends"):  # a stored recipe.yaml is a preset too
             continue
         _check_section(section, str(path))
         for key, value in _keys(section, keys, str(path)).items():

@@ -91,6 +91,20 @@ def cached_snapshot(name: str) -> Path | None:
     return snapshot if commit and snapshot.is_dir() else None
 
 
+def cached_names() -> list[str]:
+    """The names of models with a snapshot in the local cache, sorted."""
+    try:
+        folders = [entry.name for entry in os.scandir(cache_folder())]
+    except OSError:
+        return []
+    names = [
+        folder.removeprefix("models--").replace("--", "/", 1)
+        for folder in folders
+        if folder.startswith("models--")
+    ]
+    return sorted(name for name in names if cached_snapshot(name))
+
+
 def offline() -> bool:
     """True if the environment forbids downloads, as Hugging Face's libraries read it."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""

@@ -16,19 +16,19 @@ from lmcli import __version__, errors
 # how a closed standard stream is opened: reading or writing it then fails, as on a closed one
 CLOSED_FLAGS = (os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)
 STARTED_AT = time.monotonic()  # for `lm train --time`
-COMMANDS = {
-    "tokenize": "Text to token ids and back; learns a BPE with --train.",
-    "train": "Trains a model on text files, or fine-tunes one.",
-    "generate": "Continues prompts; translates, summarizes, fills masks.",
-    "score": "Log-probability and surprisal of lines, words or tokens.",
-    "perplexity": "Perplexity and bits per byte of files.",
-    "classify": "Labels of lines or tokens; answers to questions.",
-    "evaluate": "Metrics of a task from labeled records, with intervals; compares models.",
-    "plan": "Size, memory and time of a training run here; which preset to take.",
-    "export": "A model in another precision, or an adapter merged into its base.",
-    "info": "Facts about a model, run, tokenizer or text.",
-    "bench": "Speed of training and scoring, and the machine's limit.",
-    "help": "Guides on a topic, or the help of a command.",
+COMMANDS = {  # with an example of each, which follows its name
+    "train": ("notes.txt -o notes", "Train a model on text, or fine-tune one."),
+    "generate": ('-m notes "Once"', "Continue a prompt, translate, converse."),
+    "score": ("-m notes lines.txt", "Log-probability of lines, words, tokens."),
+    "perplexity": ("-m notes b.txt", "Bits per byte and perplexity of files."),
+    "classify": ("-m mood lines.txt", "Label and probability of each line."),
+    "evaluate": ("-m mood dev.csv", "Accuracy, F1, BLEU … with intervals."),
+    "tokenize": ("-m notes lines.txt", "Token ids of each line, and back."),
+    "info": ("notes", "What a model or text is; which are here."),
+    "plan": ("notes.txt --time 30m", "What fits that time on this machine."),
+    "export": ("notes --gguf n.gguf", "GGUF, merged adapters, 8 and 4 bits."),
+    "bench": ("--train", "Speed of this machine, and its limit."),
+    "help": ("quickstart", "The guides, presets and their keys."),
 }
 
 
@@ -43,9 +43,24 @@ class LazyGroup(click.Group):
             return None
         return getattr(importlib.import_module(f"lmcli.commands.{name}"), name)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes an example of each command and what it does: 24 lines at 80 columns."""
+        formatter.write_usage(ctx.command_path, "COMMAND [OPTIONS] [ARGUMENTS]")
+        formatter.write_paragraph()
+        formatter.write(f"{self.help}\n")
+        formatter.write_paragraph()
+        examples = [(f"lm {name} {words}", what) for name, (words, what) in COMMANDS.items()]
+        with formatter.indentation():
+            formatter.write_dl(examples, col_max=40)
+        formatter.write_paragraph()
+        formatter.write_dl(
+            [
+                ("lm COMMAND --help", "Options of a command, with more examples."),
+                ("lm help", "The topics: guides, presets, keys."),
+                ("lm --install-completion", "Tab completes commands, files, models."),
+            ],
+            col_max=40,
+        )
 
 
 @click.group(
@@ -58,24 +73,7 @@ class LazyGroup(click.Group):
 )
 @click.version_option(__version__, message="lm %(version)s")
 def lm() -> None:
-    """A language-model workbench: train, generate, score and measure from one command line.
-
-    \b
-    lm train notes.txt -o notes           train a small model on your own text
-    lm generate -m notes "Once"           continue a prompt
-    lm score -m notes < lines.txt         log-probability of each line
-    lm perplexity -m notes other.txt      bits per byte of a file
-    lm classify -m sentiment lines.txt    label and probability of each line
-    lm evaluate -m sentiment dev.jsonl    accuracy, F1 and more, each with an interval
-    lm export more --merge -o whole       an adapter and its base as one model
-    lm info notes                         what a model, tokenizer or text is
-    lm plan notes.txt --time 30m          what fits that time, and which preset to take
-    lm bench --train                      speed of training (or scoring) on this machine
-
-    A model is a Hugging Face folder. Results go to standard output, all else to standard error.
-    Guides: lm help TOPIC; lm help lists them. Shell completion: eval
-    "$(_LM_COMPLETE=bash_source lm)" in ~/.bashrc; zsh_source and fish_source likewise.
-    """
+    """Train and use language models; each is a folder in Hugging Face format."""
 
 
 def run(arguments: list[str] | None = None) -> int:

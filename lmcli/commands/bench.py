@@ -12,7 +12,8 @@ from lmcli.errors import UsageError, UserError
 MOST_LINES = 4096
 
 
-@options.command("""
+@options.command(
+    """
   lm bench --train
   lm bench --train --preset small --seconds 30
   lm bench --train --preset seq2seq-small --dtype float32 --json
@@ -20,27 +21,30 @@ MOST_LINES = 4096
   lm bench --score --dtype bfloat16
   lm bench --score -m runs/s lines.txt
   lm bench --generate -m runs/s --quantize int8
-""")
+""",
+    guide="planning",
+)
 @options.files
 @options.flag("--train", help="Measure training steps.")
-@options.flag("--score", help="Measure scoring: of random lines and windows, or of FILE's lines.")
+@options.flag("--score", help="Measure scoring, of random lines or of FILE.")
 @options.flag("--generate", help="Measure generation, one text and 16 at once.")
-@options.model
-@options.quantize
 @click.option(
     "--preset",
     metavar="NAME|FILE",
     help="Measure the model and batch of this recipe.  [default: shapes R and S]",
 )
+@options.model
 @options.settings
-@click.option(
-    "--seconds",
-    type=options.Duration(),
-    default=10.0,
-    show_default=True,
-    metavar="DURATION",
-    help="Duration of each measurement: seconds, 90s, 2m.",
+@options.section(
+    "Budget",
+    click.option(
+        "--seconds",
+        type=options.Duration(),
+        default=10.0,
+        help="Duration of each measurement: seconds, 90s, 2m.",
+    ),
 )
+@options.quantize
 @options.training_dtype(
     "Precision; auto: float32 to score; to train the recipe's, else bfloat16 where it is faster."
 )

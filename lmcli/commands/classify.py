@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 RECORDS_PER_TASK = 512
 
 
-@options.command("""
+@options.command(
+    """
   echo "This is a test sentence." | lm classify -m bert-sentiment
   lm classify -m bert-sentiment --logits reviews.txt
   lm classify -m bert-topics --top 3 --json news.jsonl
@@ -23,39 +24,43 @@ RECORDS_PER_TASK = 512
   lm classify -m bert-names --per token letters.txt | grep PER
   lm classify -m bert-squad questions.jsonl                    rows with context and question
   lm classify -m bert-squad --top 3 --threshold 0.9 --json questions.jsonl
-""")
+""",
+    guide="tasks",
+)
 @options.files
 @options.model
 @options.choice(
-    "--per",
-    values=["record", "token"],
-    help="What gets a label.  [default: as the model was trained]",
+    "--per", values=["record", "token"], help="What gets a label.  [default: as trained]"
 )
-@options.flag("--logits", help="Write the logits, one column per label, instead of probabilities.")
-@options.number(
-    "--top", metavar="K", help="Write the K most likely labels or answers, with probabilities."
+@options.number("--top", metavar="K", help="The K most likely labels or answers.")
+@options.flag("--logits", help="Logits of all labels instead of probabilities.")
+@options.rare(
+    click.option(
+        "--threshold",
+        type=click.FloatRange(0, 1),
+        default=0.5,
+        help="Multi-label: probability from which a label applies. Questions: probability of "
+        "having no answer, against the best answer, above which none is given.",
+    ),
+    options.number("--max-answer-tokens", help="Longest answer in tokens.  [default: 30]"),
+    options.choice(
+        "--on-long",
+        values=["truncate", "error"],
+        default="truncate",
+        help="Record longer than the model's context: truncate it, or stop. (The context of a "
+        "question is read in windows.)",
+    ),
 )
-@click.option(
-    "--threshold",
-    type=click.FloatRange(0, 1),
-    default=0.5,
-    show_default=True,
-    help="Multi-label: probability from which a label applies. Questions: probability of having "
-    "no answer, against the best answer, above which none is given.",
-)
-@options.number("--max-answer-tokens", metavar="N", help="Longest answer in tokens.  [default: 30]")
-@options.choice(
-    "--on-long",
-    values=["truncate", "error"],
-    default="truncate",
-    show_default=True,
-    help="Record longer than the model's context: truncate it, or stop. (The context of a question "
-    "is read in windows.)",
-)
-@click.option(
-    "--header/--no-header",
-    default=None,
-    help="Name the columns in a first line.  [default: with --logits, --per token, and answers]",
+@options.section(
+    "Output",
+    options.rare(
+        click.option(
+            "--header/--no-header",
+            default=None,
+            help="Name the columns in a first line.  "
+            "[default: with --logits, --per token, and answers]",
+        )
+    ),
 )
 @options.json_output
 @options.reading

@@ -22,58 +22,64 @@ if TYPE_CHECKING:
 TASKS = ("classify", "translate", "summarize", "qa", "pairs")
 
 
-@options.command("""
+@options.command(
+    """
   lm evaluate -m sentiment reviews.jsonl
   lm evaluate -m runs/small -m runs/base --by domain reviews.jsonl
   lm evaluate --predictions labels.txt reviews.tsv
   lm classify -m sentiment --json reviews.jsonl | lm evaluate --format jsonl
   lm evaluate -m marian-en-de english-german.tsv
-  lm evaluate --references german.txt --predictions a.txt --predictions b.txt --metric bleu
+  lm evaluate --references de.txt --predictions a.txt --predictions b.txt
   lm evaluate -m bart-cnn --task summarize --stemmer articles.jsonl
   lm evaluate --predictions answers.jsonl squad.jsonl
   lm evaluate -m gpt2 -m runs/s --by phenomenon --pairs blimp.jsonl
-""")
+""",
+    guide="evaluating",
+)
 @options.files
-@options.models("Model that makes the predictions; several are compared with the first.")
-@options.repeated(
-    "--predictions", metavar="FILE", help="Predictions, one line per record; may be repeated."
-)
-@click.option(
-    "--references", metavar="FILE", help="References, one line per record, if FILE has none."
-)
+@options.models("Model to evaluate; several are compared with the first.")
 @options.choice(
     "--task",
     values=["auto", *TASKS],
     default="auto",
-    show_default=True,
-    help="auto: by the fields of the first record.",
+    metavar="TASK",
+    help="What is measured; auto: by the first record's fields.",
 )
-@options.flag("--pairs", help="Same as --task pairs: how often the first text is likelier.")
 @options.repeated("--metric", "metrics", metavar="NAME", help="Only this metric; may be repeated.")
 @click.option("--by", metavar="FIELD", help="Also evaluate each value of this field.")
-@click.option("--reference-field", metavar="NAME", help="Field of the reference or label.")
-@click.option("--prediction-field", metavar="NAME", help="Field of the prediction.")
-@options.flag(
-    "--stemmer/--no-stemmer", default=False, help="ROUGE compares stems of English words."
+@options.rare(
+    options.flag("--pairs", help="Same as --task pairs: how often the first text is likelier."),
+    options.flag(
+        "--stemmer/--no-stemmer", default=False, help="ROUGE compares stems of English words."
+    ),
+    options.choice(
+        "--bleu-tokenizer",
+        values=["13a", "intl", "zh", "char", "none"],
+        default="13a",
+        help="Tokenizer of sacreBLEU.",
+    ),
+    options.number(
+        "--resamples",
+        at_least=0,
+        default=1000,
+        help="Bootstrap samples for intervals and permutations for p-values; 0: neither.",
+    ),
+    options.number("--seed", at_least=0, default=0, help="Seed of resampling and generation."),
 )
-@options.choice(
-    "--bleu-tokenizer",
-    values=["13a", "intl", "zh", "char", "none"],
-    default="13a",
-    show_default=True,
-    help="Tokenizer of sacreBLEU.",
+@options.section(
+    "Data",
+    options.repeated(
+        "--predictions", metavar="FILE", help="Predictions, a line a record; may be repeated."
+    ),
+    click.option(
+        "--references", metavar="FILE", help="References, a line a record, if FILE has none."
+    ),
+    options.rare(
+        click.option("--reference-field", metavar="NAME", help="Field of the reference or label."),
+        click.option("--prediction-field", metavar="NAME", help="Field of the prediction."),
+    ),
 )
-@options.generation_limits
-@options.number(
-    "--resamples",
-    at_least=0,
-    default=1000,
-    show_default=True,
-    help="Bootstrap samples for intervals and permutations for p-values; 0: neither.",
-)
-@options.number(
-    "--seed", at_least=0, default=0, show_default=True, help="Seed of resampling and generation."
-)
+@options.rare(options.generation_limits)
 @options.json_output
 @options.input_format
 @options.hardware

@@ -8,38 +8,40 @@ from lmcli.commands import options
 from lmcli.errors import UsageError, UserError
 
 
-@options.command("""
+@options.command(
+    """
   lm export runs/more --merge -o more
   lm export runs/book -o book-16 --dtype bfloat16
   lm export runs/book -o book-8 --int8 --measure test.txt
   lm export runs/book --gguf book.gguf --type q8_0
   lm export book.gguf -o book
-""")
+""",
+    guide="finetuning",
+)
 @click.argument("name", metavar="MODEL")
-@click.option("-o", "--output", metavar="DIR", help="Folder to write, complete or not at all.")
-@options.flag("--merge", help="Merge an adapter (of lm train --lora, or of PEFT) into its base.")
-@options.choice(
-    "--dtype",
-    values=["float32", "bfloat16", "float16"],
-    default="float32",
-    show_default=True,
-    help="Precision of the stored weights.",
-)
-@options.flag("--int8", help="Quantize the blocks' matrices to 8 bits, in groups of 32 inputs.")
+@options.flag("--merge", help="Merge a LoRA adapter into its base.")
+@options.flag("--int8", help="Quantize the blocks' matrices to 8 bits.")
 @options.flag("--int4", help="Quantize them to 4 bits.")
-@click.option(
-    "--measure", metavar="FILE", help="Print bits per byte of FILE, quantized and in float32."
+@click.option("--gguf", metavar="FILE", help="Write a file for llama.cpp, not a folder.")
+@click.option("--measure", metavar="FILE", help="Bits per byte of FILE, quantized and before.")
+@options.section(
+    "Output",
+    click.option("-o", "--output", metavar="DIR", help="Folder to write, complete or not at all."),
+    options.choice(
+        "--dtype",
+        values=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="Precision of the stored weights.",
+    ),
+    options.choice(
+        "--type",
+        "number_type",
+        values=["f32", "bf16", "f16", "q8_0"],
+        default="f32",
+        help="Type of the matrices in the file of --gguf.",
+    ),
+    options.flag("--overwrite", help="Replace what is in -o, or --gguf."),
 )
-@click.option("--gguf", metavar="FILE", help="Write a file for llama.cpp, in place of a folder.")
-@options.choice(
-    "--type",
-    "number_type",
-    values=["f32", "bf16", "f16", "q8_0"],
-    default="f32",
-    show_default=True,
-    help="Type of the matrices in the file of --gguf.",
-)
-@options.flag("--overwrite", help="Replace the model in the folder of -o, or the file of --gguf.")
 @options.quiet
 def export(args: options.Arguments) -> None:
     """Writes a model as a standard Hugging Face folder or a GGUF file, and prints its name.

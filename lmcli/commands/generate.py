@@ -41,63 +41,74 @@ def _count(name: str, help: str, at_least: int = 0, **attributes: Any) -> option
 
 draws = options.section(
     "Sampling",
-    _limited("--temperature", 0, 100, "0 is greedy decoding.  [default: 0.8]"),
-    _count("--top-k", "Sample from the N likeliest tokens; 0: from all."),
-    _limited("--top-p", 0, 1, "Sample from the likeliest with this probability.  [default: 0.95]"),
-    _limited("--min-p", 0, 1, "Sample from those this likely, relative to the likeliest."),
-    _limited("--typical-p", 0, 1, "Sample from those of typical surprisal, with this probability."),
-    _count("--num-samples", "Texts for each prompt, which is read once.", 1, default=1),
-    _count("--best-of", "Draw N texts; write those of the highest mean logprob.", 1),
-    _count("--seed", "Random seed, for the same text again.  [default: random; see -v, --json]"),
+    _limited("--temperature", 0, 100, "0: always the likeliest token.  [default: 0.8]"),
+    _limited("--top-p", 0, 1, "Sample from the likeliest share.  [default: 0.95]"),
+    options.rare(
+        _count("--top-k", "Sample from the N likeliest tokens; 0: from all."),
+        _limited("--min-p", 0, 1, "Sample from those this likely, relative to the likeliest."),
+        _limited(
+            "--typical-p", 0, 1, "Sample from those of typical surprisal, with this probability."
+        ),
+        _count("--best-of", "Draw N texts; write those of the highest mean logprob.", 1),
+    ),
+    _count("--num-samples", "Texts for each prompt.", 1, default=1),
+    _count("--seed", "For the same texts again.  [default: random]"),
 )
 rules = options.section(
     "Rules on tokens",
-    _limited("--repetition-penalty", 0.01, 100, "Above 1: avoid tokens seen before."),
-    _limited("--presence-penalty", -100, 100, "Taken from the logit of each generated token."),
-    _limited("--frequency-penalty", -100, 100, "The same, times how often it was generated."),
-    _count("--no-repeat-ngram-size", "Never repeat an n-gram of this length."),
-    options.repeated("--logit-bias", metavar="TOKEN=X", help="Add X to the logit of a text or id."),
-    options.repeated("--ban", metavar="TEXT", help="Never write TEXT; may be repeated."),
-    _count("--min-new-tokens", "New tokens before a text may end."),
+    options.rare(
+        _limited("--repetition-penalty", 0.01, 100, "Above 1: avoid tokens seen before."),
+        _limited("--presence-penalty", -100, 100, "Taken from the logit of each generated token."),
+        _limited("--frequency-penalty", -100, 100, "The same, times how often it was generated."),
+        _count("--no-repeat-ngram-size", "Never repeat an n-gram of this length."),
+        options.repeated(
+            "--logit-bias", metavar="TOKEN=X", help="Add X to the logit of a text or id."
+        ),
+        options.repeated("--ban", metavar="TEXT", help="Never write TEXT; may be repeated."),
+        _count("--min-new-tokens", "New tokens before a text may end."),
+    ),
 )
 form = options.section(
-    "Form of the text (the extra structure)",
+    "Form of the text (needs the extra structure)",
     click.option("--regex", metavar="REGEX", help="The whole text matches this expression."),
-    click.option(
-        "--choices", metavar="A,B", help="The text is one of these; or a JSON list of texts."
-    ),
+    click.option("--choices", metavar="A,B", help="The text is one of these; or a JSON list."),
     click.option(
         "--json-schema", metavar="FILE|JSON", help="The text is JSON, in one line, of this schema."
     ),
 )
 beam_search = options.section(
     "Beam search",
-    click.option(
-        "--length-penalty",
-        type=float,
-        metavar="X",
-        help="Beams are ranked by logprob / length^X.  [default: 1]",
-    ),
-    options.choice(
-        "--early-stopping",
-        values=["false", "true", "never"],
-        help="End when there are as many texts as beams (true), when a longer text is unlikely to "
-        "win (false), when none can (never).  [default: false]",
+    options.rare(
+        click.option(
+            "--length-penalty",
+            type=float,
+            metavar="X",
+            help="Beams are ranked by logprob / length^X.  [default: 1]",
+        ),
+        options.choice(
+            "--early-stopping",
+            values=["false", "true", "never"],
+            help="End when there are as many texts as beams (true), when a longer text is unlikely "
+            "to win (false), when none can (never).  [default: false]",
+        ),
     ),
 )
 
 
-@options.command("""
+@options.command(
+    """
   lm generate -m runs/s "Once upon a time"
   lm generate -m runs/s --temperature 0 -n 50 --stop "." "The"
+  lm generate -m runs/s < prompts.txt > continuations.txt
+  lm generate -m chat-model --chat "What is a llama?"
+  lm generate -m marian-en-de --num-beams 4 < english.txt > german.txt
   lm generate -m runs/s --num-samples 3 --seed 1 --json "Once"
   lm generate -m runs/s --why -n 20 "Once upon"
-  lm generate -m runs/s < prompts.txt > continuations.txt
-  lm generate -m marian-en-de --num-beams 4 < english.txt > german.txt
-  lm generate -m chat-model --chat "What is a llama?"
   lm generate -m chat-model --json --format jsonl < messages.jsonl
   echo 'Paris is the [MASK] of France.' | lm generate -m bert --num-samples 5
-""")
+""",
+    guide="generating",
+)
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @options.model
 @options.generation_limits
@@ -106,31 +117,34 @@ beam_search = options.section(
 @form
 @beam_search
 @click.option(
-    "--chat/--no-chat",
-    default=None,
-    help="Each prompt is a user's message, written in the model's chat template.",
+    "--chat/--no-chat", default=None, help="Each prompt is a user's message to the model."
 )
-@click.option(
-    "--system", metavar="TEXT", help="System message of every conversation; implies --chat."
+@click.option("--system", metavar="TEXT", help="System message of the chat; implies --chat.")
+@options.flag("-i", "--interactive", help="Talk at the terminal.  [default: without PROMPT]")
+@options.rare(
+    options.choice(
+        "--on-long",
+        values=["error", "slide", "truncate"],
+        help="Prompt longer than the context: stop, read its newest half, or cut it to leave room "
+        "for -n tokens.  [default: error]",
+    )
 )
-@options.flag(
-    "-i",
-    "--interactive",
-    help="Converse, or continue prompts, at the terminal.  [default without a PROMPT there]",
+@options.section(
+    "Output",
+    options.flag("--why", help="Show each token with its best alternatives."),
+    options.flag("--echo", help="Write the prompt before its continuation."),
+    options.rare(
+        _count("--logprobs", "With --json or --why: the N best alternatives of each token.", 1),
+        options.flag("--raw", help="From standard input: write text as it is, line ends included."),
+        options.flag(
+            "-0",
+            "zero",
+            help="From standard input: separate prompts and results by NUL, unescaped.",
+        ),
+    ),
 )
-@options.choice(
-    "--on-long",
-    values=["error", "slide", "truncate"],
-    help="Prompt longer than the context: stop, read its newest half, or cut it to leave room for "
-    "-n tokens.  [default: error]",
-)
-@options.flag("--why", help="Below a text, its tokens with the best alternatives of each.")
-@_count("--logprobs", "With --json or --why: the N best alternatives of each token.", 1)
-@options.flag("--echo", help="Write the prompt before its continuation.")
-@options.flag("--whole", help="Read all of standard input as one prompt.")
-@options.flag("--raw", help="From standard input: write text as it is, line ends included.")
-@options.flag(
-    "-0", "zero", help="From standard input: separate prompts and results by NUL, unescaped."
+@options.section(
+    "Data", options.rare(options.flag("--whole", help="Read all of standard input as one prompt."))
 )
 @options.row_format
 @options.on_error

@@ -15,19 +15,31 @@ if TYPE_CHECKING:
     from lmcli.text.tokenizer import Tokenizer
 
 
-@options.command("""
+@options.command(
+    """
   lm info runs/notes
   lm info bert-base-uncased
   lm info -m runs/notes notes.txt
   lm info runs/notes/tokenizer.json --json | jq .tokenizer.special
   lm info runs/* | awk -F'\\t' '$1 == "path" || $1 == "parameters.total"'
-""")
-@click.argument("names", nargs=-1, metavar="MODEL|RUN|FILE...")
-@click.option(
-    "-m", "--model", metavar="DIR", help="Count the tokens of a text with this model's tokenizer."
+""",
+    guide="training",
 )
-@options.repeated(
-    "--field", "fields", metavar="NAME", help="Field of a JSON or TSV row that holds its text."
+@click.argument("names", nargs=-1, metavar="[MODEL|RUN|FILE]...")
+@options.section(
+    "Model",
+    click.option(
+        "-m",
+        "--model",
+        metavar="DIR",
+        help="Count the tokens of a text with this model's tokenizer.",
+    ),
+)
+@options.section(
+    "Data",
+    options.repeated(
+        "--field", "fields", metavar="NAME", help="Field of a JSON or TSV row that holds its text."
+    ),
 )
 @options.json_output
 def info(args: options.Arguments) -> None:

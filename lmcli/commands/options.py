@@ -1,304 +1,161 @@
 """Options that several commands share, declared once, and what commands do with them."""
 
 import functools
-import math
-import os
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lmcli import storage
-from lmcli.config import duration
+from lmcli.commands.command import Arguments as Arguments
+from lmcli.commands.command import Counts as Counts
+from lmcli.commands.command import Duration as Duration
+from lmcli.commands.command import Option as Option
+from lmcli.commands.command import Weights as Weights
+from lmcli.commands.command import all_of as all_of
+from lmcli.commands.command import choice as choice
+from lmcli.commands.command import command as command
+from lmcli.commands.command import flag as flag
+from lmcli.commands.command import number as number
+from lmcli.commands.command import print_entries as print_entries
+from lmcli.commands.command import rare as rare
+from lmcli.commands.command import repeated as repeated
+from lmcli.commands.command import section as section
+from lmcli.commands.command import show as show
 from lmcli.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from lmcli.api import Model
     from lmcli.data.output_file import OutputFile
 
-Option = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-class Arguments(SimpleNamespace):
-    """The values of a command's arguments and options by name, as in `argparse.Namespace`."""
-
-
-def command(examples: str) -> Callable[[Callable[[Arguments], Any]], click.Command]:
-    """Makes a command of a function that takes `Arguments`; its help ends in the examples."""
-
-    def decorate(function: Callable[[Arguments], Any]) -> click.Command:
-        @functools.wraps(function)
-        def callback(**values: Any) -> Any:
-            _refuse_invalid_text(values)
-            return function(Arguments(**values))
-
-        epilog = f"\b\nExamples:\n{examples.strip(chr(10))}"
-        return click.command(cls=Command, epilog=epilog)(callback)
-
-    return decorate
-
-
-class Command(click.Command):
-    """A command that refuses two values of an option; click would take the last one."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command; with --quiet, and in a worker, `storage` prints nothing."""
-        if not ctx.params.get("quiet") and os.environ.get("RANK", "0") == "0":
-            return super().invoke(ctx)
-        import logging
-
-        logger = logging.getLogger("lmcli")
-        logger.setLevel(logging.ERROR)
-        try:
-            return super().invoke(ctx)
-        finally:
-            logger.setLevel(logging.NOTSET)
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """The arguments that are left over; UsageError naming the first option given twice."""
-        arguments = list(args)  # click empties `args`
-        rest = super().parse_args(ctx, args)
-        if not ctx.resilient_parsing:  # shell completion
-            self._refuse_two_values(ctx, arguments)
-        return rest
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the options under the headings that `section` gave them."""
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for option in self.get_params(ctx):
-            record = option.get_help_record(ctx)
-            if record and isinstance(option, click.Option):
-                groups.setdefault(vars(option).get("section", "Options"), []).append(record)
-        for title, records in groups.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
-
-    def _refuse_two_values(self, ctx: click.Context, args: list[str]) -> None:
-        single = [
-            option
-            for option in self.get_params(ctx)
-            if isinstance(option, click.Option) and not (option.multiple or option.count)
-        ]
-        for option in single:
-            option.multiple = True  # the parser then keeps all values
-        try:
-            values_of, _, _ = self.make_parser(ctx).parse_args(args)
-        finally:
-            for option in single:
-                option.multiple = False
-        for option in single:
-            texts = list(dict.fromkeys(values_of.get(option.name or "") or ()))
-            # 90 and 90s are one value
-            values = [option.type_cast_value(ctx, text) for text in texts]
-            if any(value != values[0] for value in values):
-                name = max(option.opts, key=len)
-                if option.is_flag:
-                    texts = [(option.opts if text else option.secondary_opts)[0] for text in texts]
-                raise UsageError(
-                    f"{name} is given {len(texts)} values: {' and '.join(map(str, texts))}",
-                    hint="give one of them",
-                )
-
-
-PATHS = re.compile(r"\b(FILE|DATA|GLOB)\b")  # in the metavar of what names files of data
-
-
-def _refuse_invalid_text(values: Mapping[str, Any]) -> None:
-    """Raises UsageError for arguments with bytes that are not UTF-8, unless they name files.
-
-    safetensors cannot read a model in a folder with such a name.
-    """
-    from lmcli.text.characters import SURROGATE
-
-    for parameter in click.get_current_context().command.params:
-        if PATHS.search(parameter.metavar or ""):
-            continue
-        value = values.get(parameter.name or "")
-        texts = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(text, str) and SURROGATE.search(text) for text in texts):
-            argument = isinstance(parameter, click.Argument)
-            raise UsageError(
-                "invalid UTF-8 in an argument",
-                where=None if argument else parameter.opts[0],
-                hint="pipe the text in, with --on-error" if argument else "write it in UTF-8",
-            )
-
-
-class Duration(click.ParamType):
-    """Seconds, or 90s, 10m, 1h30m."""
-
-    name = "duration"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """The value in seconds."""
-        try:
-            return value if isinstance(value, float) else duration(value)
-        except ValueError as error:
-            self.fail(f"{error}; write it as 90, 90s, 10m or 1h30m", param, ctx)
-
-
-class Counts(click.ParamType):
-    """Whole numbers from 1 with commas between: 8,64,512."""
-
-    name = "counts"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """The numbers."""
-        if isinstance(value, tuple):
-            return value
-        words = (word.strip() for word in value.split(","))
-        numbers = tuple(int(word) for word in words if word.isdecimal() and len(word) < 100)
-        if len(numbers) != value.count(",") + 1 or not all(numbers):
-            self.fail(f"{value!r}: give whole numbers from 1, as in 8,64,512", param, ctx)
-        return numbers
-
-
-class Weights(click.ParamType):
-    """Numbers above 0 with commas between: 3,1."""
-
-    name = "weights"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
-        """The weights."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            weights = tuple(float(word) for word in value.split(","))
-        except ValueError:
-            weights = ()
-        if not weights or not all(0 < weight < math.inf for weight in weights):
-            self.fail(f"{value!r}: give numbers above 0, as in 3,1", param, ctx)
-        return weights
-
-
-def flag(*names: str, help: str, **attributes: Any) -> Option:
-    """An option without a value."""
-    return click.option(*names, is_flag=True, help=help, **attributes)
-
-
-def choice(*names: str, values: Sequence[str], help: str, **attributes: Any) -> Option:
-    """An option with one of several values."""
-    return click.option(*names, type=click.Choice(values), help=help, **attributes)
-
-
-def number(*names: str, help: str, at_least: int = 1, **attributes: Any) -> Option:
-    """An option with a whole number."""
-    return click.option(*names, type=click.IntRange(min=at_least), help=help, **attributes)
-
-
-def repeated(*names: str, metavar: str, help: str, **attributes: Any) -> Option:
-    """An option that may be given several times."""
-    return click.option(*names, multiple=True, metavar=metavar, help=help, **attributes)
-
-
-def _all_of(*decorators: Option) -> Option:
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
-def section(title: str, *decorators: Option) -> Option:
-    """Options that stand under a heading of their own in --help."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        function = _all_of(*decorators)(function)
-        for parameter in function.__click_params__[-len(decorators) :]:  # type: ignore[attr-defined]
-            vars(parameter)["section"] = title
-        return function
-
-    return decorate
-
-
 files = click.argument("files", nargs=-1, metavar="[FILE]...")
 data = click.argument("data", nargs=-1, metavar="DATA...")
-MODEL: dict[str, Any] = {"envvar": "LM_MODEL", "metavar": "DIR", "show_envvar": True}
-model = click.option(
-    "-m", "--model", help="Model folder, or a name on the Hugging Face Hub.", **MODEL
+MODEL: dict[str, Any] = {"envvar": "LM_MODEL", "metavar": "DIR"}
+model = section(
+    "Model", click.option("-m", "--model", help="Model folder, or its name on the Hub.", **MODEL)
 )
-json_output = flag("--json", "as_json", help="Write JSON Lines.")
-quiet = flag("-q", "--quiet", help="Print nothing but results and errors.")
-verbose = flag("-v", "--verbose", help="Print what was chosen.")
-bos = click.option(
-    "--bos/--no-bos",
-    default=None,
-    help="Start each context with the BOS token, or do not.  [default: as the tokenizer does]",
+json_output = section("Output", flag("--json", "as_json", help="Write JSON Lines."))
+quiet = section("Output", flag("-q", "--quiet", help="Print nothing but results and errors."))
+verbose = section("Output", rare(flag("-v", "--verbose", help="Print what was chosen.")))
+bos = section(
+    "Model",
+    rare(
+        click.option(
+            "--bos/--no-bos",
+            default=None,
+            help="Start each context with the BOS token, or do not.  "
+            "[default: as the tokenizer does]",
+        )
+    ),
 )
-windows = _all_of(
-    number("--context", at_least=2, help="Tokens of a window.  [default: the model's context]"),
-    number("--stride", help="New tokens of each window.  [default: half the context]"),
+windows = section(
+    "Model",
+    rare(
+        number("--context", at_least=2, help="Tokens of a window.  [default: the model's context]"),
+        number("--stride", help="New tokens of each window.  [default: half the context]"),
+    ),
 )
-settings = repeated(
-    "--set", "sets", metavar="SECTION.KEY=VALUE", help="Override one value of the preset."
+settings = section(
+    "Model",
+    repeated(
+        "--set", "sets", metavar="KEY=VALUE", help="Change a value of the preset; see lm help keys."
+    ),
 )
-validation = repeated("--val", metavar="FILE", help="Validation data, instead of a tenth of DATA.")
-documents = choice(
-    "--documents",
-    values=["file", "line", "blank"],
-    default="file",
-    show_default=True,
-    help="Document: the whole file (split at <|endoftext|>), a line, or a paragraph.",
+validation = section(
+    "Data", repeated("--val", metavar="FILE", help="Validation data.  [default: a tenth of DATA]")
 )
-device = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True
-)
-threads = number("--threads", help="CPU threads of a process.  [default: all cores]")
-hardware = _all_of(
-    device,
+documents = section(
+    "Data",
     choice(
-        "--dtype",
-        values=["auto", "float32", "bfloat16", "float16"],
+        "--documents",
+        values=["file", "line", "blank"],
+        default="file",
+        help="Document: the file (split at <|endoftext|>), a line, a paragraph.",
+    ),
+)
+device = section(
+    "Machine",
+    choice(
+        "--device",
+        values=["auto", "cpu", "cuda", "mps"],
         default="auto",
-        help="Precision; auto: float32 to measure, else bfloat16 where it is faster.",
+        help="auto: a GPU if there is one.",
+    ),
+)
+threads = section(
+    "Machine", rare(number("--threads", help="CPU threads of a process.  [default: all cores]"))
+)
+hardware = all_of(
+    device,
+    section(
+        "Machine",
+        rare(
+            choice(
+                "--dtype",
+                values=["auto", "float32", "bfloat16", "float16"],
+                default="auto",
+                help="Precision; auto: float32 to measure, else bfloat16 where it is faster.",
+            )
+        ),
     ),
     threads,
 )
-quantize = choice(
-    "--quantize", values=["int8", "int4"], help="A decoder on a CPU: weights in 8 or 4 bit, faster."
+quantize = section(
+    "Machine",
+    choice(
+        "--quantize", values=["int8", "int4"], help="A decoder's weights in 8 or 4 bits, on a CPU."
+    ),
 )
-nproc = number(
-    "--nproc", default=1, metavar="N", help="Processes on this machine, each on its own GPU if any."
+nproc = section(
+    "Machine",
+    rare(
+        number(
+            "--nproc", default=1, help="Processes on this machine, each on a GPU if there are any."
+        )
+    ),
 )
-budgets = _all_of(
+budgets = section(
+    "Budget",
     click.option(
-        "--time", "time_", type=Duration(), help="Time from start to saved model: 90s, 10m, 1h30m."
+        "--time", "time_", type=Duration(), help="From start to saved model: 90s, 10m, 1h30m."
     ),
     number("--steps", help="Optimizer steps."),
-    number("--tokens", help="Training tokens."),
+    rare(number("--tokens", help="Training tokens.")),
     click.option(
         "--epochs",
         type=click.FloatRange(min=0, min_open=True),
         help="Passes over the training data.",
     ),
 )
-batch_tokens = number(
-    "--batch-tokens",
-    help="Tokens of one forward pass: changes speed; in bfloat16 and float16 also rounding, which "
-    "can change a generated text.",
-)
-generation_limits = _all_of(
-    number("-n", "--max-new-tokens", help="New tokens at most.  [default: the folder's, else 256]"),
-    click.option(
-        "--num-beams",
-        type=click.IntRange(1, 1024),
-        help="Beams of a beam search.  [default: the folder's]",
+batch_tokens = section(
+    "Machine",
+    rare(
+        number(
+            "--batch-tokens",
+            help="Tokens of one forward pass: changes speed; in bfloat16 and float16 also "
+            "rounding, which can change a generated text.  [default: by memory]",
+        )
     ),
-    repeated("--stop", metavar="TEXT", help="End a text before TEXT; may be repeated."),
 )
-header = click.option(
-    "--header/--no-header", default=True, help="Name the columns in a first line."
+generation_limits = section(
+    "Sampling",
+    number("-n", "--max-new-tokens", help="New tokens at most.  [default: the model's, or 256]"),
+    repeated("--stop", metavar="TEXT", help="End a text before TEXT; may be repeated."),
+    rare(
+        click.option(
+            "--num-beams",
+            type=click.IntRange(1, 1024),
+            help="Beams of a beam search.  [default: the folder's]",
+        )
+    ),
+)
+header = section(
+    "Output",
+    rare(
+        click.option("--header/--no-header", default=True, help="Name the columns in a first line.")
+    ),
 )
 
 FIELDS_KEY = "lmcli.fields"  # where --fields, which is parsed first, leaves its names for --field
@@ -324,22 +181,8 @@ def _keep_fields(ctx: click.Context, _: click.Parameter, value: str | None) -> N
     ctx.meta[FIELDS_KEY] = names
 
 
-row_format = _all_of(
-    choice(
-        "--format",
-        "format_",
-        values=["auto", "text", "jsonl", "tsv", "csv"],
-        default="auto",
-        show_default=True,
-        help="auto: by suffix; standard input is text.",
-    ),
-    repeated(
-        "--field",
-        "fields",
-        metavar="NAME",
-        help="Field of a JSON, TSV or CSV row to read; may be repeated.",
-        callback=_all_fields,
-    ),
+row_format = section(
+    "Data",
     click.option(
         "--fields",
         "listed",
@@ -347,51 +190,91 @@ row_format = _all_of(
         expose_value=False,
         is_eager=True,
         callback=_keep_fields,
-        help="Several fields, in this order (instead of --field). lm train takes ROLE=NAME too.",
+        help="Columns to read; in lm train also ROLE=COLUMN.",
+    ),
+    rare(
+        repeated(
+            "--field",
+            "fields",
+            metavar="NAME",
+            help="One column of CSV or TSV, or field of JSON, to read; may be repeated.",
+            callback=_all_fields,
+        ),
+        choice(
+            "--format",
+            "format_",
+            values=["auto", "text", "jsonl", "tsv", "csv"],
+            default="auto",
+            help="Format of the input; auto: by suffix, standard input is text.",
+        ),
     ),
 )
-input_format = _all_of(
+input_format = all_of(
     row_format,
-    click.option("--include", metavar="GLOB", help="In a directory, read only matching files."),
+    section(
+        "Data",
+        rare(
+            click.option(
+                "--include", metavar="GLOB", help="In a directory, read only matching files."
+            )
+        ),
+    ),
 )
-on_error = choice(
-    "--on-error",
-    values=["stop", "blank", "skip"],
-    default="stop",
-    show_default=True,
-    help="Bad record: stop, write an empty result, or skip it.",
+on_error = section(
+    "Data",
+    rare(
+        choice(
+            "--on-error",
+            values=["stop", "blank", "skip"],
+            default="stop",
+            help="Bad record: stop, write an empty result, or skip it.",
+        )
+    ),
 )
-reading = _all_of(input_format, on_error)
-reading_documents = _all_of(
+reading = all_of(input_format, on_error)
+reading_documents = all_of(
     input_format,
-    choice(
-        "--on-error",
-        values=["stop", "skip"],
-        default="stop",
-        show_default=True,
-        help="Bad record: stop, or skip it.",
+    section(
+        "Data",
+        rare(
+            choice(
+                "--on-error",
+                values=["stop", "skip"],
+                default="stop",
+                help="Bad record: stop, or skip it.",
+            )
+        ),
     ),
 )
-writing = _all_of(
-    click.option(
-        "-o",
-        "--output",
-        metavar="FILE",
-        help="Write to FILE, complete or not at all, not to standard output.",
-    ),
-    flag("--continue", "resume", help="Resume an interrupted run from its FILE.part."),
+writing = section(
+    "Output",
+    click.option("-o", "--output", metavar="FILE", help="Write to FILE, complete or not at all."),
+    rare(flag("--continue", "resume", help="Resume an interrupted run from its FILE.part.")),
 )
+
+
+def print_presets() -> None:
+    """Prints a line about each shipped preset."""
+    from lmcli.catalog.presets import PRESET_COLUMNS, preset_rows
+
+    def entry(row: dict[str, str]) -> tuple[str, ...]:
+        size = f"{row['parameters']}{' parameters' * row['parameters'][0].isdigit()}"
+        return row["name"], row["purpose"], f"{size}, {row['budget']}; {row['data']}"
+
+    print_entries(preset_rows(), PRESET_COLUMNS, entry)
 
 
 def models(help: str) -> Option:
     """-m for several models."""
-    return repeated("-m", "--model", "models", type=click.Path(), help=help, **MODEL)
+    return section(
+        "Model", repeated("-m", "--model", "models", type=click.Path(), help=help, **MODEL)
+    )
 
 
 def training_dtype(help: str) -> Option:
     """--dtype of what trains."""
     values = ["auto", "float32", "bfloat16"]
-    return choice("--dtype", values=values, default="auto", help=help)
+    return section("Machine", rare(choice("--dtype", values=values, default="auto", help=help)))
 
 
 def multiprocess(command: Callable[[Arguments], Any]) -> Callable[[Arguments], Any]:

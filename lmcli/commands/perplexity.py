@@ -38,35 +38,38 @@ class PerplexitySource(NamedTuple):
     models: Sequence[int]
 
 
-@options.command("""
+@options.command(
+    """
   lm perplexity -m runs/s other.txt
   lm perplexity -m runs/s --validation
   lm perplexity -m runs/a -m runs/b --documents line test.txt
   lm perplexity -m runs/s --by topic articles.jsonl
   cat *.txt | lm perplexity -m runs/s --documents line
   lm perplexity -m runs/s --verify "lm-perplexity|model:…" other.txt
-""")
+""",
+    guide="scoring",
+)
 @options.files
 @options.models("Model folder; several are compared with the first.")
-@options.flag("--validation", help="Measure the validation set of the run in the model folder.")
+@options.flag("--validation", help="Measure the validation set of the model's run.")
+@click.option("--by", metavar="FIELD", help="One row per value of this field.")
+@options.rare(
+    options.number(
+        "--differing",
+        at_least=0,
+        default=3,
+        help="With several models: show the N lines in which each differs most from the first.",
+    ),
+    options.flag("--eos/--no-eos", default=False, help="Score the EOS token of each document too."),
+    click.option(
+        "--verify",
+        metavar="SIGNATURE",
+        help="Measure as this signature says, and check that the result is the same.",
+    ),
+)
 @options.documents
-@click.option("--by", metavar="FIELD", help="One row per value of this field of JSON, TSV or CSV.")
-@options.number(
-    "--differing",
-    at_least=0,
-    default=3,
-    show_default=True,
-    metavar="N",
-    help="With several models: show the N lines in which each differs most from the first.",
-)
 @options.windows
-@options.flag("--eos/--no-eos", default=False, help="Score the EOS token of each document too.")
 @options.bos
-@click.option(
-    "--verify",
-    metavar="SIGNATURE",
-    help="Measure as this signature says, and check that the result is the same.",
-)
 @options.json_output
 @options.reading_documents
 @options.hardware

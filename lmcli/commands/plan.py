@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 PRESETS = ("auto", "tiny", "small", "base")  # what lm train chooses, then decoders by size
 
 
-@options.command("""
+@options.command(
+    """
   lm plan notes.txt --time 30m
   lm plan book.txt --time 10m --preset small --set model.hidden_size=256
   lm plan corpus/ --tokens 50000000 --preset tiny --preset ./mine.yaml --json
   lm plan corpus/ --preset base --devices 8,64,512 --interconnect 50
   cat *.txt | lm plan --epochs 3 --preset tiny
-""")
+""",
+    guide="planning",
+)
 @options.data
 @options.repeated(
     "--preset",
@@ -35,21 +38,27 @@ PRESETS = ("auto", "tiny", "small", "base")  # what lm train chooses, then decod
 @options.settings
 @options.budgets
 @options.validation
-@options.documents
+@options.rare(options.documents)
 @options.training_dtype("Precision; auto: the recipe's, else bfloat16 where it is faster.")
-@click.option(
-    "--devices",
-    "counts",
-    type=options.Counts(),
-    multiple=True,
-    metavar="N[,N...]",
-    help="Plan for N devices like this one; a row for each number.",
-)
-@click.option(
-    "--interconnect",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="GB/S",
-    help="Bandwidth between two devices in each direction.  [default: 25, that is 200 Gbit/s]",
+@options.section(
+    "Machine",
+    click.option(
+        "--devices",
+        "counts",
+        type=options.Counts(),
+        multiple=True,
+        metavar="N[,N...]",
+        help="Plan for N devices like this; a row each.",
+    ),
+    options.rare(
+        click.option(
+            "--interconnect",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="GB/S",
+            help="Bandwidth between two devices in each direction.  [default: 25, that is "
+            "200 Gbit/s]",
+        )
+    ),
 )
 @options.nproc
 @options.reading_documents

@@ -28,7 +28,8 @@ FORMS = {
 }
 
 
-@options.command("""
+@options.command(
+    """
   lm score -m runs/s notes.txt
   echo "To be or not to be" | lm score -m runs/s --per word
   lm score -m runs/s --per token --alternatives 3 notes.txt
@@ -39,54 +40,50 @@ FORMS = {
   lm score -m marian-en-de pairs.tsv
   lm score -m chat-model messages.jsonl
   tail -f chat.log | lm score -m runs/s --no-header
-""")
+""",
+    guide="scoring",
+)
 @options.files
 @options.model
 @options.choice(
     "--per", values=["record", "word", "token"], help="What gets a row.  [default: record]"
 )
-@options.number(
-    "--alternatives",
-    metavar="N",
-    help="With each token its rank, the entropy in bits and the N most likely tokens; implies "
-    "--per token.",
-)
+@options.number("--alternatives", help="Per token: its rank and the N most likely.")
 @click.option("--prefix", metavar="TEXT", help="Score each record as a continuation of TEXT.")
-@click.option(
-    "--prefix-field",
-    metavar="FIELD",
-    help="Score each record as a continuation of this field of its row.",
+@options.flag("--pairs", help="Two texts a row, as in BLiMP; or of two --field.")
+@options.rare(
+    click.option(
+        "--prefix-field",
+        metavar="FIELD",
+        help="Score each record as a continuation of this field of its row.",
+    ),
+    click.option(
+        "--join", metavar="TEXT", help="Put between them.  [default: a space, unless there is one]"
+    ),
+    click.option(
+        "--choices-field", metavar="FIELD", help="Find the most likely text of this field's list."
+    ),
+    options.choice(
+        "--pll",
+        values=["original", "within-word"],
+        default="original",
+        help="Pseudo-log-likelihood: mask one token, or also the rest of its word.",
+    ),
+    options.flag("--eos/--no-eos", default=False, help="Score the EOS token of each record too."),
 )
-@click.option(
-    "--join", metavar="TEXT", help="Put between them.  [default: a space, unless there is one]"
+@options.section(
+    "Output",
+    options.number("--worst", help="Only the N records with the most bits per byte."),
+    options.flag("--color", help="The text itself, colored by surprisal."),
+    options.rare(
+        options.choice(
+            "--base",
+            values=["2", "e"],
+            default="2",
+            help="Unit of surprisal and entropy: bits or nats; logprob is always in nats.",
+        )
+    ),
 )
-@click.option(
-    "--choices-field", metavar="FIELD", help="Find the most likely text of this field's list."
-)
-@options.flag(
-    "--pairs", help="Score two texts per row: those of BLiMP or CrowS-Pairs, or of two --field."
-)
-@options.choice(
-    "--pll",
-    values=["original", "within-word"],
-    default="original",
-    show_default=True,
-    help="Pseudo-log-likelihood: mask one token, or also the rest of its word.",
-)
-@options.number(
-    "--worst",
-    metavar="N",
-    help="Write only the N records with the most bits per byte, at the end or when interrupted.",
-)
-@options.flag("--color", help="Write the text itself, its tokens colored by surprisal.")
-@options.choice(
-    "--base",
-    values=["2", "e"],
-    default="2",
-    show_default=True,
-    help="Unit of surprisal and entropy: bits or nats; logprob is always in nats.",
-)
-@options.flag("--eos/--no-eos", default=False, help="Score the EOS token of each record too.")
 @options.bos
 @options.windows
 @options.header

@@ -17,24 +17,36 @@ if TYPE_CHECKING:
 MODES = ("decode", "pieces", "offsets", "count", "train")
 
 
-@options.command("""
+@options.command(
+    """
   echo "Hello world" | lm tokenize -m runs/s
   lm tokenize -m runs/s notes.txt | lm tokenize -m runs/s --decode
   lm tokenize -m runs/s --count *.txt
   lm tokenize --train -o tok --vocab-size 8000 notes.txt
-""")
+""",
+    guide="data",
+)
 @options.files
 @options.model
 @options.flag("--decode", help="Decode ids to text, one record per line.")
 @options.flag("--pieces", help="Write tokens instead of ids.")
 @options.flag("--offsets", help="Write each id as id:start:end, in bytes.")
 @options.flag("--count", help="Write the number of tokens of each record.")
-@options.number("--truncate", at_least=0, metavar="N", help="Keep the first N tokens.")
-@options.flag("--special", help="Add the tokenizer's special tokens to each record.")
-@options.flag("--train", help="Learn a byte-level BPE from the files, into the folder of -o.")
-@options.number("--vocab-size", at_least=257, help="Vocabulary to learn.  [default: 4096]")
-@options.choice(
-    "--pattern", values=["gpt2", "qwen2"], help="How learning splits words.  [default: gpt2]"
+@options.rare(
+    options.number("--truncate", at_least=0, help="Keep the first N tokens."),
+    options.flag("--special", help="Add the tokenizer's special tokens to each record."),
+)
+@options.section(
+    "Learning a tokenizer",
+    options.flag("--train", help="Learn a byte-level BPE from FILE, into -o."),
+    options.number("--vocab-size", at_least=257, help="Vocabulary to learn.  [default: 4096]"),
+    options.rare(
+        options.choice(
+            "--pattern",
+            values=["gpt2", "qwen2"],
+            help="How learning splits words.  [default: gpt2]",
+        )
+    ),
 )
 @options.json_output
 @options.reading

@@ -24,111 +24,135 @@ WITH_RESUME = {
 }
 
 
-@options.command("""
-  lm train notes.txt                              a model of notes.txt in runs/notes
-  lm train book.txt -o runs/book --preset small --time 10m
-  lm train a.txt b.jsonl --weights 3,1            three rows of a.txt for each row of b.jsonl
-  lm train chat.jsonl --field message --set model.hidden_size=192
-  lm train pairs.jsonl                            rows with source and target: a translator
+def _list_presets(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        options.print_presets()
+        context.exit()
+
+
+@options.command(
+    """
+  lm train notes.txt -o runs/notes             a small model of your text
+  lm train book.txt --preset small --time 10m
   lm train reviews.csv --fields text=review,label=stars      a classifier
-  lm train squad.jsonl --preset qa --from bert    rows with context, question, answers
-  lm train more.txt --from runs/book -o runs/more
-  lm train more.txt --from runs/book --lora 8     trains a LoRA adapter of rank 8
+  lm train more.txt --from runs/book -o runs/more            fine-tuning
   lm train --resume runs/book
-  lm train notes.txt --check-resume               tests that runs on this text resume bit for bit
-""")
+  lm train pairs.jsonl          rows with source and target: a translator
+  lm train a.txt b.jsonl --weights 3,1   three rows of a.txt for each one of b.jsonl
+  lm train chat.jsonl --field message --set model.hidden_size=192
+  lm train squad.jsonl --preset qa --from bert    rows with context, question, answers
+  lm train more.txt --from runs/book --lora 8     a LoRA adapter of rank 8
+  lm train notes.txt --check-resume     tests that runs here resume bit for bit
+""",
+    guide="training",
+)
 @options.data
-@click.option("-o", "--output", metavar="DIR", help="Run folder.  [default: the next runs/NAME]")
+@click.option("--preset", default="auto", metavar="NAME|FILE", help="Recipe; auto chooses one.")
 @click.option(
-    "--preset",
-    default="auto",
-    show_default=True,
-    metavar="NAME|FILE",
-    help="Recipe: auto (chosen by text, time and machine), tiny, small, base; encoder-small, "
-    "classify, qa; seq2seq-small, translate, summarize, transformer-2017; finetune, "
-    "finetune-classify; or a .yaml file.",
+    "--list-presets",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_presets,
+    help="List the presets and what each is for.",
 )
-@options.settings
-@click.option(
-    "--from", "origin", metavar="MODEL", help="Fine-tune this model folder, with its tokenizer."
-)
-@options.number(
-    "--lora", metavar="RANK", help="With --from: train a LoRA adapter of this rank, not the model."
-)
-@options.number(
-    "--freeze", metavar="N", help="With --from: freeze the embedding and the first N blocks."
-)
-@options.repeated(
-    "--remember",
-    metavar="FILE",
-    help="With --from: measure bits per byte of FILE before and after, to see forgetting.",
-)
-@click.option(
-    "--tokenizer",
-    "tokenizer_folder",
-    metavar="DIR",
-    help="Use this tokenizer instead of learning one.",
-)
-@options.budgets
-@click.option(
-    "--weights",
-    type=options.Weights(),
-    default=(),
-    metavar="W,W...",
-    help="Sampling weights: draw rows from the DATA in this proportion, for any sizes.",
+@click.option("--from", "origin", metavar="MODEL", help="Fine-tune this model, with its tokenizer.")
+@click.option("--resume", metavar="DIR", help="Resume an interrupted run, bit for bit.")
+@options.rare(
+    options.flag(
+        "--allow-changes",
+        help="With --resume: continue although data, tokenizer, recipe or versions have changed, "
+        "and list the changes.",
+    ),
+    options.flag(
+        "--check-resume",
+        help="Do not train; test in under a minute that runs on this data resume bit for bit here.",
+    ),
+    options.number("--seed", at_least=0, help="Seed of weights, data order, dropout and samples."),
 )
 @options.validation
-@options.repeated(
-    "--target",
-    "targets",
-    metavar="FILE",
-    help="Target of each line of DATA, line by line (two parallel files).",
-)
-@options.repeated("--val-target", "val_targets", metavar="FILE", help="Targets of --val.")
-@options.choice(
-    "--on-long",
-    values=["truncate", "skip", "error"],
-    default="truncate",
-    show_default=True,
-    help="Example longer than the context: cut off its end, skip it, or stop.",
-)
-@options.documents
-@options.number("--seed", at_least=0, help="Seed of weights, data order, dropout and samples.")
-@click.option(
-    "--resume",
-    metavar="DIR",
-    help="Resume an interrupted run, bit for bit; of --set it takes train.learning_rate.",
-)
-@options.flag(
-    "--allow-changes",
-    help="With --resume: continue although data, tokenizer, recipe or versions have changed, "
-    "and list the changes.",
-)
-@options.flag(
-    "--check-resume",
-    help="Do not train; test in under a minute that runs on this data resume bit for bit here.",
-)
-@options.flag("--overwrite", help="Replace the run in the folder of -o.")
-@options.nproc
-@click.option(
-    "--shard/--no-shard",
-    default=None,
-    help="Shard the model across processes, or replicate it.  [default: shard if need be]",
-)
 @options.reading_documents
-@options.hardware
+@options.section(
+    "Data",
+    options.rare(
+        click.option(
+            "--weights",
+            type=options.Weights(),
+            default=(),
+            metavar="W,W...",
+            help="Sampling weights: draw rows from the DATA in this proportion, for any sizes.",
+        ),
+        options.repeated(
+            "--target",
+            "targets",
+            metavar="FILE",
+            help="Target of each line of DATA, line by line (two parallel files).",
+        ),
+        options.repeated("--val-target", "val_targets", metavar="FILE", help="Targets of --val."),
+        options.choice(
+            "--on-long",
+            values=["truncate", "skip", "error"],
+            default="truncate",
+            help="Example longer than the context: cut off its end, skip it, or stop.",
+        ),
+        options.documents,
+    ),
+)
+@options.settings
+@options.section(
+    "Model",
+    click.option(
+        "--tokenizer",
+        "tokenizer_folder",
+        metavar="DIR",
+        help="Use this tokenizer instead of learning one.",
+    ),
+    options.number("--lora", metavar="RANK", help="With --from: train a LoRA adapter."),
+    options.rare(
+        options.number("--freeze", help="With --from: freeze the embedding and the first N blocks.")
+    ),
+)
+@options.budgets
+@options.section(
+    "Output",
+    click.option(
+        "-o", "--output", metavar="DIR", help="Run folder.  [default: the next runs/NAME]"
+    ),
+    options.rare(
+        options.flag("--overwrite", help="Replace the run in the folder of -o."),
+        options.repeated(
+            "--remember",
+            metavar="FILE",
+            help="With --from: measure bits per byte of FILE before and after, to see forgetting.",
+        ),
+    ),
+)
 @options.quiet
 @options.verbose
+@options.hardware
+@options.nproc
+@options.section(
+    "Machine",
+    options.rare(
+        click.option(
+            "--shard/--no-shard",
+            default=None,
+            help="Shard the model across processes, or replicate it.  [default: shard if need be]",
+        )
+    ),
+)
 def train(args: options.Arguments) -> None:
-    """Trains a model on text files (or a directory, or standard input) and prints its folder.
+    """Trains a model on text, or fine-tunes one, and prints its folder.
 
-    A decoder learns from text; an encoder from text (masked words), from rows with text and label,
-    or from rows with context, question and answers; an encoder–decoder from rows with source and
-    target. Preset auto goes by the fields and says what it takes. Without --tokenizer a byte-level
-    BPE is learned first, on the training set only.
+    DATA is text files, directories, or standard input. A decoder learns from text; an encoder from
+    text (masked words), from rows with text and label, or from rows with context, question and
+    answers; an encoder–decoder from rows with source and target. Preset auto goes by the fields
+    and says what it takes. Without --tokenizer a byte-level BPE is learned first, on the training
+    set only.
+
     The run ends at the first budget reached of --time, --steps, --tokens and --epochs; any of them
-    replaces the preset's budgets. Ctrl-C, SIGTERM or a closed terminal
-    save the run; how to resume it is printed.
+    replaces the preset's budgets. Ctrl-C, SIGTERM or a closed terminal save the run; how to resume
+    it is printed. Of --set, --resume takes train.learning_rate.
     """
     _check(args)
     from lmcli.display import TrainingView, note

@@ -98,6 +98,6 @@ def test_labels(inside, berts):
 
 @pytest.mark.parametrize("command", ["generate", "score", "perplexity", "classify", "evaluate"])
 def test_the_help_promises_no_more_than_that(command, inside):
-    text = " ".join(inside(command, "--help").stdout.decode().split())
+    text = " ".join(inside(command, "--help-all").stdout.decode().split())
     assert "--batch-tokens" in text and "speed, not results" not in text
     assert "in bfloat16 and float16 also rounding" in text
