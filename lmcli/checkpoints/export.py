@@ -22,9 +22,9 @@ def export(source: Path, target: Path, dtype: torch.dtype, merge: bool, bits: in
     base = _base(source, target, merge)
     checkpoint = folder.load(source)
     _check_range(checkpoint.model, dtype)
-    parts = checkpoint.model, checkpoint.tokenizer, checkpoint.generate
+    saved_objects = checkpoint.model, checkpoint.tokenizer, checkpoint.generate
     with atomic_folder(target) as unfinished:
-        folder.save(unfinished, *parts, dtype=dtype, bits=bits)
+        folder.save(unfinished, *saved_objects, dtype=dtype, bits=bits)
         home = folder.find_file(source, base, *TOKENIZER_FILES).parent
         names = {*TOKENIZER_FILES, *TOKENIZER_PARTS}
         if (home / MORE_TEMPLATES).is_dir():  # `save` has put all templates into the settings
@@ -38,8 +38,10 @@ def export(source: Path, target: Path, dtype: torch.dtype, merge: bool, bits: in
 def export_gguf(source: Path, target: Path, number_type: str, merge: bool) -> str:
     """Writes the model in `source` as a GGUF file and returns a remark; see gguf_file.write."""
     _base(source, target, merge)
-    found, name = folder.load(source, dtype=None), source.resolve().stem
-    return gguf_file.write(target, found.model, found.tokenizer, found.stop_ids, number_type, name)
+    checkpoint, name = folder.load(source, dtype=None), source.resolve().stem
+    return gguf_file.write(
+        target, checkpoint.model, checkpoint.tokenizer, checkpoint.stop_ids, number_type, name
+    )
 
 
 def _base(source: Path, target: Path, merge: bool) -> Path:

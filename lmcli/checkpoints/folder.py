@@ -296,10 +296,10 @@ def _read_weights(
     for name in sorted(names):
         if name in ("", "..") or Path(name).name != name or not name.isprintable():
             raise UserError(f"names a file outside the folder: {name!r}", where=str(file))
-        part = read(file.with_name(name))
-        if part is None:
+        shard = read(file.with_name(name))
+        if shard is None:
             return None
-        tensors.update(part)
+        tensors.update(shard)
     return tensors
 
 

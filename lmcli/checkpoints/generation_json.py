@@ -106,14 +106,14 @@ def ignored_keys(generation: dict[str, Any] | None, document: dict[str, Any]) ->
     ]
     known = {*GENERATE_KEYS, *IDS_AND_MODES, *WITHOUT_EFFECT, *NOT_SUPPORTED}
     unknown = sorted((generation or {}).keys() - known)
-    parts = [
+    sentences = [
         f"{', '.join(keys)} {verb} not {why} and {verb} ignored"
         for keys, why in ((lacking, "supported"), (unknown, "known"))
         for verb in ("is" if len(keys) == 1 else "are",)
         if keys
     ]
     file = "config.json" if generation is None else "generation_config.json"
-    return f"{file}: {'; '.join(parts)}" if parts else ""
+    return f"{file}: {'; '.join(sentences)}" if sentences else ""
 
 
 def file_value(section: type, key: str, value: Any, file: Path) -> Any:

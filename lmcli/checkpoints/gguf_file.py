@@ -163,14 +163,14 @@ def write(
         tensors.setdefault(OUTPUT, tensors[EMBEDDING])
     if config.rope_type == "llama3":
         tensors[ROPE_FREQUENCIES] = [torch.from_numpy(_frequency_factors(config))]
-    kinds = {name: _kind(name, parts, number_type, gguf) for name, parts in tensors.items()}
+    kinds = {name: _kind(name, matrices, number_type, gguf) for name, matrices in tensors.items()}
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture.name)
         try:
             _write_header(writer, metadata, tensors, kinds, gguf)
             require_disk_space(path, sum(info.nbytes for info in writer.tensors[0].values()))
-            for tensor, parts in tensors.items():
-                values = torch.cat(parts).float().numpy()
+            for tensor, matrices in tensors.items():
+                values = torch.cat(matrices).float().numpy()
                 if heads := _heads(tensor, config, architecture):
                     values = _paired(values, heads)
                 writer.write_tensor_data(_converted(values, kinds[tensor], tensor, gguf))
@@ -193,8 +193,8 @@ def _write_header(
         else:
             add = {str: "string", bool: "bool", int: "uint32", float: "float32"}[type(value)]
             getattr(writer, f"add_{add}")(key, value)
-    for name, parts in tensors.items():
-        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    for name, matrices in tensors.items():
+        shape = (sum(map(len, matrices)), *matrices[0].shape[1:])
         stored = gguf.quants.quant_shape_to_byte_shape(shape, kinds[name])
         dtype = np.dtype(np.uint8)
         writer.add_tensor_info(name, stored, dtype, int(np.prod(stored)), raw_dtype=kinds[name])
@@ -227,8 +227,8 @@ def _converted(values: NDArray[Any], kind: Any, name: str, gguf: ModuleType) -> 
 def _architecture(config: ModelConfig) -> GgufArchitecture:
     """llama.cpp's architecture for a model; UserError naming what llama.cpp does not compute."""
     model_type = config.model_type or family_of(config).model_type
-    found = FAMILIES[model_type].gguf if config.head == "lm" else None
-    if found is None:
+    architecture = FAMILIES[model_type].gguf if config.head == "lm" else None
+    if architecture is None:
         known = ", ".join(name for name, family in FAMILIES.items() if family.gguf)
         raise UserError(
             f"llama.cpp has no architecture for {model_type} with the head {config.head}",
@@ -237,19 +237,19 @@ def _architecture(config: ModelConfig) -> GgufArchitecture:
     lacking = [
         option
         for option, default in DEFAULT_OPTIONS.items()
-        for values in [found.options.get(option, (default,))]
+        for values in [architecture.options.get(option, (default,))]
         if values and option != "sliding_window" and getattr(config, option) not in values
     ]
     layer_types = config.resolved_layer_types(config.num_hidden_layers)
     slides = "sliding_attention" in layer_types and config.sliding_window
-    if found.full_every:
-        if layer_types != _layer_types(config.num_hidden_layers, found.full_every):
+    if architecture.full_every:
+        if layer_types != _layer_types(config.num_hidden_layers, architecture.full_every):
             lacking.append("layer_types")
     elif slides and config.sliding_window < config.max_position_embeddings:
         lacking.append("sliding_window")
-    if config.rope_type == "llama3" and not found.frequencies:
+    if config.rope_type == "llama3" and not architecture.frequencies:
         lacking.append("rope_type")
-    if found.square and config.head_dim * config.num_attention_heads != config.hidden_size:
+    if architecture.square and config.head_dim * config.num_attention_heads != config.hidden_size:
         lacking.append("head_dim")
     if lacking:
         option = lacking[0]
@@ -257,7 +257,7 @@ def _architecture(config: ModelConfig) -> GgufArchitecture:
             f"llama.cpp cannot compute {model_type} with {option} {getattr(config, option)!r}",
             hint="a file without it would be another model",
         )
-    return found
+    return architecture
 
 
 def _metadata(config: ModelConfig, architecture: GgufArchitecture) -> dict[str, Any]:
@@ -444,8 +444,8 @@ def load_parameters(
     import torch
 
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = parameters(file, shapes)
-    state = {name: torch.from_numpy(values).to(dtype or torch.float32) for name, values in found}
+    arrays = parameters(file, shapes)
+    state = {name: torch.from_numpy(values).to(dtype or torch.float32) for name, values in arrays}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie()
 

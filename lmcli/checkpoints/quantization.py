@@ -126,11 +126,11 @@ def quantized_bits(document: Mapping[str, Any], where: str) -> int:
 
     Raises UserError naming a format, or a setting of it, that lm does not read.
     """
-    found = document.get("quantization_config")
-    if found is None:
+    settings = document.get("quantization_config")
+    if settings is None:
         return 0
-    found = found if isinstance(found, dict) else {}
-    method, layout = found.get("quant_method"), found.get("format", PACK_QUANTIZED)
+    settings = settings if isinstance(settings, dict) else {}
+    method, layout = settings.get("quant_method"), settings.get("format", PACK_QUANTIZED)
     if (method, layout) != (COMPRESSED_TENSORS, PACK_QUANTIZED):
         name = method if method != COMPRESSED_TENSORS else f"{method} format {layout}"
         raise UserError(
@@ -140,9 +140,9 @@ def quantized_bits(document: Mapping[str, Any], where: str) -> int:
             "or --int4 makes it small",
         )
     for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
-        if found.get(key):
+        if settings.get(key):
             raise _unsupported(key, "that is set", where)
-    groups = found.get("config_groups")
+    groups = settings.get("config_groups")
     schemes = list(groups.values()) if isinstance(groups, dict) else []
     bits = {_bits(scheme, where) for scheme in schemes}
     if len(bits) != 1:

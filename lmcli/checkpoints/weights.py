@@ -270,15 +270,17 @@ def without_wrappers(tensors: dict[str, Any], where: str) -> dict[str, Any]:
     """
     plain: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        own = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-        own = own.removeprefix(PEFT_PREFIX)
-        if own in plain:
+        plain_name = ".".join(
+            component for component in name.split(".") if component not in WRAPPERS
+        )
+        plain_name = plain_name.removeprefix(PEFT_PREFIX)
+        if plain_name in plain:
             raise UserError(
-                f"has {own} twice, once with the prefix of a wrapper: {name}",
+                f"has {plain_name} twice, once with the prefix of a wrapper: {name}",
                 where=where,
                 hint="keep one of the two",
             )
-        plain[own] = tensor
+        plain[plain_name] = tensor
     return plain
 
 
@@ -429,11 +431,11 @@ def dequantize_arrays(
     plain = {name: each for name, each in arrays.items() if not name.endswith((SCALE, SHAPE))}
     for name in [name for name in plain if name.endswith(PACKED)]:
         module = name.removesuffix(PACKED)
-        parts = {f"{module}{end}": arrays.get(f"{module}{end}") for end in (PACKED, SCALE, SHAPE)}
-        found = {name: array for name, array in parts.items() if array is not None}
-        if (scales := found.get(f"{module}{SCALE}")) is not None:
-            found[f"{module}{SCALE}"] = in_precision(scales, "float32")
-        matrix = quantization.packed_matrix(found, module, bits, where)
+        stored = {f"{module}{end}": arrays.get(f"{module}{end}") for end in (PACKED, SCALE, SHAPE)}
+        present = {name: array for name, array in stored.items() if array is not None}
+        if (scales := present.get(f"{module}{SCALE}")) is not None:
+            present[f"{module}{SCALE}"] = in_precision(scales, "float32")
+        matrix = quantization.packed_matrix(present, module, bits, where)
         plain[f"{module}.weight"] = matrix.weight()
         del plain[name]
     return plain

@@ -60,8 +60,8 @@ class Documents(Sequence[Document]):
 
     def select(self, chosen: np.ndarray) -> "Documents":
         """The documents where `chosen` (N,) is True."""
-        parts = zip(_blocks(self.table), _blocks(chosen))
-        return Documents(self.files, _stored(block[mask] for block, mask in parts))
+        pairs = zip(_blocks(self.table), _blocks(chosen))
+        return Documents(self.files, _stored(block[mask] for block, mask in pairs))
 
     @property
     def keys(self) -> np.ndarray:
@@ -147,12 +147,12 @@ def _joined_blocks(lists: Sequence[Documents]) -> Iterator[np.ndarray]:
 
 def _stored(blocks: Iterator[np.ndarray]) -> np.ndarray:
     """The rows of all blocks, (N, 4) int64, in memory or, if they are many, mapped from disk."""
-    kept: list[np.ndarray] = []
+    tables: list[np.ndarray] = []
     size = 0
     while size < MAX_IN_MEMORY and (block := next(blocks, None)) is not None:
-        kept.append(block)
+        tables.append(block)
         size += len(block)
-    table = np.concatenate(kept) if kept else np.zeros((0, 4), dtype=np.int64)
+    table = np.concatenate(tables) if tables else np.zeros((0, 4), dtype=np.int64)
     if len(table) < MAX_IN_MEMORY:
         return table
     with user_errors(cache_folder(), "write the token cache"):

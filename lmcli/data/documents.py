@@ -208,8 +208,8 @@ def survey(files: Iterable[str], doc_format: DocumentFormat, seed: int = SPLIT_S
     and line for invalid UTF-8, bad rows and missing fields, and UserError when there are no
     documents.
     """
-    files, found = list(files), _Findings()
-    documents = Documents.keyed(_scan(files, doc_format, found), seed)
+    files, findings = list(files), _Findings()
+    documents = Documents.keyed(_scan(files, doc_format, findings), seed)
     if not documents:
         raise UserError(
             "no text in it",
@@ -219,9 +219,11 @@ def survey(files: Iterable[str], doc_format: DocumentFormat, seed: int = SPLIT_S
     labels = None
     if doc_format.label:
         labels = DocumentLabels.of(
-            list(found.names), np.array(found.ids), np.array(found.label_counts)
+            list(findings.names), np.array(findings.ids), np.array(findings.label_counts)
         )
-    return Survey(documents, found.hashes, found.counts["skipped"], found.counts["empty"], labels)
+    return Survey(
+        documents, findings.hashes, findings.counts["skipped"], findings.counts["empty"], labels
+    )
 
 
 def find_documents(files: Iterable[str], doc_format: DocumentFormat) -> Iterator[Document]:

@@ -242,8 +242,8 @@ def _write_chats(
                 size = len(mask) - mask[::-1].index(True)  # nothing is learned from the rest
                 add_ids([encoded.ids[:size]])
                 add_masks([mask[:size]])
-                said = (text[span.start : span.content_end] for span in spans)
-                sizes.extend([len("".join(said).encode("utf-8"))])
+                answers = (text[span.start : span.content_end] for span in spans)
+                sizes.extend([len("".join(answers).encode("utf-8"))])
 
 
 def _written(
@@ -255,8 +255,8 @@ def _written(
         if not any(text[span.start : span.end] for span in spans):
             raise UserError("the chat template shows nothing of what the assistant says")
     except UserError as error:
-        place = f"{document.file}, line {line_number(document.file, document.start)}"
-        raise UserError(error.what, place, error.hint) from error
+        where = f"{document.file}, line {line_number(document.file, document.start)}"
+        raise UserError(error.what, where, error.hint) from error
     return text, spans
 
 

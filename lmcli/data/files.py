@@ -141,8 +141,8 @@ def _zst_content(name: str) -> Iterator[bytes]:
                     take(size)
                 continue
             if magic != ZST_FRAME:
-                place = f"no frame begins at byte {handle.tell() - 3:,}"
-                raise _damaged("zstd data", place, name)
+                where = f"no frame begins at byte {handle.tell() - 3:,}"
+                raise _damaged("zstd data", where, name)
             header, has_checksum = _zst_header(take, name)
             frame = new_frame()
             try:
@@ -433,15 +433,15 @@ def write_pinned(folder_name: str, suffix: str, action: str, chunks: Iterable[by
     Raises UserError, which names the `action`, when it cannot be written.
     """
     folder, digest = cache_folder(folder_name), hashlib.sha256()
-    part = temporary_name(folder / "new")
+    unfinished = temporary_name(folder / "new")
     with user_errors(folder, action):
         try:
-            with create(part) as out:
+            with create(unfinished) as out:
                 for chunk in chunks:
                     digest.update(chunk)
                     out.write(chunk)
             target = folder / f"{digest.hexdigest()[:16]}{suffix}"
-            os.replace(part, target)
+            os.replace(unfinished, target)
         finally:
-            part.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
     return str(target)

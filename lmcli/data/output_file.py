@@ -59,9 +59,9 @@ class OutputFile:
             return
         if self.path.is_dir():
             raise UserError("is a directory", where=str(path), hint="-o takes a file")
-        part = _part(self.path)
+        unfinished = _part(self.path)
         with user_errors(str(path), "write"):
-            self.file = self._open(part, resume)
+            self.file = self._open(unfinished, resume)
 
     def _open(self, part: Path, resume: bool) -> BinaryIO:
         if part == self.path:  # a device or a pipe
@@ -100,8 +100,8 @@ class OutputFile:
             if self.path:
                 with user_errors(self.path, "write"):
                     self.file.close()
-                    if (part := _part(self.path)) != self.path:
-                        os.replace(part, self.path)
+                    if (unfinished := _part(self.path)) != self.path:
+                        os.replace(unfinished, self.path)
             return
         try:
             self.file.close()

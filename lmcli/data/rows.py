@@ -199,26 +199,26 @@ def checked_chunks(file: str, chunks: Iterable[bytes], digest: Any) -> Iterator[
 
 def _join_quoted(batches: Iterable[list[Line]], file: str) -> Iterator[list[Line]]:
     """Rows of CSV: lines joined where a quoted cell continues in the next one (RFC 4180)."""
-    parts: list[Line] = []  # of a row whose last cell is open
+    open_lines: list[Line] = []  # of a row whose last cell is open
     size = 0
     for lines in batches:
         rows = []
         for line in lines:
-            if parts or b'"' in line.text:
-                parts.append(line)
+            if open_lines or b'"' in line.text:
+                open_lines.append(line)
                 size += len(line.text)
                 if size > MAX_LINE_BYTES:
-                    raise _never_closed(file, parts[0].number)
-                if _ends_in_quotes(line.text, len(parts) > 1):
+                    raise _never_closed(file, open_lines[0].number)
+                if _ends_in_quotes(line.text, len(open_lines) > 1):
                     continue
-                if len(parts) > 1:
-                    text = b"\n".join([part.text for part in parts])
-                    line = Line(text, line.newline, parts[0].number, parts[0].start)
-                parts, size = [], 0
+                if len(open_lines) > 1:
+                    text = b"\n".join([open_line.text for open_line in open_lines])
+                    line = Line(text, line.newline, open_lines[0].number, open_lines[0].start)
+                open_lines, size = [], 0
             rows.append(line)
         yield rows
-    if parts:
-        raise _never_closed(file, parts[0].number)
+    if open_lines:
+        raise _never_closed(file, open_lines[0].number)
 
 
 def _never_closed(file: str, number: int) -> UserError:

@@ -64,24 +64,24 @@ def _held_out(surveyed: Survey) -> np.ndarray:
 
 def _last_tenths(documents: Documents, doc_format: DocumentFormat) -> tuple[Documents, Documents]:
     rows = [document for document in documents if doc_format.has_rows(document.file)]
-    kept: list[Document] = []
+    training: list[Document] = []
     held_out: list[Document] = []
     for document in documents:
         if document in rows:
             last = document == rows[-1] and len(documents) > 1
-            (held_out if last else kept).append(document)
+            (held_out if last else training).append(document)
             continue
         size = document.end - document.start
         cut = _line_end(document, document.start + size * 9 // 10)
-        kept += [document._replace(end=cut)] if cut > document.start else []
+        training += [document._replace(end=cut)] if cut > document.start else []
         held_out += [document._replace(start=cut)] if cut < document.end else []
-    if not kept or not held_out:
+    if not training or not held_out:
         raise UserError(
             "too little text for a 10 % validation split",
             where=display_name(documents[0].file),
             hint="give more text, or --val FILE",
         )
-    return Documents.of(kept), Documents.of(held_out)
+    return Documents.of(training), Documents.of(held_out)
 
 
 def limit(

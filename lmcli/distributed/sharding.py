@@ -154,14 +154,14 @@ class ShardedGroup(ReplicaGroup):
             [[peer_sizes[i] for i in mine] for peer_sizes in sizes],
             like=shards[0],
         )
-        full = [torch.cat(parts).view(matrices[i].shape) for i, *parts in zip(mine, *received)]
+        full = [torch.cat(pieces).view(matrices[i].shape) for i, *pieces in zip(mine, *received)]
         # update them, split them by rows and send each shard back
         updated = [
             matrix.reshape(-1).split([peer_sizes[i] for peer_sizes in sizes])
             for i, matrix in zip(mine, update(full) if full else [])
         ]
         returned = self._all_to_all(
-            [[parts[peer] for parts in updated] for peer in range(self.size)],
+            [[pieces[peer] for pieces in updated] for peer in range(self.size)],
             [[own_sizes[i] for i in indices] for indices in assigned],
             like=shards[0],
         )

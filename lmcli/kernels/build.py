@@ -125,15 +125,15 @@ def _library_file() -> Path:
 
 def _compile_once(file: Path) -> None:
     """Compiles the library; of several processes one does, and the others wait for it."""
-    held = None
+    lock_handle = None
     with user_errors(file, "write"), suppress(NoLocks):
-        held = lock(file.with_suffix(".lock"), waiting=lambda: None)
+        lock_handle = lock(file.with_suffix(".lock"), waiting=lambda: None)
     try:
         if not _is_complete(file):
             _compile(file)
     finally:
-        if held:
-            unlock(held)
+        if lock_handle:
+            unlock(lock_handle)
 
 
 def _compile(file: Path) -> None:

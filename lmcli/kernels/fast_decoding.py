@@ -240,8 +240,8 @@ class FastDecodingState:
                     continue
                 # int8 leaves half of it unused; a product with AMX reads 32 rows
                 scratch[f"{name}_packed"] = zeros((-(-count // 32) * 32, stride), np.uint16)
-                for part in ("scales", "offsets"):
-                    scratch[f"{name}_{part}"] = zeros((count, stride // WEIGHT_GROUP), np.float32)
+                for kind in ("scales", "offsets"):
+                    scratch[f"{name}_{kind}"] = zeros((count, stride // WEIGHT_GROUP), np.float32)
         return scratch
 
     def _allocate(self, slots: int, capacity: int) -> None:
@@ -279,8 +279,8 @@ class FastDecodingState:
         old, places = (self._keys, self._values), self._slots
         self._allocate(slots, min(self.capacity, room))
         for before, after in zip(old, (self._keys, self._values)):
-            for row, (place, length) in enumerate(zip(places, self._lengths)):
-                after[:, row, :, :length] = before[:, place, :, :length]
+            for row, (old_slot, length) in enumerate(zip(places, self._lengths)):
+                after[:, row, :, :length] = before[:, old_slot, :, :length]
         self._slots = np.arange(len(places))
 
     def _set_sources(self, sources: CrossHeads) -> None:
@@ -293,6 +293,6 @@ class FastDecodingState:
 def _rows(scratch: dict[str, NDArray[Any]], name: str) -> _Rows:
     data = scratch[name]
     packed = scratch.get(f"{name}_packed", data)
-    parts = [scratch.get(f"{name}_{part}") for part in ("scales", "offsets")]
-    pointers = [None if part is None else part.ctypes.data for part in parts]
+    arrays = [scratch.get(f"{name}_{array}") for array in ("scales", "offsets")]
+    pointers = [None if array is None else array.ctypes.data for array in arrays]
     return _Rows(data.ctypes.data, packed.ctypes.data, *pointers, data.shape[1])

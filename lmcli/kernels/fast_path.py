@@ -206,7 +206,7 @@ class FastBlock(Block):
             None if module is None else module.weight for module in (*norms, *linears)
         )
         half = attention.head_dim // 2  # both halves hold the same angles
-        cos, sin = (part[0, 0, :, :half] for part in context.rotary)
+        cos, sin = (table[0, 0, :, :half] for table in context.rotary)
         start = getattr(context, "document_start", None)
         y = fused_block.block(x.flatten(0, 1), shape, (cos, sin), weights, start, tuple(branches))
         return y.view(x.shape)
@@ -271,7 +271,7 @@ class FastAttention(Attention):
         for rows, length in packed:
             end = start + rows * length
             query, key, value = (
-                part[0, :, start:end].unflatten(1, (rows, length)).transpose(0, 1) for part in heads
+                head[0, :, start:end].unflatten(1, (rows, length)).transpose(0, 1) for head in heads
             )
             mixed = self.attend(query, key, value, None)  # (rows, H, length, D)
             outputs.append(mixed.transpose(1, 2).reshape(rows * length, -1))

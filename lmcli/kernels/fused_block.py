@@ -84,7 +84,7 @@ def block(
     `branches` are the LoRA branches of the seven matrices.
     """
     dtype = ACCUMULATED[x.dtype]
-    cos, sin = (part.to(dtype).contiguous() for part in rotary)
+    cos, sin = (table.to(dtype).contiguous() for table in rotary)
     start = None if document_start is None else document_start.contiguous()
     scales = tuple(1.0 if lora is None else lora.scale for lora in branches)
     norms = (None if weight is None else weight.to(dtype) for weight in weights[:4])

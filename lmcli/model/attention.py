@@ -166,7 +166,7 @@ class Attention(nn.Module):
         key = self.split_heads(projected[1], self.key_norm)
         value = self.split_heads(projected[2])
         if context.rotary is not None:
-            cos, sin = (part.to(query.dtype) for part in context.rotary)
+            cos, sin = (table.to(query.dtype) for table in context.rotary)
             query = rotate(query, cos[..., start:, :], sin[..., start:, :])
             key = rotate(key, cos, sin)
         return query, key, value

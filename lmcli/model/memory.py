@@ -182,7 +182,7 @@ class MicroBatch:
         config, blocks = self.config, self.blocks()
         hidden = config.hidden_size
         numbers = hidden + sum(
-            layers * (hidden if self.checkpointing else kept) for layers, kept, _ in blocks
+            layers * (hidden if self.checkpointing else saved) for layers, saved, _ in blocks
         )
         copies = 0  # of the weights, in the precision of activations
         if self.size < MASTER or self.fused:
@@ -197,7 +197,8 @@ class MicroBatch:
         """Bytes that the last block's backward pass and the head need on top of what is kept."""
         config, hidden = self.config, self.config.hidden_size
         widest = max(
-            gradients + (kept if self.checkpointing else 0) for _, kept, gradients in self.blocks()
+            gradients + (saved if self.checkpointing else 0)
+            for _, saved, gradients in self.blocks()
         )
         activations = int(self.size * self.tokens * (widest + hidden))
         if config.head != "lm":
@@ -225,12 +226,12 @@ class MicroBatch:
         config, blocks = self.config, []
         share = 0.5 if config.shape == "encoder-decoder" else 1.0
         for stack in flops.stacks(config):
-            kept = self.fused_block() if self.fused else self.plain_block(stack)
+            floats = self.fused_block() if self.fused else self.plain_block(stack)
             if self.train.dropout and not self.fused:  # what each sublayer is multiplied with
                 crossed = config.shape == "encoder-decoder" and stack.name == "decoder"
-                kept += (3 if crossed else 2) * config.hidden_size
+                floats += (3 if crossed else 2) * config.hidden_size
             gradients = 3 * stack.inner + 3 * config.hidden_size
-            blocks.append((stack.layers, share * kept, share * gradients))
+            blocks.append((stack.layers, share * floats, share * gradients))
         return blocks
 
     def fused_block(self) -> int:

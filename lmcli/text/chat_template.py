@@ -114,15 +114,17 @@ class ChatTemplate:
         """
         text, blocks = self._render(messages, marked=True)
         marked = bool(GENERATION_BLOCK.search(self.source))
-        said = [i for i, message in enumerate(messages) if message.get("role") == ASSISTANT]
+        answers = [i for i, message in enumerate(messages) if message.get("role") == ASSISTANT]
         if self.source == DEFAULT_TEMPLATE:
-            blocks = [blocks[i] for i in said]
+            blocks = [blocks[i] for i in answers]
         elif not marked:
             blocks = []
-            for i in said:
+            for i in answers:
                 blocks.append(self._block(text, messages, i, blocks[-1][1] if blocks else 0))
         # the blocks of a template may be more or fewer than the assistant's messages
-        contents = [messages[i].get("content") for i in said] if len(said) == len(blocks) else ()
+        contents = (
+            [messages[i].get("content") for i in answers] if len(answers) == len(blocks) else ()
+        )
         pairs = zip_longest(blocks, contents)
         return text, [_span(text, start, end, content, marked) for (start, end), content in pairs]
 
@@ -131,10 +133,10 @@ class ChatTemplate:
 
         Raises UserError as `text_and_spans`, and if the assistant says nothing.
         """
-        said = [i for i, message in enumerate(messages) if message.get("role") == ASSISTANT]
-        if not said:
+        answers = [i for i, message in enumerate(messages) if message.get("role") == ASSISTANT]
+        if not answers:
             raise UserError("there is no message of the assistant", where=self.where)
-        text, spans = self.text_and_spans(messages[: said[-1] + 1])
+        text, spans = self.text_and_spans(messages[: answers[-1] + 1])
         if not spans:
             raise self._error("does not write what the assistant says")
         return text[: spans[-1].start], text[spans[-1].start : spans[-1].content_end]

@@ -85,10 +85,10 @@ def read_header(path: Path) -> GgufHeader:
                 raise UserError(
                     f"is damaged: {error}", where=str(path), hint="download it again"
                 ) from None
-    parts = header.metadata.get("split.count", 1)
-    if parts not in (0, 1):
+    shards = header.metadata.get("split.count", 1)
+    if shards not in (0, 1):
         raise UserError(
-            f"is one of {parts} parts of a model",
+            f"is one of {shards} parts of a model",
             where=str(path),
             hint="join them with llama.cpp's llama-gguf-split --merge",
         )

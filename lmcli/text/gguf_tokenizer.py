@@ -82,7 +82,7 @@ def _refused(what: str) -> UserError:
         f"llama.cpp cannot express this tokenizer: {what}",
         where="tokenizer.json",
         hint="llama.cpp knows byte-level BPE with the patterns of "
-        f"{', '.join(one.names[0] for one in PRE_TOKENIZERS)}, and SentencePiece's BPE",
+        f"{', '.join(pattern.names[0] for pattern in PRE_TOKENIZERS)}, and SentencePiece's BPE",
     )
 
 
@@ -137,7 +137,7 @@ def to_metadata(
         metadata[f"{KEY}eot_token_id"] = stop_ids[1]
     chat = settings.get("chat_template")
     if isinstance(chat, list):  # of named ones
-        chat = next((one["template"] for one in chat if one["name"] == "default"), None)
+        chat = next((entry["template"] for entry in chat if entry["name"] == "default"), None)
     if isinstance(chat, str):
         metadata[CHAT_TEMPLATE] = chat
     return metadata
@@ -289,9 +289,9 @@ def _byte_level_core(
 ) -> tuple[Core, bool]:
     name = metadata.get(f"{KEY}pre")
     merges: Any = metadata.get(f"{KEY}merges")
-    known = next((one for one in PRE_TOKENIZERS if name in one.names), None)
+    known = next((pattern for pattern in PRE_TOKENIZERS if name in pattern.names), None)
     if known is None:
-        names = sorted(name for one in PRE_TOKENIZERS for name in one.names)
+        names = sorted(name for pattern in PRE_TOKENIZERS for name in pattern.names)
         raise UserError(
             f"pre-tokenizer {name!r} is not supported",
             where=where,

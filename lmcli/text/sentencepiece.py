@@ -61,7 +61,12 @@ def parse(data: bytes) -> SentencePieceModel:
         fields = list(_fields(data))
         pieces = [_piece(dict(_fields(message))) for number, message in fields if number == 1]
         trainer, normalizer = (
-            dict(field for number, part in fields if number == section for field in _fields(part))
+            dict(
+                field
+                for number, section_bytes in fields
+                if number == section
+                for field in _fields(section_bytes)
+            )
             for section in (2, 3)
         )
         if not pieces:

@@ -84,7 +84,9 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
 def drops_first_space(tokenizer: Tokenizer, token_bytes: list[bytes], ids: list[int]) -> bool:
     """True if the space of a word is not shown after these ids, as at the start of a text."""
-    words = (i for i, own in enumerate(token_bytes) if own[:1] == b" " and own.strip().isalpha())
+    words = (
+        i for i, piece in enumerate(token_bytes) if piece[:1] == b" " and piece.strip().isalpha()
+    )
     word = next(words, None)
     shown = "" if word is None else StreamDecoder(tokenizer, ids).push(word)
     return bool(shown) and not shown.startswith(" ")

@@ -114,7 +114,10 @@ class Tokenizer:
     def _encode(self, texts: list[str]) -> list[Encoded]:
         with library_errors(CANNOT_ENCODE):
             encodings: Sequence[Encoding] = self.core.encode_batch(texts, add_special_tokens=False)
-        return [Encoded(one.ids, self._ends(text, one)) for text, one in zip(texts, encodings)]
+        return [
+            Encoded(encoding.ids, self._ends(text, encoding))
+            for text, encoding in zip(texts, encodings)
+        ]
 
     def _encode_pieces(
         self, texts: list[str], encode: Callable[[list[str]], list]
