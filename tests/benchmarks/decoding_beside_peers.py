@@ -3,14 +3,18 @@
 python tests/benchmarks/decoding_beside_peers.py [--rounds 4] [--threads 2]
 
 A random Llama of 134 million parameters writes 128 tokens after 32, greedily, in one text and in
-16 at once, and reads a prompt of 512. All systems take turns in each round. Prints medians of
-tokens a second and, for each, the median over rounds of lm's speed / its own. Peers that are not
-installed are left out. The share is of a plain read of memory in the same rounds.
+16 at once, and reads a prompt of 512. At last `lm generate` writes 128 tokens after each of 64
+lines of its standard input, beside transformers in batches of 16: of lm the whole process counts.
+All systems take turns in each round. Prints medians of tokens a second and, for each, the median
+over rounds of lm's speed / its own. Peers that are not installed are left out. The share is of a
+plain read of memory in the same rounds.
 """
 
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -204,6 +208,36 @@ def compare(generators: dict[str, Generate], label: str, rows: int, rounds: int,
         print(f"{label}, {rows} at once, {name}: {speed:,.0f} tokens/s{share}{ratio}", flush=True)
 
 
+def compare_pipes(path: Path, dtype: str, rounds: int) -> None:
+    """Prints tokens a second of 64 lines of text through `lm generate`, beside transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lines = [line for line in STORIES.read_text().split("\n") if len(line) > 60][:64]
+    lines = [line[: 60 + 5 * (i % 20)] for i, line in enumerate(lines)]
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+
+    def of_transformers_in_batches() -> None:
+        for first in range(0, len(lines), 16):
+            batch = tokenizer(lines[first : first + 16], return_tensors="pt", padding=True)
+            lengths = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+            model.generate(batch.input_ids, attention_mask=batch.attention_mask, **lengths)
+
+    def of_lm_in_a_pipe() -> None:
+        options = ["--temperature=0", f"-n{NEW}", f"--min-new-tokens={NEW}", f"--dtype={dtype}"]
+        command = [sys.executable, "-m", "lmcli", "generate", "-m", str(path), *options]
+        given = "".join(f"{line}\n" for line in lines)
+        done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
+        assert done.stdout.count("\n") == len(lines)
+
+    pairs = [(seconds(of_lm_in_a_pipe), seconds(of_transformers_in_batches)) for _ in range(rounds)]
+    speeds = [64 * NEW / statistics.median(taken) for taken in zip(*pairs)]
+    ratio = statistics.median(peer / ours for ours, peer in pairs)
+    print(f"{dtype}, 64 lines in a pipe, lm: {speeds[0]:,.0f} tokens/s")
+    print(f"the same, transformers: {speeds[1]:,.0f} tokens/s, lm {ratio:.2f} ×", flush=True)
+
+
 def main() -> None:
     """Measures all precisions."""
     parser = argparse.ArgumentParser(
@@ -224,6 +258,8 @@ def main() -> None:
                 compare(generators, dtype, rows, arguments.rounds, size)
             print(f"{dtype}:", end=" ")
             compare(generators, "prefill", 1, arguments.rounds, size)
+        for dtype in ("float32", "bfloat16"):
+            compare_pipes(path, dtype, arguments.rounds)
 
 
 if __name__ == "__main__":
