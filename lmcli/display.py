@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lmcli import progress
 from lmcli.data.output_file import json_line
 from lmcli.terminal import activity
 from lmcli.terminal.live_region import LiveRegion, can_redraw
@@ -102,6 +103,7 @@ class TrainingView:
         self._plotted = "val_loss"
 
     def __enter__(self) -> TrainingView:
+        progress.watch(None)  # this view shows how far it is
         if self.live:
             self._region = self._context.enter_context(LiveRegion(sys.stderr, self._lines))
             self._context.enter_context(activity.shown_by(self._begin_phase))

@@ -291,9 +291,15 @@ def _write_problem(folder: Path) -> str:
     return "" if free_bytes(folder) > PROBE_BYTES else "the disk is full"
 
 
+def is_quiet() -> bool:
+    """True with --quiet, and in a worker (see commands/options.py)."""
+    import logging
+
+    return not logging.getLogger("lmcli").isEnabledFor(logging.WARNING)
+
+
 @functools.cache  # names it once
 def _other_cache(folder: Path, problem: str) -> Path:
-    import logging
     import tempfile
 
     other, hint = Path(f"lm-{ownership.user_id()}"), "set LM_CACHE to a folder that can be written"
@@ -303,7 +309,7 @@ def _other_cache(folder: Path, problem: str) -> Path:
         raise UserError(f"cannot write: {problem}", str(folder), hint) from error
     if second := _write_problem(other):
         raise UserError(f"cannot write: {problem}; {other}: {second}", str(folder), hint)
-    if logging.getLogger("lmcli").isEnabledFor(logging.WARNING):  # not with --quiet
+    if not is_quiet():
         text = f"{folder}: cannot write: {problem}; the cache is {other}"
         if sys.stderr.isatty():  # control characters in a folder's name are drawn
             text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -26,7 +26,7 @@ PACKAGE = ROOT / "lmcli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # floors, from the ground: a file or folder of lmcli/ imports from lower floors and itself only
-GROUND = ("errors", "ownership", "storage", "config", "recipes")  # in this order
+GROUND = ("errors", "progress", "ownership", "storage", "config", "recipes")  # in this order
 FLOORS = (
     *((name,) for name in GROUND),
     ("text", "model"),

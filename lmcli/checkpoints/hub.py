@@ -3,8 +3,9 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-from lmcli import storage
+from lmcli import progress, storage
 from lmcli.checkpoints.file_names import (
     MORE_TEMPLATES,
     TOKENIZER_FILES,
@@ -111,6 +112,23 @@ def offline() -> bool:
     return value.upper() in ("1", "ON", "YES", "TRUE")
 
 
+def _counting_bar(stage: progress.Stage) -> type:
+    """A progress bar of tqdm that draws nothing: it counts the bytes of all files in the stage."""
+    from tqdm import tqdm
+
+    class CountingBar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **(options | {"disable": True}))
+            self.counts_bytes = options.get("unit") == "B"
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self.counts_bytes:  # one bar for bytes that arrive, another for those that are done
+                stage.done, stage.total = max(stage.done, self.n), self.total or None
+
+    return CountingBar
+
+
 def _download(name: str) -> Path:
     missing = f"no such model folder, and not in Hugging Face's cache ({cache_folder()})"
     parent, slash, _ = name.partition("/")
@@ -128,9 +146,16 @@ def _download(name: str) -> Path:
     except ImportError:
         raise UserError(missing, where=name, hint=INSTALL) from None
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=DOWNLOADED_FILES, cache_dir=cache_folder())
-        )
+        with progress.stage(f"downloading {name}", unit="bytes") as stage:
+            silent = progress.is_watched() or storage.is_quiet()
+            return Path(
+                snapshot_download(
+                    name,
+                    allow_patterns=DOWNLOADED_FILES,
+                    cache_dir=cache_folder(),
+                    tqdm_class=_counting_bar(stage) if silent else None,
+                )
+            )
     except GatedRepoError as error:
         raise UserError(
             "this model is gated on the Hub",

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from lmcli import __version__, errors
+from lmcli import __version__, errors, progress
 
 # how a closed standard stream is opened: reading or writing it then fails, as on a closed one
 CLOSED_FLAGS = (os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)
@@ -174,7 +174,8 @@ class _Messages(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            written = super().write(data)  # None: it would have to wait
+            with progress.hidden(bytes(data[-1:])):
+                written = super().write(data)  # None: it would have to wait
         except OSError:
             written = None
         return len(data) if written is None else written

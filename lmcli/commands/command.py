@@ -80,7 +80,10 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; with --quiet, and in a worker, `storage` prints nothing."""
         if not ctx.params.get("quiet") and os.environ.get("RANK", "0") == "0":
-            return super().invoke(ctx)
+            from lmcli.terminal.progress import progress_line
+
+            with progress_line():
+                return super().invoke(ctx)
         import logging
 
         logger = logging.getLogger("lmcli")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lmcli import progress
 from lmcli.commands import options
 from lmcli.errors import UsageError
 
@@ -217,17 +218,20 @@ class EvaluationRun:
         return systems
 
     def predict(self, system: "System", number: int) -> None:
-        """Adds the predictions of model number `number`; prints progress every ten seconds."""
+        """Adds the predictions of model number `number`; in a pipe prints how many there are."""
         from lmcli.display import SECONDS_BETWEEN_LINES, note
         from lmcli.model.device import track_peak_memory
 
         tracked, noted = track_peak_memory(), time.monotonic()
         predictor = _predictor(system.name, self.task, self.request, self.args)
         predictions = predictor.predict_all(self.dataset, self.args.pool, number)
-        for done in system.add(predictions):
-            if time.monotonic() - noted >= SECONDS_BETWEEN_LINES and not self.args.quiet:
-                noted, rate = time.monotonic(), predictor.records / predictor.seconds
-                note(f"{system.name}: {done:,} of {self.records:,} records, {rate:.3g} a second")
+        silent = self.args.quiet or progress.is_watched()
+        with progress.stage(system.name, self.records):
+            for done in system.add(predictions):
+                if time.monotonic() - noted >= SECONDS_BETWEEN_LINES and not silent:
+                    noted, rate = time.monotonic(), predictor.records / predictor.seconds
+                    so_far = f"{done:,} of {self.records:,} records"
+                    note(f"{system.name}: {so_far}, {rate:.3g} a second")
         system.facts = predictor.facts(tracked)
         if predictor.truncated and not self.args.quiet:
             note(

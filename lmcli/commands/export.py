@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from lmcli import progress
 from lmcli.commands import options
 from lmcli.errors import UsageError, UserError
 
@@ -64,7 +65,8 @@ def export(args: options.Arguments) -> None:
 
     text = _text(args.measure) if args.measure else ""
     source = Path(hub.find(args.name))
-    exporting.export(source, folder, getattr(torch, args.dtype), args.merge, bits)
+    with progress.stage(f"writing {folder}"):
+        exporting.export(source, folder, getattr(torch, args.dtype), args.merge, bits)
     if not args.quiet:
         size = (folder / "model.safetensors").stat().st_size
         kind = f"int{bits} and {args.dtype}" if bits else args.dtype
@@ -100,7 +102,9 @@ def _export_gguf(args: options.Arguments) -> None:
     from lmcli.checkpoints import export as exporting
     from lmcli.checkpoints import hub
 
-    remark = exporting.export_gguf(Path(hub.find(args.name)), file, args.number_type, args.merge)
+    source = Path(hub.find(args.name))
+    with progress.stage(f"writing {file}"):
+        remark = exporting.export_gguf(source, file, args.number_type, args.merge)
     if not args.quiet:
         display.note(f"{file.stat().st_size / 1e6:,.1f} MB of {args.number_type} weights")
         if remark:

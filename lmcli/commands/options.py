@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lmcli import storage
+from lmcli import progress, storage
 from lmcli.commands.command import Arguments as Arguments
 from lmcli.commands.command import Counts as Counts
 from lmcli.commands.command import Duration as Duration
@@ -326,7 +326,8 @@ def load_model(name: str | None, args: Arguments, generating: bool = False) -> "
     from lmcli.display import note
 
     quantize = vars(args).get("quantize") or ""
-    model = api.load(name, args.device, args.dtype, args.threads or 0, generating, quantize)
+    with progress.stage(f"loading {name}"):
+        model = api.load(name, args.device, args.dtype, args.threads or 0, generating, quantize)
     if vars(args).get("verbose"):  # lm bench has no -v
         note(f"{name} on {model.runs_on}, context {model.context}")
     return model
@@ -370,4 +371,6 @@ def write_header(out: "OutputFile", columns: Sequence[str]) -> int:
     """
     if columns and not out.resumed_lines:
         out.write("\t".join(columns) + "\n")
-    return max(0, out.resumed_lines - bool(columns))
+    finished = max(0, out.resumed_lines - bool(columns))
+    progress.current().skip(finished)
+    return finished

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from lmcli import progress
 from lmcli.commands import options
 from lmcli.errors import UsageError, UserError
 
@@ -33,6 +34,7 @@ class PerplexitySource(NamedTuple):
     """A file or validation set: `documents()` reads it anew; `models` are numbers of models."""
 
     name: str
+    bytes: int
     documents: Callable[[], Iterable["Document"]]
     format: "DocumentFormat"
     models: Sequence[int]
@@ -156,16 +158,17 @@ def _rows(
 
     hashes = [signature.model_hash(loaded.folder) for loaded in models]
     for source in _validation_sets(models) if args.validation else _sources(args, files):
-        groups = model_comparison.compare_models(
-            [models[k].scorer for k in source.models],
-            source.name,
-            source.documents,
-            source.format,
-            args.by or "",
-            args.differing if len(source.models) > 1 else 0,
-            args.pool,
-            source.models,
-        )
+        with progress.stage(source.name, source.bytes * len(source.models), "bytes"):
+            groups = model_comparison.compare_models(
+                [models[k].scorer for k in source.models],
+                source.name,
+                source.documents,
+                source.format,
+                args.by or "",
+                args.differing if len(source.models) > 1 else 0,
+                args.pool,
+                source.models,
+            )
         for group in groups:
             for position, k in enumerate(source.models):
                 yield _row(args, models, k, hashes[k], group, position)
@@ -217,7 +220,9 @@ def _validation_sets(models: list[Loaded]) -> Iterator[PerplexitySource]:
         documents, document_format = datasets.validation_documents(
             facts["data"], facts["validation"]
         )
-        yield PerplexitySource("validation", documents.__iter__, document_format, [k])
+        yield PerplexitySource(
+            "validation", documents.bytes, documents.__iter__, document_format, [k]
+        )
 
 
 def _sources(args: options.Arguments, files: list[str]) -> Iterator[PerplexitySource]:
@@ -239,7 +244,8 @@ def _sources(args: options.Arguments, files: list[str]) -> Iterator[PerplexitySo
             raise UserError("no text in it", where=name, hint="give a file with text")
         options.report_skipped(surveyed.skipped, args.quiet)
         find = functools.partial(find_documents, [file], document_format)
-        yield PerplexitySource(name, find, document_format, range(len(args.models)))
+        size = surveyed.documents.bytes
+        yield PerplexitySource(name, size, find, document_format, range(len(args.models)))
 
 
 def _verify(expected: "Signature", signatures: Iterable[str]) -> None:

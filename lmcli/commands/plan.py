@@ -2,18 +2,20 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lmcli import progress
 from lmcli.commands import STARTED_AT, options
 from lmcli.errors import UsageError
 
 if TYPE_CHECKING:
     from lmcli.config import Recipe
     from lmcli.model.device import DeviceConfig
-    from lmcli.planning.plan import PlannedText
+    from lmcli.planning.cluster import DeviceGroup
+    from lmcli.planning.plan import Plan, PlannedText, Planner
 
 PRESETS = ("auto", "tiny", "small", "base")  # what lm train chooses, then decoders by size
 
@@ -110,10 +112,7 @@ def plan(args: options.Arguments) -> None:
         note(assumption)
     load = BackgroundLoad(args.nproc - 1, device_config) if groups[0].local else None
     planner = planning.Planner(text, device_config, startup, load)
-    advised = [
-        advice.advise([planner.plan(name, recipe, group) for name, recipe in recipes.items()])
-        for group in groups
-    ]
+    advised = [advice.advise(list(_plans(planner, recipes, group))) for group in groups]
     rows = output.rows([plan for plans, _ in advised for plan in plans])
     many = bool(assumptions)
     display.print_rows(
@@ -126,6 +125,15 @@ def plan(args: options.Arguments) -> None:
         options.echo("\n".join(output.advice(rows, many)))
     for group, (_, best) in zip(groups, advised):
         note(f"{output.devices(group.size)}: {best}" if len(groups) > 1 else best)
+
+
+def _plans(
+    planner: "Planner", recipes: Mapping[str, "Recipe"], group: "DeviceGroup"
+) -> "Iterator[Plan]":
+    for number, (name, recipe) in enumerate(recipes.items(), 1):
+        with progress.stage(f"measuring {name} ({number} of {len(recipes)})"):
+            plan = planner.plan(name, recipe, group)
+        yield plan
 
 
 def _check(args: options.Arguments) -> list[int]:
@@ -181,7 +189,8 @@ def _chosen_by_auto(
     from lmcli.planning.auto_preset import AutoPreset
 
     auto = AutoPreset(lambda defaults: _resolve(args, "auto", defaults))
-    recipe, reasons = auto.for_text(text.sample, text.bytes, device_config)
+    with progress.stage("measuring this machine"):
+        recipe, reasons = auto.for_text(text.sample, text.bytes, device_config)
     for reason in reasons:
         note(f"auto: {reason}")
     return recipe

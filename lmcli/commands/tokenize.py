@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lmcli import progress
 from lmcli.commands import options
 from lmcli.errors import UsageError
 
@@ -77,7 +78,8 @@ def tokenize(args: options.Arguments) -> None:
     reader = RowReader(args.format_, args.fields, args.on_error)
     style = TokenFormat(args.pieces, args.offsets, args.count, args.truncate, args.special)
     with OutputFile(args.output, args.resume) as out:
-        finished = out.resumed_lines  # records that --continue skips
+        progress.current().begin()
+        finished = options.write_header(out, ())  # records that --continue skips
         for batch in reader.batches(options.input_files(args.files, args.include, args.quiet)):
             records, finished = list(islice(batch, finished, None)), max(0, finished - len(batch))
             lines: Iterable[tuple[str, dict[str, Any]] | None]
@@ -95,6 +97,7 @@ def tokenize(args: options.Arguments) -> None:
                 else:
                     out.write(text + ("\n" if record.newline else ""))
             out.flush()
+            progress.current().advance(len(records))
     options.report_skipped(reader.skipped, args.quiet)
 
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from lmcli import progress
 from lmcli.config import TokenizerConfig
 from lmcli.data.byte_ranges import Document, Documents
 from lmcli.data.documents import DocumentFormat, Piece, read_pieces
@@ -138,7 +139,9 @@ def learn_tokenizer(
             texts, time.monotonic() + LEARNING_SHARE * (deadline - time.monotonic()), note
         )
     try:
-        tokenizer = learn(texts, config, shape, deadline)
+        with progress.stage("learning a vocabulary", unit="bytes"):
+            progress.inputs(documents.files)
+            tokenizer = learn(texts, config, shape, deadline)
     except DeadlineExceeded:
         raise UserError(
             "the time was over before a vocabulary was learned",

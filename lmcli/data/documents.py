@@ -18,6 +18,7 @@ from zlib import crc32
 
 import numpy as np
 
+from lmcli import progress
 from lmcli.data.byte_ranges import Document, DocumentLabels, Documents
 from lmcli.data.files import open_bytes, text_chunks
 from lmcli.data.rows import (
@@ -209,7 +210,9 @@ def survey(files: Iterable[str], doc_format: DocumentFormat, seed: int = SPLIT_S
     documents.
     """
     files, findings = list(files), _Findings()
-    documents = Documents.keyed(_scan(files, doc_format, findings), seed)
+    with progress.stage("reading", unit="bytes"):
+        progress.inputs(files)
+        documents = Documents.keyed(_scan(files, doc_format, findings), seed)
     if not documents:
         raise UserError(
             "no text in it",

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, cast
 
+from lmcli import progress
 from lmcli.errors import UserError
 from lmcli.ownership import create, temporary_name
 from lmcli.storage import cache_folder, user_errors
@@ -64,14 +65,21 @@ def open_bytes(name: str) -> BinaryIO:
     package.
     """
     if name == "-":
-        return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
+        return _opened(name, open(sys.stdin.fileno(), "rb", buffering=0, closefd=False))
     if name.endswith(".gz"):
-        return cast(BinaryIO, _Gzip(name))
+        gzipped = _Gzip(name)
+        progress.opened(name, gzipped.fileobj)
+        return cast(BinaryIO, gzipped)
     if name.endswith((".zst", ".parquet")):
         open(name, "rb").close()  # raises for a missing file now, as for other files
         chunks = _zst_content(name) if name.endswith(".zst") else _parquet_rows(name)
         return cast(BinaryIO, _ChunkStream(name, chunks))
-    return open(name, "rb", buffering=0)
+    return _opened(name, open(name, "rb", buffering=0))
+
+
+def _opened(name: str, handle: BinaryIO) -> BinaryIO:
+    progress.opened(name, handle)
+    return handle
 
 
 class _Gzip(gzip.GzipFile):
@@ -128,6 +136,7 @@ def _zst_content(name: str) -> Iterator[bytes]:
     """
     new_frame, error_type = _zst_library(name)
     with open(name, "rb") as handle:
+        progress.opened(name, handle)
 
         def take(size: int) -> bytes:
             if len(data := handle.read(size)) < size:

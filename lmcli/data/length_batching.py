@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from lmcli import progress
+
 Result = TypeVar("Result")
 Item = TypeVar("Item")
 
@@ -15,8 +17,10 @@ def map_by_length(
     `work` gets the groups of `group_by_length` and returns a result for each index.
     """
     results: dict[int, Result] = {}
-    for group in group_by_length(lengths, max_tokens):
-        results.update(zip(group, work(group), strict=True))
+    with progress.stage(total=sum(lengths)) as stage:
+        for group in group_by_length(lengths, max_tokens):
+            results.update(zip(group, work(group), strict=True))
+            stage.advance(sum([lengths[i] for i in group]))
     return [results[index] for index in range(len(lengths))]
 
 

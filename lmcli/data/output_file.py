@@ -1,5 +1,6 @@
 """Results of a command: in input order, flushed when ready, resumable, complete or not there."""
 
+import io
 import json
 import os
 import sys
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lmcli import ownership
+from lmcli import ownership, progress
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import user_errors
 from lmcli.text.characters import DIM, PLAIN, shows_color, visible, without_surrogates
@@ -55,7 +56,9 @@ class OutputFile:
         if self.path is None:
             if resume:
                 raise UsageError("--continue needs -o FILE")
-            self.file: BinaryIO = open(sys.stdout.fileno(), "wb", buffering=1 << 16, closefd=False)
+            kind = progress.TerminalFile if self._terminal else io.FileIO
+            raw = kind(sys.stdout.fileno(), "wb", closefd=False)
+            self.file: BinaryIO = io.BufferedWriter(raw, 1 << 16)  # type: ignore[assignment]
             return
         if self.path.is_dir():
             raise UserError("is a directory", where=str(path), hint="-o takes a file")

@@ -11,6 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from lmcli import progress
 from lmcli.data.files import COMPRESSED_SUFFIXES, display_name, open_bytes, text_chunks
 from lmcli.data.schema import row_text
 from lmcli.errors import UserError
@@ -328,6 +329,8 @@ class RowReader:
         So lines of a slow pipe are processed at once, and those of a file in thousands. Raises
         UserError (file and line) for an unreadable file and, with on_error="stop", a bad record.
         """
+        files = list(files)
+        progress.inputs(files)
         for file in files:
             format, columns = file_format(file, self.format), None
             keep_blank = self.on_error == "blank"  # the lines of the output stay aligned
@@ -339,6 +342,7 @@ class RowReader:
                             columns = parse_header(line, format, file)
                         elif record := self._record(line, format, columns or [], file):
                             records.append(record)
+                    progress.read(len(records))
                     yield records
 
     def _record(self, line: Line, format: str, columns: list[str], file: str) -> Record | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lmcli import progress
 from lmcli.errors import EXIT_FAILED, ProcessLost, UserError
 
 READ_AHEAD = 4  # items per process read before earlier ones are done: one may take as long as many
@@ -30,6 +31,10 @@ def _identity(value: Any) -> Any:
     return value
 
 
+def _nothing(item: Any) -> float:
+    return 0.0
+
+
 @dataclass(frozen=True)
 class RemoteTask:
     """Work on an item by any process; the other functions turn items and results into JSON."""
@@ -39,6 +44,7 @@ class RemoteTask:
     decode: Convert = _identity
     encode_result: Convert = _identity
     decode_result: Convert = _identity
+    size: Callable[[Any], float] = _nothing  # of an item, in the units of `progress`
 
 
 @dataclass(eq=False)
@@ -104,7 +110,9 @@ class WorkerPool:
         """
         if self.size == 1:
             for item in items:
-                yield item, task.work(item)
+                with progress.current().item(task.size(item)):
+                    result = task.work(item)
+                yield item, result
             return
         queue: deque[_Job] = deque()
         _start_thread(self._read, items, task, task_index, queue)
@@ -114,6 +122,7 @@ class WorkerPool:
                 raise job.error
             if job.last:
                 return
+            progress.current().advance(task.size(job.item))
             yield job.item, job.result
 
     def _read(
@@ -148,6 +157,7 @@ class WorkerPool:
                 if self._failure:
                     raise self._failure
                 job = self._open.popleft()
+            progress.current().in_work = job.task.size(job.item)
             job.run()
 
     def _feed(self, worker: int) -> None:

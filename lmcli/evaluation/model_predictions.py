@@ -12,13 +12,14 @@ from lmcli.distributed.work_queue import LOCAL_POOL, RemoteTask, WorkerPool
 from lmcli.evaluation.predictions import EvalDataset, EvalRecord, Prediction
 from lmcli.evaluation.preparation import EvaluationOptions
 from lmcli.evaluation.tasks import EVALUATION_TASKS, Task
+from lmcli.generation.prompts import PROMPTS_PER_BATCH
 from lmcli.model.device import peak_memory
 from lmcli.model.finite import BadResult
 from lmcli.scoring.scorer import ScoringInput
 from lmcli.text.chat_template import chat_template
 
-# generating is slow: small batches show progress
-GENERATION_BATCH, OTHER_BATCH = 128, 512
+# the batches of `lm generate`, so that both write the same
+GENERATION_BATCH, OTHER_BATCH = PROMPTS_PER_BATCH, 512
 PROBABILITIES_AT_ONCE = 1_000_000
 Predictions = tuple[list[Prediction], int]  # for a batch; and how many records were truncated
 
@@ -49,6 +50,7 @@ class ModelPredictor:
         task = RemoteTask(
             self.predict,
             lambda batch: (number, name, [(r.inputs, r.row, r.file, r.line) for r in batch]),
+            size=len,
         )
         size = GENERATION_BATCH if self._method() == self._generate else OTHER_BATCH
         # a probability of each label of each record of a batch is held

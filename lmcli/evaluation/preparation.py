@@ -1,9 +1,10 @@
 """From the options of `lm evaluate` to the records, their task, and a survey of all records."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lmcli import progress
 from lmcli.checkpoints import folder, hub
 from lmcli.config import ModelConfig
 from lmcli.data.files import display_name, pin
@@ -107,7 +108,7 @@ def survey_dataset(
     a model does not have.
     """
     survey = DatasetSurvey()
-    for record in dataset:
+    for record in _read(dataset):
         survey.records += 1
         if dataset.by:
             value = record.row[dataset.by]
@@ -127,6 +128,11 @@ def survey_dataset(
                         hint=f"the labels of {name} are {', '.join(config.labels[:20])}",
                     )
     return survey
+
+
+def _read(dataset: EvalDataset) -> Iterator[EvalRecord]:
+    with progress.stage("reading", unit="bytes"):
+        yield from dataset
 
 
 def _no_input(task: Task, record: EvalRecord) -> UserError:

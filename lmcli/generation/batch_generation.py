@@ -9,11 +9,12 @@ import random
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from itertools import chain
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard, Union
 
+from lmcli import progress
 from lmcli.data.length_batching import group_by_length, tokens_per_forward
 from lmcli.distributed.work_queue import LOCAL_POOL, RemoteTask, WorkerPool
 from lmcli.errors import UsageError
@@ -106,8 +107,9 @@ def generate_all(
     """`num_samples` results for each prompt (ids), in order; seeds as in `generate_each`."""
     batch = [Prompt("", ids) for ids in prompts]
     first = new_seed() if seed is None else seed
-    each = generate_each(generator, [batch], first, num_samples, batch_tokens, best_of=best_of)
-    return [results for _, results in each]
+    with progress.stage("generating", len(prompts), "texts"):
+        each = generate_each(generator, [batch], first, num_samples, batch_tokens, best_of=best_of)
+        return [results for _, results in each]
 
 
 def generate_each(
@@ -143,7 +145,7 @@ def generate_each(
     )
     sampled = _sampled(batches, seed, num_samples)
     if pool.size == 1 and can_stream(generator) and generator.extendable:
-        return _continuously(generator, sampled, max_tokens)
+        return _continuously(generator, sampled, num_samples, max_tokens)
     return _in_groups(generator, sampled, num_samples, max_tokens, pool)
 
 
@@ -160,9 +162,10 @@ def _sampled(
 
 
 def _continuously(
-    decoder: Decoder, batches: Iterator[list[SampledPrompt]], max_tokens: int
+    decoder: Decoder, batches: Iterator[list[SampledPrompt]], num_samples: int, max_tokens: int
 ) -> Iterator[tuple[Prompt, list[Generated]]]:
-    line = _Line(batches)
+    line = _Line(batches, num_samples)
+    progress.current().begin()
     while line.wait():
         yield from line.finished()
         for chunk in decoder.flow(line.take, max_tokens):
@@ -175,7 +178,8 @@ def _continuously(
 class _Line:
     """Prompts that a thread reads, in order, until their results are given out."""
 
-    def __init__(self, batches: Iterator[list[SampledPrompt]]):
+    def __init__(self, batches: Iterator[list[SampledPrompt]], num_samples: int):
+        self._samples = num_samples
         self._arrived: Queue[list[SampledPrompt] | BaseException | None] = Queue(BATCHES_READ_AHEAD)
         self._end: tuple[BaseException | None] | None = None  # why reading ended
         # a prompt, and its results by seed
@@ -230,6 +234,7 @@ class _Line:
     def store(self, number: int, result: Generated) -> None:
         """Keeps the result of a row, by its number since `wait`."""
         self._taken.pop(number)[result.seed] = result
+        progress.current().advance(1 / self._samples)
 
     def finished(self) -> Iterator[tuple[Prompt, list[Generated]]]:
         """The first prompts, as far as they have all their results."""
@@ -250,7 +255,11 @@ def _in_groups(
 ) -> Iterator[tuple[Prompt, list[Generated]]]:
     results: dict[int, list[Generated]] = {}
     groups = _groups(generator, batches, num_samples, max_tokens)
-    for group, group_results in pool.map_in_order(groups, remote_task(generator)):
+    task = replace(
+        remote_task(generator),
+        size=lambda group: sum([len(row.seeds) for row in group.rows]) / num_samples,
+    )
+    for group, group_results in pool.map_in_order(groups, task):
         results.update(zip(group.positions, group_results))
         rows = [len(each.rows(generator.one_row_per_sample)) for each in group.batch]
         if len(results) == sum(rows):

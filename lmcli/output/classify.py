@@ -206,4 +206,5 @@ def remote_task(rows: LabelRows | AnswerRows) -> RemoteTask:
         lambda part: rows.process(part[0]),
         lambda part: records_to_json(part[0]),
         lambda words: (records_from_json(words), 0),
+        size=lambda part: len(part[0]) - part[1],
     )

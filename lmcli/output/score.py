@@ -333,5 +333,8 @@ def remote_task(scorer: Scorer, rows: RecordRows, alternatives: int) -> RemoteTa
         return results
 
     return RemoteTask(
-        work, lambda part: records_to_json(part[0]), lambda words: (records_from_json(words), 0)
+        work,
+        lambda part: records_to_json(part[0]),
+        lambda words: (records_from_json(words), 0),
+        size=lambda part: len(part[0]) - part[1],
     )

@@ -180,6 +180,7 @@ class DocumentSlice(NamedTuple):
 
     request: ScoreRequest
     document: EncodedDocument | None
+    bytes: float  # of the document's range, by its share of the tokens
 
 
 def remote_task(scorer: Scorer) -> RemoteTask:
@@ -192,17 +193,18 @@ def remote_task(scorer: Scorer) -> RemoteTask:
 
     def decode(ids: str, leading_bos: int, context_only: int) -> DocumentSlice:
         numbers = text_to_array(ids, np.int32).tolist()
-        return DocumentSlice(ScoreRequest(numbers, leading_bos, context_only), None)
+        return DocumentSlice(ScoreRequest(numbers, leading_bos, context_only), None, 0.0)
 
     return RemoteTask(
         work,
         encode=lambda slices: [
             (array_to_text(np.asarray(ids, np.int32)), leading_bos, context_only)
-            for (ids, leading_bos, context_only, *_), _ in slices
+            for (ids, leading_bos, context_only, *_), *_ in slices
         ],
         decode=lambda values: [decode(*each) for each in values],
         encode_result=lambda results: [array_to_text(logprobs) for logprobs in results],
         decode_result=lambda texts: [text_to_array(text, np.float32) for text in texts],
+        size=lambda slices: sum([part.bytes for part in slices]),
     )
 
 
@@ -216,7 +218,7 @@ def score_documents(
     collected: list[np.ndarray] = []  # the log-probabilities of one document
     batches = _batches(scorer, documents)
     for slices, results in pool.map_in_order(batches, remote_task(scorer), task_index):
-        for (_, document), logprobs in zip(slices, results):
+        for (_, document, _), logprobs in zip(slices, results):
             collected.append(logprobs)
             if document is not None:
                 yield _scored(scorer, document, np.concatenate(collected))
@@ -227,9 +229,12 @@ def _batches(scorer: Scorer, documents: Iterable[EncodedDocument]) -> Iterator[l
     batch: list[DocumentSlice] = []
     tokens, most = 0, min(MAX_BATCH_TOKENS, FORWARDS_PER_BATCH * scorer.batch)
     for document in documents:
+        _, start, end = document.document
+        bytes_per_token = (end - start) / max(1, len(document.ids))
         for request, following in pairwise(chain(scorer.slices(document.ids, most), (None,))):
             assert request is not None  # only the last of the chain is None
-            batch.append(DocumentSlice(request, None if following else document))
+            size = bytes_per_token * (len(request.ids) - request.context_only)
+            batch.append(DocumentSlice(request, None if following else document, size))
             tokens += len(request.ids)
             if tokens >= most:
                 yield batch

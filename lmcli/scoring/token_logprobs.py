@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmcli import progress
 from lmcli.data.length_batching import group_by_length, group_for_packing
 from lmcli.kernels.fast_path import can_pack, packed_hidden
 from lmcli.model.attention import KeyValueCache
@@ -131,6 +132,10 @@ class CausalLogprobs:
     @torch.inference_mode()
     def compute(self, requests: Sequence[ScoreRequest], fields: ScoreFields) -> list[TokenScores]:
         """The TokenScores of each request; in windows of long texts, each token scored once."""
+        with progress.stage(total=sum([len(request.ids) for request in requests])):
+            return self._compute(requests, fields)
+
+    def _compute(self, requests: Sequence[ScoreRequest], fields: ScoreFields) -> list[TokenScores]:
         vocab_size = self.model.config.vocab_size
         scores = [TokenScores.empty(len(request.ids), fields, vocab_size) for request in requests]
         jobs = [
@@ -163,6 +168,7 @@ class CausalLogprobs:
                 hidden = self.model.hidden(ids, encoder_output=source, query_start=query_start)
                 ends = [(i, len(row) - query_start) for i, row in enumerate(rows)]
             self._store(chosen, ends, hidden, fields)
+            progress.current().advance(sum([job.size for job in chosen]))
         return scores
 
     def slices(self, size: int, leading_bos: int, most: int) -> Iterator[tuple[int, int, int, int]]:
@@ -260,6 +266,7 @@ class CausalLogprobs:
             jobs = [sharing[i] for i in group]
             rows = self._rows(jobs, start=common)
             ids = pad(rows, 0, left=False, device=self._device)[0]
+            progress.current().advance(sum([job.size for job in jobs]))
             hidden = last_state.expand(len(jobs), 1, -1)
             if ids.shape[1]:
                 cache = self._cache(len(jobs), len(prefix) + ids.shape[1])
@@ -322,6 +329,11 @@ class MaskedLogprobs:
         jobs = [
             job for request, row in zip(requests, scores) for job in self._mask_jobs(request, row)
         ]
+        with progress.stage(total=len(jobs)) as stage:
+            self._compute(jobs, fields, stage)
+        return scores
+
+    def _compute(self, jobs: list[MaskJob], fields: ScoreFields, stage: progress.Stage) -> None:
         device = self.model.embedding.weight.device
         lengths = [job.window.end - job.window.start for job in jobs]
         for group in group_by_length(lengths, self.batch):
@@ -334,7 +346,7 @@ class MaskedLogprobs:
             distributions = _distributions(self.model, states, targets, fields, [1] * len(chosen))
             for job, distribution in zip(chosen, distributions):
                 job.scores.put(job.position, distribution)
-        return scores
+            stage.advance(len(chosen))
 
     def _mask_jobs(self, request: ScoreRequest, scores: TokenScores) -> Iterator[MaskJob]:
         room = self.context - len(self.bos) - len(self.eos)

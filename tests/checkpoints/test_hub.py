@@ -2,11 +2,13 @@
 
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 import lmcli
+from lmcli import progress
 from lmcli.checkpoints import hub
 from lmcli.errors import UserError
 
@@ -203,6 +205,30 @@ class TestDownloading:
             for pattern in options["allow_patterns"]
             if "bin" in pattern.split(".") or pattern.startswith("*")
         ]
+
+    def test_progress_counts_the_bytes_of_all_files_once(self, downloads, add_snapshot):
+        def answer():
+            bar = downloads[0][1]["tqdm_class"]
+            # as snapshot_download: files, bytes that are done, bytes that arrive
+            files, done, arrived = bar(total=2), bar(total=0, unit="B"), bar(total=0, unit="B")
+            for size in (30, 70):
+                done.total, arrived.total = done.total + size, arrived.total + size
+            arrived.update(50), done.update(30), files.update(1)
+            shown.append(progress.shown())
+            return str(add_snapshot())
+
+        class Watcher:
+            told = staticmethod(lambda: None)
+            hidden = staticmethod(lambda text: nullcontext())
+
+        shown, downloads.answer = [], answer
+        progress.watch(Watcher())
+        try:
+            hub.find("owner/model")
+        finally:
+            progress.watch(None)
+        ((stage, done, share),) = shown
+        assert (stage.label, done, share) == ("downloading owner/model", 50, 0.5)
 
     def test_a_cached_model_is_not_downloaded(self, downloads, add_snapshot):
         add_snapshot()
