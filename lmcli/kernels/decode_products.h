@@ -304,15 +304,16 @@ INLINE void product_of(const Matrix *matrix, int64_t type, Rows x, int64_t rows,
             tile(matrix, type, x, row, out, stride, column, 1, 1, (const char *)matrix->weight, 0, add);
 }
 
-/* ------------------------------------------------------------------------------------------- bfloat16 with AMX */
+/* ------------------------------------------------------------------------------------------- bfloat16 and 8 bit with AMX */
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 
 /* What AMX reads and writes in memory the compiler does not see. */
 #define ORDER __asm__ volatile("" ::: "memory")
 #define AMX_ROWS 4  /* of fewer rows, vectors are as fast */
+#define AMX_INT8_ROWS 8  /* the same for 8 bit */
 #define DENORMALS_ARE_ZERO 0x8040
 
 /* Sets up this thread's 8 registers: tiles of 16 rows of 64 bytes. AMX takes numbers below 1e-38 for 0: so do vectors. */
@@ -383,6 +384,61 @@ static void product_with_amx(const Matrix *matrix, Rows x, int64_t rows, float *
         }
 }
 
+/* As amx_configure, for groups of 8 bit numbers: sums in registers 0 and 3, rows in 1 and 4, weights in 2 and 5. */
+static void amx_configure_int8(void) {
+    uint8_t shapes[64] __attribute__((aligned(64))) = {1};
+    for (int i = 0; i < 6; i++) shapes[16 + 2 * i] = i % 3 == 1 ? GROUP : 64, shapes[48 + i] = i % 3 == 2 ? GROUP / 4 : 16;
+    ORDER;
+    _tile_loadconfig(shapes);
+}
+
+/* sum = products of 16 rows with a block of weights, of the group `g`; C, X and W are numbers of registers. */
+#define AMX_GROUP(C, X, W, g, sum) { \
+    _tile_zero(C); \
+    _tile_loadd(X, (const int8_t *)x.packed + row * x.stride + (g) * GROUP, x.stride); \
+    _tile_loadd(W, weight + (g) * GROUP * LANES, 64); \
+    _tile_dpbssd(C, X, W); \
+    _tile_stored(C, sum, 64); }
+
+/* 16 rows of a block of outputs: whole numbers as of add_group, scaled in the same order. */
+INLINE void amx_tile_int8(const Matrix *matrix, Rows x, int64_t row, int64_t rows, float *out, int64_t stride, int64_t column,
+                          int lines, int add) {
+    int64_t groups = matrix->inputs / GROUP, each = x.stride / GROUP, block = column / LANES;
+    const char *weight = (const char *)matrix->weight + block * groups * GROUP * LANES;
+    const char *next = weight + groups * GROUP * LANES;
+    const float *scales = x.scales + row * each;
+    int32_t sum[2][16][LANES] __attribute__((aligned(64)));
+    floats sums[16] = {0};
+    for (int64_t g = 0; g < groups; g += 2) {
+        int both = g + 1 < groups;
+        UNROLL for (int l = 0; l < lines; l++) FETCH(next + (g * lines / 2 + l) * 64);
+        ORDER;
+        AMX_GROUP(0, 1, 2, g, sum[0])
+        if (both) AMX_GROUP(3, 4, 5, g + 1, sum[1])
+        ORDER;
+        for (int k = 0; k <= both; k++) {
+            floats scale = load_bfloat16s(matrix->scales + (block * groups + g + k) * LANES);
+            UNROLL for (int s = 0; s < 16; s++)
+                sums[s] += __builtin_convertvector(*(const integers *)sum[k][s], floats) * (scale * scales[s * each + g + k]);
+        }
+    }
+    int64_t count = matrix->outputs - column < LANES ? matrix->outputs - column : LANES;
+    const float *bias = matrix->bias ? matrix->bias + column : 0;
+    UNROLL for (int s = 0; s < 16; s++)
+        if (row + s < rows) store(out + (row + s) * stride + column, sums[s], bias, count, add);
+}
+
+static void product_with_amx_int8(const Matrix *matrix, Rows x, int64_t rows, float *out, int64_t stride, int64_t from,
+                                  int64_t to, int add) {
+    amx_configure_int8();
+    for (int64_t column = from; column < to; column += LANES)
+        for (int64_t row = 0; row < rows; row += 16) {
+            if (row) amx_tile_int8(matrix, x, row, rows, out, stride, column, 0, add);
+            else amx_tile_int8(matrix, x, row, rows, out, stride, column, 16, add);
+        }
+    amx_configure();
+}
+
 /* True if the system lets this process use the matrix units, and their sums are those of the vectors, to the bit. */
 static int amx_usable(void) {
     static int usable = -1;
@@ -412,11 +468,14 @@ static void amx_begin(void) { if (amx_usable()) amx_configure(); }
 static void amx_end(void) { if (amx_usable()) amx_release(); }
 #else
 #define AMX_ROWS 0
+#define AMX_INT8_ROWS 0
 static int amx_usable(void) { return 0; }
 static void amx_begin(void) {}
 static void amx_end(void) {}
 static void product_with_amx(const Matrix *matrix, Rows x, int64_t rows, float *out, int64_t stride, int64_t from,
                              int64_t to, int add) {}
+static void product_with_amx_int8(const Matrix *matrix, Rows x, int64_t rows, float *out, int64_t stride, int64_t from,
+                                  int64_t to, int add) {}
 #endif
 
 /* --------------------------------------------------------------------------------------------- all types, shares */
@@ -427,7 +486,10 @@ ONCE void product(const Matrix *matrix, Rows x, int64_t rows, float *out, int64_
                     int add) {
     switch (matrix->type) {  /* code of its own for each type */
         case FLOAT32: product_of(matrix, FLOAT32, x, rows, out, stride, from, to, add); break;
-        case INT8: product_of(matrix, INT8, x, rows, out, stride, from, to, add); break;
+        case INT8:
+            if (rows >= AMX_INT8_ROWS && amx_usable()) product_with_amx_int8(matrix, x, rows, out, stride, from, to, add);
+            else product_of(matrix, INT8, x, rows, out, stride, from, to, add);
+            break;
         case INT4: product_of(matrix, INT4, x, rows, out, stride, from, to, add); break;
         case BFLOAT16:
             if (!amx_usable()) product_of(matrix, BFLOAT16, x, rows, out, stride, from, to, add);

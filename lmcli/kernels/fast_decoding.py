@@ -238,10 +238,11 @@ class FastDecodingState:
                 scratch[name] = zeros((rows, stride), np.float32)
                 if self.weights.weight_type == "float32":
                     continue
-                # int8 leaves half of it unused; a product with AMX reads 32 rows
-                scratch[f"{name}_packed"] = zeros((-(-count // 32) * 32, stride), np.uint16)
+                padded = -(-count // 32) * 32  # a product with AMX reads 32 rows
+                # int8 leaves half of it unused
+                scratch[f"{name}_packed"] = zeros((padded, stride), np.uint16)
                 for kind in ("scales", "offsets"):
-                    scratch[f"{name}_{kind}"] = zeros((count, stride // WEIGHT_GROUP), np.float32)
+                    scratch[f"{name}_{kind}"] = zeros((padded, stride // WEIGHT_GROUP), np.float32)
         return scratch
 
     def _allocate(self, slots: int, capacity: int) -> None:
