@@ -4,6 +4,8 @@ import functools
 import gc
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -16,12 +18,45 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core
 # many tests require bit-equality, which only a CPU gives; CUDA_VISIBLE_DEVICES=0 runs them on a GPU
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 ROOT = Path(__file__).resolve().parent.parent
+# what pytest makes of 40,000 lines is kept for the other workers and for the next run
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+sys.path.insert(0, str(ROOT / "tests"))  # for forked.py and drawn_screen.py
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # started in the background of a script, which ignores SIGINT: tests send Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.fsync = lambda handle: None  # it takes a third of a short run, and no test cuts the power
+
+
+def pytest_configure(config):
+    """Compiles the kernels beside the collection; every worker would wait for the first one."""
+    if config.getoption("numprocesses", None):
+        code = "from lmcli.kernels import build; build.library()"
+        config.compiling = subprocess.Popen([sys.executable, "-c", code])
+
+
+def pytest_collectstart(collector):
+    """Lets every other worker begin at the end: each finds compiled what another has read."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    if isinstance(collector, pytest.Dir) and worker % 2:
+        forwards = collector.collect
+        collector.collect = lambda: reversed([*forwards()])
+
+
+LONG_FILES = ("oracles", "commands", "kernels", "generation", "training", "distributed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The same order in all workers, long files first: at the end no worker waits for another."""
+
+    def place(item):
+        room = item.path.parent.name
+        return LONG_FILES.index(room) if room in LONG_FILES else len(LONG_FILES), item.path
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish():

@@ -11,9 +11,10 @@ import pytest
 
 from lmcli.commands import run
 from lmcli.kernels import build
+from lmcli.runs import changes
+from lmcli.storage import cache_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the forked processes import it, too
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from drawn_screen import Screen, Terminal
 from forked import LmPopen
 
@@ -44,6 +45,8 @@ def environment(tmp_path_factory) -> dict:
     if build.library():  # to compile it takes ten seconds
         (cache / "kernels").mkdir(0o700)
         shutil.copy2(build._library_file(), cache / "kernels")
+    changes.code()  # takes a second
+    shutil.copytree(cache_folder("code"), cache / "code")
     return {**variables, "LM_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
 

@@ -7,6 +7,10 @@ shows is that `lm` itself asks for nothing that Windows or macOS lacks; it is no
 import subprocess
 import sys
 
+import pytest
+
+from lmcli.kernels import build
+
 PROGRAM = """
 import builtins, io, json, os, signal, sys
 import click, multiprocessing.connection, numpy, rich.console, safetensors.torch, tempfile
@@ -67,14 +71,28 @@ assert not held.path.exists() and not held.problem
 """
 
 
-def test_the_main_job(tmp_path, environment):
+@pytest.fixture
+def compiler(tmp_path) -> dict[str, str]:
+    """CC, which has compiled the kernels before: a system without /proc compiles its own."""
+    if not build.library():
+        return {}
+    program = tmp_path / "compiler"
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit\nwhile [ "$1" != -o ]; do shift; done\n'
+        f'cp "{build._library_file()}" "$2"\n'
+    )
+    program.chmod(0o755)
+    return {"CC": str(program)}
+
+
+def test_the_main_job(tmp_path, environment, compiler):
     text, folder = tmp_path / "a.txt", tmp_path / "run"
     text.write_text("one two three\n" * 30)
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", PROGRAM, text, folder],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**environment, **compiler},
         timeout=120,
     )
     assert done.returncode == 0, done.stderr

@@ -3,13 +3,13 @@
 Whole runs of several processes are in commands/test_several_processes.py.
 """
 
-import multiprocessing
 import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import CONTEXT
 from torch import nn
 
 from lmcli.distributed import data_parallel, launcher
@@ -89,11 +89,10 @@ def run_rank(rank: int, environment: dict, queue) -> None:
 
 
 def test_two_processes_sum_gradients_and_report_a_lost_leader(tmp_path):
-    context = multiprocessing.get_context("spawn")
     environment = launcher._environment(2, 0, tmp_path)
-    queue = context.Queue()
+    queue = CONTEXT.Queue()
     processes = [
-        context.Process(target=run_rank, args=(rank, environment, queue)) for rank in range(2)
+        CONTEXT.Process(target=run_rank, args=(rank, environment, queue)) for rank in range(2)
     ]
     for process in processes:
         process.start()

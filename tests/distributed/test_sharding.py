@@ -3,11 +3,11 @@
 Whole runs of several processes are in commands/test_several_processes.py.
 """
 
-import multiprocessing
 import os
 
 import pytest
 import torch
+from forked import CONTEXT
 
 from lmcli.config import ModelConfig, TrainConfig
 from lmcli.distributed import data_parallel, sharding
@@ -138,10 +138,9 @@ def _shard(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def test_three_processes_hold_one_model(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
+    queue = CONTEXT.Queue()
     processes = [
-        context.Process(target=run_rank, args=(rank, tmp_path, queue)) for rank in range(SIZE)
+        CONTEXT.Process(target=run_rank, args=(rank, tmp_path, queue)) for rank in range(SIZE)
     ]
     for process in processes:
         process.start()

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import CONTEXT
 
 from lmcli.errors import UserError
 from lmcli.model.device import select_device
@@ -54,7 +55,13 @@ def test_it_trains_inside_the_block_and_waits_outside(load):
         assert cpu_ticks(process) <= before + 1
 
 
-def test_a_killed_process_is_an_error(load):
+@pytest.fixture
+def forking(monkeypatch):
+    """The load's process is forked from one that has imported torch."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: CONTEXT)
+
+
+def test_a_killed_process_is_an_error(forking, load):
     error = pytest.raises(UserError, match="--nproc: a process of the background load has ended")
     with error, load.training(RECIPE):
         (process,) = multiprocessing.active_children()
@@ -62,7 +69,7 @@ def test_a_killed_process_is_an_error(load):
         process.join()
 
 
-def test_it_ends_when_the_parent_has_gone(load):
+def test_it_ends_when_the_parent_has_gone(forking, load):
     with load.training(RECIPE):
         (process,) = multiprocessing.active_children()
         for pipe in load._pipes:

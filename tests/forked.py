@@ -1,6 +1,7 @@
-"""A subprocess.Popen that forks `lm` from a process which has imported torch: 0.1 in place of 2 s.
+"""Processes that are forked from one which has imported torch, in 0.1 in place of 2 seconds.
 
-The process has its own signals, streams, environment and session, as one that Python starts.
+LmPopen is a subprocess.Popen of `lm`: with its own signals, streams, environment and session, as
+one that Python starts.
 """
 
 import gc
@@ -28,6 +29,9 @@ CONTEXT.set_forkserver_preload(
         "lmcli.commands.train",
         "rich.console",
         "safetensors.torch",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
     ]
 )
 
