@@ -116,10 +116,11 @@ def test_tokenize_and_decode_restore_the_file(trained, inside, text):
 
 
 @pytest.mark.parametrize("name", ["tinyshakespeare", "zh-lunyu", "zh-hongloumeng"])
-def test_real_files_are_restored_byte_for_byte(trained, inside, shared, name):
-    path = shared / "text" / f"{name}.txt"
-    ids = inside("tokenize", "-m", trained[0], path).stdout
-    assert inside("tokenize", "-m", trained[0], "--decode", stdin=ids).stdout == path.read_bytes()
+def test_real_texts_are_restored_byte_for_byte(trained, inside, shared, name):
+    lines = (shared / "text" / f"{name}.txt").read_bytes().splitlines(keepends=True)
+    text = b"".join(lines[:2000])
+    ids = inside("tokenize", "-m", trained[0], stdin=text).stdout
+    assert inside("tokenize", "-m", trained[0], "--decode", stdin=ids).stdout == text
 
 
 def test_tokenize_shows_pieces_offsets_counts_and_json(trained, inside):
