@@ -4,12 +4,11 @@ Each field has a default, a meaning with its unit, and a range. `check` validate
 """
 
 import dataclasses
-import difflib
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_origin
 
-from lmcli.errors import UsageError
+from lmcli.errors import UsageError, did_you_mean
 
 Number = int | float
 LORA_TARGETS = ("all", "query", "key", "value", "output", "gate", "up", "down", "embedding", "head")
@@ -470,10 +469,9 @@ def _check_range(spec: dataclasses.Field[Any], value: Any, where: str) -> None:
     low, high, choices = (spec.metadata[name] for name in ("low", "high", "choices"))
     for item in value if isinstance(value, tuple) else (value,):
         if choices and item not in choices:
-            near = difflib.get_close_matches(str(item), choices, n=1, cutoff=0.5)
             raise UsageError(
                 f"{spec.name}: {item!r} is not one of {', '.join(choices)}"
-                + (f"; did you mean {near[0]!r}?" if near else ""),
+                + did_you_mean(str(item), choices),
                 where=where,
             )
     if value is None or isinstance(value, (str, bool, tuple)):

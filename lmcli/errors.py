@@ -1,4 +1,6 @@
-"""The errors a user can fix, and the exit codes of `lm`."""
+"""The errors a user can fix, the nearest known word, and the exit codes of `lm`."""
+
+from collections.abc import Iterable
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -34,6 +36,23 @@ class UsageError(UserError):
 
     def __init__(self, what: str, where: str | None = None, hint: str | None = None):
         super().__init__(what, where, hint, EXIT_USAGE)
+
+
+def nearest(word: str, known: Iterable[str], count: int = 1, cutoff: float = 0.5) -> list[str]:
+    """The known words that are most like this one, the nearest first, whatever their case."""
+    import difflib
+
+    words = {each.lower(): each for each in known}
+    return [words[near] for near in difflib.get_close_matches(word.lower(), words, count, cutoff)]
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """The end of a message with the nearest known word; "" if none is near.
+
+    >>> did_you_mean("trian", ("train", "plan")), did_you_mean("x", ("train",))
+    ("; did you mean 'train'?", '')
+    """
+    return "".join(f"; did you mean {near!r}?" for near in nearest(word, known, cutoff=cutoff))
 
 
 class Interrupted(Exception):

@@ -1,7 +1,6 @@
 """Presets and recipes: YAML ↔ Recipe, with `extends` and `--set`; errors name the nearest key."""
 
 import dataclasses
-import difflib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import yaml
 
 from lmcli.config import GenerateConfig, ModelConfig, Recipe, TokenizerConfig, TrainConfig, check
-from lmcli.errors import UsageError, UserError
+from lmcli.errors import UsageError, UserError, did_you_mean, nearest
+from lmcli.storage import beside
 
 Values = dict[str, dict[str, Any]]  # section → key → value
 Given = dict[str, tuple[Any, str]]  # section.key → its value, and the option that gives it
@@ -25,6 +25,7 @@ SECTIONS: dict[str, type] = {
 BUDGETS = ("time", "tokens", "steps", "epochs")
 # further sections of a stored recipe.yaml, for `lm info` and `--validation`; training ignores them
 FACTS = ("versions", "data", "validation", "result", "choice", "base")
+KEYS_HELP = "lm help keys lists them all"
 MOST_DEPTH = 50
 MAX_BYTES = 1 << 26  # of a file; a recipe.yaml names the held-out ranges of its files
 OPENING_TOKENS = (
@@ -136,10 +137,11 @@ def _set(values: Values, setting: str) -> tuple[str, str]:
     name, equals, text = setting.partition("=")
     section, dot, key = name.strip().partition(".")
     if not equals or not dot:
+        near = next(iter(_nearest_keys(section)), "train.learning_rate")
         raise UsageError(
             f"{setting!r} is not section.key=value",
             where="--set",
-            hint="write it as in --set train.learning_rate=3e-4",
+            hint=f"write it as in --set {near}={text or '3e-4'}; {KEYS_HELP}",
         )
     try:
         value = yaml.safe_load(text)
@@ -237,11 +239,11 @@ def find_preset(preset: str) -> Path:
     shipped = f"choose a shipped preset ({', '.join(preset_names())})"
     if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
         if path.is_dir() or not path.exists():
-            raise UsageError("no such preset file", where=preset, hint=shipped)
+            raise UsageError(f"no such preset file{beside(path)}", where=preset, hint=shipped)
         return path
     if preset not in preset_names():
         raise UsageError(
-            f"no preset is named {preset!r}{_nearest(preset, preset_names())}",
+            f"no preset is named {preset!r}{did_you_mean(preset, preset_names())}",
             where="--preset",
             hint=f"{shipped}, or give a .yaml file",
         )
@@ -267,7 +269,7 @@ def _read(path: Path, ancestors: tuple[Path, ...]) -> Values:
 
 def _check_section(section: str, where: str) -> None:
     if section not in SECTIONS:
-        near = _nearest(str(section), SECTIONS)
+        near = did_you_mean(str(section), SECTIONS)
         raise UsageError(f"unknown section {section!r}{near}", where=where, hint=_sections_hint())
 
 
@@ -283,14 +285,17 @@ def _put(values: Values, section: str, key: str, value: Any, where: str) -> None
     _check_section(section, where)
     keys = [f.name for f in dataclasses.fields(SECTIONS[section])]
     if key not in keys:
-        raise UsageError(
-            f"unknown key {section}.{key}{_nearest(str(key), keys)}",
-            where=where,
-            hint=f"choose from the keys of {section}: {', '.join(keys)}",
-        )
+        first, *others = _nearest_keys(str(key), section) or [""]
+        near = f"; did you mean {first.removeprefix(f'{section}.')!r}?" if first else ""
+        also = f"also near: {', '.join(others)}; " if others else ""
+        raise UsageError(f"unknown key {section}.{key}{near}", where, also + KEYS_HELP)
     values[section][key] = check(SECTIONS[section], key, value, f"{where}: {section}")
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def _nearest_keys(key: str, section: str = "") -> list[str]:
+    """SECTION.KEY of the keys that are most like this one, those of the section first."""
+    keys = {name: [each.name for each in dataclasses.fields(SECTIONS[name])] for name in SECTIONS}
+    same = [f"{name}.{key}" for name in SECTIONS if key in keys[name]]
+    own = [f"{section}.{near}" for near in nearest(key, keys.get(section, ()), 3)]
+    others = [f"{name}.{near}" for name in SECTIONS for near in nearest(key, keys[name], 1, 0.7)]
+    return list(dict.fromkeys([*same, *own, *others]))[:3]

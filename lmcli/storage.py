@@ -3,6 +3,7 @@
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmcli import ownership
-from lmcli.errors import ClosedPipe, UserError
+from lmcli.errors import ClosedPipe, UserError, nearest
 from lmcli.ownership import make_private_folder, require_own, require_own_folder
 
 if TYPE_CHECKING:
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 
 PROBE_BYTES = 1 << 14  # must be free in the cache folder
 LOCK_SECONDS = 0.2
+MOST_NAMES = 2000  # of a folder, looked at for one like a missing name
 CACHING = "write the token cache"
 
 
 @contextmanager
-def user_errors(path: Path | str, action: str) -> Iterator[None]:
+def user_errors(path: Path | str, action: str, hint: str | None = None) -> Iterator[None]:
     """Turns an OSError (no space, no permission, no such folder) into a UserError naming `path`.
 
     A closed pipe becomes ClosedPipe instead.
@@ -38,8 +40,36 @@ def user_errors(path: Path | str, action: str) -> Iterator[None]:
     except BrokenPipeError as error:
         raise ClosedPipe from error
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot {action}: {reason}", where=str(error.filename or path)) from error
+        reason, where = error.strerror or str(error), str(error.filename or path)
+        if action == "read" and error.errno == errno.ENOENT:
+            reason += beside(where)
+        raise UserError(f"cannot {action}: {reason}", where, hint) from error
+
+
+def beside(path: Path | str) -> str:
+    """The end of a message about a missing path: what has nearly its name, or the missing folder.
+
+    Of a large folder some names are looked at.
+    """
+    path = Path(path)
+    with suppress(OSError):
+        if not path.parent.is_dir():
+            return f"; there is no folder {str(path.parent)!r}"
+        with os.scandir(path.parent) as entries:
+            names = [entry.name for entry in itertools.islice(entries, MOST_NAMES)]
+        stems = {Path(name).stem: name for name in sorted(names) if not name.startswith(".")}
+        for stem in nearest(path.stem, stems, cutoff=0.7):
+            return f"; did you mean {str(path.with_name(stems[stem]))!r}?"
+    return ""
+
+
+def announce(text: str) -> None:
+    """Prints a line on standard error about what was taken instead, unless --quiet is given."""
+    if is_quiet():
+        return
+    if sys.stderr.isatty():  # control characters in a folder's name are drawn
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    print(f"lm: {text}", file=sys.stderr)
 
 
 @contextmanager
@@ -309,11 +339,7 @@ def _other_cache(folder: Path, problem: str) -> Path:
         raise UserError(f"cannot write: {problem}", str(folder), hint) from error
     if second := _write_problem(other):
         raise UserError(f"cannot write: {problem}; {other}: {second}", str(folder), hint)
-    if not is_quiet():
-        text = f"{folder}: cannot write: {problem}; the cache is {other}"
-        if sys.stderr.isatty():  # control characters in a folder's name are drawn
-            text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-        print(f"lm: {text}", file=sys.stderr)
+    announce(f"{folder}: cannot write: {problem}; the cache is {other}")
     return other
 
 

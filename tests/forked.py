@@ -73,7 +73,9 @@ def become_lm(arguments, environment, folder, streams, session) -> None:
     gc.freeze()  # no collection of garbage goes through all that was imported
     os.fsync = lambda handle: None  # as in conftest.py
     sys.argv = ["lm", *arguments]
-    commands.STARTED_AT = time.monotonic()
+    for module in ("lmcli.commands", "lmcli.commands.train", "lmcli.commands.plan"):
+        if module in sys.modules:  # imported long ago, before the fork
+            sys.modules[module].STARTED_AT = time.monotonic()
     subprocess.Popen = ChildPopen  # for --nproc
     try:
         commands.main()

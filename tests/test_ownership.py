@@ -305,7 +305,7 @@ class TestAnotherCache:
         from lmcli.commands import run
 
         monkeypatch.setenv("HOME", "/nonexistent")
-        (tmp_path / "a.txt").write_text("one two three\n")
+        (tmp_path / "a.txt").write_text("one two three\n" * 6)
         arguments = (str(tmp_path / "a.txt"), "--preset", "tiny", "--steps", "1")
         assert run(["train", *arguments, "-o", str(tmp_path / "run"), *quiet]) == 1
         error = capsys.readouterr().err

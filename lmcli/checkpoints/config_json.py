@@ -1,7 +1,6 @@
 """`config.json` ↔ ModelConfig, for every family by its row."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ from lmcli.checkpoints.families import FAMILIES
 from lmcli.checkpoints.family import Family, WindowRule
 from lmcli.config import ModelConfig, check
 from lmcli.data.schema import label_text
-from lmcli.errors import UsageError, UserError
+from lmcli.errors import UsageError, UserError, nearest
 
 # the largest sizes accepted from a file; a file cannot ask by 0 for a derived size, as a preset can
 LARGEST = {"vocab_size": 1 << 28, "max_position_embeddings": 1 << 24}
@@ -125,7 +124,7 @@ def _family(document: dict[str, Any], where: str) -> Family:
     name = document.get("model_type")
     family = FAMILIES.get(str(name))
     if family is None:
-        near = difflib.get_close_matches(str(name).lower(), list(FAMILIES), n=1, cutoff=0.4)
+        near = nearest(str(name), FAMILIES, cutoff=0.4)
         own_code = "; it comes with its own code, which lm never runs"
         raise UserError(
             f"model_type {name!r} is not supported"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lmcli.checkpoints import adapter_base, gguf_file
+from lmcli.checkpoints import adapter_base, gguf_file, hub
 from lmcli.checkpoints.config_json import family_of, is_no_id, read_config, write_config
 from lmcli.checkpoints.family import Family
 from lmcli.checkpoints.file_names import PICKLED, TOKENIZER_FILES, WEIGHTS_FILE, WEIGHTS_INDEX
@@ -240,9 +240,11 @@ def _document(folder: Path) -> tuple["Adapter | None", Path, dict[str, Any]]:
         raise UserError(
             "no such model folder",
             where=str(folder),
-            hint="-m takes a folder that holds a config.json",
+            hint=f"{hub.nearby(folder)}-m takes a folder that holds a config.json",
         )
     needed = "a model folder needs config.json, model.safetensors, tokenizer.json"
+    if not (folder / "config.json").is_file():
+        needed = hub.nearby(folder) + needed
     if not adapter_base.is_adapter(folder):
         return None, folder, read_json(folder / "config.json", needed)
     from lmcli.checkpoints import adapter_folder

@@ -2,6 +2,8 @@
 
 import os
 import re
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from lmcli.checkpoints.file_names import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
 )
-from lmcli.errors import UserError
+from lmcli.errors import UserError, nearest
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 # a name with such an ending means a file
@@ -27,26 +29,64 @@ DOWNLOADED_FILES = [
     *TOKENIZER_PARTS,
     f"{MORE_TEMPLATES}/*.jinja",
 ]
+CONFIG_FILES = ("config.json", "adapter_config.json")
+RUNS = Path("runs")  # where `lm train` makes its folders
+MOST_NAMES, MOST_LISTED = 1000, 6  # looked at in a folder, named in a hint
 INSTALL = "to download it from the Hub: pip install 'lmcli[hub]'"
 
 
 def find(name: str | Path, weights: bool = True) -> str | Path:
     """The folder of a model: `name` itself if it is a path, else its snapshot in the Hub's cache.
 
-    A snapshot that is not in the cache is downloaded. Without `weights`, one with only the
-    tokenizer is enough. Raises UserError if there is no such model or it cannot be downloaded.
+    Without a snapshot runs/NAME is taken, which a line on standard error says, else one is
+    downloaded. Without `weights`, one with only the tokenizer is enough. Raises UserError if there
+    is no such model or it cannot be downloaded.
     """
     if not isinstance(name, str) or os.path.lexists(name) or not is_hub_name(name):
         return name
     snapshot = cached_snapshot(name)
     if snapshot and (not weights or _has_weights(snapshot)):
         return snapshot
+    if run := find_run(name):
+        return run
     try:
         return _download(name)
     except UserError:
         if snapshot:  # its reader reports what is missing, as for any folder
             return snapshot
         raise
+
+
+def find_run(name: str) -> Path | None:
+    """The folder runs/NAME if it holds a model; a line on standard error says so once."""
+    folder = RUNS / name
+    if name in (".", "..") or not any((folder / file).is_file() for file in CONFIG_FILES):
+        return None
+    _announce(name, folder)
+    return folder
+
+
+@cache
+def _announce(name: str, folder: Path) -> None:
+    storage.announce(f"{name} is {folder}")
+
+
+def nearby(path: Path, files: tuple[str, ...] = CONFIG_FILES, what: str = "models") -> str:
+    """The start of a hint: the folders near a missing one that hold one of these files; or "".
+
+    They are those in the folder itself, beside it, or in runs/; the nearest name is proposed.
+    """
+    folders: dict[str, Path] = {}
+    for parent in (path, path.parent, RUNS):
+        with suppress(OSError):
+            entries = sorted(parent.iterdir())[:MOST_NAMES]
+            folders |= {
+                each.name: each for each in entries if any((each / f).is_file() for f in files)
+            }
+    listed = ", ".join(map(str, list(folders.values())[:MOST_LISTED]))
+    more = ", …" * (len(folders) > MOST_LISTED)
+    near = "".join(f"did you mean {folders[name]}? " for name in nearest(path.name, folders))
+    return f"{near}{what} here: {listed}{more}; " if folders else ""
 
 
 def find_local(name: str) -> Path | None:
@@ -136,15 +176,16 @@ def _download(name: str) -> Path:
         raise UserError(
             f"no such model in the folder {parent}",
             where=name,
-            hint="-m takes a folder that holds a config.json",
+            hint=f"{nearby(Path(name))}-m takes a folder that holds a config.json",
         )
     if offline():
-        raise UserError(missing, where=name, hint="unset HF_HUB_OFFLINE to download it")
+        hint = f"{nearby(Path(name))}unset HF_HUB_OFFLINE to download it"
+        raise UserError(missing, where=name, hint=hint)
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     except ImportError:
-        raise UserError(missing, where=name, hint=INSTALL) from None
+        raise UserError(missing, where=name, hint=nearby(Path(name)) + INSTALL) from None
     try:
         with progress.stage(f"downloading {name}", unit="bytes") as stage:
             silent = progress.is_watched() or storage.is_quiet()
@@ -166,7 +207,7 @@ def _download(name: str) -> Path:
         raise UserError(
             "no such model folder, and no such model on the Hub",
             where=name,
-            hint="set HF_TOKEN if the model is private",
+            hint=f"{nearby(Path(name))}set HF_TOKEN if the model is private",
         ) from error
     except (
         Exception
@@ -175,5 +216,7 @@ def _download(name: str) -> Path:
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )
         raise UserError(
-            f"{missing}; the Hub could not be reached", where=name, hint=reason[:200]
+            f"{missing}; the Hub could not be reached",
+            where=name,
+            hint=f"{nearby(Path(name))}{reason[:200]}",
         ) from error

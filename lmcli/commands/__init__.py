@@ -5,6 +5,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 import time
 from typing import Any
@@ -15,6 +16,7 @@ from lmcli import __version__, errors, progress
 
 # how a closed standard stream is opened: reading or writing it then fails, as on a closed one
 CLOSED_FLAGS = (os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)
+MOST_OPTIONS = 12  # of a command, named where one is unknown
 STARTED_AT = time.monotonic()  # for `lm train --time`
 COMMANDS = {  # with an example of each, which follows its name
     "train": ("notes.txt -o notes", "Train a model on text, or fine-tune one."),
@@ -42,6 +44,20 @@ class LazyGroup(click.Group):
         if name not in COMMANDS:
             return None
         return getattr(importlib.import_module(f"lmcli.commands.{name}"), name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the first argument names; UsageError with the nearest name."""
+        name, is_option = args[0], args[0].startswith("-")
+        if name in COMMANDS or is_option or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        hint = "lm --help lists the commands"
+        if os.path.exists(name):
+            hint = f"{name} is a file: a command comes first, as in lm train {name}"
+        raise errors.UsageError(
+            f"no command is named {name!r}{errors.did_you_mean(name, COMMANDS)}", hint=hint
+        )
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes an example of each command and what it does: 24 lines at 80 columns."""
@@ -83,11 +99,11 @@ def run(arguments: list[str] | None = None) -> int:
     except errors.UserError as error:
         _print_error(error)
         return error.exit_code
-    except click.ClickException as error:
-        from lmcli.text.characters import for_stream
-
-        vars(error)["message"] = for_stream(error.message, sys.stderr)  # to mypy it is final
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        _print_error(_user_error(error))
         return error.exit_code
     except errors.Interrupted as stop:
         _print(str(stop))
@@ -103,6 +119,52 @@ def run(arguments: list[str] | None = None) -> int:
         return _write_error(error)
 
 
+def _user_error(error: click.ClickException) -> errors.UserError:
+    """An error of click, in the form of our own: what, where, and what to do."""
+    context: click.Context | None = getattr(error, "ctx", None)
+    if context is None:
+        return errors.UserError(error.format_message(), exit_code=error.exit_code)
+    more, where = f"see {context.command_path} --help", None
+    what, hint = error.format_message().rstrip("."), more
+    name = str(getattr(error, "option_name", ""))
+    names = {word: each for each in context.command.params for word in each.opts}
+    parameter = getattr(error, "param", None) or names.get(name)
+    if isinstance(error, click.NoSuchOption):
+        long_names = [word for word in names if word.startswith("--")]
+        what = f"no such option {name}{errors.did_you_mean(name, long_names, 0.6)}"
+        if len(long_names) <= MOST_OPTIONS:
+            hint = f"its options are {', '.join(long_names)}; {more}"
+    elif parameter is not None:
+        where, what = parameter.make_metavar(context), _what_is_wrong(error, parameter)
+        if isinstance(parameter, click.Option):
+            where, about = max(parameter.opts, key=len), (parameter.help or "").partition("  [")[0]
+            hint = f"{about.partition('. ')[0].rstrip('.')}; {more}" if about else more
+    elif match := re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", what):
+        what = f"unexpected argument {match[1]!r}"
+    return errors.UserError(what, where, hint, error.exit_code)
+
+
+def _what_is_wrong(error: click.ClickException, parameter: click.Parameter) -> str:
+    """The message of an error about a parameter's value, without its name."""
+    if isinstance(error, click.MissingParameter):
+        return "is missing"
+    if isinstance(error, click.BadOptionUsage):
+        return "needs a value"
+    what, kind = error.message.rstrip("."), parameter.type
+    value = what.partition(" is not ")[0]
+    if isinstance(kind, click.Choice):
+        choices = [str(choice) for choice in kind.choices]
+        near = errors.did_you_mean(value.strip("'"), choices, 0.6)
+        return f"{value} is not one of {', '.join(choices)}{near}"
+    if isinstance(kind, click.IntRange | click.FloatRange) and " range " in what:
+        low, high = kind.min, kind.max
+        if kind.min_open or kind.max_open:
+            return f"{value} is not above {low}" if high is None else what
+        limits = f"between {low} and {high}" if high is not None else f"{low} or more"
+        return f"{value} is not {limits}"
+    return what
+
+
 def _print_error(error: errors.UserError) -> None:
     """Prints an error; on a terminal the name of a file stays on its line."""
     if error.where and sys.stderr.isatty():
@@ -113,10 +175,10 @@ def _print_error(error: errors.UserError) -> None:
 
 
 def _print(message: str) -> None:
-    """Prints a message on standard error, on a terminal with its control characters drawn."""
-    from lmcli.text.characters import for_stream
+    """Prints a message on standard error, wrapped on a terminal, its control characters drawn."""
+    from lmcli.terminal.wrapping import message_for
 
-    print(f"lm: {for_stream(message, sys.stderr)}", file=sys.stderr)
+    print(message_for(sys.stderr, f"lm: {message}"), file=sys.stderr)
 
 
 # errors of standard output that are no fault of lm: a full disk, a closed stream

@@ -96,7 +96,11 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """The arguments that are left over; UsageError naming the first option given twice."""
         arguments = list(args)  # click empties `args`
-        rest = super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx  # click's parser has none
+            raise
         if not ctx.resilient_parsing:  # shell completion
             self._refuse_two_values(ctx, arguments)
         return rest

@@ -1,13 +1,12 @@
 """lm help: the guides, the presets and their keys, and the help of each command."""
 
-import difflib
 import sys
 from pathlib import Path
 
 import click
 
 from lmcli.commands import COMMANDS, lm, options
-from lmcli.errors import UsageError
+from lmcli.errors import UsageError, nearest
 
 GUIDES = Path(__file__).resolve().parent.parent / "guides"
 OTHER_TOPICS = {  # topics beside the guides, and what they show
@@ -52,7 +51,7 @@ def help(args: options.Arguments) -> None:
         click.echo(click.Context(command, parent=parent, info_name=topic).get_help())
     else:
         names = [*guides, *COMMANDS, "preset", "keys"]
-        near = difflib.get_close_matches(topic, names, n=3, cutoff=0.5)
+        near = nearest(topic, names, count=3)
         raise UsageError(
             f"no guide or command is named {topic!r}"
             + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ""),

@@ -100,7 +100,7 @@ def _describe(name: str, tokenizer: "Tokenizer | None", fields: tuple[str, ...])
     from lmcli.output import info as output
 
     if name != "-" and not os.path.lexists(name) and hub.is_hub_name(name):
-        snapshot = hub.cached_snapshot(name)
+        snapshot = hub.cached_snapshot(name) or hub.find_run(name)
         if snapshot is None:
             raise UserError(
                 "no such file or folder, and no such model in the Hugging Face cache "

@@ -370,7 +370,7 @@ def write_header(out: "OutputFile", columns: Sequence[str]) -> int:
     A resumed file has its header already.
     """
     if columns and not out.resumed_lines:
-        out.write("\t".join(columns) + "\n")
+        out.header = "\t".join(columns) + "\n"
     finished = max(0, out.resumed_lines - bool(columns))
     progress.current().skip(finished)
     return finished

@@ -212,11 +212,12 @@ def _row(
 
 def _validation_sets(models: list[Loaded]) -> Iterator[PerplexitySource]:
     """The validation set of each model's own run."""
+    from lmcli.checkpoints import hub
     from lmcli.runs import run_folder
     from lmcli.training import datasets
 
     for k, loaded in enumerate(models):
-        _, _, facts = run_folder.reopen(Path(loaded.name))
+        _, _, facts = run_folder.reopen(Path(hub.find(loaded.name)))
         documents, document_format = datasets.validation_documents(
             facts["data"], facts["validation"]
         )

@@ -190,6 +190,7 @@ def _check(args: options.Arguments) -> str:
         [f"--per {per}", forms[0]] if forms and per != pieces else [],
         ["--prefix", "--prefix-field"] if args.prefix and args.prefix_field else [],
         ["--pairs", "--prefix"] if args.pairs and (args.prefix or args.prefix_field) else [],
+        ["--color", "--json"] if args.color and args.as_json else [],
         ["--continue", "--worst"] if args.resume and args.worst else [],
     ]
     for options_ in excluding:

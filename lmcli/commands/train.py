@@ -34,7 +34,7 @@ def _list_presets(context: click.Context, _: click.Parameter, value: bool) -> No
     """
   lm train notes.txt -o runs/notes             a small model of your text
   lm train book.txt --preset small --time 10m
-  lm train reviews.csv --fields text=review,label=stars      a classifier
+  lm train reviews.csv --fields text=review,label=sentiment  a classifier
   lm train more.txt --from runs/book -o runs/more            fine-tuning
   lm train --resume runs/book
   lm train pairs.jsonl          rows with source and target: a translator

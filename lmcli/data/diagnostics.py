@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,11 +13,57 @@ from lmcli.data.files import open_bytes
 from lmcli.data.rows import parse_json_row
 from lmcli.data.schema import PROMPT_COMPLETION, QUESTION_FIELDS, SOURCE_TARGET, TEXT_LABEL_FIELDS
 from lmcli.storage import user_errors
+from lmcli.text.tokenizer import Tokenizer
 
 LISTED_LABELS = 10
 FEW = 5  # a label with fewer examples is named
 INSPECTED_BYTES = 1 << 16
+LITTLE_BYTES = 10_000
+SAMPLED_CHARACTERS = 20_000
+MOST_TOKENS_PER_CHARACTER = 1.2
+MOST_UNKNOWN = 0.05
 KNOWN_FIELDS = {*TEXT_LABEL_FIELDS, *SOURCE_TARGET, *PROMPT_COMPLETION, *QUESTION_FIELDS}
+
+# -- size and language
+
+
+def little_text(size: int) -> str:
+    """A line on a text of `size` bytes that is too small for a new model; "" for a larger one."""
+    if size >= LITTLE_BYTES:
+        return ""
+    return (
+        f"{size:,} bytes are little text for a new model: expect letters, not words; "
+        "--from MODEL trains one that knows the language"
+    )
+
+
+def foreign_text(texts: Iterable[str], tokenizer: Tokenizer, data: str) -> str:
+    """A line about a text that a tokenizer was not made for, by its beginning; or "".
+
+    More tokens than characters are bytes, as of Chinese in an English vocabulary.
+    """
+    sample = ""
+    for text in texts:
+        sample += text
+        if len(sample) >= SAMPLED_CHARACTERS:
+            break
+    sample = sample[:SAMPLED_CHARACTERS]
+    ids = tokenizer.encode(sample)
+    unknown_id = tokenizer.special_id("unk_token")
+    unknown = sum(id_ == unknown_id for id_ in ids) / max(1, len(ids))
+    learn = f"learn one with lm tokenize --train -o tok {data} and a model with --tokenizer tok"
+    if len(ids) > MOST_TOKENS_PER_CHARACTER * len(sample):
+        return (
+            f"the tokenizer is not made for this text: {len(ids) / len(sample):.1f} tokens per "
+            f"character, {len(sample.encode()) / len(ids):.1f} bytes a token; {learn}"
+        )
+    if unknown > MOST_UNKNOWN:
+        return (
+            f"the tokenizer is not made for this text: it has no token for {unknown:.0%} of the "
+            f"pieces; {learn}"
+        )
+    return ""
+
 
 # -- fields
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 from lmcli import progress
 from lmcli.errors import UserError
 from lmcli.ownership import create, temporary_name
-from lmcli.storage import cache_folder, user_errors
+from lmcli.storage import beside, cache_folder, user_errors
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")  # may follow the suffix that names the format
 COMPRESSED_BYTES = 1 << 16  # read at once
@@ -46,12 +46,12 @@ FREQUENT = (
 )
 
 
-_pinned_names: dict[str, str] = {}  # paths of copies that `pin` has made → the inputs' names
+_typed_names: dict[str, str] = {}  # paths that `pin` has returned → the inputs' names
 
 
 def display_name(file: str) -> str:
     """The name of an input in messages and results; bytes that are not UTF-8 show as U+FFFD."""
-    file = _pinned_names.get(file, file)
+    file = _typed_names.get(file, file)
     if file == "-":
         return "standard input"
     return file if file.isascii() else os.fsencode(file).decode("utf-8", "replace")
@@ -366,7 +366,11 @@ def expand(
             files.append(argument)
             continue
         if not path.is_dir():
-            raise UserError("no such file or directory", where=argument)
+            raise UserError(
+                f"no such file or directory{beside(argument)}",
+                where=argument,
+                hint="give a file or a folder, or pipe text in",
+            )
         visible = _visible_files(path, include or "*")
         texts = [name for name in visible if _is_text(name)]
         skipped += len(visible) - len(texts)
@@ -426,8 +430,15 @@ def pin(file: str) -> str:
         action = f"keep {display_name(file)}"
         chunks = _chunks_of(source, display_name(file))
         copy = write_pinned("stdin", ending[0] if ending else ".txt", action, chunks)
-    _pinned_names[copy] = file
+    _typed_names[copy] = file
     return copy
+
+
+def pin_absolute(file: str) -> str:
+    """The absolute path of `pin`, for what is stored; `display_name` of it is that of the file."""
+    path = str(Path(pin(file)).absolute())
+    _typed_names.setdefault(path, file)
+    return path
 
 
 def _chunks_of(source: BinaryIO, name: str) -> Iterator[bytes]:

@@ -53,6 +53,7 @@ class OutputFile:
         self._terminal = self.path is None and sys.stdout.isatty()
         self._drawn = self._terminal and not styled
         self.resumed_lines = 0
+        self.header = ""  # written with the first result: a command that fails before has none
         if self.path is None:
             if resume:
                 raise UsageError("--continue needs -o FILE")
@@ -78,6 +79,9 @@ class OutputFile:
 
     def write(self, text: str, dim: bool = False) -> None:
         """Appends text as UTF-8; on a terminal `dim` text has less contrast."""
+        if self.header:
+            header, self.header = self.header, ""
+            self.write(header)
         if self._drawn or (dim and self._terminal):
             text = visible(text)
         if dim and text and self._terminal and shows_color(sys.stdout):
@@ -91,6 +95,7 @@ class OutputFile:
 
     def flush(self) -> None:
         """Makes everything written so far visible to the reader."""
+        self.write("")
         with user_errors(self.path or "standard output", "write"):
             self.file.flush()
 

@@ -137,8 +137,14 @@ def _read(dataset: EvalDataset) -> Iterator[EvalRecord]:
 
 def _no_input(task: Task, record: EvalRecord) -> UserError:
     if not record.row:
-        problem = "this plain line is the reference"
-        hint = "give FILE with the inputs, and this file as --references FILE"
+        # a label has its plain name last, other references have it first
+        references = task.schema.references[:: -1 if task.schema.kind == "labels" else 1]
+        needed = " and ".join(task.schema.inputs[0] + references[:1])
+        problem = f"this plain line is read as the reference, without an input ({needed})"
+        hint = (
+            f"give rows with {needed} (.jsonl, .tsv, .csv), or plain inputs in FILE and their "
+            f"references, line by line, in --references FILE"
+        )
     else:
         names = " or ".join(repr(" and ".join(names)) for names in task.schema.inputs)
         problem, hint = f"no field {names}", "name another with --field, or use --predictions"

@@ -1,6 +1,5 @@
 """The tasks of `lm evaluate`: the fields of their rows, their figures, and models for them."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from lmcli.config import ModelConfig
 from lmcli.data.rows import Record
 from lmcli.data.schema import MINIMAL_PAIR_FIELDS, PAIR_SCHEMAS, TASK_SCHEMAS, TaskSchema
-from lmcli.errors import UsageError
+from lmcli.errors import UsageError, did_you_mean
 from lmcli.evaluation.text_metrics import TEXT_FIGURES
 
 ModelKind = tuple[str, str]  # (shape, head)
@@ -145,9 +144,8 @@ def select_figures(task: Task, metrics: Sequence[str]) -> tuple[str, ...]:
 
 
 def _unknown_figure(name: str, known: Sequence[str], where: str) -> UsageError:
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return UsageError(
-        f"no figure {name!r} {where}" + (f"; did you mean {near[0]!r}?" if near else ""),
+        f"no figure {name!r} {where}{did_you_mean(name, known)}",
         where="--metric",
         hint=f"choose from: {', '.join(known)}",
     )

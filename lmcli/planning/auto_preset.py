@@ -151,6 +151,12 @@ def compute_budget(train: TrainConfig, text: TextStatistics) -> ComputeBudget:
     return ComputeBudget(tokens=train.steps * 2.0 * KNOWN_BATCH)
 
 
+def _budget_name(train: TrainConfig) -> str:
+    """The budget beside the time that `compute_budget` goes by, as its option."""
+    name = next(name for name in ("tokens", "epochs", "steps") if getattr(train, name))
+    return f"--{name} {getattr(train, name):g}"
+
+
 def choose(
     text: TextStatistics, budget: ComputeBudget, vocab_size: int, measure: Callable[[Design], float]
 ) -> AutoChoice:
@@ -190,7 +196,14 @@ class AutoPreset:
 
         text = text_statistics(texts, size)
         choice = choose(text, compute_budget(train, text), vocab_size, measure)
-        settings, reasons = choice.design.settings, list(choice.reasons)
+        reasons = []
+        if train.time and (train.tokens or train.epochs or train.steps):
+            other = compute_budget(replace(train, time=0), text)
+            if other.tokens < choice.design.tokens:
+                choice = choose(text, other, vocab_size, measure)
+                reasons = [f"sized for {_budget_name(train)}, which ends the run before --time"]
+        settings = choice.design.settings
+        reasons += choice.reasons
         recipe = self.resolve(settings)
         overridden = [key for key, value in settings.items() if recipe.value(key) != value]
         if overridden:
@@ -272,6 +285,10 @@ def _vocabulary(text: TextStatistics, tokens: float) -> int:
     return min(32_768, max(512, by_tokens, min(by_characters, 8192)))
 
 
+def _size(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,.0f} bytes"
+
+
 def _reasons(
     text: TextStatistics, budget: ComputeBudget, rate: float, design: Design
 ) -> tuple[str, ...]:
@@ -282,7 +299,7 @@ def _reasons(
     return (
         f"{design.layers} layers × {design.hidden}, context {design.context}: "
         f"{parameters / 1e6:.1f}M parameters in the blocks suit {spent}",
-        f"vocabulary {design.vocabulary:,}: {text.bytes / 1e6:,.1f} MB of text with "
+        f"vocabulary {design.vocabulary:,}: {_size(text.bytes)} of text with "
         f"{text.characters:,} common characters; training reads about "
         f"{design.tokens / 1e6:,.1f}M tokens",
         f"batches of {design.batch:,} tokens, about {design.tokens / design.batch:,.0f} steps, "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lmcli import recipes, storage
+from lmcli.checkpoints import hub
 from lmcli.config import Recipe
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import LEFTOVER, clear_leftovers, user_errors, write_text
@@ -199,7 +200,7 @@ def claim(output: str | None, name: str, overwrite: bool) -> RunFolder:
     if path.exists() and not path.is_dir():
         raise UsageError("is a file", where=str(path), hint="-o takes a folder")
     _require_free(path, overwrite)
-    with user_errors(path, "write"):
+    with user_errors(path, "make this folder", "choose another folder with -o"):
         try:
             path.mkdir(parents=True, exist_ok=output is not None)
         except FileExistsError:  # another process has just taken this name
@@ -265,7 +266,8 @@ def reopen(path: Path) -> tuple[RunFolder, Recipe, dict[str, Any]]:
         raise UserError(
             "holds no run (no recipe.yaml)",
             where=str(path),
-            hint="--resume takes a folder that lm train made",
+            hint=hub.nearby(path, ("recipe.yaml",), "runs")
+            + "--resume takes a folder that lm train made",
         )
     document = recipes.load_yaml(file)
     return RunFolder(path), recipes.from_values(document, str(file)), document

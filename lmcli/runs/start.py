@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,9 @@ from lmcli.checkpoints import adapter_base, hub
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints.folder import Checkpoint
 from lmcli.config import Recipe, TrainConfig
+from lmcli.data import diagnostics
 from lmcli.data.documents import DocumentFormat, read_pieces
+from lmcli.data.files import display_name
 from lmcli.distributed.data_parallel import SINGLE_PROCESS, ReplicaGroup
 from lmcli.errors import UsageError
 from lmcli.model.device import DeviceConfig
@@ -297,6 +299,17 @@ def _choose_validation(
     return recipe, datasets.measure_fewer(split, size, note)
 
 
+def _remarks(origin: Origin, split: Split) -> Iterator[str]:
+    """What will make a model bad: a text of another language than the tokenizer's, too little."""
+    doc_format = split.source.doc_format
+    if origin.tokenizer:
+        texts = (piece.text for piece in read_pieces(split.training, doc_format))
+        data = display_name(split.source.files[0])
+        yield diagnostics.foreign_text(texts, origin.tokenizer, data)
+    if not (origin.checkpoint or doc_format.has_examples):
+        yield diagnostics.little_text(split.training.bytes)
+
+
 def _encode(
     request: Request,
     origin: Origin,
@@ -307,6 +320,8 @@ def _encode(
     started_at: float,
 ) -> TrainingData:
     """The encoded data, in a context that the model of --from has."""
+    for remark in filter(None, _remarks(origin, split)):
+        note(remark)
     context = recipe.train.context
     config = origin.checkpoint.model.config if origin.checkpoint else recipe.model
     if origin.checkpoint and context > config.max_position_embeddings:

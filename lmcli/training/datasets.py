@@ -1,6 +1,5 @@
 """From files to documents: the sources of a run, their mixture, and the validation split."""
 
-import difflib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -10,14 +9,14 @@ from lmcli.config import TrainConfig
 from lmcli.data import diagnostics, documents, examples, splits
 from lmcli.data.byte_ranges import Document, Documents
 from lmcli.data.documents import SPLIT_SEED, DocumentFormat
-from lmcli.data.files import expand, pin
+from lmcli.data.files import display_name, expand, pin_absolute
 from lmcli.data.rows import TABLES, file_format
 from lmcli.data.samplers import MixtureSampler
 from lmcli.data.schema import TEXT_LABEL_FIELDS
-from lmcli.errors import UsageError, UserError
-from lmcli.storage import cache_folder
+from lmcli.errors import UsageError, UserError, did_you_mean
 from lmcli.training.schedules import EVALUATED_BYTES
 
+MIN_TOKENS = 32  # of a text to train on
 MIN_SHARE = 1e-5  # the smallest weight of a source, as a share of all weights
 MAX_LISTED_FIELDS = 20
 
@@ -134,8 +133,8 @@ def open_sources(
         )
         doc_format = replace(doc_format, **examples.PARALLEL_FORMAT)
     return Source(
-        [str(Path(pin(file)).absolute()) for file in files],
-        [str(Path(pin(file)).absolute()) for file in validation_files],
+        list(map(pin_absolute, files)),
+        list(map(pin_absolute, validation_files)),
         doc_format,
         on_long=on_long,
         shares=shares,
@@ -253,9 +252,7 @@ class FirstRows:
         """Raises UsageError, with the nearest name, unless the rows have fields of these names."""
         for name in names:
             if name not in self.row:
-                near = difflib.get_close_matches(name, list(self.row), n=1, cutoff=0.5)
-                nearest = f"; did you mean {near[0]!r}?" if near else ""
-                what = f"no {self._kind[:-1]} {name!r}{nearest}"
+                what = f"no {self._kind[:-1]} {name!r}{did_you_mean(name, self.row)}"
                 option = f"; try {diagnostics.fields_option(self.rows, roles)}" if roles else ""
                 raise UsageError(what, where=self.location, hint=self._listed + option)
 
@@ -292,8 +289,7 @@ class FirstRows:
     @property
     def location(self) -> str:
         """The file in messages."""
-        pinned = Path(self.file).parent == cache_folder() / "stdin"
-        return "standard input" if pinned else self.file
+        return display_name(self.file)
 
     def _wrong_fields(self, what: str, roles: tuple[str, ...]) -> UsageError:
         option = diagnostics.fields_option(self.rows, roles)
@@ -351,6 +347,12 @@ def split(source: Source, validation_bytes: int, note: Callable[[str], None]) ->
     if source.validation_files:
         surveys.append(documents.survey(source.validation_files, doc_format, seed or 0))
         validation.append(surveys[-1].documents)
+    if not doc_format.has_examples and (size := sum(each.bytes for each in training)) < MIN_TOKENS:
+        raise UserError(
+            f"only {size} bytes, too few tokens to train on",
+            where=display_name(source.files[0]),
+            hint=f"at least {MIN_TOKENS} are needed: give more text",
+        )
     hashes = {file: sha256 for survey in surveys for file, sha256 in survey.hashes.items()}
     _require_unchanged(source.hashes, hashes)
     # what was skipped, and the sizes
@@ -397,9 +399,11 @@ def _require_unchanged(known: dict[str, str], hashes: dict[str, str]) -> None:
 
 def _sizes(split: Split, doc_format: DocumentFormat) -> str:
     held_out, measured = split.validation.bytes, split.measured.bytes
+    count, what = len(split.training), kind(doc_format)
+    if count == 1:
+        what = what.removesuffix("s")
     text = (
-        f"{len(split.training):,} {kind(doc_format)}, {split.training.bytes:,} bytes to train on; "
-        f"{held_out:,} bytes held out"
+        f"{count:,} {what}, {split.training.bytes:,} bytes to train on; {held_out:,} bytes held out"
     )
     if measured < held_out:
         text += f", {measured:,} of them measured (train.validation_bytes)"

@@ -15,7 +15,7 @@ from lmcli.data.rows import display_name
 from lmcli.data.schema import SOURCE_TARGET, TEXT_FIELDS, TEXT_LABEL_FIELDS, first_present
 from lmcli.errors import UsageError, UserError
 from lmcli.model.transformer import Transformer
-from lmcli.training.datasets import FirstRows
+from lmcli.training.datasets import MIN_TOKENS, FirstRows
 from lmcli.training.objective import (
     EVALUATION_BATCH_TOKENS,
     GENERATION_EXAMPLE,
@@ -35,7 +35,6 @@ from lmcli.training.objective import (
     vocabulary_size,
 )
 
-MIN_TOKENS = 32  # of each training corpus
 MIN_BENCHMARK_TOKENS = 65_536
 SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 

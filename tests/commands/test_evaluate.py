@@ -543,7 +543,7 @@ def test_labels_and_inputs_that_a_model_cannot_use(inside, file, classifier):
     done = inside("evaluate", "-m", classifier(), file("labels.txt", "good"), "--task", "classify")
     assert (
         done.returncode == 1
-        and b"labels.txt, line 1: no input for the model: this plain line is the reference"
+        and b"labels.txt, line 1: no input for the model: this plain line is read as the reference"
         in done.stderr
     )
     output = values(

@@ -99,10 +99,11 @@ class TestDescriptors:
         text = story.read_text(encoding="utf-8")
         preset = (
             "extends: tiny\nmodel: {hidden_size: 32, num_hidden_layers: 1}\n"
-            "tokenizer: {vocab_size: 300}\ntrain: {steps: 1, context: 32, batch_tokens: 64}\n"
+            "tokenizer: {vocab_size: 300}\ntrain: {context: 32, batch_tokens: 64}\n"
         )
         folder = tmp_path / "run"
         options = ("--preset", descriptor(preset), "--val", descriptor(text[-900:]), "-o", folder)
+        options += ("--steps", 1)
         assert succeeded(inside("train", descriptor(text[:9000]), *options)) == f"{folder}\n"
         # the copies are there for a resume and for this
         succeeded(inside("perplexity", "-m", folder, "--validation"))

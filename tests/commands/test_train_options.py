@@ -179,7 +179,7 @@ def test_what_a_document_is(inside, text, tmp_path, documents, count):
     done = inside(
         "train", text, "--documents", documents, "-o", tmp_path / "run", *SMALL, "--steps", 1
     )
-    assert f"lm: {count} documents".encode() in done.stderr
+    assert f"lm: {count} document{'s' * (count > 1)},".encode() in done.stderr
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     ranges = recipe["validation"][0]["ranges"].split()
     assert len(ranges) == (

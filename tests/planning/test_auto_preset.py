@@ -1,11 +1,19 @@
 """Preset auto: the choice follows from text, budget and measured speed, and can be trained."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcli import recipes
 from lmcli.config import TrainConfig
-from lmcli.planning.auto_preset import TextStatistics, choose, compute_budget, text_statistics
+from lmcli.planning import auto_preset
+from lmcli.planning.auto_preset import (
+    AutoPreset,
+    TextStatistics,
+    choose,
+    compute_budget,
+    text_statistics,
+)
 
 MEGABYTE = TextStatistics(1_000_000, 60, 1.0)
 
@@ -21,6 +29,30 @@ def choose_design(text=MEGABYTE, seconds=0.0, rate=1.5e11, vocab_size=0, **train
     return choose(
         text, compute_budget(TrainConfig(time=seconds, **train), text), vocab_size, measure
     ), measured
+
+
+@pytest.mark.parametrize(
+    ("budget", "sized_for"),
+    [
+        ({"steps": 100}, "--steps 100"),
+        ({"epochs": 0.1}, "--epochs 0.1"),
+        ({"tokens": 10_000}, "--tokens 10000"),
+        ({"steps": 10**9}, ""),
+    ],
+)
+def test_the_first_budget_reached_decides_the_size(monkeypatch, budget, sized_for):
+    monkeypatch.setattr(auto_preset, "training_flops_per_second", lambda *arguments: 1e11)
+
+    def chosen(**train):
+        auto = AutoPreset(lambda defaults: recipes.resolve("auto", (), train, defaults))
+        return auto.for_text(["one two three"] * 1000, 10**6, None)
+
+    both, reasons = chosen(time=300, **budget)
+    alone, _ = chosen(**(budget if sized_for else {"time": 300}))
+    assert both.model == alone.model and both.train.batch_tokens == alone.train.batch_tokens
+    assert (f"sized for {sized_for}, which ends the run before --time" in reasons) == bool(
+        sized_for
+    )
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,0 +1,277 @@
+"""Mistakes that new users make: each answer says what is wrong, where, and what to do.
+
+Two more of the kind are in other files: a closed pipe (test_full_and_closed_outputs.py) and
+--resume of a finished run (test_stopping_and_resuming.py).
+"""
+
+import os
+import re
+import sys
+
+import pytest
+
+from lmcli import storage
+from lmcli.checkpoints import hub
+from lmcli.commands import run
+from lmcli.terminal.wrapping import wrap
+
+WORDS = ("good", "bad")
+REVIEWS = [
+    (f"this film is {word}, number {i}", word) for i in range(30) for word in ("good", "bad")
+]
+CHINESE = "红楼梦第一回，甄士隐梦幻识通灵，贾雨村风尘怀闺秀。此开卷第一回也。\n" * 40
+FILES = {
+    "empty.txt": b"",
+    "blank.txt": b" \n\n\t\n",
+    "binary.dat": bytes(range(256)) * 9,
+    "broken.jsonl": b'{"text": "a b c"}\n{"text": \n',
+    "stars.csv": ("review,stars\n" + "".join(f'"{t}",{len(w)}\n' for t, w in REVIEWS)).encode(),
+    "one.txt": b"This is one sentence.\n",
+    "plain.txt": b"a good film\na bad film\n",
+    "rows.jsonl": b'{"text": "a good film"}\n',
+    "chinese.txt": CHINESE.encode(),
+    "labeled.jsonl": b'{"text": "a", "label": "good"}\n{"text": "b", "label": "bad"}\n',
+}
+WIDTH = 72
+
+
+@pytest.fixture(scope="module")
+def classifier(lm, tmp_path_factory):
+    """A folder with a classifier of one step."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "reviews.csv").write_bytes(FILES["stars.csv"])
+    sizes = ("--set", "model.hidden_size=32", "--set", "tokenizer.vocab_size=270")
+    fields = ("--fields", "text=review,label=stars", "--steps", 1)
+    done = lm("train", folder / "reviews.csv", "-o", folder / "run", *fields, *sizes)
+    assert done.returncode == 0, done.stderr.decode()
+    return folder / "run"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, story, trained, classifier):
+    """The working folder: FILES, shakespeare.txt, runs/shake and classifier."""
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "shakespeare.txt").symlink_to(story)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "shake").symlink_to(trained[0])
+    (tmp_path / "classifier").symlink_to(classifier)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub._announce.cache_clear()
+    return tmp_path
+
+
+# number in the list of typical mistakes, command line, exit code, the answer: what and where, then
+# what to do
+ERRORS = [
+    (1, "trian x", 2, "no command is named 'trian'; did you mean 'train'?", "lm --help"),
+    (1, "plain.txt", 2, "no command is named 'plain.txt'", "as in lm train plain.txt"),
+    (
+        2,
+        "train shakespear.txt",
+        1,
+        "shakespear.txt: no such file or directory; did you mean 'shakespeare.txt'?",
+        "give a file or a folder, or pipe text in",
+    ),
+    (2, "train texts/a.txt", 1, "there is no folder 'texts'", "give a file"),
+    (2, "score -m runs/shake plan.txt", 1, "plan.txt: no such file", "'plain.txt'"),
+    (
+        2,
+        "train shakespeare.txt --val shakespear.txt",
+        1,
+        "did you mean 'shakespeare.txt'?",
+        "give a file",
+    ),
+    (3, "train plain.txt --preset tinny", 2, "did you mean 'tiny'?", "shipped preset (auto, base"),
+    (3, "train plain.txt --preset my.yaml", 2, "my.yaml: no such preset file", "auto, base"),
+    (4, "train plain.txt --sett a=1", 2, "no such option --sett; did you mean '--set'?", "--help"),
+    (
+        5,
+        "train plain.txt --set model.hiden_size=64",
+        2,
+        "--set: unknown key model.hiden_size; did you mean 'hidden_size'?",
+        "lm help keys",
+    ),
+    (
+        5,
+        "train plain.txt --set train.hidden_size=64",
+        2,
+        "unknown key train.hidden_size; did you mean 'model.hidden_size'?",
+        "lm help keys",
+    ),
+    (
+        6,
+        "train plain.txt --set hidden_size=64",
+        2,
+        "--set: 'hidden_size=64' is not section.key=value",
+        "write it as in --set model.hidden_size=64",
+    ),
+    (
+        7,
+        "train plain.txt --set train.learning_rate=high",
+        2,
+        "--set: train: learning_rate: 'high' is not a number",
+        "learning_rate: peak rate",
+    ),
+    (8, "train plain.txt --time 5minutes", 2, "--time: '5minutes' is not a dur", "90s, 10m or 1h"),
+    (9, "train plain.txt -o runs/shake", 2, "runs/shake: holds a run already", "--resume runs/sh"),
+    (10, "train empty.txt", 1, "lm: error: empty.txt: no text in it", "give a file with text"),
+    (10, "train blank.txt", 1, "lm: error: blank.txt: no text in it", "give a file with text"),
+    (11, "train binary.dat", 1, "binary.dat, line 2: invalid UTF-8", "iconv -f LATIN1"),
+    (12, "train broken.jsonl", 1, "broken.jsonl, line 2: invalid JSON", "--on-error skip leaves"),
+    (
+        13,
+        "train stars.csv",
+        2,
+        "stars.csv: a language model learns from text; columns in its first line: 'review', 's",
+        "a classifier: lm train stars.csv --fields text=review,label=stars",
+    ),
+    (
+        14,
+        "train one.txt",
+        1,
+        "one.txt: only 19 bytes, too few tokens to train on",
+        "at least 32 are needed",
+    ),
+    (15, "train", 1, "standard input: no text in it", "give a file with text, or pipe some in"),
+    (17, "generate Once", 2, "no model was given", "give one with -m DIR, or set LM_MODEL"),
+    (18, "generate -m runs/nope a", 1, "runs/nope: no such model", "models here: runs/shake; -m "),
+    (
+        18,
+        "generate -m runs/shak a",
+        1,
+        "no such model in the folder runs",
+        "did you mean runs/shake",
+    ),
+    (18, "generate -m ./runs/shak a", 1, "no such model folder", "did you mean runs/shake?"),
+    (
+        19,
+        "generate -m shak a",
+        1,
+        "shak: no such model folder, and not in",
+        "did you mean runs/sha",
+    ),
+    (20, "generate -m runs a", 1, "runs: holds no config.json", "models here: runs/shake"),
+    (21, "generate -m classifier a", 1, "which lm generate cannot use", "use lm classify"),
+    (21, "classify -m runs/shake plain.txt", 1, "which lm classify cannot use", "use lm generate"),
+    (
+        22,
+        "score -m runs/shake --per words plain.txt",
+        2,
+        "--per: 'words' is not one of record, word, token; did you mean 'word'?",
+        "lm score --help",
+    ),
+    (22, "generate -m runs/shake --temperature -1 a", 2, "is not between 0 and 100", "--help"),
+    (22, "generate -m runs/shake -n 0 a", 2, "--max-new-tokens: 0 is not 1 or more", "New tokens"),
+    (22, "train plain.txt --epochs 0", 2, "--epochs: 0.0 is not above 0", "Passes over"),
+    (22, "generate -m runs/shake -n", 2, "--max-new-tokens: needs a value", "New tokens at most"),
+    (22, "export", 2, "MODEL: is missing", "see lm export --help"),
+    (22, "export a b", 2, "unexpected argument 'b'", "see lm export --help"),
+    (
+        23,
+        "score -m runs/shake --field txt rows.jsonl",
+        1,
+        "rows.jsonl, line 1: field 'txt' is missing or not a text; fields: 'text'",
+        "--on-error skip",
+    ),
+    (24, "evaluate -m runs/shake labeled.jsonl", 2, "classify needs a classifier of", "use --task"),
+    (
+        25,
+        "evaluate -m classifier plain.txt",
+        1,
+        "plain.txt, line 1: no input for the model: this plain line is read as the reference",
+        "give rows with text and label (.jsonl, .tsv, .csv), or plain inputs in FILE and their "
+        "references, line by line, in --references FILE",
+    ),
+    (26, "train shakespeare.txt -o /proc/x", 1, "/proc/x: cannot make this folder", "with -o"),
+    (27, "train --resume runs/nope", 1, "runs/nope: holds no run", "runs here: runs/shake"),
+    (29, "export runs/shake --format gguf", 2, "no such option --format", "--gguf"),
+    (30, "train plain.txt --lora 8", 2, "--lora (train.lora_rank) needs a model", "with --from"),
+    (32, "generate -m runs/shake --device mps a", 2, "no mps device on this machine", "choose cpu"),
+    (33, "generate -m classifier -m runs/shake a", 2, "given 2 values", "give one of them"),
+    (34, "score -m runs/shake --color --json plain.txt", 2, "--color and --json exclude", "leave"),
+]
+
+
+@pytest.mark.parametrize(
+    ("number", "line", "code", "what", "advice"), ERRORS, ids=[f"{e[0]} {e[1]}" for e in ERRORS]
+)
+def test_a_mistake_is_answered(here, inside, number, line, code, what, advice):
+    done = inside(*line.split())
+    error = done.stderr.decode()
+    assert (done.returncode, done.stdout) == (code, b""), error
+    assert what in error and advice in error
+    assert len(error.splitlines()) <= 2 and error.startswith("lm: error: ")
+    # on a terminal it is wrapped at words, and what is to be copied stays whole
+    wrapped = wrap(error, WIDTH)
+    assert " ".join(wrapped.split()) == " ".join(error.split())
+    for command in re.findall(r"lm \w+ [^ ;]+ --fields [^ ;]+|lm train --resume \S+", error):
+        assert command in wrapped
+
+
+def test_16_nothing_on_a_terminal(here, monkeypatch, capfd):
+    _, slave = os.openpty()
+    with open(slave) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        assert run(["train"]) == 2
+    assert "nothing to train on: give DATA, or pipe text in" in capfd.readouterr().err
+
+
+def test_19_a_run_is_found_by_its_name(here, inside):
+    done = inside("tokenize", "-m", "shake", "--count", "plain.txt")
+    assert (done.returncode, done.stderr) == (0, b"lm: shake is runs/shake\n")
+    assert done.stdout == inside("tokenize", "-m", "runs/shake", "--count", "plain.txt").stdout
+    quiet = inside("perplexity", "-m", "shake", "-q", "--validation")
+    assert (quiet.returncode, quiet.stderr) == (0, b"")
+    assert b"\trun\n" in inside("info", "shake").stdout.splitlines(keepends=True)[0]
+
+
+def test_36_a_full_disk(here, inside, monkeypatch):
+    monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
+    done = inside("export", "runs/shake", "-o", "copy")
+    error = done.stderr.decode()
+    assert done.returncode == 1 and "are needed, 0.0 MB are free" in error
+    assert "free some space; everything saved before is intact" in error
+
+
+def test_38_a_text_that_the_tokenizer_was_not_made_for(here, inside):
+    options = ("--from", "runs/shake", "--steps", 1, "-o", "more", "--set", "train.context=16")
+    done = inside("train", "chinese.txt", *options)
+    assert done.returncode == 0
+    (line,) = [line for line in done.stderr.decode().splitlines() if "not made for" in line]
+    assert re.fullmatch(
+        r"lm: the tokenizer is not made for this text: (2\.9|3\.\d) tokens per character, 1\.0 "
+        r"bytes a token; learn one with lm tokenize --train -o tok chinese\.txt and a model with "
+        "--tokenizer tok",
+        line,
+    )
+
+
+def test_little_text_is_said_in_one_line(here, inside):
+    (here / "line.txt").write_text("One line of text that is long enough to train on it.")
+    options = ("--preset", "tiny", "--set", "model.num_hidden_layers=1", "-o", "runs/line")
+    done = inside("train", "line.txt", *options, "--steps", 1)
+    assert done.returncode == 0
+    assert b"bytes are little text for a new model: expect letters" in done.stderr
+
+
+@pytest.mark.parametrize("label", ["sentiment", "stars"])
+def test_35_a_classifier_from_a_csv_at_the_first_attempt(here, inside, label):
+    """By the example of `lm train --help`, with the columns of this file."""
+    example = "lm train reviews.csv --fields text=review,label=sentiment"
+    assert example in " ".join(inside("train", "--help").stdout.decode().split())
+    rows = "".join(f'"{text}",{label_}\n' for text, label_ in REVIEWS)
+    (here / "reviews.csv").write_text(f"review,{label}\n{rows}")
+    command = example.replace("sentiment", label).split()[1:]
+    done = inside(*command, "--steps", 60, "--set", "train.learning_rate=0.01")
+    assert (done.returncode, done.stdout) == (0, b"runs/reviews\n")
+    assert b"2 labels: bad 50.0%, good 50.0%" in done.stderr
+    given = inside("classify", "-m", "reviews", "plain.txt").stdout.decode()
+    assert [line.split("\t")[0] for line in given.splitlines()] == ["good", "bad"]
+
+
+def test_errors_on_a_terminal(screen, here):
+    shown = screen("train", "stars.csv", "--time", "5minutes", columns=60, folder=here)
+    assert shown.code == 2 and shown.lines[0].startswith("lm: error: --time: '5minutes' is not a")
+    assert all(len(line) <= 60 for line in shown.lines) and "Usage" not in shown.text
