@@ -24,7 +24,7 @@ SECTIONS: dict[str, type] = {
 }
 BUDGETS = ("time", "tokens", "steps", "epochs")
 # further sections of a stored recipe.yaml, for `lm info` and `--validation`; training ignores them
-FACTS = ("versions", "data", "validation", "result", "choice", "base")
+FACTS = ("versions", "data", "validation", "result", "choice", "base", "stages")
 KEYS_HELP = "lm help keys lists them all"
 MOST_DEPTH = 50
 MAX_BYTES = 1 << 26  # of a file; a recipe.yaml names the held-out ranges of its files
@@ -112,6 +112,12 @@ def require_budget(recipe: Recipe, where: str) -> None:
             where=where,
             hint="give one, for example --time 5m",
         )
+
+
+def with_budget(recipe: Recipe, budget: Mapping[str, Any]) -> Recipe:
+    """The recipe with `budget` (time, tokens, steps, epochs) in place of all that it has."""
+    budgets = {**dict.fromkeys(BUDGETS, 0), "time": 0.0, "epochs": 0.0, **budget}
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **budgets))
 
 
 def refuse_partial_training(recipe: Recipe) -> None:

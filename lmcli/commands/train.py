@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 WITH_RESUME = {
     *("resume", "allow_changes", "nproc", "shard", "sets", "device", "threads"),
     *("quiet", "verbose"),
+    *("time_", "steps", "tokens", "epochs"),
 }
 
 
@@ -36,7 +37,8 @@ def _list_presets(context: click.Context, _: click.Parameter, value: bool) -> No
   lm train book.txt --preset small --time 10m
   lm train reviews.csv --fields text=review,label=sentiment  a classifier
   lm train more.txt --from runs/book -o runs/more            fine-tuning
-  lm train --resume runs/book
+  lm train --resume runs/book                  goes on with an interrupted run
+  lm train --resume runs/book --time 10m       ten more minutes for a finished run
   lm train pairs.jsonl          rows with source and target: a translator
   lm train a.txt b.jsonl --weights 3,1   three rows of a.txt for each one of b.jsonl
   lm train chat.jsonl --field message --set model.hidden_size=192
@@ -57,7 +59,9 @@ def _list_presets(context: click.Context, _: click.Parameter, value: bool) -> No
     help="List the presets and what each is for.",
 )
 @click.option("--from", "origin", metavar="MODEL", help="Fine-tune this model, with its tokenizer.")
-@click.option("--resume", metavar="DIR", help="Resume an interrupted run, bit for bit.")
+@click.option(
+    "--resume", metavar="DIR", help="Resume a run bit for bit; with a budget, train it further."
+)
 @options.rare(
     options.flag(
         "--allow-changes",
@@ -187,6 +191,7 @@ def _lead(
     from lmcli.runs import resume_check, start
     from lmcli.runs.resume import ResumeRequest, resume
 
+    budget = {name: value for name, value in _budget(args).items() if value and args.resume}
     if replicas.size > 1:
         args.output, args.resume, args.overwrite = launcher.restart_options(
             args.output, args.resume, args.overwrite
@@ -204,6 +209,8 @@ def _lead(
             args.sets,
             args.allow_changes,
             args.shard,
+            budget,
+            launcher.is_restarted(),
         )
         run = resume(request, STARTED_AT, note, replicas)
     else:
@@ -236,10 +243,7 @@ def _request(args: options.Arguments) -> "Request":
     from lmcli.runs.start import Request
 
     train = {
-        "time": args.time_,
-        "steps": args.steps,
-        "tokens": args.tokens,
-        "epochs": args.epochs,
+        **_budget(args),
         "seed": args.seed,
         "precision": None if args.dtype == "auto" else args.dtype,
         "lora_rank": args.lora,
@@ -269,6 +273,10 @@ def _request(args: options.Arguments) -> "Request":
         weights=args.weights,
         shard=args.shard,
     )
+
+
+def _budget(args: options.Arguments) -> dict[str, float | None]:
+    return {"time": args.time_, "steps": args.steps, "tokens": args.tokens, "epochs": args.epochs}
 
 
 def _work(args: options.Arguments, replicas: "ReplicaGroup") -> None:
@@ -326,8 +334,13 @@ def _check_resume(args: options.Arguments) -> None:
                 f"--resume and {shown} exclude each other",
                 hint="leave it out, or start a new run with --from",
             )
+    budget = [name for name, value in _budget(args).items() if value]
     for setting in args.sets:
         section, _, key = setting.partition("=")[0].strip().partition(".")
+        if section == "train" and budget and key in _budget(args):
+            raise UsageError(
+                f"--{budget[0]} and --set {setting} exclude each other", hint="give one of them"
+            )
         if section != "train" or not (key in CHANGEABLE or args.allow_changes):
             raise UsageError(
                 f"--set {setting} cannot be changed on resume",

@@ -50,6 +50,11 @@ def _restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def is_restarted() -> bool:
+    """True if this process replaces one that has died."""
+    return _restart_count() > 0
+
+
 def ignore_signals_in_worker() -> None:
     """Ignores the signals that stop a command in a worker: the leader decides when it exits.
 
@@ -78,7 +83,7 @@ def report_loss_once() -> Iterator[None]:
 
 def refuse_restart(output: str | None) -> None:
     """Raises UsageError if torchrun has restarted a command that writes to standard output."""
-    if output in (None, "-") and _restart_count() > 0:
+    if output in (None, "-") and is_restarted():
         raise UsageError(
             "a process has exited early, after results were written to standard output",
             hint="start the command again",

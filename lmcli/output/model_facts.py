@@ -267,8 +267,23 @@ def _run_facts(recipe: dict[str, Any]) -> dict[str, Any]:
         "data_bytes": data.get("bytes"),
         "data_tokens": data.get("tokens"),
         "budget": {name: train[name] for name in recipes.BUDGETS if train.get(name)},
+        **_stage_facts(recipe.get("stages")),
         **{key: each for key, each in result.items() if isinstance(each, (int, float, str, bool))},
         "lm": versions.get("lm"),
+    }
+
+
+def _stage_facts(stages: Any) -> dict[str, list[str]]:
+    """The budgets of a run before the present one, with the steps made in each."""
+    if not isinstance(stages, list):
+        return {}
+    return {
+        "earlier_budgets": [
+            f"{name}={value} ({stage.get('steps')} steps)"
+            for stage in stages
+            if isinstance(stage, dict) and isinstance(stage.get("budget"), dict)
+            for name, value in stage["budget"].items()
+        ]
     }
 
 

@@ -11,6 +11,7 @@ from lmcli.distributed.sharding import ShardedGroup
 from lmcli.errors import UsageError
 from lmcli.model import device as devices
 from lmcli.model.device import DeviceConfig
+from lmcli.recipes import BUDGETS
 from lmcli.runs import memory_fit
 from lmcli.training.train_step import TrainStep
 
@@ -61,6 +62,7 @@ def start_workers(
             "resumed": resumed,
             "shards": replicas.sharded,
             "precision": devices.dtype_name(train_step.device_config.dtype),
+            "budget": {name: getattr(train_step.config, name) for name in BUDGETS},
         }
     )
     return join(train_step, replicas, resumed)

@@ -161,6 +161,8 @@ class TrainingRun:
                             yield "sample", SampleText(self.step, sample)
                         elif event.what == "save":
                             record.save_state(trainer.train_step)
+                            if trainer.counters.begins_stage:
+                                record.write_recipe()
             record.finish(trainer.train_step, self.stopped)
             if record.remembered and not self.stopped:
                 yield from self._measure_forgetting()
@@ -171,17 +173,16 @@ class TrainingRun:
 
     def _require_a_step(self, event: Event) -> None:
         """Raises UserError, and removes what was written, if the run ends before its first step."""
-        first = isinstance(event, Note | Step) or (
-            isinstance(event, Validation) and not event.final
-        )
-        announced = isinstance(event, Due) and event.what == "evaluation"
-        if first or announced or self.step or self.trainer.stop:
+        first = isinstance(event, Note | Step) or not getattr(event, "final", True)
+        counters = self.trainer.counters
+        announced = isinstance(event, Due) and (event.what == "evaluation" or counters.begins_stage)
+        if first or announced or counters.step > counters.stage_step or self.trainer.stop:
             return
         self.record.folder.abandon()
         raise UserError(
             f"the {self.record.recipe.train.time:g} s were over before the first step",
             where="--time",
-            hint=f"it could begin after {self.trainer.elapsed():.0f} s: give more time",
+            hint=f"it could begin after {counters.preparation:.0f} s: give more time",
         )
 
     def _divergence(self, error: Diverged) -> UserError:

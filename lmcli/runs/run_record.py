@@ -45,7 +45,8 @@ class RunRecord:
     """The written side of a run. What `result` and `headline` say is true of the best model so far.
 
     `choices` are the reasons of preset auto. `base` is what an adapter is for: `model` names it,
-    `weights` is its fingerprint. `remembered` are the figures of --remember.
+    `weights` is its fingerprint. `remembered` are the figures of --remember. `stages` are the
+    budgets used up before the present one, with what was done in each.
     """
 
     folder: RunFolder
@@ -58,6 +59,7 @@ class RunRecord:
     remembered: list[dict] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
     headline: str = ""
+    stages: list[dict[str, Any]] = field(default_factory=list)
     best_sha256: str = ""  # of the best model's weights in the folder
 
     @property
@@ -141,6 +143,7 @@ class RunRecord:
             changes.plain(self.recipe),
             self.best_sha256,
             self._weights_file() if counters.best_step and not is_best else None,
+            self.stages,
         )
         try:
             resume_state.save(
@@ -166,7 +169,7 @@ class RunRecord:
 
     def write_recipe(self) -> None:
         """Writes recipe.yaml with the facts known so far."""
-        facts = {"choice": self.choices, "base": self.base}
+        facts = {"choice": self.choices, "base": self.base, "stages": self.stages}
         self.folder.write_recipe(
             self.recipe,
             versions=changes.versions_here() | self._environment(),

@@ -7,6 +7,7 @@ from lmcli.distributed.data_parallel import ReplicaGroup
 from lmcli.distributed.sharding import ShardedGroup
 from lmcli.errors import ProcessLost, UserError
 from lmcli.model.device import select_device
+from lmcli.recipes import with_budget
 from lmcli.runs import parallelism, run_folder
 from lmcli.runs.resume import rebuild
 from lmcli.runs.run import make_trainer
@@ -25,6 +26,7 @@ def work(replicas: ReplicaGroup, device: str, threads: int) -> None:
         replicas = ShardedGroup(replicas.rank, replicas.size)
     # the leader's run, rebuilt from its folder; its precision, since "auto" is measured
     folder, recipe, facts = run_folder.reopen(Path(announced["folder"]))
+    recipe = with_budget(recipe, announced["budget"])
     source = datasets.source_from_facts(facts["data"])
     split = datasets.split(source, recipe.train.validation_bytes, _ignore)
     device_config = select_device(device, announced["precision"], threads, training=True)

@@ -103,8 +103,11 @@ class Trainer:
             counters.look_first = False
             yield from self._evaluate(final=False)
         counters.preparation += self.elapsed() - counters.seconds
-        share = self._share()
+        share = 1.0 if counters.finished else self._share()
         self._time_left.begin(self._progress())
+        # a new budget
+        if counters.begins_stage and share < 1.0:
+            yield from self._save()
         # resumed: something may be due after the step before the stop
         if counters.step and share < 1.0:
             yield from self._due_events(share)
@@ -248,8 +251,13 @@ class Trainer:
 
     def _progress(self) -> schedules.Progress:
         counters = self.counters
-        epochs = counters.rows / self.train_step.rows.rows_per_epoch
-        return schedules.Progress(counters.step, counters.tokens, epochs, self.elapsed())
+        rows = counters.rows - counters.stage_rows
+        return schedules.Progress(
+            counters.step - counters.stage_step,
+            counters.tokens - counters.stage_tokens,
+            rows / self.train_step.rows.rows_per_epoch,
+            self.elapsed() - counters.stage_seconds,
+        )
 
     def _share(self) -> float:
         at_the_end = 1.1 * self._evaluation_cost() + 0.3
@@ -278,7 +286,7 @@ class Trainer:
         if not every:
             return times - math.floor(last * times)
         step = self.counters.step
-        left = step * (1.0 - share) / share if share else 0.0
+        left = (step - self.counters.stage_step) * (1.0 - share) / share if share else 0.0
         return int(step + left) // every - (step - 1) // every
 
     def _evaluation_cost(self) -> float:

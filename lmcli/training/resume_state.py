@@ -43,6 +43,7 @@ class Counters:
     micro_batch_tokens, recompute: what fitted after memory ran out (else 0, False).
     averaged: how many steps the averaged weights cover.
     look_first: an evaluation is due before the first step.
+    stage_*: where the present budget begins, after more training of a finished run.
     """
 
     step: int = 0
@@ -61,6 +62,26 @@ class Counters:
     recompute: bool = False
     averaged: int = 0
     look_first: bool = False
+    stage_step: int = 0
+    stage_rows: int = 0
+    stage_tokens: int = 0
+    stage_seconds: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """True if the budget is used up and the result measured."""
+        return self.looked >= 1.0
+
+    @property
+    def begins_stage(self) -> bool:
+        """True before the first step of more training."""
+        return self.step == self.stage_step > 0
+
+    def begin_stage(self) -> None:
+        """Begins a new budget here; the best model so far remains the one to better."""
+        self.stage_step, self.stage_rows = self.step, self.rows
+        self.stage_tokens, self.stage_seconds = self.tokens, self.seconds
+        self.preparation, self.looked, self.stale = 0.0, 0.0, 0
 
 
 @dataclass
@@ -68,8 +89,9 @@ class RunMetadata:
     """What a state records of its run's folder; the names are keys of counters.json.
 
     The `result` so far and its `headline`, the size of metrics.jsonl in bytes (None: unknown), the
-    recipe, and the SHA-256 of the best model's weights. `best_file` holds these weights, to be
-    copied into the state; None if they are the state's own, or if there are none yet.
+    recipe, the SHA-256 of the best model's weights, and the `stages` before the present budget.
+    `best_file` holds the best weights, to be copied into the state; None if they are the state's
+    own, or if there are none yet.
     """
 
     result: dict[str, Any] = field(default_factory=dict)
@@ -78,6 +100,7 @@ class RunMetadata:
     recipe: dict[str, Any] = field(default_factory=dict)
     best_sha256: str = ""
     best_file: Path | None = None
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
 
 def save(

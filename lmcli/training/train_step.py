@@ -251,7 +251,8 @@ class TrainStep:
         self.optimizer.set_factor(factor)
         with self.enough_memory(f"the update of step {counters.step + 1}"):
             self.optimizer.step()
-            counters.averaged = counters.averaged + 1 if share >= 1 - config.averaging else 0
+            before = counters.averaged if counters.step > counters.stage_step else 0
+            counters.averaged = before + 1 if share >= 1 - config.averaging else 0
             if counters.averaged:
                 self.optimizer.average(counters.averaged)
         counters.step += 1

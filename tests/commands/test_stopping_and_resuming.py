@@ -236,7 +236,6 @@ def test_no_readable_state_is_an_error(inside, text, tmp_path):
     "arguments, expected",
     [
         (("more.txt",), "--resume and DATA exclude each other"),
-        (("--steps", "9"), "--resume and --steps exclude each other"),
         (("-o", "x"), "--resume and -o exclude each other"),
         (("--set", "train.seed=1"), "--set train.seed=1 cannot be changed on resume"),
         (("--overwrite",), "--resume and --overwrite exclude each other"),
