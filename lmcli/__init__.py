@@ -6,7 +6,11 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `load` and `Model`, and with them torch, on first use."""
+    """Imports `load`, `Model` and `Run` on first use: they take long."""
+    if name == "Run":
+        from lmcli.runs.run_folder import Run
+
+        return Run
     if name in ("load", "Model"):
         from lmcli import api
 

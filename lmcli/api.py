@@ -3,16 +3,18 @@
 The commands and notebooks call the same methods.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from numpy.typing import NDArray
 
+from lmcli import progress
+from lmcli.abilities import abilities as abilities
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints import hub
-from lmcli.config import ModelConfig
 from lmcli.errors import UsageError, UserError
 from lmcli.generation.batch_generation import generate_all, new_seed, stream_one
 from lmcli.generation.chat import Chat
@@ -29,7 +31,8 @@ from lmcli.generation.structure import check_form
 from lmcli.kernels import processor
 from lmcli.kernels.decode_step import DecoderWeights, weights_from_files
 from lmcli.kernels.fast_decoding import FastDecodingState
-from lmcli.model import finite
+from lmcli.model import finite, flops
+from lmcli.terminal.notebook import NotebookTable, Results, progress_shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,29 +44,6 @@ if TYPE_CHECKING:
     from lmcli.scoring.perplexity import Perplexity
     from lmcli.scoring.question_answering import Answer, QuestionAnswerer
     from lmcli.scoring.scorer import Score, Scorer, ScoringInput
-
-# (shape, head) → what such a model is, and {command that can use it: what it does}
-ABILITIES = {
-    ("decoder", "lm"): (
-        "a language model (decoder)",
-        {"generate": "continues text", "score": "log-probabilities", "perplexity": "bits per byte"},
-    ),
-    ("encoder", "lm"): (
-        "a masked language model (encoder)",
-        {"generate": "fills masks", "score": "pseudo-log-likelihoods"},
-    ),
-    ("encoder-decoder", "lm"): (
-        "an encoder–decoder",
-        {"generate": "turns a source into a target", "score": "log-probabilities of a target"},
-    ),
-    ("encoder", "sequence"): ("a classifier of texts (encoder)", {"classify": "labels texts"}),
-    ("encoder", "token"): ("a classifier of tokens (encoder)", {"classify": "labels tokens"}),
-    ("encoder", "span"): (
-        "a question-answering model (encoder)",
-        {"classify": "finds answers in a context"},
-    ),
-    ("encoder", "none"): ("an encoder without a head", {}),
-}
 
 Result = TypeVar("Result", Generated, "Score", "Classification", "Answer")
 
@@ -101,12 +81,7 @@ def _select_device(device: str, dtype: str, threads: int, training: bool) -> "De
     return select_device(device, dtype, threads, training)
 
 
-def abilities(config: ModelConfig) -> tuple[str, dict[str, str]]:
-    """(what a model is, {command that can use it: what it does})."""
-    return ABILITIES[config.shape, config.head]
-
-
-class Model:
+class Model(NotebookTable):
     """A loaded model: `model` (torch.nn.Module), `tokenizer`, `folder`; `name` is for errors.
 
     A decoder that runs in C generates without torch: `model` and `device_config` load it on first
@@ -173,6 +148,21 @@ class Model:
             )
         states = partial(decoding_state, self.model, weight_type=self._weight_type)
         return states, fast and self.config.shape == "decoder"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What it is, in one row."""
+        config = self.config
+        kind, commands = abilities(config)
+        size = {"layers": config.num_hidden_layers, "width": config.hidden_size}
+        return [
+            {"model": self.name, "kind": kind, "parameters": flops.parameters(config).total}
+            | {**size, "context": self.context, "vocabulary": config.vocab_size}
+            | {"use": ", ".join(commands), "runs on": self.runs_on}
+        ]
+
+    def __repr__(self) -> str:
+        (facts,) = self.rows()
+        return f"<lmcli.Model {self.name}: {facts['kind']}, {facts['parameters']:,} parameters>"
 
     @property
     def runs_on(self) -> str:
@@ -261,7 +251,8 @@ class Model:
         A classifier of tokens gives .pieces.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        return self._all_checked(self.classifier(**options).classify(texts), "text")
+        classifier = self.classifier(**options)
+        return self._results("classifying", texts, lambda: classifier.classify(texts))
 
     def question_answerer(self, threshold: float = 0.5, **options: Any) -> "QuestionAnswerer":
         """A QuestionAnswerer; `options` are its fields: max_answer_tokens, count, stride, batch."""
@@ -278,8 +269,9 @@ class Model:
         contexts = [contexts] * len(questions) if isinstance(contexts, str) else contexts
         if len(questions) != len(contexts):
             raise UsageError(f"{len(questions)} questions, but {len(contexts)} contexts")
-        answers = self.question_answerer(**options).answer(questions, contexts)
-        return self._all_checked(answers, "question")
+        inputs = [{"question": q, "context": c} for q, c in zip(questions, contexts)]
+        work = partial(self.question_answerer(**options).answer, questions, contexts)
+        return self._results("answering", inputs, work, "question")
 
     def bos_ids(self, bos: bool | None = None) -> list[int]:
         """The ids that start a context: the tokenizer's own, or with or without them as `bos` says.
@@ -363,12 +355,13 @@ class Model:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         decoder = self.decoder(stop, bos, **options)
         ids = [decoder.fit(self.prompt(text, bos)) for text in prompts]
-        results = generate_all(decoder, ids, num_samples, seed, batch, best_of)
-        return [
-            self.checked(result, f"prompt {i + 1:,}", i)
-            for i, samples in enumerate(results)
-            for result in samples
-        ]
+        with progress_shown():
+            results = generate_all(decoder, ids, num_samples, seed, batch, best_of)
+        numbers = [i for i, samples in enumerate(results) for _ in samples]
+        checked = map(
+            lambda i, result: self.checked(result, f"prompt {i + 1:,}", i), numbers, chain(*results)
+        )
+        return Results(checked, [prompts[i] for i in numbers])
 
     def checked(self, result: Result, place: str, index: int = 0) -> Result:
         """The result for the input at a place; raises BadResult or UserError for a problem.
@@ -387,8 +380,19 @@ class Model:
             hint = "ask for fewer, or give more beams" if few else None
             raise UserError(problem, where=place, hint=hint)
 
-    def _all_checked(self, results: list[Result], what: str) -> list[Result]:
-        return [self.checked(result, f"{what} {i + 1:,}", i) for i, result in enumerate(results)]
+    def _results(
+        self,
+        label: str,
+        inputs: Sequence[Any],
+        work: Callable[[], list[Result]],
+        what: str = "text",
+    ) -> Results[Result]:
+        """The checked results of work on all inputs; a notebook shows how far it is."""
+        size = len(inputs)
+        with progress_shown(), progress.stage(label, size, f"{what}s") as stage, stage.item(size):
+            results = work()
+        checked = (self.checked(result, f"{what} {i + 1:,}", i) for i, result in enumerate(results))
+        return Results(checked, inputs)
 
     def stream(
         self,
@@ -472,7 +476,8 @@ class Model:
         if per not in ("record", "token", "word"):
             raise UsageError(f"{per!r} is none of record, word, token", where="--per")
         texts = [texts] if isinstance(texts, str) else texts
-        return self._all_checked(self.scorer(**options).score(texts, per, alternatives), "text")
+        scorer = self.scorer(**options)
+        return self._results("scoring", texts, lambda: scorer.score(texts, per, alternatives))
 
     def perplexity(
         self, text: str, context: int | None = None, stride: int | None = None, **options: Any
@@ -483,6 +488,7 @@ class Model:
 
         self.require("perplexity")
         scorer = self.scorer(context=context, stride=stride, **options)
-        figures = measure_perplexity(scorer, [encode_text(text, self.tokenizer)])
+        with progress_shown(), progress.stage("scoring", len(text.encode()), "bytes"):
+            figures = measure_perplexity(scorer, [encode_text(text, self.tokenizer)])
         self.require_sound(figures.problem, "the text")
         return figures

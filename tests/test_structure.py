@@ -24,7 +24,8 @@ PACKAGE = ROOT / "lmcli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # floors, from the ground: a file or folder of lmcli/ imports from lower floors and itself only
-GROUND = ("errors", "progress", "ownership", "storage", "config", "recipes")  # in this order
+# in this order
+GROUND = ("errors", "progress", "ownership", "storage", "config", "abilities", "recipes")
 FLOORS = (
     *((name,) for name in GROUND),
     ("text", "model"),
@@ -38,7 +39,7 @@ FLOORS = (
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # exceptions: `import lmcli` exposes load(), `python -m lmcli` runs the commands
-ALSO = {("__init__", "api"), ("__main__", "commands")}
+ALSO = {("__init__", "api"), ("__init__", "runs"), ("__main__", "commands")}
 # a file or folder of lmcli/ → libraries that it must not import
 SHARED = ("command", "options")  # of lmcli/commands/: what all commands may import
 NO_SCREEN = ("rich", "click")

@@ -23,6 +23,7 @@ from lmcli.generation.prompt_lookup import PromptLookup
 from lmcli.generation.sampling import Floats
 from lmcli.generation.structure import Structure, form_of
 from lmcli.model import finite
+from lmcli.terminal.notebook import NotebookTable
 from lmcli.text.stream_decoder import StreamDecoder, token_bytes
 from lmcli.text.tokenizer import Tokenizer
 
@@ -45,7 +46,7 @@ def too_long(prompt: list[int], context: int, hint: str) -> UserError:
 
 
 @dataclass
-class Generated:
+class Generated(NotebookTable):
     """One continuation; `token_logprobs` are natural logs under the model, before any filter.
 
     `finish_reason` is "stop" after a stop token, a stop string, or where no token is allowed;
@@ -55,11 +56,17 @@ class Generated:
 
     text: str
     finish_reason: str
-    tokens: list[int]
-    token_logprobs: list[float]
+    tokens: list[int] = field(repr=False)
+    token_logprobs: list[float] = field(repr=False)
     seed: int
     problem: str = ""
-    alternatives: list[list[dict[str, Any]]] = field(default_factory=list)
+    alternatives: list[list[dict[str, Any]]] = field(default_factory=list, repr=False)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row: the text, why it ended, its tokens and their log-probability."""
+        tokens, logprob = len(self.tokens), sum(self.token_logprobs)
+        ended = {"finish_reason": self.finish_reason, "tokens": tokens, "logprob": logprob}
+        return [{"text": self.text, **ended, "seed": self.seed}]
 
 
 def slid(config: ModelConfig, prompt: list[int], result: Generated) -> bool:

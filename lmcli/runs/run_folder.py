@@ -14,9 +14,12 @@ from lmcli.checkpoints import hub
 from lmcli.config import Recipe
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import LEFTOVER, clear_leftovers, user_errors, write_text
+from lmcli.terminal.notebook import NotebookTable, Table, html_picture
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+
+    from lmcli.api import Model
 
 # everything that a run writes at its top; --overwrite removes these and nothing else
 OWN_FILES = (
@@ -257,6 +260,44 @@ def take(path: Path) -> tuple[RunFolder, Recipe, dict[str, Any]]:
         lock.release()
         raise
     return RunFolder(path, lock=lock), recipe, facts
+
+
+class Run(NotebookTable):
+    """The folder `path` of a run, finished or not, to look at from Python.
+
+    `facts` are those of its recipe.yaml, `result` the newest figures. Raises UserError for a folder
+    without a run.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._folder, self.recipe, self.facts = reopen(self.path)
+        self.result: dict[str, Any] = self.facts.get("result") or {}
+
+    @property
+    def metrics(self) -> Table[dict[str, Any]]:
+        """What was logged so far: a dict for each step and evaluation."""
+        with user_errors(self.path / "metrics.jsonl", "read"):
+            return Table(self._folder.metrics())
+
+    def model(self, **options: Any) -> "Model":
+        """The model; `options` as for `lmcli.load`."""
+        from lmcli import api
+
+        return api.load(self.path, **options)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The newest figures, in one row."""
+        return [{"run": str(self.path), **self.result}]
+
+    def __repr__(self) -> str:
+        bits, loss = (self.result.get(f"val_{name}") for name in ("bits_per_byte", "loss"))
+        figure = f"{bits:.4f} bits/byte" if bits else f"loss {loss:.4f}" if loss else "no figures"
+        return f"<lmcli.Run {self.path}: {self.result.get('steps', 0):,} steps, {figure}>"
+
+    def _repr_html_(self) -> str:
+        curve = self.path / "loss.svg"
+        return (html_picture(curve.read_bytes()) if curve.is_file() else "") + super()._repr_html_()
 
 
 def reopen(path: Path) -> tuple[RunFolder, Recipe, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from lmcli.errors import UsageError
 from lmcli.model import finite
 from lmcli.model.cached_forward import padded_logits
 from lmcli.model.transformer import Transformer
+from lmcli.terminal.notebook import NotebookTable
 from lmcli.text.tokenizer import Tokenizer
 
 
@@ -21,8 +23,8 @@ class LabelPrediction:
     """The `labels` that apply (one, or all above the threshold), with logits and probabilities."""
 
     labels: list[str] = field(default_factory=list)
-    probabilities: dict[str, float] = field(default_factory=dict)
-    logits: list[float] = field(default_factory=list)
+    probabilities: dict[str, float] = field(default_factory=dict, repr=False)
+    logits: list[float] = field(default_factory=list, repr=False)
 
     @property
     def label(self) -> str | None:
@@ -54,11 +56,24 @@ class LabeledToken(LabelPrediction):
 
 
 @dataclass
-class Classification(LabelPrediction):
+class Classification(LabelPrediction, NotebookTable):
     """The prediction for a text, or only for its `pieces`; `truncated` if the text was cut."""
 
     truncated: bool = False
-    pieces: list[LabeledToken] | None = None
+    pieces: list[LabeledToken] | None = field(default=None, repr=False)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Its labels and probabilities in one row, or a row for each of its pieces."""
+        if self.pieces is None:
+            labels = ", ".join(self.labels) or None
+            return [{"labels": labels, "probability": self.probability, **self.probabilities}]
+        return [
+            {
+                **{"index": i, "piece": piece.piece, "start": piece.start, "end": piece.end},
+                **{"label": piece.label, "probability": piece.probability},
+            }
+            for i, piece in enumerate(self.pieces)
+        ]
 
     @property
     def problem(self) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from lmcli.errors import UserError
 from lmcli.model import finite
 from lmcli.scoring.scorer import NATS_PER_BIT, Scorer
 from lmcli.scoring.token_logprobs import ScoreFields, ScoreRequest
+from lmcli.terminal.notebook import NotebookTable, data_frame
 
 MAX_BATCH_TOKENS = 100_000  # small enough that processes finish at about the same time
 FORWARDS_PER_BATCH = 8
@@ -28,6 +29,7 @@ PERPLEXITY_FIGURES = {
     "bits_per_character": ("characters", False),
     "word_perplexity": ("words", True),
 }
+SHOWN_COUNTS = ("tokens", "bytes", "documents", "context", "stride")
 
 
 class ScoredDocument(NamedTuple):
@@ -44,7 +46,7 @@ class ScoredDocument(NamedTuple):
 
 
 @dataclass
-class Perplexity:
+class Perplexity(NotebookTable):
     """Sums over the scored text of documents, and the figures they give.
 
     `products` (5, 5) sums the products of each two counts of a document, for standard errors.
@@ -61,6 +63,18 @@ class Perplexity:
     products: np.ndarray = field(
         default_factory=lambda: np.zeros((len(COUNTS), len(COUNTS))), repr=False, compare=False
     )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row of figures and counts."""
+        return [{name: getattr(self, name) for name in (*PERPLEXITY_FIGURES, *SHOWN_COUNTS)}]
+
+    def to_pandas(self) -> Any:
+        """The row as a pandas.DataFrame. Raises UserError without pandas."""
+        return data_frame(self.rows())
+
+    def __repr__(self) -> str:
+        figures = f"{self.bits_per_byte:.4f} bits/byte, perplexity {self.perplexity:.4g}"
+        return f"<Perplexity: {figures}, {self.tokens:,} tokens of {self.bytes:,} bytes>"
 
     def add(self, sums: np.ndarray) -> None:
         """Adds a document by its sums, in the order of COUNTS."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import exp
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from lmcli.data.squad import MAX_ANSWER_TOKENS, QaEncoder, WindowLogits, best_sp
 from lmcli.model import finite
 from lmcli.model.cached_forward import padded_logits
 from lmcli.model.transformer import Transformer
+from lmcli.terminal.notebook import NotebookTable
 from lmcli.text.tokenizer import Encoded, Tokenizer
 
 
@@ -26,7 +28,7 @@ class Candidate:
 
 
 @dataclass
-class Answer:
+class Answer(NotebookTable):
     """The answer to a question: bytes `start` to `end` of the context; `score` is its probability.
 
     `text` is None without an answer. `no_answer` is the probability of that (None if there was
@@ -39,9 +41,14 @@ class Answer:
     start: int | None = None
     end: int | None = None
     no_answer: float | None = None
-    candidates: list[Candidate] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list, repr=False)
     truncated: bool = False
     problem: str = ""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row: the answer, its probability and place, and the probability of none."""
+        names = ("score", "start", "end", "no_answer")
+        return [{"answer": self.text, **{name: getattr(self, name) for name in names}}]
 
 
 @dataclass

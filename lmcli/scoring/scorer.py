@@ -20,6 +20,7 @@ from lmcli.scoring.token_logprobs import (
     ScoreRequest,
     TokenScores,
 )
+from lmcli.terminal.notebook import NotebookTable, painted_html, parts_of
 from lmcli.text.characters import byte_offsets
 from lmcli.text.tokenizer import Encoded, Tokenizer
 
@@ -69,7 +70,7 @@ class Unit:
 
 
 @dataclass
-class Score:
+class Score(NotebookTable):
     """A text's score: `logprob` of its scored tokens (nats, None without any), tokens and bytes.
 
     `pieces` holds its tokens or words where asked for. Infinite where a token's is NaN or infinite.
@@ -78,7 +79,40 @@ class Score:
     logprob: float | None
     tokens: int
     bytes: int
-    pieces: list[Unit] | None = None
+    pieces: list[Unit] | None = field(default=None, repr=False)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Its figures in one row, or a row for each of its pieces."""
+        if self.pieces is None:
+            figures = self.logprob, self.tokens, self.bytes, self.bits_per_byte
+            return [dict(zip(("logprob", "tokens", "bytes", "bits_per_byte"), figures))]
+        asked = ("entropy", "rank", "alternatives")
+        return [
+            {
+                "index": i,
+                **{k: v for k, v in vars(piece).items() if k not in asked or v is not None},
+                "surprisal": piece.surprisal,
+            }
+            for i, piece in enumerate(self.pieces)
+        ]
+
+    def painted(self, text: str) -> str:
+        """HTML of the text, its pieces painted by their surprisal; "" without pieces."""
+        if self.pieces is None:
+            return ""
+        places = [(piece.start, piece.end, piece.surprisal) for piece in self.pieces]
+        return painted_html(parts_of(text, places))
+
+    def _repr_html_(self) -> str:
+        if self.pieces is None:
+            return super()._repr_html_()
+        ends = [0, *(piece.end for piece in self.pieces)]
+        return painted_html(
+            [
+                (" " * (piece.start > end) + piece.piece, piece.surprisal)
+                for piece, end in zip(self.pieces, ends)
+            ]
+        )
 
     @property
     def problem(self) -> str:
