@@ -17,7 +17,7 @@ from lmcli import progress
 from lmcli.data.output_file import json_line
 from lmcli.terminal import activity
 from lmcli.terminal.live_region import LiveRegion, can_redraw
-from lmcli.terminal.tables import table
+from lmcli.terminal.tables import Cell, Column, table
 from lmcli.terminal.training_state import Evaluated, Phase, SampleText, TrainingState, clock
 from lmcli.terminal.wrapping import message_for
 from lmcli.text.characters import for_stream, without_surrogates
@@ -53,7 +53,7 @@ def print_rows(
     rows: Iterable[Mapping[str, Any]],
     columns: Sequence[str],
     as_json: bool,
-    readable: Callable[[Mapping[str, Any]], dict[str, str]] | None = None,
+    readable: Callable[[Mapping[str, Any]], Mapping[str | Column, Cell]] = lambda row: {},
 ) -> None:
     """Prints rows of figures on standard output.
 
@@ -65,9 +65,7 @@ def print_rows(
             line = json_line(without_surrogates(row))
             print(for_stream(line, sys.stdout), end="", flush=True)
     elif sys.stdout.isatty():
-        lines = [
-            readable(row) if readable else {key: _cell(row[key]) for key in columns} for row in rows
-        ]
+        lines = [readable(row) for row in rows]
         print(table(list(lines[0]), [list(line.values()) for line in lines]), end="")
     else:
         for number, row in enumerate(rows):

@@ -48,7 +48,7 @@ def test_every_picture_is_one_column_wide():
 
 
 def test_a_table_draws_names_without_markup():
-    text = tables.table(("[red]label", EVIL), [(EVIL, "1")])
+    text = tables.table(("[red]label", "x"), [(EVIL, "1")]) + tables.table(("", EVIL), [("", "1")])
     assert "[red]label" in text and text.count(DRAWN) == 2
 
 

@@ -77,7 +77,7 @@ def bench(args: options.Arguments) -> None:
     if args.quantize and not args.generate:
         raise UsageError("goes with --generate", where="--quantize", hint="leave it out")
     from lmcli.display import print_rows
-    from lmcli.output.bench import readable
+    from lmcli.output.plan import speed_cells
     from lmcli.planning.benchmark import Measurement
     from lmcli.planning.generation_benchmark import GenerationSpeed
     from lmcli.planning.score_benchmark import ScoringSpeed
@@ -91,7 +91,7 @@ def bench(args: options.Arguments) -> None:
     else:
         rows, kind = _training(args), Measurement
     columns = [field.name for field in dataclasses.fields(kind)]
-    print_rows(rows, columns, args.as_json, readable)
+    print_rows(rows, columns, args.as_json, speed_cells)
 
 
 def _training(args: options.Arguments) -> Iterator[dict[str, Any]]:

@@ -104,7 +104,8 @@ def classify(args: options.Arguments) -> None:
     # a probability of each label of each record of a task is held
     size = min(RECORDS_PER_TASK, max(1, 1_000_000 // max(1, len(model.model.config.labels))))
     truncated_records = 0
-    with OutputFile(args.output, args.resume) as out:
+    table = None if args.as_json else rows.table(args.header is not False)
+    with OutputFile(args.output, args.resume, draw=table) as out:
         finished = options.write_header(out, rows.columns if header else ())
         batches = (
             batch[i : i + size]
@@ -125,10 +126,8 @@ def classify(args: options.Arguments) -> None:
                 out.write(text)
             out.flush()
     if truncated_records and not args.quiet:
-        count = f"{truncated_records} record{'s' if truncated_records > 1 else ''}"
-        click.echo(
-            f"lm: {count} longer than the context of {model.context} tokens: truncated", err=True
-        )
+        count = f"{truncated_records} record{'s' if truncated_records > 1 else ''} longer than the"
+        click.echo(f"lm: {count} context of {model.context} tokens: truncated", err=True)
     options.report_skipped(reader.skipped, args.quiet)
 
 

@@ -325,8 +325,8 @@ def _style(model: "Model", args: options.Arguments) -> "GenerationFormat":
     """How texts are written: on a terminal with their prompts, and parted from other samples."""
     from shutil import get_terminal_size
 
-    from lmcli.output.cells import color_legend
     from lmcli.output.generate import GenerationFormat, WhyFormat
+    from lmcli.terminal.painted_text import color_legend
     from lmcli.terminal.tables import fit
     from lmcli.text.characters import shows_color
 

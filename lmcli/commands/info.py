@@ -42,10 +42,12 @@ if TYPE_CHECKING:
     ),
 )
 @options.json_output
+@options.flag("-v", "--verbose", help="On a terminal, all facts: without it, what fits.")
 def info(args: options.Arguments) -> None:
     """Describes a model, a run, a tokenizer.json, a .safetensors file, a text or a folder of texts.
 
-    A table on a terminal; in a pipe lines of key and value (tab-separated). Sizes are in bytes.
+    A table on a terminal, the main facts first; in a pipe lines of key and value (tab-separated).
+    Sizes are in bytes.
     Only the headers of weights are read, so large models are quick. Damage is reported with all
     facts that can still be read (exit code 1).
     """
@@ -72,7 +74,9 @@ def info(args: options.Arguments) -> None:
             else:
                 text = as_lines(summary.facts)
                 if sys.stdout.isatty():
-                    text = as_table(summary.facts, shutil.get_terminal_size().columns)
+                    size = shutil.get_terminal_size()
+                    most = None if args.verbose else size.lines - 1  # the prompt needs one
+                    text = as_table(summary.facts, size.columns, most)
                 out.write("\n" * bool(number) + text)
             out.flush()
     if len(damage) > 1:

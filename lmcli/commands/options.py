@@ -367,9 +367,9 @@ def report_skipped(count: int, quiet: bool) -> None:
 def write_header(out: "OutputFile", columns: Sequence[str]) -> int:
     """Writes the names of the columns, if any; returns the number of records --continue skips.
 
-    A resumed file has its header already.
+    A resumed file has its header already, and a table that is drawn has titles of its own.
     """
-    if columns and not out.resumed_lines:
+    if columns and not out.resumed_lines and not out.draws:
         out.header = "\t".join(columns) + "\n"
     finished = max(0, out.resumed_lines - bool(columns))
     progress.current().skip(finished)

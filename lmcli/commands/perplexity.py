@@ -86,7 +86,8 @@ def perplexity(args: options.Arguments) -> None:
     Compare bits per byte between any models, perplexity only between models with the same
     tokenizer. logprob is in nats; NAME_se is the standard error over documents. With several models
     each row has the difference of its bits per byte from the first model's, with a 95 % interval
-    over documents. The last column is a signature that --verify can check.
+    over documents. The last column is a signature that --verify can check; a terminal shows it with
+    -v.
     What each number means: lm help numbers.
     """
     options.need_model(args.models[0] if args.models else None)
@@ -98,8 +99,10 @@ def perplexity(args: options.Arguments) -> None:
     files = []
     if args.pool.is_leader and not args.validation:
         files = options.input_files(args.files, args.include, args.quiet)
+    from lmcli.data.files import display_name
     from lmcli.display import note, print_rows
     from lmcli.output import perplexity as output
+    from lmcli.output.cells import short_names
     from lmcli.scoring.perplexity import remote_task
 
     models = [_load(name, args) for name in args.models]
@@ -108,18 +111,21 @@ def perplexity(args: options.Arguments) -> None:
     if expected:
         return _verify(expected, [row["signature"] for row in _rows(args, models, files)])
     columns = output.columns("group" if args.by else "file", len(models) > 1)
+    shown_files = [display_name(path) for path in files]
+    names = dict(zip(shown_files, short_names(shown_files)))
+    names |= dict(zip(args.models, short_names(args.models)))
     rows: list[dict[str, Any]] = []
     measured = _appended(_rows(args, models, files), rows)
     print_rows(
         map(output.json_row, measured) if args.as_json else measured,
         columns,
         args.as_json,
-        lambda row: output.readable(row, columns),
+        lambda row: output.readable(row, names),
     )
-    if sys.stdout.isatty() and not args.as_json:
+    if args.verbose and sys.stdout.isatty() and not args.as_json:
         for row in rows:
             options.echo(row["signature"])
-    for text in () if args.quiet else output.remarks(rows):
+    for text in () if args.quiet else output.remarks(rows, names):
         note(text)
 
 

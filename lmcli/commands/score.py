@@ -1,8 +1,10 @@
 """lm score: how likely a model finds each line, word or token."""
 
+import math
 import sys
 from collections.abc import Iterable
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,16 +18,23 @@ if TYPE_CHECKING:
     from lmcli.data.schema import ScoringFields
     from lmcli.evaluation.signature import LineTotals
     from lmcli.output.score import RecordRows
+    from lmcli.output.score_forms import ColoredRows
     from lmcli.scoring.messages import MessageFields
+    from lmcli.scoring.scorer import Scorer
 
 # options that choose the form of the rows; any two of them exclude each other
 FORMS = {
     "pairs": "--pairs",
     "choices_field": "--choices-field",
     "worst": "--worst",
+    "best": "--best",
     "color": "--color",
+    "html": "--html",
+    "svg": "--svg",
     "alternatives": "--alternatives",
 }
+PAINTED = ("--color", "--html", "--svg")  # these go together
+OF_ONE_MODEL = ("--pairs", "--choices-field", "--alternatives")
 
 
 @options.command(
@@ -33,7 +42,10 @@ FORMS = {
   lm score -m runs/s notes.txt
   echo "To be or not to be" | lm score -m runs/s --per word
   lm score -m runs/s --per token --alternatives 3 notes.txt
+  lm score -m gpt2 -m runs/s --per word --keep item,condition items.csv
+  lm score -m runs/s --below 3 crawl.txt
   git diff | lm score -m runs/s --worst 5
+  lm score -m runs/s --html page.html notes.txt
   lm score -m runs/s --prefix "Question: " questions.txt
   lm score -m runs/s --prefix-field question --choices-field options quiz.jsonl
   lm score -m bert --pll within-word --pairs blimp.jsonl
@@ -44,7 +56,7 @@ FORMS = {
     guide="scoring",
 )
 @options.files
-@options.model
+@options.models("Model folder or Hugging Face name; several: a column each.")
 @options.choice(
     "--per", values=["record", "word", "token"], help="What gets a row.  [default: record]"
 )
@@ -73,15 +85,21 @@ FORMS = {
 )
 @options.section(
     "Output",
-    options.number("--worst", help="Only the N records with the most bits per byte."),
+    click.option("--keep", metavar="A,B", help="These fields of the row, too; numbers records."),
+    options.number("--worst", help="Only the N records (words) of most bits per byte (surprisal)."),
     options.flag("--color", help="The text itself, colored by surprisal."),
     options.rare(
+        options.number("--best", help="Only those of fewest."),
+        click.option("--below", type=float, metavar="X", help="Only what has less than X of it."),
+        click.option("--above", type=float, metavar="X", help="Only what has more than X of it."),
+        click.option("--html", metavar="FILE", help="The colored text as a page, into FILE."),
+        click.option("--svg", metavar="FILE", help="The colored text as a picture, into FILE."),
         options.choice(
             "--base",
             values=["2", "e"],
             default="2",
             help="Unit of surprisal and entropy: bits or nats; logprob is always in nats.",
-        )
+        ),
     ),
 )
 @options.bos
@@ -104,6 +122,9 @@ def score(args: options.Arguments) -> None:
     Columns are tab-separated, one line per record in input order; with --per word or token one line
     for each of those. With a BOS token a record's first token is scored too; without one it is
     only context. What each number means: lm help numbers.
+
+    With several models columns are called by figure and model (surprisal_gpt2), and the first model
+    decides for --worst, --best, --below and --above. All models are in memory at once.
     """
     per = _check(args)
     files: list[str] = []
@@ -113,13 +134,57 @@ def score(args: options.Arguments) -> None:
     from lmcli.data.output_file import OutputFile
     from lmcli.data.rows import RowReader, unfinished_batches
     from lmcli.evaluation.signature import LineTotals
-    from lmcli.model.device import dtype_name
-    from lmcli.output import score as output
-    from lmcli.output.cells import color_legend
+    from lmcli.output import score_forms as output
     from lmcli.scoring.messages import MessageFields
+    from lmcli.terminal.painted_text import color_legend
 
-    model = options.load_model(args.model, args)
-    scorer = model.scorer(
+    models, names = _load(args)
+    scorers = [_scorer(model, args) for model in models]
+    _check_models(per, names, scorers)
+    rows = _rows(args, per, names, scorers)
+    task = output.remote_task(scorers, rows, args.alternatives or 0)
+    if not args.pool.is_leader:
+        return args.pool.serve(task)
+    fields = _fields(args, models, scorers[0].method)
+    reader = RowReader(args.format_, args.fields, args.on_error, fields, args.keep)
+    if args.color and sys.stdout.isatty() and not args.quiet:
+        click.echo(f"lm: {color_legend()}", err=True)
+    header = rows.columns if args.header and not args.as_json else ()
+    chats = fields if isinstance(fields, MessageFields) else None
+    totals = LineTotals(scorers[0]) if args.verbose and not args.resume and chats else None
+    draw = None if args.as_json or not rows.columns else rows.table(args.header)
+    with OutputFile(args.output, args.resume, styled=args.color, draw=draw) as out:
+        finished = options.write_header(out, header)
+        batches = (part for batch in reader.batches(files) for part in doubling_batches(batch))
+        todo = unfinished_batches(batches, finished, args.pairs)
+        try:
+            _write(out, models, args.pool.map_in_order(todo, task), rows, totals)
+        finally:  # an interrupted run reports what it has
+            for text in rows.remaining():
+                out.write(text)
+            if (summary := rows.summary()) and not args.quiet:
+                click.echo(f"lm: {summary}", err=True)
+    if isinstance(rows, output.ColoredRows):
+        _write_pages(args, names, rows)
+    if totals and totals.figures.tokens and chats and not chats.found:
+        _write_signature(models[0], totals)
+    options.report_skipped(reader.skipped, args.quiet)
+
+
+def _load(args: options.Arguments) -> tuple[list["Model"], list[str]]:
+    """The models and their short names; UsageError if one is given twice."""
+    from lmcli.output.cells import short_names
+
+    options.need_model(args.models[0] if args.models else None)
+    names = short_names(args.models)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"{twice} is given twice", where="-m", hint="leave one of them out")
+    return [options.load_model(name, args) for name in args.models], names
+
+
+def _scorer(model: "Model", args: options.Arguments) -> "Scorer":
+    return model.scorer(
         args.bos,
         args.eos,
         args.context,
@@ -127,39 +192,71 @@ def score(args: options.Arguments) -> None:
         args.batch_tokens or 0,
         within_word=args.pll == "within-word",
     )
-    style = output.ScoreFormat(args.as_json, args.base, scorer.method, args.join)
-    rows = output.row_format(style, per, **{name: getattr(args, name) for name in FORMS})
-    task = output.remote_task(scorer, rows, args.alternatives or 0)
-    if not args.pool.is_leader:
-        return args.pool.serve(task)
-    fields = _fields(args, model, scorer.method)
-    reader = RowReader(args.format_, args.fields, args.on_error, fields)
-    if args.color and sys.stdout.isatty() and not args.quiet:
-        click.echo(f"lm: {color_legend()}", err=True)
-    header = rows.columns if args.header and not args.as_json else ()
-    chats = fields if isinstance(fields, MessageFields) else None
-    totals = LineTotals(scorer) if args.verbose and not args.resume and chats else None
-    with OutputFile(args.output, args.resume, styled=args.color) as out:
-        finished = options.write_header(out, header)
-        batches = (part for batch in reader.batches(files) for part in doubling_batches(batch))
-        todo = unfinished_batches(batches, finished, args.pairs)
-        try:
-            _write(out, model, args.pool.map_in_order(todo, task), rows, totals)
-        finally:  # an interrupted run reports what it has
-            for text in rows.remaining():
-                out.write(text)
-            if (summary := rows.summary()) and not args.quiet:
-                click.echo(f"lm: {summary}", err=True)
-    if totals and totals.figures.tokens and chats and not chats.found:
-        dtype = dtype_name(model.device_config.dtype)
-        assert model.folder is not None  # it was loaded from one
-        click.echo(f"lm: {totals.signature(model.folder, dtype)}", err=True)
-    options.report_skipped(reader.skipped, args.quiet)
+
+
+def _rows(
+    args: options.Arguments, per: str, names: list[str], scorers: list["Scorer"]
+) -> "RecordRows":
+    """How results are written."""
+    from lmcli.output.score import ScoreFormat
+    from lmcli.output.score_forms import RowOptions
+    from lmcli.terminal.wrapping import columns_of
+
+    style = ScoreFormat(
+        args.as_json,
+        args.base,
+        tuple(scorer.method for scorer in scorers),
+        args.join,
+        tuple(names if len(names) > 1 else ()),
+        args.keep,
+        args.above,
+        args.below,
+    )
+    width = columns_of(sys.stdout) if sys.stdout.isatty() and not args.output else None
+    return RowOptions(**{name: getattr(args, name) for name in FORMS}).rows(style, per, width)
+
+
+def _check_models(per: str, names: list[str], scorers: list["Scorer"]) -> None:
+    """UsageError for models that cannot be scored side by side."""
+    for name, scorer in zip(names, scorers):
+        if (scorer.method == "conditional") != (scorers[0].method == "conditional"):
+            raise UsageError(
+                f"{name} needs a source and {names[0]} none, or the reverse",
+                where="-m",
+                hint="score them in two commands",
+            )
+        if per == "token" and scorer.text_tokenizer.hash != scorers[0].text_tokenizer.hash:
+            raise UsageError(
+                f"{names[0]} and {name} have different tokenizers, so their tokens differ",
+                where="--per token",
+                hint="compare words, with --per word",
+            )
+
+
+def _write_pages(args: options.Arguments, names: list[str], rows: "ColoredRows") -> None:
+    """Writes the files of --html and --svg, and their names on standard output."""
+    from lmcli.data.output_file import OutputFile
+    from lmcli.terminal.painted_text import html_page, svg_page
+
+    for path, page in ((args.html, html_page), (args.svg, svg_page)):
+        if path:
+            with OutputFile(path) as file:
+                for text in page(names, rows.pages or ()):
+                    file.write(text)
+            options.echo(path)
+
+
+def _write_signature(model: "Model", totals: "LineTotals") -> None:
+    from lmcli.model.device import dtype_name
+
+    assert model.folder is not None  # it was loaded from one
+    dtype = dtype_name(model.device_config.dtype)
+    click.echo(f"lm: {totals.signature(model.folder, dtype)}", err=True)
 
 
 def _write(
     out: "OutputFile",
-    model: "Model",
+    models: "list[Model]",
     scored: Iterable[Any],
     rows: "RecordRows",
     totals: "LineTotals | None",
@@ -170,13 +267,13 @@ def _write(
     for (records, written), results in scored:
         for number, (record, (text, figures)) in enumerate(zip(records, results)):
             scores = [Score(*of_text) for of_text in figures]
-            for score in scores:
-                model.checked(score, record.location)
+            for k, score in enumerate(scores):
+                models[k if len(models) > 1 else 0].checked(score, record.location)
             rows.count(record, scores)
             if totals:
                 totals.add(record.text, scores[0])
             if number >= written:
-                out.write(text)
+                out.write(rows.written(text))
         out.flush()
 
 
@@ -184,27 +281,60 @@ def _check(args: options.Arguments) -> str:
     """What gets a row: record, word or token; UsageError for options that exclude each other."""
     forms = [option for name, option in FORMS.items() if getattr(args, name)]
     pieces = "token" if args.alternatives else "record"
+    painted = [option for option in PAINTED if option in forms]
+    ranked = [option for option in ("--worst", "--best") if option in forms]
+    limits = [f"--{name}" for name in ("below", "above") if getattr(args, name) is not None]
     per = args.per or pieces
+    one_form = [option for option in forms if option not in painted] + painted[:1]
+    for_pieces = [option for option in one_form if option not in (*painted, *ranked)]
+    many = [option for option in forms if option in OF_ONE_MODEL] if len(args.models) > 1 else []
     excluding = [
-        forms[:2] if len(forms) > 1 else [],
-        [f"--per {per}", forms[0]] if forms and per != pieces else [],
+        one_form[:2] if len(one_form) > 1 else [],
+        [f"--per {per}", *for_pieces[:1]] if for_pieces and per != pieces else [],
         ["--prefix", "--prefix-field"] if args.prefix and args.prefix_field else [],
         ["--pairs", "--prefix"] if args.pairs and (args.prefix or args.prefix_field) else [],
-        ["--color", "--json"] if args.color and args.as_json else [],
-        ["--continue", "--worst"] if args.resume and args.worst else [],
+        ["several -m", *many[:1]] if many else [],
+        [painted[0], "--json"] if painted and args.as_json else [],
+        ["--keep", painted[0]] if painted and args.keep else [],
+        [limits[0], [*painted, *for_pieces][0]] if limits and (painted or for_pieces) else [],
+        ["-o", painted[0]] if painted and not args.color and args.output else [],
+        ["--continue", [*ranked, *limits, *painted][0]]
+        if args.resume and (ranked or limits or (painted and painted != ["--color"]))
+        else [],
     ]
     for options_ in excluding:
         if options_:
             raise UsageError(
                 f"{options_[0]} and {options_[1]} exclude each other", hint="leave one of them out"
             )
+    for option in limits:
+        if math.isnan(getattr(args, option[2:])):
+            raise UsageError("is not a number", where=option, hint="give a number, such as 3.5")
+    for path in filter(None, (args.html, args.svg)):
+        if not Path(path).absolute().parent.is_dir():
+            raise UsageError("no such folder", where=str(Path(path).parent), hint="make it first")
+    if len(limits) > 1 and not args.above < args.below:
+        raise UsageError(
+            f"no figure is above {args.above:g} and below {args.below:g}",
+            where="--above",
+            hint="give a lower one",
+        )
+    args.keep = _kept_fields(args.keep)
     if args.resume and per != "record" and not args.as_json:
         raise UsageError(f"--continue cannot resume rows of {per}s", hint="add --json")
     return per
 
 
+def _kept_fields(text: str | None) -> tuple[str, ...]:
+    """The fields of --keep; UsageError for an empty name, or one that stands twice."""
+    names = tuple(name.strip() for name in text.split(",")) if text is not None else ()
+    if not all(names) or len(set(names)) < len(names):
+        raise UsageError(f"{text!r} has an empty name, or one twice", "--keep", "write A,B")
+    return names
+
+
 def _fields(
-    args: options.Arguments, model: "Model", method: str
+    args: options.Arguments, models: "list[Model]", method: str
 ) -> "ScoringFields | MessageFields | None":
     """The fields that a row is scored by; None for its text alone."""
     from lmcli.data.schema import ScoringFields
@@ -221,5 +351,8 @@ def _fields(
     )
     if fields != ScoringFields(args.fields):
         return fields
-    find_template = cache(partial(require_template, model.tokenizer.settings, model.name))
-    return MessageFields(args.fields, find_template) if method == "causal" else None
+    # models have templates of their own: several read no messages
+    if method != "causal" or len(models) > 1:
+        return None
+    find_template = cache(partial(require_template, models[0].tokenizer.settings, models[0].name))
+    return MessageFields(args.fields, find_template)

@@ -1,5 +1,6 @@
 """lm tokenize: text to token ids and back, and learning a BPE."""
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from lmcli.data.rows import Record, RowReader
     from lmcli.text.tokenizer import Tokenizer
 
-MODES = ("decode", "pieces", "offsets", "count", "train")
+MODES = ("decode", "pieces", "offsets", "count", "color", "train")
 
 
 @options.command(
@@ -23,6 +24,7 @@ MODES = ("decode", "pieces", "offsets", "count", "train")
   echo "Hello world" | lm tokenize -m runs/s
   lm tokenize -m runs/s notes.txt | lm tokenize -m runs/s --decode
   lm tokenize -m runs/s --count *.txt
+  lm tokenize -m runs/s --color notes.txt
   lm tokenize --train -o tok --vocab-size 8000 notes.txt
 """,
     guide="data",
@@ -33,6 +35,7 @@ MODES = ("decode", "pieces", "offsets", "count", "train")
 @options.flag("--pieces", help="Write tokens instead of ids.")
 @options.flag("--offsets", help="Write each id as id:start:end, in bytes.")
 @options.flag("--count", help="Write the number of tokens of each record.")
+@options.flag("--color", help="Write the text, each token on a background.")
 @options.rare(
     options.number("--truncate", at_least=0, help="Keep the first N tokens."),
     options.flag("--special", help="Add the tokenizer's special tokens to each record."),
@@ -63,6 +66,8 @@ def tokenize(args: options.Arguments) -> None:
     modes = [f"--{mode}" for mode in MODES if getattr(args, mode)]
     if len(modes) > 1:
         raise UsageError(f"{modes[0]} and {modes[1]} exclude each other", hint="choose one")
+    if args.color and args.as_json:
+        raise UsageError("--color and --json exclude each other", hint="leave one of them out")
     if args.train:
         return _learn(args)
     if args.vocab_size or args.pattern:
@@ -72,12 +77,22 @@ def tokenize(args: options.Arguments) -> None:
     from lmcli.data.output_file import OutputFile, json_line
     from lmcli.data.rows import RowReader
     from lmcli.output.tokenize import TokenFormat
+    from lmcli.terminal.wrapping import columns_of
     from lmcli.text import tokenizer as tokenizers
 
     tokenizer = tokenizers.load(hub.find(args.model, weights=False))
     reader = RowReader(args.format_, args.fields, args.on_error)
-    style = TokenFormat(args.pieces, args.offsets, args.count, args.truncate, args.special)
-    with OutputFile(args.output, args.resume) as out:
+    terminal = sys.stdout.isatty() and not args.output and not args.as_json
+    style = TokenFormat(
+        args.pieces,
+        args.offsets,
+        args.count,
+        args.truncate,
+        args.special,
+        args.color,
+        columns_of(sys.stdout) if terminal else None,
+    )
+    with OutputFile(args.output, args.resume, styled=args.color) as out:
         progress.current().begin()
         finished = options.write_header(out, ())  # records that --continue skips
         for batch in reader.batches(options.input_files(args.files, args.include, args.quiet)):

@@ -4,12 +4,12 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lmcli import ownership, progress
-from lmcli.errors import UsageError, UserError
+from lmcli.errors import ClosedPipe, UsageError, UserError
 from lmcli.storage import user_errors
 from lmcli.text.characters import DIM, PLAIN, shows_color, visible, without_surrogates
 
@@ -45,13 +45,21 @@ class OutputFile:
 
     An interrupted file stays as FILE.part; with `resume` its complete lines are kept and counted in
     `resumed_lines`. On a terminal control characters are drawn; `styled` texts have done so and
-    have colors. Raises ClosedPipe when the reader is gone, UserError when writing fails.
+    have colors. With `draw` a terminal gets what that makes of the texts between two flushes.
+    Raises ClosedPipe when the reader is gone, UserError when writing fails.
     """
 
-    def __init__(self, path: str | None = None, resume: bool = False, styled: bool = False):
+    def __init__(
+        self,
+        path: str | None = None,
+        resume: bool = False,
+        styled: bool = False,
+        draw: Callable[[str], str] | None = None,
+    ):
         self.path = Path(path) if path and path != "-" else None
         self._terminal = self.path is None and sys.stdout.isatty()
         self._drawn = self._terminal and not styled
+        self._draw, self._pending = draw if self._terminal else None, list[str]()
         self.resumed_lines = 0
         self.header = ""  # written with the first result: a command that fails before has none
         if self.path is None:
@@ -77,11 +85,22 @@ class OutputFile:
         part.unlink(missing_ok=True)  # also a link: nothing is written through one
         return ownership.create(part, 0o666)
 
+    @property
+    def draws(self) -> bool:
+        """True if the texts are drawn for a terminal."""
+        return self._draw is not None
+
     def write(self, text: str, dim: bool = False) -> None:
         """Appends text as UTF-8; on a terminal `dim` text has less contrast."""
         if self.header:
             header, self.header = self.header, ""
             self.write(header)
+        if self._draw:
+            self._pending.append(text)
+        else:
+            self._write(text, dim)
+
+    def _write(self, text: str, dim: bool) -> None:
         if self._drawn or (dim and self._terminal):
             text = visible(text)
         if dim and text and self._terminal and shows_color(sys.stdout):
@@ -93,9 +112,16 @@ class OutputFile:
         with user_errors(self.path or "standard output", "write"):
             self.file.write(data)
 
+    def _draw_pending(self) -> None:
+        if self._draw and self._pending:
+            text, self._pending = self._draw("".join(self._pending)), []
+            self._drawn = False  # the drawing has no control characters
+            self._write(text, False)
+
     def flush(self) -> None:
         """Makes everything written so far visible to the reader."""
         self.write("")
+        self._draw_pending()
         with user_errors(self.path or "standard output", "write"):
             self.file.flush()
 
@@ -112,8 +138,9 @@ class OutputFile:
                         os.replace(unfinished, self.path)
             return
         try:
+            self._draw_pending()
             self.file.close()
-        except OSError:
+        except (OSError, UserError, ClosedPipe):
             pass  # the error that ended the block is the one to report
 
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from lmcli import progress
 from lmcli.data.files import COMPRESSED_SUFFIXES, display_name, open_bytes, text_chunks
-from lmcli.data.schema import row_text
+from lmcli.data.schema import field_names, row_text
 from lmcli.errors import UserError
 from lmcli.storage import user_errors
 from lmcli.text.characters import parse_json
@@ -278,7 +278,7 @@ class Record:
     """One text to process, with its file, line and whole row (`fields`; None for a plain line).
 
     `extra_texts` are what RowReader.extract returned besides the text. `bad` marks the empty text
-    that replaces a bad record.
+    that replaces a bad record. `number` counts all records of the input, skipped ones too, from 1.
     """
 
     text: str
@@ -288,6 +288,7 @@ class Record:
     newline: bool = True
     bad: bool = False
     extra_texts: tuple[str, ...] = ()
+    number: int = 0
 
     @property
     def location(self) -> str:
@@ -314,14 +315,17 @@ class RowReader:
 
     `format` is auto, text, jsonl, tsv or csv; `on_error` is stop, blank or skip. `extract` returns
     (text, extra texts) of a row or of a plain line; without it the text is the line or the row's
-    `fields`. `skipped` counts the records that `on_error="skip"` dropped.
+    `fields`. A row without one of the fields `keep` is bad. `skipped` counts the records that
+    `on_error="skip"` dropped.
     """
 
     format: str = "auto"
     fields: tuple[str, ...] = ()
     on_error: str = "stop"
     extract: Callable[[dict | str], tuple[str, tuple[str, ...]]] | None = None
+    keep: tuple[str, ...] = ()
     skipped: int = field(default=0, init=False)
+    count: int = field(default=0, init=False)
 
     def batches(self, files: Iterable[str]) -> Iterator[list[Record]]:
         """Lists of records in input order, one for each chunk that could be read without waiting.
@@ -348,8 +352,11 @@ class RowReader:
     def _record(self, line: Line, format: str, columns: list[str], file: str) -> Record | None:
         number = line.number
         extra_texts: tuple[str, ...] = ()
+        self.count += 1
         try:
             row = parse_row(line.text.decode("utf-8"), format, columns)
+            for name in self.keep:
+                require_field(row, name)
             if self.extract:
                 text, extra_texts = self.extract(row)
             else:
@@ -358,11 +365,19 @@ class RowReader:
             if self.on_error == "stop":
                 raise bad_record(error, file, number) from error
             if self.on_error == "blank":
-                return Record("", file, number, None, line.newline, bad=True)
+                return Record("", file, number, None, line.newline, bad=True, number=self.count)
             self.skipped += 1
             return None
         fields = None if isinstance(row, str) else row
-        return Record(text, file, number, fields, line.newline, extra_texts=extra_texts)
+        return Record(text, file, number, fields, line.newline, False, extra_texts, self.count)
+
+
+def require_field(row: dict[str, Any] | str, name: str) -> None:
+    """Raises ValueError for a row without this field, whatever its value, and for a plain line."""
+    if isinstance(row, str):
+        raise ValueError(f"is plain text, without a field {name!r}")
+    if name not in row:
+        raise ValueError(f"no field {name!r} among {field_names(row)}")
 
 
 def unfinished_batches(

@@ -1,9 +1,8 @@
-"""Cells and TSV lines, as every command writes them, and tokens painted by their surprisal."""
+"""Cells and TSV lines, as every command writes them; short names."""
 
-from lmcli.text.characters import DIM, PLAIN
-
-# bits of surprisal from which a token has this background (of xterm's 256 colors)
-SHADES = ((14.0, 203), (10.0, 209), (7.0, 215), (4.0, 222), (2.0, 230))
+import os
+from collections.abc import Sequence
+from pathlib import PurePath
 
 
 def cell(value: float | None) -> str:
@@ -23,21 +22,21 @@ def numbered(names: list[str], count: int | None) -> list[str]:
     return [f"{name}_{k + 1}" for k in range(count) for name in names] if count else names
 
 
-def shade(bits: float | None) -> int | None:
-    """The background of a token with these bits of surprisal; 0: none, None: it is dim."""
-    return None if bits is None else next((color for least, color in SHADES if bits >= least), 0)
+def short_names(names: Sequence[str]) -> list[str]:
+    """The names of models or files, each with as few of its last parts as tell them apart.
 
-
-def paint(text: str, color: int | None) -> str:
-    """The text, whose control characters are drawn, with a `shade`."""
-    if not text or color == 0:
-        return text
-    style = DIM if color is None else f"\x1b[48;5;{color};38;5;16m"
-    # a background must not reach the end of a line
-    return "\n".join(line and f"{style}{line}{PLAIN}" for line in text.split("\n"))
-
-
-def color_legend() -> str:
-    """What the colors mean."""
-    shades = (paint(f" {least:g} ", color) for least, color in reversed(SHADES))
-    return f"bits of surprisal from {' '.join(shades)}"
+    >>> short_names(["runs/a/best", "runs/b/best", "gpt2"])
+    ['a/best', 'b/best', 'gpt2']
+    """
+    # "." and ".." are called by what they are
+    paths = [n if PurePath(n).name.strip(".") else os.path.abspath(n) for n in names]
+    parts, counts = [PurePath(path).parts for path in paths], [1] * len(names)
+    while True:
+        short = ["/".join(each[-n:]) for each, n in zip(parts, counts)]
+        longer = [
+            n + (n < len(each) and any(s == t and each != other for t, other in zip(short, parts)))
+            for each, n, s in zip(parts, counts, short)
+        ]
+        if longer == counts:
+            return [s or name for s, name in zip(short, names)]
+        counts = longer

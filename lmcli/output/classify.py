@@ -12,6 +12,7 @@ from lmcli.errors import UsageError
 from lmcli.output.cells import cell, numbered, tsv_line
 from lmcli.scoring.classifier import Classification, Classifier, LabelPrediction
 from lmcli.scoring.question_answering import Answer, Candidate, QuestionAnswerer
+from lmcli.terminal.tables import RowTable, named_columns
 
 ANSWER_COLUMNS = ("answer", "score", "start", "end")
 
@@ -54,6 +55,16 @@ class LabelRows:
             self.columns = ["line", "index", "piece", "start", "end", *cells]
         else:
             self.columns = [*cells, *(self.pair or ["text"])]
+
+    def table(self, header: bool) -> RowTable:
+        """Draws the rows on a terminal."""
+        ids = [name for name in ("line", "index", "start", "end") if self.per_token]
+        texts = ["piece"] if self.per_token else [*(self.pair or ["text"])]
+        predicted = [name for name in self.columns if name not in (*ids, *texts)]
+        names = [] if self.options.logits else predicted[::2]
+        # the first label, its probability and the text are always drawn
+        optional = [*predicted[2:], *ids]
+        return RowTable(named_columns(self.columns, names, texts, optional), header)
 
     def reader(self, format_: str, on_error: str) -> RowReader:
         """Reads the text of each record, or its pair of texts."""
@@ -137,6 +148,14 @@ class AnswerRows:
             )
         self.question_answerer, self.options = question_answerer, options
         self.columns = [*numbered([*ANSWER_COLUMNS], options.top), "question"]
+
+    def table(self, header: bool) -> RowTable:
+        """Draws the rows on a terminal."""
+        answers = [name for name in self.columns if name.startswith("answer")]
+        positions = [name for name in self.columns if name.startswith(("start", "end"))]
+        others = [name for name in self.columns[len(ANSWER_COLUMNS) : -1] if name not in positions]
+        columns = named_columns(self.columns, (), [*answers, "question"], [*others, *positions])
+        return RowTable(columns, header)
 
     def reader(self, format_: str, on_error: str) -> RowReader:
         """Reads the question of each record, with its context as an extra text."""

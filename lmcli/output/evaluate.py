@@ -2,24 +2,30 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from lmcli.evaluation.bootstrap import PairedComparison
 from lmcli.evaluation.intervals import FEW_RECORDS, Rate
 from lmcli.evaluation.systems import ALL_RECORDS, Confusion, MetricValue, SystemResult
 from lmcli.evaluation.tasks import Task
+from lmcli.output.cells import short_names
+from lmcli.terminal.tables import Cell, Column, digits, fits
 
 COMPARISON_COLUMNS = ("difference", "difference_low", "difference_high", "p", "test")
-COSTS = ("parameters", "disk_bytes", "memory_bytes", "records_per_second")
+COSTS: dict[str, tuple[Cell, int]] = {  # title and rank of the column on a terminal
+    "parameters": ("parameters", 4),
+    "disk_bytes": (("MB on disk", "disk MB"), 6),
+    "memory_bytes": (("MB of memory", "memory MB"), 7),
+    "records_per_second": ("records/s", 5),
+}
 PERCENT_FIGURES = ("bleu", "chrf")  # from 0 to 100, others from 0 to 1
 MAX_CONFUSION_CLASSES = 20  # of a matrix on a terminal; with more, as many kinds of mistakes
 MAX_TABLE_LABELS = 40  # of a table of labels on a terminal
 MAX_MATRIX_CLASSES = 200  # of a matrix in JSON, whose size is their square
 MAX_LISTED_LABELS = 5
-TableData = tuple[list[str], list[list[str]]]  # header and rows
+TableData = tuple[list[str | Column], list[list[Cell]]]  # header and rows
 
 
 def columns(labels: bool, many: bool, grouped: bool) -> tuple[str, ...]:
@@ -94,26 +100,28 @@ class EvaluationFormat:
         for result in overall:
             if not result.confusion:
                 continue
-            if len(result.classes) <= MAX_CONFUSION_CLASSES:
-                yield self._confusion(result, result.confusion)
+            matrix = self._confusion(result, result.confusion)
+            if len(result.classes) <= MAX_CONFUSION_CLASSES and fits(*matrix):
+                yield matrix
             elif rows := frequent_mistakes(result.confusion):
                 title = f"{result.system.name}: true" if self.many else "true"
-                yield [title, "predicted", "records"], rows
+                names = (Column(name, kind="name") for name in (title, "predicted"))
+                yield [*names, "records"], [[*row] for row in rows]
         if any(result.system.facts for result in overall):
             yield self._costs(overall)
 
-    def _comparison_header(self, results: Sequence[SystemResult]) -> list[str]:
-        return [f"difference from {results[0].system.name}", "p"] if self.many else []
+    def _comparison_header(self, results: Sequence[SystemResult]) -> list[str | Column]:
+        title = (f"difference from {results[0].system.name}", "difference")
+        return [Column(title, 1), Column("p", 2)] if self.many else []
 
     def _figures(self, results: Sequence[SystemResult]) -> TableData:
+        names = [*(["group"] if self.grouped else []), "metric", *(["system"] if self.many else [])]
         header = [
-            *(["group"] if self.grouped else []),
-            "metric",
-            *(["system"] if self.many else []),
-            *("value", "95 % interval"),
+            *(Column(name, kind="name") for name in names),
+            *("value", Column("95 % interval", 3)),
             *self._comparison_header(results),
         ]
-        rows = []
+        rows: list[list[Cell]] = []
         for group in dict.fromkeys(result.group for result in results):
             members = [result for result in results if result.group == group]
             # the figures of all systems next to each other, then their counts
@@ -127,15 +135,16 @@ class EvaluationFormat:
             if members[0].majority_accuracy is not None:
                 lines.append(("majority_accuracy", "", [f"{members[0].majority_accuracy:.4f}"]))
             for name, system, cells in lines:
-                names = [*([group] if self.grouped else []), name, *([system] if self.many else [])]
-                rows.append([*names, *cells, *[""] * (len(header) - len(names) - len(cells))])
+                named = [*([group] if self.grouped else []), name, *([system] if self.many else [])]
+                rows.append([*named, *cells, *[""] * (len(header) - len(named) - len(cells))])
         return header, rows
 
-    def _value_cells(self, value: MetricValue) -> list[str]:
+    def _value_cells(self, value: MetricValue) -> list[Cell]:
         """The value, its interval, and for several systems the difference and p."""
-        interval = ""
-        if value.low is not None:
-            interval = f"{_number(value.low, value.name)} to {_number(value.high, value.name)}"
+        low, high = value.low, value.high
+        interval: Cell = ""
+        if low is not None and high is not None:
+            interval = _figure(value.name, lambda n: f"{low:.{n}f} to {high:.{n}f}")
         cells = [_number(value.value, value.name), interval]
         return cells + (_comparison_cells(value) if self.many else [])
 
@@ -148,7 +157,7 @@ class EvaluationFormat:
             for value in result.values:
                 if value.label is not None:
                     values.setdefault(value.label, {})[value.name] = value.value
-        rows = []
+        rows: list[list[Cell]] = []
         for label in frequent_labels(overall[0]):
             for values, result in zip(of_label, overall):
                 system = [result.system.name] if self.many else []
@@ -157,16 +166,18 @@ class EvaluationFormat:
         title, count = "label", len(overall[0].classes)
         if count > MAX_TABLE_LABELS:
             title = f"label ({MAX_TABLE_LABELS} most frequent of {count:,})"
-        return [title, *(["system"] if self.many else []), *names], rows
+        system_column = [Column("system", kind="name")] if self.many else []
+        return [Column(title, kind="name"), *system_column, *names], rows
 
     def _confusion(self, result: SystemResult, confusion: Confusion) -> TableData:
         corner = "true \\ predicted"
-        header = [f"{result.system.name}: {corner}" if self.many else corner, *result.classes]
+        title = f"{result.system.name}: {corner}" if self.many else corner
+        header: list[str | Column] = [Column(title, kind="name"), *result.classes]
         columns: list[str | None] = [*result.classes]
         if any(predicted is None for _, predicted in confusion):
             header.append("(none)")
             columns.append(None)
-        rows = [
+        rows: list[list[Cell]] = [
             [label, *(f"{confusion.get((label, predicted), 0):,}" for predicted in columns)]
             for label in result.classes
         ]
@@ -174,14 +185,16 @@ class EvaluationFormat:
 
     def _costs(self, overall: Sequence[SystemResult]) -> TableData:
         """The first figure of each model next to what the model costs."""
-        header = ["model", overall[0].values[0].name, *self._comparison_header(overall)]
-        rows = []
+        header = [
+            *(Column("model", kind="name"), overall[0].values[0].name, Column("95 % interval", 3)),
+            *self._comparison_header(overall),
+            *(Column(title, rank) for title, rank in COSTS.values()),
+        ]
+        rows: list[list[Cell]] = []
         for result in overall:
-            value, interval, *comparison = self._value_cells(result.values[0])
             costs = [_cost(name, result.system.facts.get(name)) for name in COSTS]
-            figure = f"{value} [{interval}]" if interval else value
-            rows.append([result.system.name, figure, *comparison, *costs])
-        return [*header, "parameters", "MB on disk", "MB of memory", "records/s"], rows
+            rows.append([result.system.name, *self._value_cells(result.values[0]), *costs])
+        return header, rows
 
 
 def tsv_rows(result: SystemResult) -> Iterator[dict[str, Any]]:
@@ -249,28 +262,33 @@ def _value_fields(value: MetricValue, many: bool) -> dict[str, Any]:
 
 
 def _with_short_names(results: Sequence[SystemResult]) -> list[SystemResult]:
-    """The results, each system named by the last part of its path if these parts differ."""
-    short = {r.system.name: Path(r.system.name).name or r.system.name for r in results}
-    if len(set(short.values())) < len(short):
-        return list(results)
+    """The results, each system by a short name that is its own."""
+    names = list(dict.fromkeys(result.system.name for result in results))
+    short = dict(zip(names, short_names(names)))
     return [replace(r, system=replace(r.system, name=short[r.system.name])) for r in results]
 
 
-def _comparison_cells(value: MetricValue) -> list[str]:
-    comparison = value.comparison
-    if comparison is None or comparison.difference is None:
+def _comparison_cells(value: MetricValue) -> list[Cell]:
+    each = value.comparison
+    if each is None or each.difference is None:
         return ["", ""]
-    difference, low, high = (
-        _number(each, value.name, "+")
-        for each in (comparison.difference, comparison.low, comparison.high)
-    )
-    interval = "" if comparison.low is None else f" [{low}, {high}]"
-    return [difference + interval, "" if comparison.p is None else f"{comparison.p:.2g}"]
+    difference, low, high = each.difference, each.low, each.high
+
+    def write(count: int) -> str:
+        interval = "" if low is None else f" [{low:+.{count}f}, {high:+.{count}f}]"
+        return f"{difference:+.{count}f}{interval}"
+
+    return [_figure(value.name, write), "" if each.p is None else f"{each.p:.2g}"]
 
 
-def _number(value: float | None, name: str, sign: str = "") -> str:
-    digits = 2 if name in PERCENT_FIGURES else 4
-    return "NA" if value is None else f"{value:{sign}.{digits}f}"
+def _number(value: float | None, name: str) -> Cell:
+    return "NA" if value is None else _figure(name, lambda count: f"{value:.{count}f}")
+
+
+def _figure(name: str, write: Callable[[int], str]) -> Cell:
+    """A cell with the decimals that suit a metric, or one fewer."""
+    most = 2 if name in PERCENT_FIGURES else 4
+    return digits(most, most - 1, write)
 
 
 def _cost(name: str, value: float | None) -> str:

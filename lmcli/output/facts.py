@@ -1,6 +1,5 @@
 """Facts of `lm info`: a summary with damage, written as lines of key and value or as a table."""
 
-import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,10 +8,20 @@ from typing import Any
 from lmcli.config import ModelConfig
 from lmcli.data.output_file import escaped
 from lmcli.errors import UserError
+from lmcli.terminal.tables import wrapped
+from lmcli.terminal.wrapping import width
 from lmcli.text.characters import visible
 
 MAX_ITEMS = 12  # of a list or mapping on a terminal
 MIN_TEXT_WIDTH = 20
+# what a reader wants to know first; the other facts follow
+FIRST_FACTS = (
+    *("kind", "path", "damage", "family", "parameters.total", "labels", "context", "vocab_size"),
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "weights.bytes"),
+    *("weights.dtypes", "adapter.base", "adapter.rank", "run.data", "run.tokens", "run.seconds"),
+    *("run.best_step", "run.val_bits_per_byte", "run.val_perplexity", "commands", "tokenizer.kind"),
+    *("tokenizer.template", "tokenizer.chat_template"),
+)
 
 
 @dataclass
@@ -38,18 +47,28 @@ def as_lines(facts: Mapping[str, Any]) -> str:
     return "".join(f"{key}\t{escaped(_plain(value))}\n" for key, value in _flat(facts))
 
 
-def as_table(facts: Mapping[str, Any], width: int) -> str:
-    """Two columns in `width`, for readers: sizes with units, shares of parameters, lists cut."""
-    cells = [(key, visible(escaped(_readable(key, value, facts)))) for key, value in _flat(facts)]
-    indent = max(len(key) for key, _ in cells) + 2
-    lines = []
-    for key, text in cells:
-        wrapped = textwrap.wrap(
-            text, max(MIN_TEXT_WIDTH, width - indent), break_on_hyphens=False
-        ) or ["–"]
-        lines.append(f"{key:<{indent}}{wrapped[0]}")
-        lines += [" " * indent + line for line in wrapped[1:]]
-    return "\n".join(lines) + "\n"
+def as_table(facts: Mapping[str, Any], columns: int, most: int | None = None) -> str:
+    """Two columns for readers: sizes with units, shares of parameters, lists cut.
+
+    With `most` lines the first facts come first, and the last line says how many are left out.
+    """
+    cells = {key: visible(escaped(_readable(key, value, facts))) for key, value in _flat(facts)}
+    indent = max(map(width, cells)) + 2
+    room = max(MIN_TEXT_WIDTH, columns - indent)
+    blocks = {key: wrapped(text, room) or ["–"] for key, text in cells.items()}
+    if most is not None and sum(map(len, blocks.values())) > most:
+        order = [key for key in FIRST_FACTS if key in blocks]
+        order += [key for key in blocks if key not in order]
+        lines: list[str] = []
+        while order and len(lines) + len(blocks[order[0]]) < most:
+            lines += _lines(order[0], blocks[order.pop(0)], indent)
+        more = f"… {len(order)} more facts: lm info -v"
+        return "\n".join([*lines, more]) + "\n"
+    return "\n".join(line for key in blocks for line in _lines(key, blocks[key], indent)) + "\n"
+
+
+def _lines(key: str, texts: list[str], indent: int) -> list[str]:
+    return [f"{name:<{indent}}{text}" for name, text in zip([key, *[""] * len(texts)], texts)]
 
 
 def _flat(facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lmcli.data.output_file import escaped, json_line
 from lmcli.generation.decoding import Generated
 from lmcli.generation.prompts import Prompt
-from lmcli.output.cells import paint, shade
+from lmcli.terminal.painted_text import paint, shade
 from lmcli.text.characters import visible
 from lmcli.text.stream_decoder import StreamDecoder
 from lmcli.text.tokenizer import Tokenizer

@@ -8,13 +8,20 @@ from lmcli.data.documents import line_number
 from lmcli.evaluation.intervals import FEW_RECORDS
 from lmcli.evaluation.model_comparison import PairedDifference
 from lmcli.scoring.perplexity import PERPLEXITY_FIGURES, Perplexity
+from lmcli.terminal.tables import Cell, Column, digits, shortened
 
 COUNT_COLUMNS = (
     *("logprob", "tokens", "bytes", "characters", "words", "documents", "context", "stride"),
 )
 DIFFERENCE_COLUMNS = ("difference", "difference_low", "difference_high")
-TITLES = ("perplexity", "bits/byte", "bits/char", "word ppl")  # of PERPLEXITY_FIGURES
-MAX_LINE_CHARACTERS = 80
+HUGE = 1e7  # from here on a perplexity is written as 1.3e+17
+# figure → title and rank of its column on a terminal
+TITLES = dict(
+    zip(
+        PERPLEXITY_FIGURES, (("perplexity", 2), ("bits/byte", 0), ("bits/char", 5), ("word ppl", 6))
+    )
+)
+MAX_LINE_COLUMNS = 80
 
 
 def columns(group: str, many: bool) -> tuple[str, ...]:
@@ -62,21 +69,47 @@ def difference(pair: PairedDifference | None) -> dict[str, Any]:
     }
 
 
-def readable(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
-    """Title → cell of a table that fits a terminal, for a row with the columns `names`."""
-    cells = {name: row[name] for name in ("model", "file", "group") if name in names}
-    for name, title in zip(PERPLEXITY_FIGURES, TITLES):
-        error = row[f"{name}_se"]
-        value = "NA" if row[name] is None else f"{row[name]:.5g}"
-        cells[title] = value + ("" if error is None else f" ± {error:.2g}")
-    if "difference" in names:
-        value, low, high = (row[name] for name in DIFFERENCE_COLUMNS)
-        interval = "" if low is None else f" [{low:+.4f}, {high:+.4f}]"
-        cells["difference from first"] = "" if value is None else f"{value:+.4f}{interval}"
-    return {**cells, **{name: f"{row[name]:,}" for name in ("tokens", "bytes", "documents")}}
+def readable(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str | Column, Cell]:
+    """Column → cell of a table for a terminal; `names` has the model's short name."""
+    cells: dict[str | Column, Cell] = {
+        Column(name, kind="name"): names.get(row[name], row[name])
+        for name in ("model", "file", "group")
+        if name in row
+    }
+    for name, (title, rank) in TITLES.items():
+        cells[Column(title, rank)] = _with_error(row[name], row[f"{name}_se"])
+    if "difference" in row:
+        column = Column(("difference from first", "difference"), 1)
+        cells[column] = _difference_cell(*(row[name] for name in DIFFERENCE_COLUMNS))
+    for name, rank in (("tokens", 3), ("bytes", 7), ("documents", 4)):
+        cells[Column(name, rank)] = f"{row[name]:,}"
+    return cells
 
 
-def remarks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _with_error(value: float | None, error: float | None) -> Cell:
+    """A figure in five significant digits or fewer, its standard error in as many decimals."""
+    if value is None or not math.isfinite(value):
+        return "NA" if value is None else str(value)
+
+    def write(count: int) -> str:
+        if abs(value) >= HUGE:
+            return f"{value:.{count}g}" + ("" if error is None else f" ± {error:.2g}")
+        whole = len(str(int(abs(value))))
+        decimals = max(0, count - whole)
+        return f"{value:,.{decimals}f}" + ("" if error is None else f" ± {error:,.{decimals}f}")
+
+    return digits(5, 3, write)
+
+
+def _difference_cell(value: float | None, low: float | None, high: float | None) -> Cell:
+    if value is None:
+        return ""
+    if low is None:
+        return digits(4, 2, lambda count: f"{value:+.{count}f}")
+    return digits(4, 2, lambda count: f"{value:+.{count}f} [{low:+.{count}f}, {high:+.{count}f}]")
+
+
+def remarks(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Iterator[str]:
     """What a reader of these rows should know, a line each."""
     if len({row["tokenizer"] for row in rows}) > 1:
         yield (
@@ -99,7 +132,7 @@ def remarks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             number = line_number(line["file"], line["start"])
             change = line["second"] - line["first"]
             yield (
-                f"{line['file']}, line {number}: {change:+.1f} bits with {row['model']} "
+                f"{line['file']}, line {number}: {change:+.1f} bits with {names[row['model']]} "
                 f"({line['first']:.1f} to {line['second']:.1f}): "
-                f"{line['text'][:MAX_LINE_CHARACTERS]}"
+                f"{shortened(line['text'], MAX_LINE_COLUMNS)}"
             )

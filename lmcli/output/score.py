@@ -1,40 +1,74 @@
-"""`lm score` output: TSV or JSON Lines for records, words, tokens, pairs, choices; colored text."""
+"""`lm score` output: TSV, JSON Lines or a table for records, words and tokens."""
 
-import heapq
+import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from typing import Any
 
 from lmcli.data.output_file import escaped, json_line
-from lmcli.data.rows import Record, records_from_json, records_to_json
+from lmcli.data.rows import Record
 from lmcli.data.schema import join_prefix
-from lmcli.distributed.work_queue import RemoteTask
-from lmcli.evaluation.intervals import wilson_interval
-from lmcli.output.cells import cell, numbered, paint, shade, tsv_line
-from lmcli.scoring.scorer import NATS_PER_BIT, Score, Scorer, ScoringInput, Unit, choose
-from lmcli.text.characters import visible
+from lmcli.output.cells import cell, numbered, tsv_line
+from lmcli.scoring.scorer import NATS_PER_BIT, Score, ScoringInput, Unit
+from lmcli.terminal.tables import Column, RowTable
 
 SCORE_COLUMNS = ("logprob", "tokens", "bytes", "bits_per_byte")
-PIECE_COLUMNS = ("line", "index", "piece", "start", "end", "bytes", "logprob", "surprisal")
+PIECE_COLUMNS = ("index", "piece", "start", "end", "bytes", "logprob", "surprisal")
+# columns that a terminal without room leaves out, the first ones last; others are always drawn
+OPTIONAL = (
+    *("rank", "entropy", "alternative", "record", "line", "logprobs", "logprob", "index"),
+    *("by_byte", "by_token", "tokens", "bytes", "end", "start"),
+)
+TEXTS = ("text", "text_1", "text_2")
 
 
 @dataclass(frozen=True)
 class ScoreFormat:
     """How scores are written: JSON or TSV, and surprisal to the base "2" (bits) or "e" (nats).
 
-    `method` is the scorer's; `join` goes between a prefix and its continuation, see `joined`.
+    `methods` are the scorers'; `join` goes between a prefix and its continuation, see `joined`.
+    `models` are the names of several models, `keep` the row's fields that are written, too. Only
+    figures above and below the limits are written: bits per byte of a record, surprisal of a piece,
+    those of the first model.
     """
 
     as_json: bool = False
     base: str = "2"
-    method: str = "causal"
+    methods: tuple[str, ...] = ("causal",)
     join: str | None = None
+    models: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    above: float | None = None
+    below: float | None = None
+
+    @property
+    def limited(self) -> bool:
+        """True if some figures are not written."""
+        return self.above is not None or self.below is not None
+
+    def selects(self, value: float | None) -> bool:
+        """True if a figure is within the limits; what is not scored is within none."""
+        if not self.limited:
+            return True
+        return (
+            value is not None
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def of_models(self, names: Sequence[str]) -> list[str]:
+        """The names of columns: for several models each with a model's name."""
+        return [f"{name}_{model}" for name in names for model in self.models] or [*names]
+
+    def suffixes(self) -> list[str]:
+        """What the names of a model's figures end in."""
+        return [f"_{model}" for model in self.models] or [""]
 
 
-def score_fields(score: Score) -> dict[str, Any]:
+def score_fields(score: Score, suffix: str = "") -> dict[str, Any]:
     """The figures of one text, as SCORE_COLUMNS names them."""
-    return {name: getattr(score, name) for name in SCORE_COLUMNS}
+    return {f"{name}{suffix}": getattr(score, name) for name in SCORE_COLUMNS}
 
 
 def score_cells(score: Score) -> list[str]:
@@ -49,11 +83,55 @@ def texts_with_scores(texts: Sequence[str], scores: Sequence[Score]) -> list[dic
 
 @dataclass
 class RecordRows:
-    """One row per record. Other forms override `questions`, `fields` (JSON) and `lines` (TSV)."""
+    """One row per record. Other forms override `questions`, `fields` (JSON) and `lines` (TSV).
+
+    `scores` are those of the questions; of several models, that of each. With `has_line` a row
+    begins with its line.
+    """
 
     style: ScoreFormat
     per: str = "record"
-    columns: Sequence[str] = (*SCORE_COLUMNS, "text")
+    has_line: bool = False
+
+    @property
+    def figure_columns(self) -> Sequence[str]:
+        """The columns after those that say which record it is."""
+        figures = ("logprob", "bits_per_byte") if self.style.models else SCORE_COLUMNS
+        return (*self.style.of_models(figures), "text")
+
+    @property
+    def numbers_records(self) -> bool:
+        """True if a row has the number of its record and the fields that are kept."""
+        return bool(self.style.models or self.style.keep)
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns of TSV."""
+        line = ("line",) if self.has_line else ()
+        ids = ("record", *self._kept_names()) if self.numbers_records else line
+        return (*ids, *self.figure_columns)
+
+    def _kept_names(self) -> list[str]:
+        """The names of the kept fields; given_NAME for one with the name of a result."""
+        taken = {"record", "line", *self.figure_columns}
+        return [f"given_{name}" if name in taken else name for name in self.style.keep]
+
+    def table(self, header: bool) -> RowTable:
+        """Draws the rows on a terminal."""
+        kept = self._kept_names()
+        return RowTable([self._column(name, name in kept) for name in self.columns], header)
+
+    def _column(self, name: str, kept: bool) -> Column:
+        stem = next((each for each in OPTIONAL if f"{name}_".startswith(f"{each}_")), "")
+        rank = 0 if kept or not stem else 100 * (OPTIONAL.index(stem) + 1)
+        if kept or name in ("piece", "context"):
+            return Column(name, rank, "name")
+        if stem == "alternative":  # one after the other leaves
+            number = name.removeprefix("alternative_")
+            return Column((f"alternative {number}", f"no. {number}"), rank + int(number), "name")
+        title = name.replace("bits_per_byte_", "bits/byte ")
+        short = title.removeprefix("surprisal_" if self.style.models else "")
+        return Column((title, short), rank, "text" if name in TEXTS else "number")
 
     def questions(self, record: Record) -> list[ScoringInput]:
         """What is scored for a record.
@@ -61,28 +139,61 @@ class RecordRows:
         Its first extra text, if any, is a prefix or a source, and the second is what joins them.
         """
         before, *joins = record.extra_texts or ("",)
-        if self.style.method == "conditional":
+        if self.style.methods[0] == "conditional":
             return [ScoringInput(record.text, source=before)]
         join = joins[0] if joins else self.style.join
         return [ScoringInput(join_prefix(before, record.text, join), before)]
 
-    def format(self, record: Record, scores: Sequence[Score]) -> str:
+    def format(self, record: Record, scores: Sequence[Score]) -> Any:
         """The output for one record: one line of JSON, or any number of lines of TSV."""
         if not self.style.as_json:
-            return self.lines(record, scores)
-        fields = {**(record.fields or {}), **self.fields(record, scores)}
-        return json_line({**fields, "method": self.style.method})
+            ids = self.ids(record)
+            return "".join(tsv_line(*ids, *cells) for cells in self.lines(record, scores))
+        return self.json(record, self.fields(record, scores)) if self.selects(scores) else ""
+
+    def selects(self, scores: Sequence[Score]) -> bool:
+        """True if the record is written at all."""
+        return self.style.selects(scores[0].bits_per_byte if scores else None)
+
+    def json(self, record: Record, fields: dict[str, Any]) -> str:
+        """A line of JSON with the row's fields, or those that are kept, and the result's."""
+        row, methods = record.fields or {}, self.style.methods
+        if self.style.keep:
+            row = dict(zip(self._kept_names(), map(row.get, self.style.keep)))
+        if self.numbers_records:
+            row = {"record": record.number, **row}
+        named = zip(self.style.suffixes(), methods)
+        return json_line({**row, **fields, **{f"method{name}": method for name, method in named}})
+
+    def ids(self, record: Record) -> list[str]:
+        """The first cells of a row, which say which record it is."""
+        if self.numbers_records:
+            row = record.fields or {}
+            return [str(record.number), *(_kept_cell(row.get(name)) for name in self.style.keep)]
+        return [str(record.line)] if self.has_line else []
 
     def fields(self, record: Record, scores: Sequence[Score]) -> dict[str, Any]:
         """The JSON fields for one record."""
-        return {"text": record.text, **score_fields(scores[0])}
+        named = zip(self.style.suffixes(), scores)
+        figures = [score_fields(score, suffix) for suffix, score in named]
+        line = {"line": record.line} if self.has_line and not self.numbers_records else {}
+        return {**line, "text": record.text, **{k: v for each in figures for k, v in each.items()}}
 
-    def lines(self, record: Record, scores: Sequence[Score]) -> str:
-        """The TSV lines for one record."""
-        return tsv_line(*score_cells(scores[0]), escaped(record.text))
+    def lines(self, record: Record, scores: Sequence[Score]) -> list[list[str]]:
+        """The TSV cells for one record, after `ids`, in lines."""
+        if not self.selects(scores):
+            return []
+        if not self.style.models:
+            return [[*score_cells(scores[0]), escaped(record.text)]]
+        figures = [cell(score.logprob) for score in scores]
+        return [[*figures, *(cell(score.bits_per_byte) for score in scores), escaped(record.text)]]
 
     def count(self, record: Record, scores: Sequence[Score]) -> None:
-        """Notes a record for `remaining` and `summary`; called in input order."""
+        """Notes a record for `summary`; called in input order."""
+
+    def written(self, output: Any) -> str:
+        """What is written at once of the output for a record; called in input order."""
+        return output
 
     def remaining(self) -> Iterator[str]:
         """The output that follows the last record."""
@@ -93,6 +204,13 @@ class RecordRows:
         return ""
 
 
+def _kept_cell(value: Any) -> str:
+    """The value of a field as a TSV cell: a text as it is, others as JSON has them."""
+    if value is None:
+        return "NA"
+    return escaped(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
 @dataclass
 class PieceRows(RecordRows):
     """One row per word or token, none for a record without words; in JSON one line per record.
@@ -101,240 +219,88 @@ class PieceRows(RecordRows):
     """
 
     alternatives: int = 0
+    has_line: bool = True
 
-    def __post_init__(self) -> None:
+    @property
+    def figure_columns(self) -> Sequence[str]:
+        """Where the piece is, then its figures."""
+        if self.style.models:
+            return (*PIECE_COLUMNS[:-2], *self.style.of_models(["surprisal"]))
         more = ["rank", "entropy", *numbered(["alternative", "logprob"], self.alternatives)]
-        self.columns = (*PIECE_COLUMNS, *(more if self.alternatives else ()))
+        return (*PIECE_COLUMNS, *(more if self.alternatives else ()))
 
-    def fields(self, record: Record, scores: Sequence[Score]) -> dict[str, Any]:
-        """The figures of the record, then of its pieces."""
-        pieces = [self._piece_fields(unit) for unit in scores[0].pieces or ()]
-        return {**super().fields(record, scores), "pieces": pieces}
+    def table(self, header: bool) -> RowTable:
+        """As for records; an alternative and its probability stand in one cell."""
+        if self.per != "token":
+            return super().table(header)
+        names = [name for name in self.columns if not name.startswith("logprob_")]
+        kept = self._kept_names()
+        return RowTable([self._column(name, name in kept) for name in names], header, self._merged)
 
-    def lines(self, record: Record, scores: Sequence[Score]) -> str:
-        """A line for each piece."""
-        return "".join(
-            tsv_line(str(record.line), str(i), *self._cells(unit))
-            for i, unit in enumerate(scores[0].pieces or ())
-        )
+    def _merged(self, cells: list[str]) -> list[str]:
+        merged: list[str] = []
+        for name, text in zip(self.columns, cells):
+            if name.startswith("logprob_"):  # of the alternative before
+                merged[-1] += "" if text == "NA" else f" {math.exp(float(text)):.0%}"
+            else:
+                is_piece = name == "piece" or name.startswith("alternative_")
+                merged.append(text.replace(" ", "␣") if is_piece else text)
+        return merged
 
-    def _piece_fields(self, unit: Unit) -> dict[str, Any]:
-        fields: dict[str, Any] = {name: getattr(unit, name) for name in PIECE_COLUMNS[2:-1]}
-        nats = self.style.base == "e"
-        fields["surprisal"] = -unit.logprob if nats and unit.logprob is not None else unit.surprisal
-        if self.alternatives:
-            fields["rank"], fields["entropy"] = unit.rank, unit.entropy
-            if nats and unit.entropy is not None:
-                fields["entropy"] = unit.entropy * NATS_PER_BIT
-            fields["alternatives"] = [
-                {"piece": piece, "logprob": logprob} for piece, logprob in unit.alternatives or ()
-            ]
-        return fields
-
-    def _cells(self, unit: Unit) -> list[str]:
-        fields = self._piece_fields(unit)
-        cells = [escaped(unit.piece), *(cell(fields[name]) for name in PIECE_COLUMNS[3:])]
-        if self.alternatives:
-            cells += [cell(unit.rank), cell(fields["entropy"])]
-            for other in (unit.alternatives or [])[: self.alternatives]:
-                cells += [escaped(other.piece), cell(other.logprob)]
-        return cells + ["NA"] * (len(self.columns) - 2 - len(cells))
-
-
-@dataclass
-class PairRows(RecordRows):
-    """One row per pair of texts: the figures of both, and whether the first is likelier by its sum.
-
-    `first_likelier` counts such pairs, `counted` all pairs with a figure for both texts. Of two
-    equal sums neither is likelier.
-    """
-
-    columns: Sequence[str] = (
-        *(f"{name}_{k}" for k in (1, 2) for name in SCORE_COLUMNS),
-        *("first_likelier", "text_1", "text_2"),
-    )
-    first_likelier: int = 0
-    counted: int = 0
-
-    def questions(self, record: Record) -> list[ScoringInput]:
-        """Both texts; none for a bad record."""
-        return [ScoringInput(text) for text in record.extra_texts]
-
-    def fields(self, record: Record, scores: Sequence[Score]) -> dict[str, Any]:
-        """Whether the first text is likelier, and the figures of both."""
-        return {
-            "first_likelier": first_is_likelier(scores),
-            "scores": texts_with_scores(record.extra_texts or ("", ""), scores or UNSCORED_PAIR),
-        }
-
-    def lines(self, record: Record, scores: Sequence[Score]) -> str:
-        """One line."""
-        figures = [text for score in scores or UNSCORED_PAIR for text in score_cells(score)]
-        likelier = first_is_likelier(scores)
-        texts = map(escaped, record.extra_texts or ("", ""))
-        return tsv_line(*figures, cell(None if likelier is None else int(likelier)), *texts)
-
-    def count(self, record: Record, scores: Sequence[Score]) -> None:
-        """Counts one more pair."""
-        likelier = first_is_likelier(scores)
-        self.first_likelier += bool(likelier)
-        self.counted += likelier is not None
-
-    def summary(self) -> str:
-        """The rate of pairs whose first text is likelier, with its 95 % interval."""
-        if not self.counted:
-            return "no pair with a figure for both"
-        low, high = wilson_interval(self.first_likelier, self.counted)
-        rate = self.first_likelier / self.counted
-        return (
-            f"the first is likelier in {self.first_likelier:,} of {self.counted:,} pairs: "
-            f"{rate:.1%} (95 % interval {low:.1%} to {high:.1%})"
-        )
-
-
-UNSCORED_PAIR = (Score(None, 0, 0), Score(None, 0, 0))
-
-
-def first_is_likelier(scores: Sequence[Score]) -> bool | None:
-    """Whether the first of two texts has the higher sum; None unless both have a figure."""
-    sums = [score.logprob for score in scores if score.logprob is not None]
-    return sums[0] > sums[1] if len(sums) == 2 else None
-
-
-@dataclass
-class ChoiceRows(RecordRows):
-    """One row per record: its likeliest choice by sum, per token and per byte, counted from 0."""
-
-    columns: Sequence[str] = ("by_sum", "by_token", "by_byte", "logprobs", "text")
-
-    def questions(self, record: Record) -> list[ScoringInput]:
-        """The choices, each after the same text."""
-        prefix = record.text
+    def pieces(self, scores: Sequence[Score]) -> list[tuple[int, list[Unit]]]:
+        """The pieces to write: the number of each, and the piece as each model has it."""
+        of_models = [score.pieces or [] for score in scores]
         return [
-            ScoringInput(join_prefix(prefix, text, self.style.join), prefix)
-            for text in record.extra_texts
+            (i, list(units))
+            for i, units in enumerate(zip(*of_models, strict=True))
+            if self.style.selects(self._surprisal(units[0]))
         ]
 
     def fields(self, record: Record, scores: Sequence[Score]) -> dict[str, Any]:
-        """The likeliest choices, and the figures of all."""
-        each = texts_with_scores(record.extra_texts, scores)
-        return {"text": record.text, **choose(scores)._asdict(), "scores": each}
+        """The figures of the record, then of its pieces."""
+        pieces = [self.piece_fields(units) for _, units in self.pieces(scores)]
+        fields = super().fields(record, scores)
+        fields.pop("line", None)
+        return {**fields, "pieces": pieces}
 
-    def lines(self, record: Record, scores: Sequence[Score]) -> str:
-        """One line; the log-probabilities of the choices stand in one cell."""
-        logprobs = " ".join(cell(score.logprob) for score in scores) or "NA"
-        return tsv_line(*map(cell, choose(scores)), logprobs, escaped(record.text))
+    def selects(self, scores: Sequence[Score]) -> bool:
+        """True if a piece is written."""
+        return not self.style.limited or bool(self.pieces(scores))
 
+    def lines(self, record: Record, scores: Sequence[Score]) -> list[list[str]]:
+        """A line for each piece."""
+        return [[str(i), *self.cells(units)] for i, units in self.pieces(scores)]
 
-@dataclass
-class WorstRows(RecordRows):
-    """Rows of the `limit` records with the most bits per byte, written at the end.
+    def _surprisal(self, unit: Unit) -> float | None:
+        if self.style.base == "e" and unit.logprob is not None:
+            return -unit.logprob
+        return unit.surprisal
 
-    Records without a figure, such as empty lines, are left out.
-    """
+    def piece_fields(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """The JSON fields of a piece, as each model has it."""
+        first = units[0]
+        fields: dict[str, Any] = {name: getattr(first, name) for name in PIECE_COLUMNS[1:-2]}
+        for suffix, unit in zip(self.style.suffixes(), units):
+            fields[f"logprob{suffix}"] = unit.logprob
+            fields[f"surprisal{suffix}"] = self._surprisal(unit)
+        if self.alternatives:
+            fields["rank"], fields["entropy"] = first.rank, first.entropy
+            if self.style.base == "e" and first.entropy is not None:
+                fields["entropy"] = first.entropy * NATS_PER_BIT
+            fields["alternatives"] = [
+                {"piece": piece, "logprob": logprob} for piece, logprob in first.alternatives or ()
+            ]
+        return fields
 
-    limit: int = 1
-    columns: Sequence[str] = ("line", *RecordRows.columns)
-    # (bits per byte, minus the order of arrival, …): of equal records the earlier one stays
-    _heap: list[tuple[float, int, Record, Score]] = field(default_factory=list)
-    _seen: int = 0
-
-    def format(self, record: Record, scores: Sequence[Score]) -> str:
-        """Nothing yet."""
-        return ""
-
-    def count(self, record: Record, scores: Sequence[Score]) -> None:
-        """Keeps the record while it is one of the worst."""
-        self._seen += 1
-        if scores[0].bits_per_byte is not None:
-            push = heapq.heappush if len(self._heap) < self.limit else heapq.heappushpop
-            push(self._heap, (scores[0].bits_per_byte, -self._seen, record, scores[0]))
-
-    def remaining(self) -> Iterator[str]:
-        """The output for the worst records seen, the worst first."""
-        for _, _, record, score in sorted(self._heap, key=lambda item: item[:2], reverse=True):
-            yield super().format(record, [score])
-
-    def fields(self, record: Record, scores: Sequence[Score]) -> dict[str, Any]:
-        """The figures of the record with its line number."""
-        return {"line": record.line, **super().fields(record, scores)}
-
-    def lines(self, record: Record, scores: Sequence[Score]) -> str:
-        """The line number, then as for any record."""
-        return f"{record.line}\t{super().lines(record, scores)}"
-
-
-@dataclass
-class ColoredRows(RecordRows):
-    """The text of each record, the background of each token colored by its surprisal.
-
-    No color below 2 bits, then pale yellow to red; tokens that are context only are dim. Control
-    characters are drawn.
-    """
-
-    per: str = "token"
-    columns: Sequence[str] = ()
-
-    def format(self, record: Record, scores: Sequence[Score]) -> str:
-        """The colored text on one line."""
-        data, colored, run = record.text.encode("utf-8"), [], b""
-        color: int | None = 0
-        for unit in scores[0].pieces or []:
-            unit_color = shade(unit.surprisal)
-            inside_character = data[unit.start : unit.start + 1] and data[unit.start] & 0xC0 == 0x80
-            if unit_color != color and not inside_character:  # a character has one color
-                colored.append(_drawn(run, color))
-                run, color = b"", unit_color
-            run += data[unit.start : unit.end]
-        return "".join((*colored, _drawn(run, color))) + "\n"
-
-
-def _drawn(data: bytes, color: int | None) -> str:
-    return paint(visible(data.decode("utf-8", "replace"), keep="\t"), color)
-
-
-def row_format(
-    style: ScoreFormat,
-    per: str,
-    pairs: bool = False,
-    choices_field: str | None = None,
-    worst: int | None = None,
-    color: bool = False,
-    alternatives: int | None = None,
-) -> RecordRows:
-    """How results are written, by the options of `lm score`."""
-    if pairs:
-        return PairRows(style)
-    if choices_field:
-        return ChoiceRows(style)
-    if worst:
-        return WorstRows(style, limit=worst)
-    if color:
-        return ColoredRows(style)
-    if per == "record":
-        return RecordRows(style)
-    return PieceRows(style, per, alternatives=alternatives or 0)
-
-
-def remote_task(scorer: Scorer, rows: RecordRows, alternatives: int) -> RemoteTask:
-    """The task of scoring (records, …): for each record its output, and (logprob, tokens, bytes)
-    of each text that was scored for it. A record with a score that is no number has no output."""
-
-    def work(part: tuple[list[Record], int]) -> list[tuple[str, list[tuple]]]:
-        questions = [rows.questions(record) for record in part[0]]
-        flat = [question for of_record in questions for question in of_record]
-        scores = iter(scorer.score(flat, rows.per, alternatives))
-        results = []
-        for record, of_record in zip(part[0], questions):
-            own_scores = list(islice(scores, len(of_record)))
-            figures = [(score.logprob, score.tokens, score.bytes) for score in own_scores]
-            sound = not any(score.problem for score in own_scores)
-            results.append((rows.format(record, own_scores) if sound else "", figures))
-        return results
-
-    return RemoteTask(
-        work,
-        lambda part: records_to_json(part[0]),
-        lambda words: (records_from_json(words), 0),
-        size=lambda part: len(part[0]) - part[1],
-    )
+    def cells(self, units: Sequence[Unit]) -> list[str]:
+        """The TSV cells of a piece after its index."""
+        fields, first = self.piece_fields(units), units[0]
+        cells = [escaped(first.piece), *(cell(fields[name]) for name in PIECE_COLUMNS[2:-2])]
+        if self.style.models:
+            return cells + [cell(fields[f"surprisal{name}"]) for name in self.style.suffixes()]
+        cells += [cell(fields["logprob"]), cell(fields["surprisal"])]
+        if self.alternatives:
+            cells += [cell(first.rank), cell(fields["entropy"])]
+            for other in (first.alternatives or [])[: self.alternatives]:
+                cells += [escaped(other.piece), cell(other.logprob)]
+        return cells + ["NA"] * (len(self.figure_columns) - 1 - len(cells))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcli.data.rows import Record
+from lmcli.terminal.painted_text import segments, tokens_painted
+from lmcli.terminal.tables import in_columns
 from lmcli.text.tokenizer import Tokenizer
 
 
@@ -12,7 +14,8 @@ from lmcli.text.tokenizer import Tokenizer
 class TokenFormat:
     """What is written of each record: its ids, or its `pieces`, its `offsets`, or their `count`.
 
-    `truncate` keeps that many tokens, `special` adds the tokenizer's special tokens.
+    `truncate` keeps that many tokens, `special` adds the tokenizer's special tokens. With `color`
+    it is the text, its tokens painted. A terminal of `columns` gets pieces above their ids.
     """
 
     pieces: bool = False
@@ -20,13 +23,15 @@ class TokenFormat:
     count: bool = False
     truncate: int | None = None
     special: bool = False
+    color: bool = False
+    columns: int | None = None
 
     def encode(
         self, records: Sequence[Record], tokenizer: Tokenizer
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """(line without its end, JSON fields) for each record."""
         texts = [record.text for record in records]
-        if self.offsets:
+        if self.offsets or self.color:
             encoded = [(each.ids, each.ends) for each in tokenizer.encode_with_ends(texts)]
         else:
             encoded = [(ids, []) for ids in tokenizer.encode_batch(texts)]
@@ -47,11 +52,39 @@ class TokenFormat:
     ) -> tuple[str, dict[str, Any]]:
         fields: dict[str, Any] = {"text": text, "ids": ids}
         words: list[str] = [str(index) for index in ids]
+        if self.color:
+            return self._colored(text, ids, offsets, tokenizer), fields
         if self.pieces:
             fields["pieces"] = tokenizer.pieces(ids)
+            if self.columns is not None:
+                return in_columns([fields["pieces"], words], self.columns), fields
             words = fields["pieces"]
         elif self.offsets:
             fields["offsets"] = offsets
             words = [f"{index}:{start}:{end}" for index, (start, end) in zip(ids, offsets)]
         fields["count"] = len(ids)
         return str(len(ids)) if self.count else " ".join(words), fields
+
+    def _colored(
+        self, text: str, ids: list[int], offsets: list[tuple[int, int]], tokenizer: Tokenizer
+    ) -> str:
+        """The text, its tokens painted; one that begins inside of a character is in the one before.
+
+        Special tokens that were added are written as they are called.
+        """
+        spans = [(start, end, float(k)) for k, (start, end) in enumerate(offsets) if end > start]
+        added = {
+            k: (tokenizer.token_text(ids[k]), True)
+            for k, (start, end) in enumerate(offsets)
+            if start == end
+        }
+        # the number of a token stands in place of its surprisal
+        last = max((end for _, end in offsets), default=0)
+        parts = segments(text.encode()[:last].decode("utf-8", "replace"), spans)
+        pieces = {
+            int(number): (piece, ids[int(number)] in tokenizer.special_ids)
+            for piece, number in parts
+            if number is not None
+        }
+        in_order = sorted((added | pieces).items())
+        return tokens_painted((piece for _, piece in in_order), self.columns)

@@ -169,6 +169,13 @@ class Tokenizer:
         return self.core.decode([index], skip_special_tokens=False) or piece
 
     @cached_property
+    def special_ids(self) -> set[int]:
+        """The ids of special tokens."""
+        if isinstance(self.core, MarianSide):
+            return set(self.core.special)
+        return {token["id"] for token in self._definition["added_tokens"] if token["special"]}
+
+    @cached_property
     def word_starts(self) -> list[bool] | None:
         """For each id, true if a word before it has ended: it begins with a space, or is special.
 
@@ -176,12 +183,7 @@ class Tokenizer:
         """
         if (self._definition["decoder"] or {}).get("type") == "WordPiece":
             return None
-        if isinstance(self.core, MarianSide):
-            special = self.core.special
-        else:
-            special = {
-                token["id"] for token in self._definition["added_tokens"] if token["special"]
-            }
+        special = self.special_ids
         return [i in special or text[:1].isspace() for i, text in enumerate(self.token_texts)]
 
     def id(self, token: str) -> int | None:

@@ -144,6 +144,7 @@ class TestHelpOfCommands:
     def test_equal_options_have_equal_texts(self):
         special = {  # that mean something else in each command
             *("--model", "--output", "--dtype", "--per", "--on-long", "--preset", "--seed"),
+            *("--color", "--verbose"),
             *(
                 "--header",
                 "--eos",

@@ -64,7 +64,7 @@ def test_several_arguments_are_separated_by_an_empty_line(inside, trained, story
 def test_a_table_on_a_terminal(trained, environment):
     leader, follower = pty.openpty()
     done = subprocess.Popen(
-        [sys.executable, "-m", "lmcli", "info", trained[0]],
+        [sys.executable, "-m", "lmcli", "info", "-v", trained[0]],
         stdout=follower,
         stderr=subprocess.PIPE,
         env={**environment, "COLUMNS": "70"},

@@ -1,0 +1,220 @@
+"""Text whose parts are painted by their surprisal: for a terminal, and as HTML and SVG pages."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+from itertools import groupby
+from typing import NamedTuple
+
+from lmcli.terminal.wrapping import width
+from lmcli.text.characters import DIM, PLAIN, visible
+
+# bits of surprisal from which a text has this background: of xterm's 256 colors, and in a page
+SHADES = ((14.0, 203), (10.0, 209), (7.0, 215), (4.0, 222), (2.0, 230))
+HEX = {203: "#ff5f5f", 209: "#ff875f", 215: "#ffaf5f", 222: "#ffd787", 230: "#ffffd7"}
+TOKENS = ("\x1b[48;5;153;38;5;16m", "\x1b[48;5;223;38;5;16m")  # pale blue, pale orange
+SPECIAL_TOKEN = "\x1b[48;5;97;38;5;231m"  # white on violet
+SVG_COLUMNS, CELL, LINE = 96, 8.4, 20  # characters of a line, their width, the height of a line
+NONCHARACTERS = {0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}  # XML may not hold them
+
+
+class Segment(NamedTuple):
+    """A part of a text and its bits of surprisal; None for context only."""
+
+    text: str
+    bits: float | None
+
+
+def segments(text: str, units: Iterable[tuple[int, int, float | None]]) -> list[Segment]:
+    """The segments of a text from (start, end, bits), in bytes; what lies between has 0 bits.
+
+    A unit that begins inside of a character belongs to the segment of its first bytes.
+    """
+    data, parts = text.encode("utf-8"), list[tuple[int, float | None]]()  # (start, bits)
+    end = 0
+    for start, after, bits in units:
+        if start > end:
+            parts.append((end, 0.0))
+        if start < len(data) and data[start] & 0xC0 != 0x80:
+            parts.append((start, bits))
+        end = after
+    if end < len(data):
+        parts.append((end, 0.0))
+    ends = [*(start for start, _ in parts[1:]), len(data)]
+    return [
+        Segment(data[start:after].decode("utf-8", "replace"), bits)
+        for (start, bits), after in zip(parts, ends)
+    ]
+
+
+def shade(bits: float | None) -> int | None:
+    """The background for these bits of surprisal; 0: none, None: the text is dim."""
+    return None if bits is None else next((color for least, color in SHADES if bits >= least), 0)
+
+
+def paint(text: str, color: int | None) -> str:
+    """The text, whose control characters are drawn, with a `shade`."""
+    if not text or color == 0:
+        return text
+    style = DIM if color is None else f"\x1b[48;5;{color};38;5;16m"
+    # a background must not reach the end of a line
+    return "\n".join(line and f"{style}{line}{PLAIN}" for line in text.split("\n"))
+
+
+def painted(parts: Iterable[Segment]) -> str:
+    """The segments for a terminal, on one line; control characters but tabs are drawn."""
+    return "".join(
+        paint(visible("".join(part.text for part in same), keep="\t"), color)
+        for color, same in groupby(parts, key=lambda part: shade(part.bits))
+    )
+
+
+def tokens_painted(tokens: Iterable[tuple[str, bool]], columns: int | None = None) -> str:
+    """Tokens on backgrounds that alternate; (text, True) is a special one.
+
+    Control characters are drawn. With `columns` lines end before a word that has no room.
+    """
+    words: list[list[tuple[str, str]]] = [[]]  # of (text, style)
+    number = 0
+    for text, special in tokens:
+        if special or text[:1].isspace():
+            words.append([])
+        style = SPECIAL_TOKEN if special else TOKENS[number % len(TOKENS)]
+        number += not special
+        words[-1].append((visible(text, keep=""), style))
+    pieces, used = list[str](), 0
+    for word in words:
+        needed = sum(width(text) for text, _ in word)
+        if columns is not None and used and used + needed > columns:
+            pieces.append("\n")
+            used = 0
+        pieces += [f"{style}{text}{PLAIN}" for text, style in word if text]
+        used += needed
+    return "".join(pieces)
+
+
+def color_legend() -> str:
+    """What the colors mean."""
+    shades = (paint(f" {least:g} ", color) for least, color in reversed(SHADES))
+    return f"bits of surprisal from {' '.join(shades)}"
+
+
+def _drawable(text: str) -> str:
+    """The text without what no page can show."""
+    return visible(text, keep="\t").translate(NONCHARACTERS)
+
+
+def _tooltip(part: Segment) -> str:
+    return "not scored" if part.bits is None else f"{part.bits:.2f} bits"
+
+
+STYLE = """
+body,svg{font-family:ui-monospace,Menlo,Consolas,monospace;background:#fff;color:#222;fill:#222}
+@media (prefers-color-scheme:dark){body,svg{background:#161616;color:#ddd;fill:#ddd}}
+"""
+HTML_STYLE = """
+body{margin:2em auto;max-width:min(90vw,100em);padding:0 1em;line-height:1.6}
+div{display:grid;grid-auto-columns:1fr;grid-auto-flow:column;gap:2em}
+p{margin:.2em 0;min-height:1.6em;white-space:pre-wrap;overflow-wrap:anywhere}
+span{border-radius:2px}.n{opacity:.5}b{overflow-wrap:anywhere}
+"""
+
+
+def segments_html(parts: Iterable[Segment]) -> str:
+    """The segments as HTML, the surprisal of each as its tooltip; needs `HTML_STYLE`."""
+    spans = []
+    for part in parts:
+        color, text = shade(part.bits), escape(_drawable(part.text))
+        style = f' style="background:{HEX[color]};color:#000"' if color else ""
+        style = ' class="n"' if color is None else style
+        spans.append(f'<span title="{_tooltip(part)}"{style}>{text}</span>')
+    return "".join(spans)
+
+
+def html_page(models: Sequence[str], records: Iterable[Sequence[list[Segment]]]) -> Iterator[str]:
+    """A page by itself, in pieces: a paragraph for each record, several models side by side."""
+    names = "".join(f"<b>{escape(_drawable(name))}</b>" for name in models)
+    shades = " ".join(
+        f'<span style="background:{HEX[color]};color:#000">&nbsp;{least:g}&nbsp;</span>'
+        for least, color in reversed(SHADES)
+    )
+    yield (
+        '<!doctype html>\n<html><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width"><meta name="color-scheme" '
+        f'content="light dark"><title>Surprisal</title><style>{STYLE}{HTML_STYLE}</style></head>'
+        f"\n<body><p>bits of surprisal from {shades}</p>\n<div>{names}</div>\n"
+    )
+    for record in records:
+        yield f"<div>{''.join(f'<p>{segments_html(parts)}</p>' for parts in record)}</div>\n"
+    yield "</body></html>\n"
+
+
+def in_lines(parts: Sequence[Segment], columns: int) -> list[list[Segment]]:
+    """The segments in lines of so many columns, which end after words where they can.
+
+    Control characters are drawn, and a tab is four spaces.
+    """
+    lines: list[list[Segment]] = [[]]
+    room = columns
+    characters = [
+        Segment(c, part.bits) for part in parts for c in _drawable(part.text).replace("\t", "    ")
+    ]
+    for space, group in groupby(characters, key=lambda each: each.text.isspace()):
+        word = list(group)
+        needed = sum(width(each.text) for each in word)
+        if needed > room and not space and needed <= columns:
+            lines.append([])
+            room = columns
+        for each in word:
+            if width(each.text) > room:
+                lines.append([])
+                room = columns
+                if space:
+                    break
+            lines[-1].append(each)
+            room -= width(each.text)
+    return lines
+
+
+def _svg_line(line: Sequence[Segment], x: float, y: float) -> Iterator[str]:
+    for bits, same in groupby(line, key=lambda each: each.bits):
+        text = "".join(each.text for each in same)
+        size, color = width(text) * CELL, shade(bits)
+        title = f"<title>{_tooltip(Segment(text, bits))}</title>"
+        if color:
+            yield (
+                f'<rect x="{x:.1f}" y="{y - 15:.1f}" width="{size:.1f}" height="{LINE}" '
+                f'fill="{HEX[color]}">{title}</rect>'
+            )
+        style = ' fill="#000"' if color else ' fill-opacity="0.5"' if color is None else ""
+        yield (
+            f'<text x="{x:.1f}" y="{y:.1f}" textLength="{size:.1f}" '
+            f'lengthAdjust="spacingAndGlyphs" xml:space="preserve"{style}>{escape(text)}{title}'
+            "</text>\n"
+        )
+        x += size
+
+
+def svg_page(models: Sequence[str], records: Iterable[Sequence[list[Segment]]]) -> Iterator[str]:
+    """A picture by itself, in pieces: the lines of each record, several models side by side."""
+    columns = max(24, SVG_COLUMNS // len(models)) if models else SVG_COLUMNS
+    y, shapes = 30.0, list[str]()
+    for k, name in enumerate(models):
+        x = 10 + k * (columns + 3) * CELL
+        shapes.append(
+            f'<text x="{x:.1f}" y="{y}" font-weight="bold">{escape(_drawable(name))}</text>'
+        )
+    y += LINE * bool(models)
+    for record in records:
+        wrapped = [in_lines(parts, columns) for parts in record]
+        for k, lines in enumerate(wrapped):
+            for number, line in enumerate(lines):
+                x = 10 + k * (columns + 3) * CELL
+                shapes += _svg_line(line, x, y + number * LINE)
+        y += LINE * max(map(len, wrapped))
+    size = 20 + (columns + 3) * CELL * max(1, len(models)) - 3 * CELL
+    yield (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{size:.0f}" height="{y:.0f}" '
+        f'viewBox="0 0 {size:.0f} {y:.0f}" font-size="14"><style>{STYLE}</style>'
+    )
+    yield from shapes
+    yield "</svg>\n"
