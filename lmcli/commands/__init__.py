@@ -130,7 +130,7 @@ def _user_error(error: click.ClickException) -> errors.UserError:
     names = {word: each for each in context.command.params for word in each.opts}
     parameter = getattr(error, "param", None) or names.get(name)
     if isinstance(error, click.NoSuchOption):
-        long_names = [word for word in names if word.startswith("--")]
+        long_names = [word for word in names if re.match("--(?!help)", word)]
         what = f"no such option {name}{errors.did_you_mean(name, long_names, 0.6)}"
         if len(long_names) <= MOST_OPTIONS:
             hint = f"its options are {', '.join(long_names)}; {more}"
@@ -156,6 +156,8 @@ def _what_is_wrong(error: click.ClickException, parameter: click.Parameter) -> s
         choices = [str(choice) for choice in kind.choices]
         near = errors.did_you_mean(value.strip("'"), choices, 0.6)
         return f"{value} is not one of {', '.join(choices)}{near}"
+    if isinstance(kind, click.IntRange | click.FloatRange) and " is not a valid " in what:
+        return f"{value} is not a {'whole ' * isinstance(kind, click.IntRange)}number"
     if isinstance(kind, click.IntRange | click.FloatRange) and " range " in what:
         low, high = kind.min, kind.max
         if kind.min_open or kind.max_open:

@@ -296,7 +296,8 @@ def _schema(value: str | None) -> str | None:
         return Path(value).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UsageError(f"{value}: {reason}", where="--json-schema") from error
+        hint = 'give a file with a JSON schema, or the schema itself: {"type": …}'
+        raise UsageError(f"{value}: {reason}", "--json-schema", hint) from error
 
 
 def _from_arguments(args: options.Arguments) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lmcli.errors import UsageError
+from lmcli.errors import UsageError, did_you_mean
 from lmcli.text.characters import RepeatedKey, parse_json
 
 Row = Mapping[str, Any]
@@ -152,9 +152,10 @@ def row_field(row: Row, name: str) -> str:
 
 def check_text(text: Any, name: str, row: Row) -> str:
     """The text itself; ValueError, which names the field, for anything else."""
-    if not isinstance(text, str):
-        raise ValueError(f"field {name!r} is missing or not a text; fields: {field_names(row)}")
-    return text
+    if isinstance(text, str):
+        return text
+    near = "" if name in row else did_you_mean(name, row)
+    raise ValueError(f"field {name!r} is missing or not a text; fields: {field_names(row)}{near}")
 
 
 def row_text(row: Row | str, fields: tuple[str, ...] = ()) -> str:
@@ -460,11 +461,7 @@ class ScoringFields:
 
     def _choices(self, row: Row | str) -> tuple[str, ...]:
         texts = row.get(self.choices) if not isinstance(row, str) else None
-        if (
-            not isinstance(texts, list)
-            or not texts
-            or not all(isinstance(text, str) for text in texts)
-        ):
+        if not (texts and isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
             raise ValueError(f"field {self.choices!r} is missing or no list of texts")
         return tuple(texts)
 
