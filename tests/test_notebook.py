@@ -81,13 +81,13 @@ def test_scores_of_records_are_a_table(lm):
 
 
 def test_shades_are_those_of_the_terminal():
-    from lmcli.output.cells import SHADES
+    from lmcli.terminal.painted_text import HEX, SHADES
 
     def hexadecimal(color):  # xterm's 6 × 6 × 6 colors
         levels = (color - 16) // 36, (color - 16) // 6 % 6, (color - 16) % 6
         return "#" + "".join(f"{0 if not n else 55 + 40 * n:02x}" for n in levels)
 
-    assert tuple((least, hexadecimal(color)) for least, color in SHADES) == notebook.HTML_SHADES
+    assert {color: hexadecimal(color) for _, color in SHADES} == HEX
 
 
 def test_parts_keep_every_character_once():

@@ -13,13 +13,12 @@ from typing import Any, TypeVar
 
 from lmcli import progress
 from lmcli.errors import UserError
+from lmcli.terminal.painted_text import HEX, shade
 from lmcli.terminal.progress import SECONDS_BEFORE, SECONDS_BETWEEN, line_text
 from lmcli.text.characters import visible
 
 Item = TypeVar("Item")
 ROWS_SHOWN, ITEMS_SHOWN = 50, 5
-# bits of surprisal from which a piece has this background
-HTML_SHADES = ((14, "#ff5f5f"), (10, "#ff875f"), (7, "#ffaf5f"), (4, "#ffd787"), (2, "#ffffd7"))
 LINE_COLUMNS = 100
 
 
@@ -142,11 +141,9 @@ def painted_html(pieces: Iterable[tuple[str, float | None]]) -> str:
     """
     spans = []
     for text, bits in pieces:
-        color = next(
-            (shade for least, shade in HTML_SHADES if bits is not None and bits >= least), ""
-        )
-        style = "opacity: 0.55" if bits is None else ""
-        style = f"background: {color}; color: #000" if color else style
+        color = shade(bits)
+        style = "opacity: 0.55" if color is None else ""
+        style = f"background: {HEX[color]}; color: #000" if color else style
         title = "" if bits is None else f' title="{bits:.2f} bits"'
         spans.append(f'<span style="{style}"{title}>{_text(text)}</span>')
     return f'<div style="white-space: pre-wrap; line-height: 1.6">{"".join(spans)}</div>'
