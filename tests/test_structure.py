@@ -34,7 +34,7 @@ FLOORS = (
     ("generation", "scoring", "training"),
     ("api", "__init__"),
     ("evaluation", "planning", "runs"),
-    ("output", "display", "catalog"),
+    ("output", "display", "catalog", "tracking"),
     ("commands", "__main__"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -1,7 +1,8 @@
 """lm train: from text files to a model folder."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 WITH_RESUME = {
     *("resume", "allow_changes", "nproc", "shard", "sets", "device", "threads"),
     *("quiet", "verbose"),
-    *("time_", "steps", "tokens", "epochs"),
+    *("time_", "steps", "tokens", "epochs", "report_to"),
 }
 
 
@@ -129,6 +130,12 @@ def _list_presets(context: click.Context, _: click.Parameter, value: bool) -> No
             metavar="FILE",
             help="With --from: measure bits per byte of FILE before and after, to see forgetting.",
         ),
+        click.option(
+            "--report-to",
+            multiple=True,
+            type=click.Choice(["wandb", "trackio", "tensorboard"]),
+            help="Send figures and samples there too, resumed runs included; may be repeated.",
+        ),
     ),
 )
 @options.quiet
@@ -215,18 +222,23 @@ def _lead(
         run = resume(request, STARTED_AT, note, replicas)
     else:
         run = start.start(_request(args), STARTED_AT, note, replicas)
-    _show(run, view)
+    _show(run, view, args.report_to, note)
     for line in run.closing_lines():
         note(line)
     options.echo(run.folder)
 
 
-def _show(run: "TrainingRun", view: "TrainingView") -> None:
+def _show(
+    run: "TrainingRun", view: "TrainingView", services: Sequence[str], note: Callable[[str], None]
+) -> None:
     """Trains to the end and shows the run's events; raises Interrupted after Ctrl-C."""
+    from lmcli.tracking import Tracking
+
     view.begin(run)
-    with run.signals():
+    with run.signals(), closing(Tracking(run, services, note)) as tracking:
         for kind, event in run.events():
             view.show(kind, event)
+            tracking.report(kind, event)
     if run.stopped:
         raise Interrupted(
             f"stopped after step {run.step:,} and saved; "
@@ -305,6 +317,12 @@ def _check(args: options.Arguments) -> None:
             "--from brings its own model and tokenizer",
             hint="leave out --set model.… and --set tokenizer.…",
         )
+    if args.report_to:
+        from lmcli.tracking import require_installed
+
+        require_installed(args.report_to)
+        if args.check_resume:
+            raise UsageError("--report-to and --check-resume exclude each other")
     if args.resume:
         _check_resume(args)
     elif args.allow_changes:

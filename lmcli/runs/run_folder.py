@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lmcli.api import Model
 
+REPORTS = "reports.json"  # the run's id in each service of --report-to
 # everything that a run writes at its top; --overwrite removes these and nothing else
 OWN_FILES = (
     "config.json",
@@ -34,7 +35,9 @@ OWN_FILES = (
     "loss.svg",
     "adapter_config.json",
     "adapter_model.safetensors",
+    REPORTS,
 )
+OWN_FOLDERS = ("state", "tensorboard", "wandb")
 LOCK_NAME = ".lock"
 
 
@@ -174,9 +177,10 @@ def _remove_run(path: Path) -> None:
     for file in OWN_FILES:
         (path / file).unlink(missing_ok=True)
     clear_leftovers(path)
-    if (path / "state").is_symlink():
-        (path / "state").unlink()
-    shutil.rmtree(path / "state", ignore_errors=True)
+    for name in OWN_FOLDERS:
+        if (path / name).is_symlink():
+            (path / name).unlink()
+        shutil.rmtree(path / name, ignore_errors=True)
 
 
 def _whole_lines(content: bytes) -> list[tuple[bytes, dict[str, Any]]]:
