@@ -28,13 +28,6 @@ FACTS = ("versions", "data", "validation", "result", "choice", "base", "stages")
 KEYS_HELP = "lm help keys lists them all"
 MOST_DEPTH = 50
 MAX_BYTES = 1 << 26  # of a file; a recipe.yaml names the held-out ranges of its files
-OPENING_TOKENS = (
-    yaml.FlowSequenceStartToken,
-    yaml.FlowMappingStartToken,
-    yaml.BlockSequenceStartToken,
-    yaml.BlockMappingStartToken,
-)
-CLOSING_TOKENS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 # keys of `train` whose option has another name
@@ -172,13 +165,32 @@ def to_yaml(recipe: Recipe, **facts: Any) -> str:
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
 
 
-class _SingleKeys(yaml.SafeLoader):
-    """Refuses a mapping with a key twice, of which PyYAML takes the last value."""
+class _PlainValues(yaml.SafeLoader):
+    """Refuses aliases, deep nesting, and a key twice, of which PyYAML takes the last value."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise UsageError(
+                "uses a YAML alias (*name)",
+                where=self.name,
+                hint="write the value out, or use `extends:`",
+            )
+        if self.depth >= MOST_DEPTH and self.check_event(yaml.CollectionStartEvent):
+            raise UsageError(
+                f"is nested more than {MOST_DEPTH} deep",
+                where=f"{self.name}, line {self.peek_event().start_mark.line + 1}",
+            )
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names: set[str] = set()
         for key, _ in node.value:
-            if key.value in names:
+            if str(key.value) in names:  # a list is refused below
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key {key.value} is there twice", problem_mark=key.start_mark
                 )
@@ -199,21 +211,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
             raise UsageError(f"has more than {MAX_BYTES / 1e6:.0f} MB", where=str(path))
         # PyYAML knows UTF-16 by its byte order mark too
         text = data.decode("utf-16" if data[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig")
-        depth = 0
-        for token in yaml.scan(text):
-            if isinstance(token, yaml.AliasToken):
-                raise UsageError(
-                    "uses a YAML alias (*name)",
-                    where=str(path),
-                    hint="write the value out, or use `extends:`",
-                )
-            depth += isinstance(token, OPENING_TOKENS) - isinstance(token, CLOSING_TOKENS)
-            if depth > MOST_DEPTH:
-                raise UsageError(
-                    f"is nested more than {MOST_DEPTH} deep",
-                    where=f"{path}, line {token.start_mark.line + 1}",
-                )
-        document = yaml.load(text, _SingleKeys)
+        loader = _PlainValues(text)
+        loader.name = str(path)
+        document = loader.get_single_data()
     except OSError as error:
         raise UserError(f"cannot read: {error.strerror}", where=str(path)) from error
     # a ValueError is text that is not UTF-8, or a date like 2024-99-99

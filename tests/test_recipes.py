@@ -110,6 +110,7 @@ class TestFiles:
             ("a: 1\n---\nb: 2\n", "mine.yaml, line 2", "is not YAML"),
             ("train: !!python/object:os.system {}", "mine.yaml, line 1", "is not YAML"),
             ("a\0b", "mine.yaml", "is not YAML"),
+            ("? [a]\n: 1\n", "mine.yaml, line 1", "is not YAML: found unhashable key"),
             (b"train: \xff", "mine.yaml", "is not YAML: 'utf-8'"),
             ("[" * 100_000, "mine.yaml, line 1", "is nested more than 50 deep"),
         ],
