@@ -435,7 +435,9 @@ def _range_chunks(handle: BinaryIO, document: Document) -> Iterator[bytes]:
         chunk = handle.read(min(CHUNK_BYTES, remaining))
         if not chunk:
             raise UserError(
-                "is shorter than when it was first read", where=document.file, hint="start again"
+                "is shorter than when it was first read",
+                where=display_name(document.file),
+                hint="start again",
             )
         remaining -= len(chunk)
         yield chunk
@@ -460,6 +462,11 @@ def _cut(chunks: Iterable[bytes], document: Document, keep_cr: bool = True) -> I
         text = text[start:]
         searched = max(0, len(text) - 1)  # a text without a cut is searched once, not once a chunk
     yield piece(text + decoder.decode(b"", final=True), True)
+
+
+def location(file: str, at: int) -> str:
+    """The name of a file and the line that contains byte `at` of it, for messages."""
+    return f"{display_name(file)}, line {line_number(file, at)}"
 
 
 def line_number(file: str, at: int) -> int:

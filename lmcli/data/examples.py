@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lmcli.data.byte_ranges import Document
-from lmcli.data.documents import DocumentFormat, line_number, read_rows
+from lmcli.data.documents import DocumentFormat, location, read_rows
 from lmcli.data.files import write_pinned
 from lmcli.data.rows import RowReader, display_name
 from lmcli.data.schema import (
@@ -255,7 +255,7 @@ def _written(
         if not any(text[span.start : span.end] for span in spans):
             raise UserError("the chat template shows nothing of what the assistant says")
     except UserError as error:
-        where = f"{document.file}, line {line_number(document.file, document.start)}"
+        where = location(document.file, document.start)
         raise UserError(error.what, where, error.hint) from error
     return text, spans
 
@@ -346,7 +346,7 @@ def _label_indices(
             raise UserError(
                 f"label {label!r} is none of the model's labels: "
                 f"{', '.join(names[:20])}{', …' if names[20:] else ''}",
-                where=f"{document.file}, line {line_number(document.file, document.start)}",
+                where=location(document.file, document.start),
                 hint=unknown_label,
             )
         indices.append(numbers[label])

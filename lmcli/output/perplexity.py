@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lmcli.data.documents import line_number
+from lmcli.data.documents import location
 from lmcli.evaluation.intervals import FEW_RECORDS
 from lmcli.evaluation.model_comparison import PairedDifference
 from lmcli.scoring.perplexity import PERPLEXITY_FIGURES, Perplexity
@@ -129,10 +129,9 @@ def remarks(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Iter
         )
     for row in compared:
         for line in row["differing"]:
-            number = line_number(line["file"], line["start"])
-            change = line["second"] - line["first"]
+            change, where = line["second"] - line["first"], location(line["file"], line["start"])
             yield (
-                f"{line['file']}, line {number}: {change:+.1f} bits with {names[row['model']]} "
+                f"{where}: {change:+.1f} bits with {names[row['model']]} "
                 f"({line['first']:.1f} to {line['second']:.1f}): "
                 f"{shortened(line['text'], MAX_LINE_COLUMNS)}"
             )

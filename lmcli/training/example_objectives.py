@@ -9,7 +9,7 @@ from lmcli.data import diagnostics
 from lmcli.data import examples as data_examples
 from lmcli.data.batches import Batch, ExampleCollator, ExampleRows
 from lmcli.data.byte_ranges import Documents
-from lmcli.data.documents import DocumentFormat, line_number
+from lmcli.data.documents import DocumentFormat, location
 from lmcli.data.examples import Examples
 from lmcli.data.rows import display_name
 from lmcli.data.schema import (
@@ -260,7 +260,7 @@ def _limit_lengths(
         first = documents[int(long[0])]
         raise UserError(
             f"longer than the context of {context} tokens, and so are {len(long) - 1:,} others",
-            where=f"{display_name(first.file)}, line {line_number(first.file, first.start)}",
+            where=location(first.file, first.start),
             hint="--on-long truncate or skip, or a larger --set train.context",
         )
     count, too_long = f"{len(long):,} of {len(examples):,}", f"longer than the context of {context}"

@@ -1,7 +1,7 @@
 """Mistakes that new users make: each answer says what is wrong, where, and what to do.
 
 Two more of the kind are in other files: a closed pipe (test_full_and_closed_outputs.py) and
---resume of a finished run (test_stopping_and_resuming.py).
+--resume of a finished run (test_more_training.py).
 """
 
 import os
