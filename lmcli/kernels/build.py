@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from lmcli import progress
 from lmcli.errors import UserError
 from lmcli.ownership import ForeignFile, open_own
 from lmcli.storage import NoLocks, atomic_path, cache_folder, lock, unlock, user_errors
@@ -93,7 +94,8 @@ def _compiler() -> list[str]:
 def _loaded() -> ctypes.CDLL:
     file = _library_file()
     if not _is_complete(file):
-        _compile_once(file)
+        with progress.stage("compiling kernels, once"):
+            _compile_once(file)
     try:
         return _open(file)
     except OSError:  # perhaps it was linked with libraries that no longer exist

@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from lmcli import ownership
+from lmcli import ownership, progress
 from lmcli.kernels import build, calls
 from lmcli.ownership import ForeignFile
 
@@ -70,6 +71,30 @@ def compiler(tmp_path, monkeypatch):
         return log
 
     return make
+
+
+@needs_compiler
+def test_the_wait_for_the_compiler_is_named(unloaded, compiled, compiler, monkeypatch):
+    class Silent:
+        def told(self) -> None:
+            pass
+
+        def hidden(self, text):
+            return nullcontext()
+
+    compiler(compiled)
+    true, shown = build._compile_once, []
+    monkeypatch.setattr(
+        build, "_compile_once", lambda file: (shown.append(progress.current().label), true(file))
+    )
+    progress.watch(Silent())
+    try:
+        for _ in range(2):
+            assert build.problem() == ""
+            unloaded()
+        assert shown == ["compiling kernels, once"] and progress.current().label == ""
+    finally:
+        progress.watch(None)
 
 
 def compilations(log: Path) -> int:
