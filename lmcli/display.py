@@ -18,7 +18,7 @@ from lmcli.data.output_file import json_line
 from lmcli.terminal import activity
 from lmcli.terminal.live_region import LiveRegion, can_redraw
 from lmcli.terminal.tables import Cell, Column, table
-from lmcli.terminal.training_state import Evaluated, Phase, SampleText, TrainingState, clock
+from lmcli.terminal.training_state import Evaluated, Phase, Report, SampleText, TrainingState, clock
 from lmcli.terminal.wrapping import message_for
 from lmcli.text.characters import for_stream, without_surrogates
 
@@ -112,13 +112,16 @@ class TrainingView:
         self.end(f"stopped at step {self.state.step:,}")
         self._context.close()
 
-    def end(self, how: str = "") -> None:
-        """Ends the live screen; the final state stays. Does nothing the second time."""
+    def end(self, how: str = "", report: Report | None = None) -> None:
+        """Ends the live screen; the final state stays, and the report. Not a second time."""
         if self._region:
-            from lmcli.terminal.training_screen import final_lines
+            from lmcli.terminal.training_screen import final_lines, report_lines
 
-            self.state.ended = how or f"done in {clock(self.state.elapsed)}"
-            self._region.close(final_lines(self.state, self._region.columns))
+            self.state.ended = how or "done"
+            lines = final_lines(self.state, self._region.columns)
+            if report:
+                lines += report_lines(report, self._region.columns)
+            self._region.close(lines)
             self._region = None
 
     def begin(self, run: TrainingRun) -> None:
@@ -128,9 +131,9 @@ class TrainingView:
         state = self.state
         state.name, state.target = str(run.folder), run.objective.target
         state.unit, self._plotted = f"nats/{state.target}", "val_loss"
-        if run.bytes_per_token:
+        if run.record.data.bytes_per_token:
             state.unit, self._plotted = "bits/byte", "val_bits_per_byte"
-            state.nats_per_unit = math.log(2) * run.bytes_per_token
+            state.nats_per_unit = math.log(2) * run.record.data.bytes_per_token
         state.memory = partial(peak_memory, run.record.device_config.device)
         state.stopping = lambda: run.trainer.stop
         for row in run.record.folder.metrics() if self.live else ():

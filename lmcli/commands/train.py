@@ -195,7 +195,7 @@ def _lead(
 ) -> None:
     """Trains as the leader, or as the only process, and prints the folder."""
     from lmcli.distributed import launcher
-    from lmcli.runs import resume_check, start
+    from lmcli.runs import closing_report, resume_check, start
     from lmcli.runs.resume import ResumeRequest, resume
 
     budget = {name: value for name, value in _budget(args).items() if value and args.resume}
@@ -223,7 +223,9 @@ def _lead(
     else:
         run = start.start(_request(args), STARTED_AT, note, replicas)
     _show(run, view, args.report_to, note)
-    for line in run.closing_lines():
+    view.end(report=closing_report.report(run) if view.live else None)
+    summary, *others = run.closing_lines()
+    for line in others if view.live else (summary, *others):
         note(line)
     options.echo(run.folder)
 
@@ -244,7 +246,6 @@ def _show(
             f"stopped after step {run.step:,} and saved; "
             f"resume with: lm train --resume {run.folder}"
         )
-    view.end()
 
 
 def _request(args: options.Arguments) -> "Request":

@@ -34,6 +34,7 @@ from lmcli.training.resume_state import Counters
 from lmcli.training.train_step import Note, Step, TrainStep
 
 SAMPLE_TOKENS = 60
+LARGE = 1_000_000_000  # parameters
 
 
 def make_train_step(
@@ -100,6 +101,21 @@ def sample_text(model: Transformer, data: TrainingData, config: GenerateConfig, 
     return f"{prompt.text} → {text}" if prompt.text else text
 
 
+def finished_sample(record: RunRecord, trainer: Trainer) -> str:
+    """A text of the best model, which the model card shows, too.
+
+    "" where the objective has none, and for a model that is too large to be loaded again.
+    """
+    model, counters = trainer.train_step.model, trainer.counters
+    if trainer.replicas.sharded or sum(p.numel() for p in model.parameters()) > LARGE:
+        return ""
+    if counters.best_step != counters.step or counters.averaged:
+        model = checkpoints.load(record.path, record.device_config.device).model
+    sample = sample_text(model, record.data, record.recipe.generate, counters.step)
+    record.write_card(trainer.train_step, sample)
+    return sample
+
+
 class TrainingRun:
     """A run under way. Iterate `events()` inside `signals()`; `stopped` if a signal ended it."""
 
@@ -131,11 +147,6 @@ class TrainingRun:
         """True if the run was stopped before its budget was used up and the result measured."""
         return self.trainer.stop and self.trainer.counters.looked < 1.0
 
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token of the loss; 0 if the loss is not one of plain text."""
-        return self.record.data.bytes_per_token
-
     def events(self) -> Iterator[tuple[str, object]]:
         """("step" | "due" | "validation" | "sample" | "note", record) as they happen.
 
@@ -164,6 +175,8 @@ class TrainingRun:
                             if trainer.counters.begins_stage:
                                 record.write_recipe()
             record.finish(trainer.train_step, self.stopped)
+            if not self.stopped and (sample := finished_sample(record, trainer)):
+                yield "sample", SampleText(self.step, sample, finished=True)
             if record.remembered and not self.stopped:
                 yield from self._measure_forgetting()
         except Diverged as error:

@@ -14,10 +14,10 @@ from lmcli.kernels import build
 from lmcli.model.device import DeviceConfig
 from lmcli.recipes import BUDGETS
 from lmcli.runs import changes
-from lmcli.runs.loss_curve import draw
-from lmcli.runs.model_card import model_card
+from lmcli.runs.model_card import CommandExample, example_text, model_card
 from lmcli.runs.run_folder import RunFolder
 from lmcli.storage import copy_file, sha256_of, write_text
+from lmcli.terminal.loss_curve import draw
 from lmcli.training import datasets, resume_state
 from lmcli.training.datasets import Source
 from lmcli.training.loop import Validation
@@ -193,7 +193,10 @@ class RunRecord:
         return environment
 
     def finish(self, train_step: TrainStep, stopped: bool) -> None:
-        """Writes recipe.yaml, loss.svg and the model card of a run that has ended or stopped."""
+        """Writes recipe.yaml, loss.svg and the model card of a run that has ended or stopped.
+
+        The card has no sample yet.
+        """
         counters: Counters = train_step.counters
         self.result |= {
             "steps": counters.step,
@@ -205,20 +208,29 @@ class RunRecord:
         if drawn := datasets.drawn_rows(self.source.shares, train_step.rows, counters.rows):
             self.result["drawn"] = drawn
         self.write_recipe()
-        objective = self.data.objective
-        curve = draw(self.folder.metrics(), objective.target, objective.plotted)
+        name, target = self.path.resolve().name, self.data.objective.target
+        curve = draw(self.folder.metrics(), name, target, self.data.bytes_per_token)
         write_text(self.path / "loss.svg", curve)
+        self.write_card(train_step)
+
+    def example(self, folder: str) -> CommandExample:
+        """What the commands of this run are shown with."""
+        return CommandExample(folder, example_text(self.data), self.source.files[0])
+
+    def write_card(self, train_step: TrainStep, sample: str = "") -> None:
+        """Writes the model card, with a sample of the finished model."""
         config = train_step.model.config
         card = model_card(
-            self.path.resolve().name,
+            self.example(self.path.resolve().name),
             config,
             self.recipe.train,
-            objective,
+            self.data.objective,
             sum(p.numel() for p in train_step.model.parameters()),
             family_of(config).heads[config.head],
             self.source.files,
             self.result,
             self.data.context_prefix,
             self.base.get("model", ""),
+            sample,
         )
         write_text(self.path / "README.md", card)

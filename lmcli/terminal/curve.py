@@ -127,10 +127,11 @@ def braille(
     ] + known[-1:]
     # dots from the height of the column before to its own
     levels = [(x, (4 * rows - 1) * (high - y) / ((high - low) or 1.0)) for x, y in heights]
-    before = levels[0][1] if levels else 0.0
+    before: int | None = None
     for x, level in levels:
-        top, bottom = sorted((round(before + (level - before) / 2), round(level)))
-        for y in range(max(0, top), min(4 * rows - 1, bottom) + 1):
+        row = round(level)
+        other = row if before in (None, row) else before + (1 if row > before else -1)
+        for y in range(max(0, min(row, other)), min(4 * rows - 1, max(row, other)) + 1):
             cells[y // 4][x // 2] |= DOTS[x % 2][y % 4]
-        before = level
+        before = row
     return cells

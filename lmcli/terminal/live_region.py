@@ -167,7 +167,7 @@ def _hide_keys(stream: TextIO) -> Any:
         return None
     try:
         number = stream.fileno()
-        if os.tcgetpgrp(number) != os.getpgrp():
+        if _in_background(number):
             return None
         before = termios.tcgetattr(number)
         flags = before[3] & ~termios.ECHO
@@ -177,11 +177,19 @@ def _hide_keys(stream: TextIO) -> Any:
     return before
 
 
+def _in_background(number: int) -> bool:
+    """True if the terminal controls this process, and another one has it at the moment."""
+    try:
+        return os.tcgetpgrp(number) != os.getpgrp()
+    except OSError:
+        return False
+
+
 def _show_keys(stream: TextIO, before: Any) -> None:
     if before is None:
         return
     import termios
 
     with contextlib.suppress(OSError, termios.error):
-        if os.tcgetpgrp(stream.fileno()) == os.getpgrp():
+        if not _in_background(stream.fileno()):
             termios.tcsetattr(stream.fileno(), termios.TCSANOW, before)

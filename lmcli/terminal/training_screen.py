@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -11,12 +12,13 @@ from rich.text import Text
 
 from lmcli.terminal import curve
 from lmcli.terminal.tables import fit
-from lmcli.terminal.training_state import SampleText, TrainingState, clock
+from lmcli.terminal.training_state import Comparison, Report, SampleText, TrainingState, clock
 from lmcli.text.characters import visible
 
 TRAINING, VALIDATION, BEST, QUIET = "cyan", "magenta", "bold green", "dim"
 MARK, BEST_MARK = "●", "◆"
 MOST_COLUMNS = 118  # a line of text that is longer reads badly
+MOST_BOX_COLUMNS = 88
 MOST_CURVE_ROWS, LOW_CURVE_ROWS, FEWEST_CURVE_ROWS, FINAL_CURVE_ROWS = 14, 6, 4, 8
 MOST_SAMPLES, FINAL_SAMPLES = 8, 6
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
@@ -54,6 +56,41 @@ def final_lines(state: TrainingState, columns: int) -> list[Text]:
     if state.samples:
         lines += [Text(), *_sample_lines(state.samples, columns, 16, FINAL_SAMPLES)]
     return lines
+
+
+def report_lines(report: Report, columns: int) -> list[Text]:
+    """A box with what a run has reached and what that means; below it the commands to try."""
+    columns = min(columns, MOST_BOX_COLUMNS)
+    inner = columns - 4
+    first, *rest = (Text(visible(figure)) for figure in report.figures)
+    first.stylize(BEST)
+    lines = flow([first, *rest], inner)
+    if report.comparison:
+        lines += [Text(), *_comparison_lines(report.comparison, inner)]
+    name = shorten(visible(report.name, keep=""), inner)
+    top = Text("╭─ ", style=QUIET).append(name, style="bold")
+    top.append(f" {'─' * (columns - 5 - cell_len(name))}╮", style=QUIET)
+    boxed = [top]
+    for line in lines:
+        boxed.append(Text("│ ", style=QUIET).append_text(line))
+        boxed[-1].append(" " * (inner - line.cell_len)).append(" │", style=QUIET)
+    boxed.append(Text(f"╰{'─' * (columns - 2)}╯", style=QUIET))
+    commands = [Text(f"  {visible(command)}") for command in report.commands]
+    return [*boxed, Text("Try next:", style="bold"), *commands]
+
+
+def _comparison_lines(comparison: Comparison, columns: int) -> list[Text]:
+    """A bar for each value, as long as it is large."""
+    top = max((value for value in comparison.values.values() if math.isfinite(value)), default=0.0)
+    names = max(map(len, comparison.values))
+    room = max(1, columns - names - 9)
+    lines = []
+    for number, (name, value) in enumerate(comparison.values.items()):
+        line = Text(f"{name:{names}} {value:7.3f} ", style="" if number else "bold")
+        size = round(room * value / top) if top > 0 and math.isfinite(value) else 0
+        lines.append(line.append("━" * size, style=QUIET if number else TRAINING))
+    texts = [comparison.unit, comparison.remark]
+    return [*lines, *(Text(line, QUIET) for text in texts for line in _wrapped(text, columns))]
 
 
 # -- figures

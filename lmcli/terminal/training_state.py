@@ -34,6 +34,25 @@ class Phase:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A figure beside those of simple methods; `unit` says what it is, `remark` how they do it."""
+
+    unit: str
+    values: dict[str, float]
+    remark: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The end of a run: its figures, what they mean, and the commands to try next."""
+
+    name: str
+    figures: list[str]
+    comparison: Comparison | None
+    commands: list[str]
+
+
 @dataclass
 class TrainingState:
     """A run as far as it has come. Losses are in `unit`, such as bits/byte.

@@ -99,3 +99,8 @@ def without_surrogates(value: Any) -> Any:
     if isinstance(value, dict):
         return {without_surrogates(key): without_surrogates(item) for key, item in value.items()}
     return value
+
+
+def counted(count: int, name: str) -> str:
+    """The number with the name of what is counted: "1 row", "1,234 rows"."""
+    return f"{count:,} {name}{'' if count == 1 else 's'}"

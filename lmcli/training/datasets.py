@@ -14,6 +14,7 @@ from lmcli.data.rows import TABLES, file_format
 from lmcli.data.samplers import MixtureSampler
 from lmcli.data.schema import TEXT_LABEL_FIELDS
 from lmcli.errors import UsageError, UserError, did_you_mean
+from lmcli.text.characters import counted
 from lmcli.training.schedules import EVALUATED_BYTES
 
 MIN_TOKENS = 32  # of a text to train on
@@ -357,9 +358,10 @@ def split(source: Source, validation_bytes: int, note: Callable[[str], None]) ->
     _require_unchanged(source.hashes, hashes)
     # what was skipped, and the sizes
     if skipped := sum(survey.skipped for survey in surveys):
-        note(f"{skipped} bad records left out")
+        note(f"{counted(skipped, 'bad record')} left out")
     if empty := sum(survey.empty for survey in surveys):
-        note(f"{empty:,} rows with an empty {'side' if doc_format.paired else 'text'} left out")
+        what = "side" if doc_format.paired else "text"
+        note(f"{counted(empty, 'row')} with an empty {what} left out")
     result = Split(
         replace(source, hashes=hashes),
         Documents.joined(training),
@@ -399,27 +401,26 @@ def _require_unchanged(known: dict[str, str], hashes: dict[str, str]) -> None:
 
 def _sizes(split: Split, doc_format: DocumentFormat) -> str:
     held_out, measured = split.validation.bytes, split.measured.bytes
-    count, what = len(split.training), kind(doc_format)
-    if count == 1:
-        what = what.removesuffix("s")
     text = (
-        f"{count:,} {what}, {split.training.bytes:,} bytes to train on; {held_out:,} bytes held out"
+        f"{kind(doc_format, len(split.training))}, {split.training.bytes:,} bytes to train on; "
+        f"{held_out:,} bytes held out"
     )
     if measured < held_out:
         text += f", {measured:,} of them measured (train.validation_bytes)"
     return text
 
 
-def kind(doc_format: DocumentFormat) -> str:
-    """What the documents of a format are called, with the fields that are read."""
+def kind(doc_format: DocumentFormat, count: int | None = None) -> str:
+    """What the documents of a format are called, with the fields that are read; counted or not."""
+    name, fields = "document", doc_format.fields
     if doc_format.paired:
-        what = "conversations" if doc_format.chat else "pairs"
-        return f"{what} ({' + '.join(doc_format.fields)})"
-    if doc_format.label:
-        return f"labelled texts ({' + '.join((*doc_format.fields, doc_format.label))})"
-    if doc_format.answers:
-        return f"questions ({' + '.join((*doc_format.fields, doc_format.answers))})"
-    return "documents"
+        name = "conversation" if doc_format.chat else "pair"
+    elif doc_format.label:
+        name, fields = "labelled text", (*fields, doc_format.label)
+    elif doc_format.answers:
+        name, fields = "question", (*fields, doc_format.answers)
+    names = f"{name}s" if count is None else counted(count, name)
+    return names if name == "document" else f"{names} ({' + '.join(fields)})"
 
 
 def ranges(documents_: Documents) -> list[dict]:

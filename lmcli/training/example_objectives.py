@@ -75,6 +75,10 @@ class ExampleData(TrainingData):
             self.objective, model, lambda: rows.in_order(EVALUATION_BATCH_TOKENS), figures
         )
 
+    def example_ids(self) -> list[int]:
+        """The first text or source of the validation set."""
+        return self.validation.sources[0].tolist()
+
     def _figures(self, metric: str) -> TargetFigures:
         return TargetFigures(self.objective.target, metric=metric)
 
@@ -98,6 +102,10 @@ class PairData(ExampleData):
 
 class ChatData(PairData):
     """Conversations, of which the assistant's part is learned."""
+
+    def example_ids(self) -> list[int]:
+        """None: a conversation is written by the chat template."""
+        return []
 
     def sample_prompt(self, step: int, model: ModelConfig) -> SamplePrompt:
         """A conversation of the validation set up to the assistant's last message."""
@@ -392,12 +400,11 @@ COMPLETION = Objective(
     choices=vocabulary_size,
     card=CardText(
         "text-generation",
-        "lm generate -m DIR < PROMPTS",
+        "lm generate -m DIR PROMPT",
         "AutoModelForCausalLM",
         GENERATION_EXAMPLE,
         target_table("tokens of completions, each given the ones before it"),
     ),
-    plotted="val_bits_per_byte",
     random_rows=random_packed,
 )
 
@@ -414,7 +421,7 @@ SEQ2SEQ = Objective(
     choices=vocabulary_size,
     card=CardText(
         "",  # transformers has no pipeline for it any more
-        "lm generate -m DIR < SOURCES",
+        "lm generate -m DIR PROMPT",
         "AutoModelForSeq2SeqLM",
         GENERATION_EXAMPLE,
         target_table("target tokens, each given the ones before it"),
@@ -440,7 +447,7 @@ CLASSIFICATION = Objective(
     choices=lambda model, train: len(model.labels),
     card=CardText(
         "text-classification",
-        "lm classify -m DIR FILE",
+        "echo PROMPT | lm classify -m DIR",
         "AutoModelForSequenceClassification",
         CLASSIFICATION_EXAMPLE,
         target_table("texts"),

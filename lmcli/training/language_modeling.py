@@ -35,6 +35,7 @@ from lmcli.training.objective import (
     vocabulary_size,
 )
 
+EXAMPLE_TOKENS = 24
 MIN_BENCHMARK_TOKENS = 65_536
 SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -45,6 +46,10 @@ class PackedData(TrainingData):
 
     corpus: Corpus | Mixture
     validation: list[EncodedDocument]
+
+    def example_ids(self) -> list[int]:
+        """The beginning of the validation text."""
+        return self.validation[0].ids[:EXAMPLE_TOKENS].tolist()
 
 
 class CausalData(PackedData):
@@ -62,6 +67,16 @@ class CausalData(PackedData):
     ) -> Evaluation:
         """Perplexity of the validation documents, as `lm perplexity` measures it."""
         return perplexity(model, self.tokenizer, self.validation)
+
+    @property
+    def corpus_ids(self) -> np.ndarray | None:
+        """The ids of the text, unless it is a mixture of several."""
+        return self.corpus.ids if isinstance(self.corpus, Corpus) else None
+
+    @property
+    def validation_ids(self) -> list[np.ndarray]:
+        """The ids of each document of the validation set."""
+        return [document.ids for document in self.validation]
 
     def sample_prompt(self, step: int, model: ModelConfig) -> SamplePrompt:
         """The token that begins every context, else the first one of the validation text."""
@@ -241,14 +256,13 @@ CAUSAL = Objective(
     choices=vocabulary_size,
     card=CardText(
         "text-generation",
-        'lm generate -m DIR "Once"\nlm score -m DIR FILE',
+        "lm generate -m DIR PROMPT\necho PROMPT | lm score -m DIR --color",
         "AutoModelForCausalLM",
         GENERATION_EXAMPLE,
         perplexity_table,
         "lm perplexity -m DIR --validation measures the same",
     ),
     mixable=True,
-    plotted="val_bits_per_byte",
     evaluation_passes=2.0,  # windows overlap by half
     auto_sizes=True,
     random_rows=random_packed,

@@ -286,8 +286,9 @@ class Trainer:
         if not every:
             return times - math.floor(last * times)
         step = self.counters.step
-        left = (step - self.counters.stage_step) * (1.0 - share) / share if share else 0.0
-        return int(step + left) // every - (step - 1) // every
+        before = self.counters.stage_step
+        planned = before + math.floor((step - before) / share + 1e-6) if share else step
+        return planned // every - (step - 1) // every
 
     def _evaluation_cost(self) -> float:
         """Seconds of an evaluation: of the last one, else estimated from the speed of training."""

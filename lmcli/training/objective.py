@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -104,6 +104,20 @@ class TrainingData(ABC):
         """The prompt of the sample text after a step; None if the objective has no sample text."""
         return None
 
+    @property
+    def corpus_ids(self) -> np.ndarray | None:
+        """The ids of the training text, if it is one text whose next tokens are predicted."""
+        return None
+
+    @property
+    def validation_ids(self) -> list[np.ndarray]:
+        """The ids of each document of the validation set, likewise."""
+        return []
+
+    def example_ids(self) -> Sequence[int]:
+        """The ids of a text of the validation set, for examples of commands; () for none."""
+        return ()
+
 
 @dataclass(frozen=True)
 class EncodingInput:
@@ -133,7 +147,8 @@ class CardText:
     """An objective's lines of the model card; `figures` makes a table of recipe.yaml's `result`.
 
     `pipeline` is the pipeline of transformers, "" if there is none. `example` are lines of Python
-    that use a `model` of `auto_class` and its `tokenizer`.
+    that use a `model` of `auto_class` and its `tokenizer`. `usage` are commands. In all of them
+    DIR is the model's folder, PROMPT an example of a text and DATA the first training file.
     """
 
     pipeline: str
@@ -145,7 +160,7 @@ class CardText:
 
 
 GENERATION_EXAMPLE = """
-ids = model.generate(tokenizer("Once upon a time", return_tensors="pt").input_ids)
+ids = model.generate(tokenizer(PROMPT, return_tensors="pt").input_ids)
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 """
 
@@ -172,7 +187,6 @@ class Objective:
     card: CardText
     smooths: bool = True  # whether label smoothing applies
     mixable: bool = False  # whether --weights applies
-    plotted: str = "val_loss"  # the validation metric in loss.svg
     preset: str = ""  # the preset that `auto` takes from scratch; "" for `auto` itself
     finetune_preset: str = "finetune"  # the preset that `auto` takes with --from
     evaluation_passes: float = 1.0  # how often an evaluation reads a token of the validation set

@@ -243,7 +243,7 @@ SPAN = Objective(
     choices=lambda model, train: train.context,
     card=CardText(
         "",  # transformers has no pipeline for it any more
-        "lm classify -m DIR QUESTIONS.jsonl",
+        "lm classify -m DIR DATA",
         "AutoModelForQuestionAnswering",
         ANSWER_EXAMPLE,
         answers_table,

@@ -49,7 +49,7 @@ def test_figures_and_samples_are_those_of_the_run(inside, text, tmp_path, wandb)
         names = FIGURES if "loss" in line else line.keys() - FIGURES
         row = {name: line[name] for name in ("step", *names)}
         assert any(row.items() <= sent.items() for sent in wandb.rows)
-    assert [row["step"] for row in wandb.rows if "sample" in row] == [2]
+    assert [row["step"] for row in wandb.rows if "sample" in row] == [2, 4]
     assert all(row["sample"].startswith("<pre>") for row in wandb.rows if "sample" in row)
     assert wandb.finished == [True] and wandb.inits[0]["config"]["train"]["steps"] == 4
 

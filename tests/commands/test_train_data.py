@@ -63,7 +63,7 @@ def test_duplicates_overlap_and_label_shares_are_reported(train):
     code, stderr, _ = train(rows)
     assert code == 0, stderr
     assert (
-        "1 rows with an empty text left out" in stderr
+        "1 row with an empty text left out" in stderr
         and "3 of 36 training examples are repeated word for word" in stderr
     )
     assert "1 training texts come with more than one label" in stderr

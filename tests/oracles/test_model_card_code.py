@@ -9,7 +9,7 @@ import pytest
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints.families import FAMILIES
 from lmcli.config import GenerateConfig, ModelConfig, TokenizerConfig, TrainConfig
-from lmcli.runs.model_card import model_card
+from lmcli.runs.model_card import CommandExample, model_card
 from lmcli.text.tokenizer import learn
 from lmcli.training.objectives import OBJECTIVES
 
@@ -25,7 +25,7 @@ def card(name: str) -> str:
             return 1
 
     return model_card(
-        name="a",
+        example=CommandExample("DIR", "Once upon a time"),
         config=ModelConfig(vocab_size=300, max_position_embeddings=64),
         train=TrainConfig(),
         objective=OBJECTIVES[name],

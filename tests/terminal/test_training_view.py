@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,8 +56,10 @@ def new_view(quiet=False, bytes_per_token=4.0, target="token"):
         SimpleNamespace(
             folder="runs/a",
             objective=SimpleNamespace(target=target),
-            bytes_per_token=bytes_per_token,
-            record=SimpleNamespace(device_config=SimpleNamespace(device=None)),
+            record=SimpleNamespace(
+                device_config=SimpleNamespace(device=None),
+                data=SimpleNamespace(bytes_per_token=bytes_per_token),
+            ),
             trainer=SimpleNamespace(train_step=SimpleNamespace(compiled=False)),
         )
     )
@@ -256,3 +259,17 @@ def test_a_region_higher_than_the_terminal_is_cut():
     region.refresh()
     region.refresh()
     assert drawn(stream).lines == [f"row {i}" for i in range(23)]
+
+
+def test_lines_that_a_narrower_window_has_wrapped_are_all_drawn_over(monkeypatch):
+    from rich.text import Text
+
+    stream, size = FakeTerminal(), [(41, 24)]
+    monkeypatch.setattr("os.get_terminal_size", lambda number: os.terminal_size(size[0]))
+    stream.fileno = lambda: 1
+    region = LiveRegion(stream, lambda columns, rows: [Text("x" * min(30, columns))] * 3)
+    region.refresh()
+    size[0] = (21, 24)
+    stream.truncate(0)
+    region.refresh()
+    assert "\x1b[5A" in stream.getvalue()  # three lines of 30 take six rows of 21

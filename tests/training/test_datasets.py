@@ -152,7 +152,7 @@ def test_too_little_text(prepare, words, context, message):
 def test_notes_count_what_is_left_out(prepare, tmp_path):
     rows = "".join(f'{{"text": "row {i} of a few"}}\n' for i in range(40)) + "broken\n"
     _, _, notes = prepare(rows, doc_format=DocumentFormat(on_error="skip"), name="rows.jsonl")
-    assert "1 bad records left out" in notes
+    assert "1 bad record left out" in notes
     (tmp_path / "noise.bin").write_bytes(b"\0")
     notes = []
     datasets.open_sources((str(tmp_path),), (), DocumentFormat(), None, notes.append)

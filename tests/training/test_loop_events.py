@@ -321,3 +321,26 @@ def test_a_state_saved_by_the_clock_resumes_with_the_evaluation_that_was_due(run
     again.train_step.begin(trainer.counters)
     events = [event for event in again.events() if isinstance(event, loop.Validation)]
     assert [event.step for event in events] == [step for step in whole if step > 2]
+
+
+def test_the_time_left_counts_what_is_planned_and_hardly_rises(run, clock):
+    """80 steps of a second, 4 evaluations of 10 s, saves of 2 s: nothing is a surprise."""
+    trainer = run(steps=80, eval_every=20, evaluation_seconds=10.0, save_every=40)
+    trainer.counters.evaluation_seconds = 10.0  # as once measured
+    step = trainer.train_step.update
+
+    def slow_step(*arguments):
+        clock.now += 1.0
+        return step(*arguments)
+
+    trainer.train_step.update = slow_step
+    left, seconds = [], []
+    for event in trainer.events():
+        if isinstance(event, loop.Due) and event.what == "save":
+            clock.now += 2.0
+        elif isinstance(event, loop.Step):
+            left.append(event.remaining)
+            seconds.append(clock.now)
+    expected = [clock.now - now for now in seconds]
+    assert left == pytest.approx(expected, abs=4.0)  # a save is known once it was made
+    assert all(b <= 1.1 * a for a, b in itertools.pairwise(left))
