@@ -162,7 +162,7 @@ class TestGuides:
 
 class TestNumbers:
     def test_every_figure_of_the_commands_is_defined(self):
-        from lmcli.output import perplexity, score
+        from lmcli.output import perplexity, score, score_forms
 
         style = score.ScoreFormat()
         names = {
@@ -170,8 +170,8 @@ class TestNumbers:
             for rows in (
                 score.RecordRows(style),
                 score.PieceRows(style, "token", alternatives=1),
-                score.PairRows(style),
-                score.ChoiceRows(style),
+                score_forms.PairRows(style),
+                score_forms.ChoiceRows(style),
             )
             for name in rows.columns
         }
