@@ -2,9 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 Offer = tuple[str, str, str]  # a word, its meaning, and how click's scripts take it
 GUIDES_FOLDER = Path(__file__).resolve().parent.parent / "guides"
@@ -14,30 +13,30 @@ FIRST_BYTES = 1 << 18  # of a file, in which its columns are looked for
 
 
 def candidates(
-    names: Collection[str], metavar: str, word: str, params: Mapping[str, Any]
+    names: Collection[str], metavar: str, word: str, typed: Sequence[str]
 ) -> list[Offer]:
     """What may stand for `word`, the value of the option or argument with one of these names.
 
-    `params` are the values of what was typed before. FILE and DIR are left to the shell.
+    `typed` are the command's words before it. FILE and DIR are left to the shell.
     """
     for name in names:
         if name in COMPLETERS:
-            return [offer for offer in COMPLETERS[name](word, params) if offer[0].startswith(word)]
+            return [offer for offer in COMPLETERS[name](word, typed) if offer[0].startswith(word)]
     if re.search(r"FILE|DATA", metavar):
         return [(word, "", "file")]
     return [(word, "", "dir")] if "DIR" in metavar else []
 
 
-def _presets(word: str, params: Mapping[str, Any]) -> Iterator[Offer]:
-    from lmcli.recipes import preset_folder
+def _presets(word: str, typed: Sequence[str]) -> Iterator[Offer]:
+    from lmcli.recipes import find_preset, preset_names
 
-    for path in sorted(preset_folder().glob("*.yaml")):
-        with path.open(encoding="utf-8") as file:
-            yield path.stem, file.readline().strip("# \n"), "plain"
+    for name in preset_names():
+        with find_preset(name).open(encoding="utf-8") as file:
+            yield name, file.readline().strip("# \n"), "plain"
     yield from _paths(word, (), (".yaml", ".yml"))
 
 
-def _models(word: str, params: Mapping[str, Any]) -> Iterator[Offer]:
+def _models(word: str, typed: Sequence[str]) -> Iterator[Offer]:
     from lmcli.checkpoints import hub
 
     yield from _paths(word, MODEL_MARKS, (".gguf",))
@@ -46,13 +45,13 @@ def _models(word: str, params: Mapping[str, Any]) -> Iterator[Offer]:
     yield from ((name, "", "plain") for name in hub.cached_names())
 
 
-def _runs(word: str, params: Mapping[str, Any]) -> Iterator[Offer]:
+def _runs(word: str, typed: Sequence[str]) -> Iterator[Offer]:
     yield from _paths(word, RUN_MARKS)
     if "/" not in word:
         yield from _paths("runs/", RUN_MARKS)
 
 
-def _models_and_files(word: str, params: Mapping[str, Any]) -> Iterator[Offer]:
+def _models_and_files(word: str, typed: Sequence[str]) -> Iterator[Offer]:
     yield from _paths(word, MODEL_MARKS, ("",))
 
 
@@ -75,14 +74,13 @@ def _paths(word: str, marks: Collection[str], suffixes: tuple[str, ...] = ()) ->
                 yield f"{name}/", "", "plain"
 
 
-def _settings(word: str, params: Mapping[str, Any]) -> Iterator[Offer]:
+def _settings(word: str, typed: Sequence[str]) -> Iterator[Offer]:
     """Sections, then keys of one, then the values of a key that has choices."""
-    from lmcli.catalog.keys import key_rows
-    from lmcli.recipes import SECTIONS
+    from lmcli.catalog.keys import SECTION_CONFIGS, key_rows
 
     key, equals, _ = word.partition("=")
     if "." not in word:
-        yield from ((f"{section}.", "", "plain") for section in SECTIONS)
+        yield from ((f"{section}.", "", "plain") for section in SECTION_CONFIGS)
         return
     for row in key_rows():
         if not equals:
@@ -91,20 +89,19 @@ def _settings(word: str, params: Mapping[str, Any]) -> Iterator[Offer]:
             yield from ((f"{key}={value}", "", "plain") for value in row["range"].split(", "))
 
 
-def _column_list(word: str, params: Mapping[str, Any]) -> Iterator[Offer]:
+def _column_list(word: str, typed: Sequence[str]) -> Iterator[Offer]:
     """Columns of the file on the line, after commas and ROLE=."""
     before = word[: max(word.rfind(","), word.rfind("=")) + 1]
     taken = re.split("[,=]", before)
-    for offer, _, kind in _columns("", params):
+    for offer, _, kind in _columns("", typed):
         if offer not in taken:
             yield before + offer, "", kind
 
 
-def _columns(word: str, params: Mapping[str, Any]) -> Iterator[Offer]:
+def _columns(word: str, typed: Sequence[str]) -> Iterator[Offer]:
     """Columns of the first file on the line that has rows."""
-    files = [*(params.get("files") or ()), *(params.get("data") or ())]
-    files += os.environ.get("COMP_WORDS", "").split()  # also what follows the word
-    for file in files:
+    # COMP_WORDS has what follows the word, too
+    for file in [*typed, *os.environ.get("COMP_WORDS", "").split()]:
         if Path(file).is_file() and (names := column_names(file)):
             yield from ((name, "", "plain") for name in names)
             return
@@ -126,26 +123,24 @@ def column_names(file: str) -> list[str]:
     return list(rows.parse_json_row(first))
 
 
-def _topics(word: str, params: Mapping[str, Any]) -> Iterator[Offer]:
-    words = params.get("words") or ()
-    if words[:1] == ("preset",):
-        yield from _presets(word, params)
-    elif words[:1] == ("keys",):
+def _topics(word: str, typed: Sequence[str]) -> Iterator[Offer]:
+    if typed == ["preset"]:
+        yield from _presets(word, typed)
+    elif typed == ["keys"]:
         yield from _key_names(word)
-    elif not words:
+    elif not typed:
         names = [*(file.stem for file in sorted(GUIDES_FOLDER.glob("*.md"))), "preset", "keys"]
         yield from ((name, "", "plain") for name in names)
 
 
 def _key_names(word: str) -> Iterator[Offer]:
-    from lmcli.catalog.keys import key_rows
-    from lmcli.recipes import SECTIONS
+    from lmcli.catalog.keys import SECTION_CONFIGS, key_rows
 
-    yield from ((section, "", "plain") for section in SECTIONS)
+    yield from ((section, "", "plain") for section in SECTION_CONFIGS)
     yield from ((row["key"], row["meaning"], "plain") for row in key_rows())
 
 
-Completer = Callable[[str, Mapping[str, Any]], Iterator[Offer]]
+Completer = Callable[[str, Sequence[str]], Iterator[Offer]]
 COMPLETERS: dict[str, Completer] = {
     **dict.fromkeys(("--preset",), _presets),
     **dict.fromkeys(("--model", "--from", "name"), _models),

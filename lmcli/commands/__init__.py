@@ -79,6 +79,69 @@ class LazyGroup(click.Group):
         )
 
 
+def _install_completion(context: click.Context, _: click.Parameter, shell: str | None) -> None:
+    """Installs the completion of a shell, "" for the user's, and prints what was written."""
+    if shell is None or context.resilient_parsing:
+        return
+    from click.shell_completion import get_completion_class
+
+    from lmcli.catalog import shells
+
+    shell = shell or shells.default_shell()
+    _register_shells()
+    kind = get_completion_class(shell)
+    if shell not in shells.SCRIPTS or kind is None:
+        raise errors.UsageError(
+            f"no completion for the shell {shell!r}",
+            where="--install-completion",
+            hint=f"name one of {', '.join(shells.SCRIPTS)}",
+        )
+    script = shells.SCRIPTS[shell] % kind(lm, {}, "lm", "_LM_COMPLETE").source_vars()
+    for line in shells.install(shell, script):
+        click.echo(line)
+    context.exit()
+
+
+def _register_shells() -> None:
+    """Lets click write and serve our scripts of completion."""
+    from click import shell_completion
+    from click.shell_completion import CompletionItem
+
+    from lmcli.catalog import shells
+
+    class Bash(shell_completion.BashComplete):
+        source_template = shells.BASH_SCRIPT
+
+        def get_completion_args(self) -> tuple[list[str], str]:
+            line = os.environ.get("COMP_LINE")
+            if line is None:  # a script of click's
+                return super().get_completion_args()
+            words = shell_completion.split_arg_string(line)
+            ends = line[-1:].isspace() and not line.endswith("\\ ")
+            self.word = "" if ends or len(words) < 2 else words.pop()
+            return words[1:], self.word
+
+        def format_completion(self, item: CompletionItem[Any]) -> str:
+            line, breaks = os.environ.get("COMP_LINE"), os.environ.get("COMP_BREAKS", "=:")
+            if line is None or item.type != "plain":
+                return super().format_completion(item)
+            offer = shells.bash_offer(item.value, line, self.word, breaks)
+            return f"{shells.offer_type('plain', item.value)},{offer}"
+
+    class Zsh(shell_completion.ZshComplete):
+        source_template = shells.ZSH_SCRIPT
+
+        def format_completion(self, item: CompletionItem[str]) -> str:
+            item.type = shells.offer_type(item.type, item.value)
+            return super().format_completion(item)
+
+    class Fish(shell_completion.FishComplete):
+        source_template = shells.FISH_SCRIPT
+
+    for kind in (Bash, Zsh, Fish):
+        shell_completion.add_completion_class(kind)
+
+
 @click.group(
     cls=LazyGroup,
     context_settings={
@@ -88,12 +151,23 @@ class LazyGroup(click.Group):
     },
 )
 @click.version_option(__version__, message="lm %(version)s")
+@click.option(
+    "--install-completion",
+    metavar="[SHELL]",
+    is_flag=False,
+    flag_value="",
+    is_eager=True,
+    expose_value=False,
+    callback=_install_completion,
+)
 def lm() -> None:
     """Train and use language models; each is a folder in Hugging Face format."""
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Runs a command line, prints errors on standard error, and returns the exit code."""
+    if "_LM_COMPLETE" in os.environ:
+        return _serve_shell()
     try:
         return lm.main(arguments, prog_name="lm", standalone_mode=False) or errors.EXIT_DONE
     except errors.UserError as error:
@@ -113,8 +187,8 @@ def run(arguments: list[str] | None = None) -> int:
         return errors.EXIT_INTERRUPTED
     except errors.ClosedPipe:
         return errors.EXIT_CLOSED_PIPE
-    except SystemExit as stop:  # click raises it after shell completion and for a closed pipe
-        return int(stop.code or 0) if "_LM_COMPLETE" in os.environ else errors.EXIT_CLOSED_PIPE
+    except SystemExit:  # click raises it for a closed pipe
+        return errors.EXIT_CLOSED_PIPE
     except OSError as error:
         return _write_error(error)
 
@@ -165,6 +239,18 @@ def _what_is_wrong(error: click.ClickException, parameter: click.Parameter) -> s
         limits = f"between {low} and {high}" if high is not None else f"{low} or more"
         return f"{value} is not {limits}"
     return what
+
+
+def _serve_shell() -> int:
+    """Writes a script of completion, or what completes a word; the shell shows no errors."""
+    try:
+        _register_shells()
+        lm.main([], prog_name="lm")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except Exception:
+        return errors.EXIT_FAILED
+    return errors.EXIT_DONE
 
 
 def _print_error(error: errors.UserError) -> None:

@@ -25,6 +25,7 @@ Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 GROUPS = ("What", "Data", "Model", "Budget", "Output", "Machine")  # of options, in this order
 SHORT_EXAMPLES = 5  # of which --help shows so many, and --help-all all
 HELP_ALL = "lmcli.help_all"  # in a context's `meta` with --help-all
+TYPED = "lmcli.typed"  # in a context's `meta`: all words of the command
 UNBROKEN = "\xa0"  # a space at which no line ends
 OPTION_WIDTH = 28  # columns of options in a help page
 
@@ -96,6 +97,7 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """The arguments that are left over; UsageError naming the first option given twice."""
         arguments = list(args)  # click empties `args`
+        ctx.meta[TYPED] = arguments
         try:
             rest = super().parse_args(ctx, args)
         except click.UsageError as error:
@@ -252,13 +254,14 @@ def _completions(
 
     metavar = parameter.metavar or ""
     names = {*parameter.opts, parameter.name or ""}
+    typed = context.meta.get(TYPED, [])
     try:
-        offers = completion.candidates(names, metavar, incomplete, context.params)
+        offers = completion.candidates(names, metavar, incomplete, typed)
     except Exception:  # the shell shows what was typed: there is no place for a message
         offers = []
     root = context.find_root()
     if "COMMAND" in metavar and isinstance(root.command, click.Group):
-        commands = root.command.list_commands(root) if not context.params.get("words") else []
+        commands = [] if typed else root.command.list_commands(root)
         offers += [(name, "", "plain") for name in commands if name.startswith(incomplete)]
     return [CompletionItem(value, type=kind, help=help or None) for value, help, kind in offers]
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 @options.command(
     """
+  lm info                     the runs and models here and in the Hub's cache
   lm info runs/notes
   lm info bert-base-uncased
   lm info -m runs/notes notes.txt
@@ -44,18 +45,15 @@ if TYPE_CHECKING:
 @options.json_output
 @options.flag("-v", "--verbose", help="On a terminal, all facts: without it, what fits.")
 def info(args: options.Arguments) -> None:
-    """Describes a model, a run, a tokenizer.json, a .safetensors file, a text or a folder of texts.
+    """Describes a model, run, tokenizer or text; without a name lists the runs and models here.
 
-    A table on a terminal, the main facts first; in a pipe lines of key and value (tab-separated).
-    Sizes are in bytes.
-    Only the headers of weights are read, so large models are quick. Damage is reported with all
-    facts that can still be read (exit code 1).
+    A tokenizer.json, a .safetensors file and a folder of texts may be named, too. A table on a
+    terminal, the main facts first; in a pipe lines of key and value, or the list as TSV. Sizes are
+    in bytes. Only the headers of weights are read, so large models are quick. Damage is reported
+    with all facts that can still be read (exit code 1).
     """
     if not args.names:
-        raise UsageError(
-            "nothing to describe: give a model folder, a tokenizer.json or a text file",
-            hint="see lm info --help",
-        )
+        return _list_models(args)
     from lmcli.data.output_file import OutputFile, json_line
     from lmcli.output.facts import as_lines, as_table
 
@@ -86,6 +84,30 @@ def info(args: options.Arguments) -> None:
             note(f"error: {problem}")
     if damage:
         raise UserError(damage[-1].what, damage[-1].where, damage[-1].hint)
+
+
+def _list_models(args: options.Arguments) -> None:
+    """Prints the runs and models here, and the models in the Hub's cache."""
+    if args.model or args.fields:
+        raise UsageError(
+            "nothing to describe: give a model folder, a tokenizer.json or a text file",
+            hint="see lm info --help",
+        )
+    from lmcli import display
+    from lmcli.catalog import overview
+    from lmcli.text.characters import visible
+
+    here = overview.local_rows()
+    cached, others = overview.cached_rows()
+    rows = here + cached
+    if not rows and not sys.stdout.isatty():
+        display.note("no runs or models here; lm train TEXT makes one")
+    if not sys.stdout.isatty() or args.as_json:
+        if not args.as_json:
+            rows = [{**row, "name": visible(row["name"], keep="")} for row in rows]
+        display.print_rows(rows, overview.OVERVIEW_COLUMNS, args.as_json)
+        return
+    options.show(overview.readable(here, cached, others))
 
 
 def _tokenizer(model: str | None) -> "Tokenizer | None":

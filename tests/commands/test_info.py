@@ -141,8 +141,9 @@ def test_a_bad_recipe_is_no_traceback(inside, trained, tmp_path, recipe):
     )
 
 
-def test_no_argument_is_usage(inside):
-    assert inside("info").returncode == 2
+def test_an_option_without_a_name_is_an_error(inside):
+    done = inside("info", "--field", "text")
+    assert done.returncode == 2 and b"nothing to describe" in done.stderr
 
 
 def test_an_empty_file_is_a_text(inside, tmp_path):
