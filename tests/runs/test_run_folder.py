@@ -65,7 +65,7 @@ def test_a_file_is_refused(tmp_path):
     fill(tmp_path, "file")
     with pytest.raises(UsageError, match="is a file"):
         run_folder.claim(str(tmp_path / "file"), "", overwrite=True)
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot make this folder"):
         run_folder.claim(str(tmp_path / "file" / "run"), "", overwrite=True)
 
 
