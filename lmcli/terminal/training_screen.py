@@ -112,7 +112,7 @@ def _bar_line(state: TrainingState, columns: int, now: float) -> Text:
     size = max(4, columns - len(figures) - len(time) - 1)
     halves = round(2 * size * min(1.0, state.share))
     full, half = divmod(halves, 2)
-    bar = Text("━" * full + "╸" * half, style=TRAINING)
+    bar = Text().append("━" * full + "╸" * half, style=TRAINING)
     bar.append("━" * (size - full - half), style=QUIET)
     return bar.append(figures).append(time, style="bold")
 
@@ -130,8 +130,8 @@ def _figure_lines(state: TrainingState, columns: int, now: float) -> list[Text]:
     if state.phase and not state.ended:
         passed = clock(max(0.0, now - state.phase.since))
         items.insert(0, Text(f"{state.phase.name} {passed}", style="bold"))
-    loss = Text("⠒⠤ training ", style=TRAINING)
-    loss.append(f"{(state.loss or 0.0) / state.nats_per_unit:.3f} {state.unit}", style="default")
+    loss = Text().append("⠒⠤ training ", style=TRAINING)
+    loss.append(f"{(state.loss or 0.0) / state.nats_per_unit:.3f} {state.unit}")
     losses = [loss]
     if state.nats_per_unit != 1.0:
         losses.append(Text(f"{state.loss or 0.0:.3f} nats/{state.target}", style=QUIET))
@@ -145,7 +145,7 @@ def _evaluation_lines(state: TrainingState, columns: int) -> list[Text]:
     last, best = state.evaluations[-1], state.best
     head, *rest = [visible(part) for part in last.headline.split(" · ")]
     style, mark = (BEST, BEST_MARK) if last.best else (VALIDATION, MARK)
-    first = Text(f"{mark}  validation ", style=style).append(head, style="default")
+    first = Text().append(f"{mark}  validation ", style=style).append(head)
     items = [first, *map(Text, rest), Text(_when(last.step) + (", best" if last.best else ""))]
     if best and best is not last:
         items.append(Text(f"{BEST_MARK} best {best.value:.3f} at {_when(best.step)}", style=BEST))
