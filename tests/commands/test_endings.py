@@ -255,7 +255,9 @@ def test_resume_refuses_changed_data_and_other_options(inside, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The baker went home.\n" * 200)
     assert inside("train", text, "-o", tmp_path / "run", *SMALL, "--steps", 3).returncode == 0
-    assert "--steps" in message(inside("train", "--resume", tmp_path / "run", "--steps", 9), 2)
+    assert "--preset" in message(
+        inside("train", "--resume", tmp_path / "run", "--preset", "tiny"), 2
+    )
     text.write_text("The butcher went home.\n" * 200)
     assert "text.txt" in message(inside("train", "--resume", tmp_path / "run"), 1)
 

@@ -250,8 +250,10 @@ def test_out_of_memory_elsewhere_is_an_error(monkeypatch, part, message):
 
 def test_what_fitted_survives_resuming(room, tmp_path):
     room(4, recomputed=16)
-    run = make_run(micro_batch_tokens=32)
-    list(run.events())
+    run = make_run(micro_batch_tokens=32, steps=8)
+    for _ in run.events():
+        if run.counters.step == 6:
+            break
     resume_state.save(tmp_path, run.counters, run.train_step.model, run.train_step.optimizer)
     again = make_run(steps=8)
     state = resume_state.newest(tmp_path, print)
