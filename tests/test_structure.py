@@ -56,7 +56,7 @@ NEVER = {
     "commands": {"rich"},
     "__main__": {"rich", "click", "torch"},
 }
-HEAVY = ("torch", "numpy", "tokenizers", "transformers", "safetensors", "rich")
+HEAVY = ("torch", "numpy", "tokenizers", "transformers", "safetensors", "rich", "prompt_toolkit")
 COMPILER = ("torch._dynamo", "torch._inductor", "sympy")  # takes as long as torch itself
 
 

@@ -1,9 +1,12 @@
 """`lm generate` at a terminal: a conversation, or prompts that are continued one by one.
 
 Ctrl-C stops a text; a second one at the empty prompt ends the loop, and so does Ctrl-D. Lines that
-begin with / are commands; HELP has them.
+begin with / are commands; HELP has them. prompt_toolkit reads the lines, or readline without it.
 """
 
+import os
+import re
+import select
 import signal
 import sys
 import time
@@ -11,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lmcli import storage
 from lmcli.data.output_file import json_line
@@ -19,7 +22,7 @@ from lmcli.errors import UserError
 from lmcli.generation.batch_generation import speed, stream_one
 from lmcli.generation.chat import Chat
 from lmcli.generation.decoding import slid, slid_note
-from lmcli.text.characters import DIM, PLAIN, for_stream, shows_color, without_surrogates
+from lmcli.text.characters import DIM, PLAIN, for_stream, shows_color, visible, without_surrogates
 from lmcli.text.chat_template import ASSISTANT, Message
 
 try:
@@ -32,6 +35,7 @@ HELP = r'''/reset             forget what was said
 /set NAME VALUE    change an option: /set temperature 0.5; /set alone shows them
 /help              show this; // at the start of a line stands for /
 A line that ends in \ continues in the next one. """ begins and ends several lines.
+With prompt_toolkit Alt-Enter or Ctrl-J begins a new line, and Tab completes commands.
 Ctrl-C stops a text, and ends when pressed again; so does Ctrl-D.'''
 HISTORY_LINES = 1000
 HISTORY_FILE = "generate_history"
@@ -153,14 +157,29 @@ class Session:
             self.seed = int(value)
         elif name:
             if name not in self.options:
-                known = ", ".join([*self.options, "seed", "system"])
+                known = ", ".join(self.settings())
                 raise UserError(f"{name} is no option", hint=f"known: {known}")
             self.decoder(**{name: value or None})
             self.options[name] = value or None
+        values = self.settings().items()
+        return ", ".join(f"{n} {value}" for n, value in values if n == name or not name)
+
+    def settings(self) -> dict[str, Any]:
+        """The options that `set` changes, and their values."""
         config = self.decoder().config
         values = {name: getattr(config, name) for name in self.options} | {"seed": self.seed}
-        values["system"] = self.chat.system if self.chat else None
-        return ", ".join(f"{n} {value}" for n, value in values.items() if n == name or not name)
+        return {**values, "system": self.chat.system if self.chat else None}
+
+    def words(self, line: str) -> dict[str, str]:
+        """The words that may come next in a command's line, and what they mean."""
+        name, space, rest = line.partition(" ")
+        if not space:
+            commands = re.findall(r"^(/\w+)(.*?) {3,}([^,:;\n]+)", HELP, re.MULTILINE)
+            return {word + " " * bool(more): meaning for word, more, meaning in commands}
+        if name != "/set" or " " in rest:
+            return {}
+        values = self.settings().items()
+        return {f"{option} ": visible(str(value), keep="") for option, value in values}
 
     def run(self, line: str) -> str:
         """Runs a command, and returns what it tells the user. Raises UserError."""
@@ -186,8 +205,9 @@ def _system(text: str) -> Message:
 class Terminal:
     """Lines from a user, with editing and history at a terminal; texts and figures to them."""
 
-    def __init__(self, quiet: bool):
+    def __init__(self, quiet: bool, words: Callable[[str], dict[str, str]]):
         self.quiet, self.edits = quiet, sys.stdin.isatty() and sys.stdout.isatty()
+        self.editor = _editor(words) if self.edits else None
         self.text_color = TEXT_COLOR if shows_color(sys.stdout) else ""
         self.dim = DIM if shows_color(sys.stderr) else ""
 
@@ -210,9 +230,16 @@ class Terminal:
         if not self.edits and sys.stdin.isatty():  # standard output has only texts
             print(prompt, end="", file=sys.stderr, flush=True)
         try:
+            if self.editor and not _line_waits():
+                return without_surrogates(self.editor.read(prompt))
             return without_surrogates(input(prompt if self.edits else ""))
         except ValueError as error:
             raise UserError("invalid UTF-8 in this line") from error
+
+    def end_prompt(self, stream: TextIO) -> None:
+        """Ends the line of a prompt that the user left; prompt_toolkit has done so itself."""
+        if not self.editor:
+            print(file=stream)
 
     def text(self, piece: str) -> None:
         """Writes a piece of a generated text."""
@@ -237,9 +264,25 @@ class Terminal:
         print(for_stream(text, sys.stderr), file=sys.stderr)
 
 
+def _editor(words: Callable[[str], dict[str, str]]) -> Any:
+    """What reads the lines; None without prompt_toolkit, and on a terminal that cannot draw."""
+    if os.environ.get("TERM", "").lower() in ("dumb", "unknown"):
+        return None
+    try:
+        from lmcli.generation.line_editor import LineEditor
+    except ImportError:
+        return None
+    return LineEditor(readline, words, StopText)
+
+
+def _line_waits() -> bool:
+    """True if a line was typed before the prompt was there: its end is no key that begins one."""
+    return os.name == "posix" and bool(select.select([sys.stdin], [], [], 0)[0])
+
+
 def talk(session: Session, quiet: bool) -> None:
     """Reads messages and writes answers until the user ends it."""
-    terminal = Terminal(quiet)
+    terminal = Terminal(quiet, session.words)
     interrupted = False  # by the last key
     with _stopping(), _history(terminal.edits):
         while True:
@@ -253,13 +296,13 @@ def talk(session: Session, quiet: bool) -> None:
                     interrupted = _answer(session, terminal, line)
             except EOFError:
                 if terminal.edits:
-                    print()
+                    terminal.end_prompt(sys.stdout)
                 return
             except StopText as stop:
-                ends = interrupted and not (stop.typed or terminal.begun)
-                terminal.note("" if ends else "\nCtrl-C again, or Ctrl-D, ends")
-                if ends:
+                terminal.end_prompt(sys.stderr)
+                if interrupted and not (stop.typed or terminal.begun):
                     return
+                terminal.note("Ctrl-C again, or Ctrl-D, ends")
                 interrupted = True
             except UserError as error:
                 terminal.note(f"error: {error}")

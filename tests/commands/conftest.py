@@ -164,6 +164,22 @@ def trained(lm, story, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def chat_model(small_model, small_tokenizer, tmp_path_factory):
+    """A random model with a chat template; its context is long."""
+    from lmcli.checkpoints import folder
+    from lmcli.config import GenerateConfig
+    from lmcli.text.chat_template import DEFAULT_TEMPLATE
+    from lmcli.text.tokenizer import Tokenizer
+
+    path = tmp_path_factory.mktemp("chat")
+    settings = {**small_tokenizer.settings, "chat_template": DEFAULT_TEMPLATE}
+    model = small_model(max_position_embeddings=8192, vocab_size=small_tokenizer.size)
+    defaults = GenerateConfig(temperature=0.0, max_new_tokens=6)
+    folder.save(path, model, Tokenizer(small_tokenizer.core, settings), defaults)
+    return path
+
+
+@pytest.fixture(scope="session")
 def marian(tmp_path_factory, small_tokenizer):
     """A small Marian model of transformers; its generation_config.json has 3 beams."""
     import torch

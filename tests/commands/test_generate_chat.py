@@ -13,23 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lmcli.checkpoints import folder
-from lmcli.config import GenerateConfig
-from lmcli.text.chat_template import DEFAULT_TEMPLATE
-from lmcli.text.tokenizer import Tokenizer
-
 HI = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No"}]'
-
-
-@pytest.fixture(scope="module")
-def chat_model(small_model, small_tokenizer, tmp_path_factory):
-    """A random model with a chat template; its context is long."""
-    path = tmp_path_factory.mktemp("chat")
-    settings = {**small_tokenizer.settings, "chat_template": DEFAULT_TEMPLATE}
-    model = small_model(max_position_embeddings=8192, vocab_size=small_tokenizer.size)
-    defaults = GenerateConfig(temperature=0.0, max_new_tokens=6)
-    folder.save(path, model, Tokenizer(small_tokenizer.core, settings), defaults)
-    return path
 
 
 class TestPrompts:
@@ -156,12 +140,19 @@ class Screen:
 
 
 @pytest.fixture
-def terminal(environment, inside, chat_model):
-    """terminal(*arguments, **variables): a Screen with the model, whose kernels are compiled."""
+def terminal(environment, inside, chat_model, tmp_path):
+    """terminal(*arguments, **variables): a Screen with the model, whose kernels are compiled.
+
+    There is no prompt_toolkit: readline reads the lines.
+    """
     inside("generate", "-m", chat_model, "-n", 1, "Hi")
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "prompt_toolkit.py").write_text("raise ImportError")
+    paths = [str(tmp_path / "hidden"), environment.get("PYTHONPATH", "")]
 
     def open_(*arguments, model=chat_model, **variables) -> Screen:
         options = ("--temperature", 1, "--threads", 1)
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         screen = Screen({**environment, **variables}, "-m", model, *options, *arguments)
         screen.wait_for(">>> ")
         return screen
