@@ -33,6 +33,7 @@ from lmcli.kernels.decode_step import DecoderWeights, weights_from_files
 from lmcli.kernels.fast_decoding import FastDecodingState
 from lmcli.model import finite, flops
 from lmcli.terminal.notebook import NotebookTable, Results, progress_shown
+from lmcli.text.characters import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,7 +170,7 @@ class Model(NotebookTable):
         """Device, threads and precision, for people."""
         if self.decodes_without_torch:
             precision = self._weight_type or self._precision
-            return f"cpu, {processor.thread_count()} threads, {precision}"
+            return f"cpu, {counted(processor.thread_count(), 'thread')}, {precision}"
         return str(self.device_config)
 
     def require(self, command: str) -> None:

@@ -20,7 +20,8 @@ from lmcli.generation.decoding import Generated
 from lmcli.scoring.classifier import Classification, LabeledToken
 from lmcli.scoring.question_answering import Answer
 from lmcli.terminal import notebook
-from lmcli.terminal.notebook import Results, Table, html_table, painted_html, parts_of
+from lmcli.terminal.notebook import Results, Table, html_table, painted_html
+from lmcli.terminal.painted_text import Segment, segments
 
 HOSTILE = "<script>alert('1 & 2')</script>\x1b[31m \u202e"
 
@@ -63,7 +64,7 @@ def test_scores_are_the_painted_text(lm, per):
     assert "".join(page.texts) == texts[0] + texts[1].replace("\u202e", "<U+202E>")
     bits = [piece.surprisal for score in scores for piece in score.pieces]
     shown = {f"{each:.2f} bits" for each in bits if each is not None}
-    assert set(page.titles) - {"0.00 bits"} <= shown and len(page.titles) > 5
+    assert set(page.titles) <= shown | {"not scored"} and len(page.titles) > 5
     one = Reader(scores[0]._repr_html_())
     assert "".join(one.texts).replace(" ", "").startswith("Theolddog")
 
@@ -95,16 +96,19 @@ def test_parts_keep_every_character_once():
     data = text.encode()
     for size in range(1, len(data)):  # pieces that end within characters
         pieces = [(i, min(i + size, len(data)), 1.0) for i in range(0, len(data), size)]
-        assert "".join(part for part, _ in parts_of(text, pieces)) == text
-    assert parts_of(" ab ", [(1, 2, None), (2, 3, 9.0)]) == [
+        assert "".join(part for part, _ in segments(text, pieces)) == text
+    assert segments(" ab ", [(1, 2, None), (2, 3, 9.0)]) == [
         *((" ", 0.0), ("a", None)),
         *(("b", 9.0), (" ", 0.0)),
     ]
-    html = painted_html([("a", None), ("b", 9.0), ("c", 1.0)])
-    assert re.findall(r'style="([^"]*)"', html)[1:] == [
-        "opacity: 0.55",
-        "background: #ffaf5f; color: #000",
+    html = painted_html(
+        [Segment("a", None), Segment("b", 9.0), Segment(" ", 0.0), Segment("c", 1.0)]
+    )
+    assert re.findall(r"<span([^>]*)>", html) == [
+        ' title="not scored" style="opacity:.5"',
+        ' title="9.00 bits" style="background:#ffaf5f;color:#000"',
         "",
+        ' title="1.00 bits"',
     ]
 
 

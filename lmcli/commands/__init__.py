@@ -63,7 +63,7 @@ class LazyGroup(click.Group):
         """Writes an example of each command and what it does: 24 lines at 80 columns."""
         formatter.write_usage(ctx.command_path, "COMMAND [OPTIONS] [ARGUMENTS]")
         formatter.write_paragraph()
-        formatter.write(f"{self.help}\n")
+        formatter.write_text(self.help or "")
         formatter.write_paragraph()
         examples = [(f"lm {name} {words}", what) for name, (words, what) in COMMANDS.items()]
         with formatter.indentation():

@@ -72,7 +72,13 @@ def _list(guides: dict[str, Path]) -> str:
         *(f"  {topic:<{width}}  {what}" for topic, what in OTHER_TOPICS.items()),
     ]
     usage = "Show one with lm help TOPIC; lm help COMMAND shows the options of a command."
-    return "\n".join([*lines, "", usage])
+    lines += ["", usage]
+    if sys.stdout.isatty():
+        from lmcli.terminal.wrapping import columns_of, wrap
+
+        lines = [wrap(line, columns_of(sys.stdout), width + 4) for line in lines[:-1]]
+        lines.append(wrap(usage, columns_of(sys.stdout), 0))
+    return "\n".join(lines)
 
 
 def _show_keys(selection: str = "") -> None:

@@ -31,7 +31,8 @@ class DeviceConfig:
         if name == "cuda":
             name = torch.cuda.get_device_name(self.device)
         elif name == "cpu":
-            name = f"cpu, {torch.get_num_threads()} threads"
+            threads = torch.get_num_threads()
+            name = f"cpu, {threads} thread{'s' * (threads != 1)}"
         return f"{name}, {dtype_name(self.dtype)}"
 
 

@@ -130,6 +130,8 @@ def remarks(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Iter
     for row in compared:
         for line in row["differing"]:
             change, where = line["second"] - line["first"], location(line["file"], line["start"])
+            if abs(change) < 0.05:  # would be written as 0.0
+                continue
             yield (
                 f"{where}: {change:+.1f} bits with {names[row['model']]} "
                 f"({line['first']:.1f} to {line['second']:.1f}): "

@@ -20,7 +20,8 @@ from lmcli.scoring.token_logprobs import (
     ScoreRequest,
     TokenScores,
 )
-from lmcli.terminal.notebook import NotebookTable, painted_html, parts_of
+from lmcli.terminal.notebook import NotebookTable, painted_html
+from lmcli.terminal.painted_text import Segment, segments
 from lmcli.text.characters import byte_offsets
 from lmcli.text.tokenizer import Encoded, Tokenizer
 
@@ -101,7 +102,7 @@ class Score(NotebookTable):
         if self.pieces is None:
             return ""
         places = [(piece.start, piece.end, piece.surprisal) for piece in self.pieces]
-        return painted_html(parts_of(text, places))
+        return painted_html(segments(text, places))
 
     def _repr_html_(self) -> str:
         if self.pieces is None:
@@ -109,7 +110,7 @@ class Score(NotebookTable):
         ends = [0, *(piece.end for piece in self.pieces)]
         return painted_html(
             [
-                (" " * (piece.start > end) + piece.piece, piece.surprisal)
+                Segment(" " * (piece.start > end) + piece.piece, piece.surprisal)
                 for piece, end in zip(self.pieces, ends)
             ]
         )

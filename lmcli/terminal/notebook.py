@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from lmcli import progress
 from lmcli.errors import UserError
-from lmcli.terminal.painted_text import HEX, shade
+from lmcli.terminal.painted_text import Segment, segments_html
 from lmcli.terminal.progress import SECONDS_BEFORE, SECONDS_BETWEEN, line_text
 from lmcli.text.characters import visible
 
@@ -134,48 +134,10 @@ def _text(value: Any) -> str:
     return escape(visible(str(value)))
 
 
-def painted_html(pieces: Iterable[tuple[str, float | None]]) -> str:
-    """A text of HTML whose pieces have backgrounds by their bits of surprisal.
-
-    Pieces without bits, which are only context, are pale. The bits are shown under the pointer.
-    """
-    spans = []
-    for text, bits in pieces:
-        color = shade(bits)
-        style = "opacity: 0.55" if color is None else ""
-        style = f"background: {HEX[color]}; color: #000" if color else style
-        title = "" if bits is None else f' title="{bits:.2f} bits"'
-        spans.append(f'<span style="{style}"{title}>{_text(text)}</span>')
-    return f'<div style="white-space: pre-wrap; line-height: 1.6">{"".join(spans)}</div>'
-
-
-def parts_of(
-    text: str, pieces: Iterable[tuple[int, int, float | None]]
-) -> list[tuple[str, float | None]]:
-    """(part of the text, bits) of pieces (start, end, bits), in bytes; what is between has 0 bits.
-
-    A character that two pieces share belongs to the first.
-
-    >>> parts_of("a é!", [(0, 1, None), (2, 3, 5.0), (3, 5, 1.0)])
-    [('a', None), (' ', 0.0), ('é', 5.0), ('!', 1.0)]
-    """
-    data, at = text.encode("utf-8", "surrogatepass"), 0
-    parts: list[tuple[str, float | None]] = []
-
-    def take(end: int, bits: float | None) -> None:
-        nonlocal at
-        while end < len(data) and data[end] & 0xC0 == 0x80:  # within a character
-            end += 1
-        if end > at:
-            parts.append((data[at:end].decode("utf-8", "replace"), bits))
-            at = end
-
-    for start, end, bits in pieces:
-        if start > at:
-            take(start, 0.0)
-        take(end, bits)
-    take(len(data), 0.0)
-    return parts
+def painted_html(parts: Iterable[Segment]) -> str:
+    """A text of HTML whose segments have backgrounds by their bits of surprisal."""
+    style = "white-space: pre-wrap; line-height: 1.6"
+    return f'<div style="{style}">{segments_html(parts)}</div>'
 
 
 def progress_shown() -> AbstractContextManager[None]:

@@ -29,7 +29,8 @@ def segments(text: str, units: Iterable[tuple[int, int, float | None]]) -> list[
 
     A unit that begins inside of a character belongs to the segment of its first bytes.
     """
-    data, parts = text.encode("utf-8"), list[tuple[int, float | None]]()  # (start, bits)
+    data = text.encode("utf-8", "surrogatepass")
+    parts = list[tuple[int, float | None]]()  # (start, bits)
     end = 0
     for start, after, bits in units:
         if start > end:
@@ -115,18 +116,19 @@ HTML_STYLE = """
 body{margin:2em auto;max-width:min(90vw,100em);padding:0 1em;line-height:1.6}
 div{display:grid;grid-auto-columns:1fr;grid-auto-flow:column;gap:2em}
 p{margin:.2em 0;min-height:1.6em;white-space:pre-wrap;overflow-wrap:anywhere}
-span{border-radius:2px}.n{opacity:.5}b{overflow-wrap:anywhere}
+span{border-radius:2px}b{overflow-wrap:anywhere}
 """
 
 
 def segments_html(parts: Iterable[Segment]) -> str:
-    """The segments as HTML, the surprisal of each as its tooltip; needs `HTML_STYLE`."""
+    """The segments as HTML, the surprisal of each as its tooltip; what is between has none."""
     spans = []
     for part in parts:
         color, text = shade(part.bits), escape(_drawable(part.text))
         style = f' style="background:{HEX[color]};color:#000"' if color else ""
-        style = ' class="n"' if color is None else style
-        spans.append(f'<span title="{_tooltip(part)}"{style}>{text}</span>')
+        style = ' style="opacity:.5"' if color is None else style
+        title = f' title="{_tooltip(part)}"' if part.bits != 0 else ""
+        spans.append(f"<span{title}{style}>{text}</span>")
     return "".join(spans)
 
 

@@ -89,7 +89,7 @@ def test_json_has_one_object_per_measurement(inside):
         assert row["ratio"] == pytest.approx(row["achieved"] / row["limit"])
         assert row["tokens_per_second"] == pytest.approx(64 / row["step_ms"] * 1e3)
         assert row["peak_memory_bytes"] > 1 << 24
-    assert b"train R: 0.01 s on cpu, 1 threads, float32" in done.stderr
+    assert b"train R: 0.01 s on cpu, 1 thread, float32" in done.stderr
 
 
 @pytest.mark.parametrize("preset", ["tiny", "encoder-small", "seq2seq-small", "transformer-2017"])

@@ -208,7 +208,13 @@ class TestReferences:
         monkeypatch.setattr(help_module.sys.stdout, "isatty", lambda: True)
         monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setenv("LINES", "10000")
-        for words in (("help", "keys"), ("train", "--list-presets"), ("help", "preset", "qa")):
+        for words in (
+            ("--help",),
+            ("help",),
+            ("help", "keys"),
+            ("train", "--list-presets"),
+            ("help", "preset", "qa"),
+        ):
             assert run([*words]) == 0
             text = re.sub(r"\x1b\[[\d;]*m", "", capfdbinary.readouterr().out.decode())
             assert printable(text.splitlines()) and len(text) > 500

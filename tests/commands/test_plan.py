@@ -56,7 +56,7 @@ def test_json_has_one_object_per_preset_and_advice(inside, notes):
         )
         assert row["bits_per_byte"] == round(row["bits_per_byte"], 1)
     last = done.stderr.decode().splitlines()
-    assert "trying auto, tiny, small, base on cpu, 1 threads, float32" in last[0] and last[
+    assert "trying auto, tiny, small, base on cpu, 1 thread, float32" in last[0] and last[
         -1
     ].startswith("lm: take ")
     assert "overridden by your settings: " in last[4] and "model.hidden_size" in last[4]
@@ -133,7 +133,7 @@ def test_a_row_for_each_number_of_devices(inside, notes):
         )
     assert rows[2]["advice"].startswith("a step has 4 rows for 64 devices: 60 are idle")
     assert (
-        "1, 2, 64 devices like this one (cpu, 1 threads, float32)" in stderr[1]
+        "1, 2, 64 devices like this one (cpu, 1 thread, float32)" in stderr[1]
         and "10 GB/s" in stderr[1]
     )
     assert [
@@ -154,7 +154,7 @@ def test_processes_of_this_machine_are_measured_at_the_same_time(inside, notes):
         "data parallel",
     )
     assert row["speedup"] == "NA" and "assumptions" not in row
-    assert "2 processes on this machine (cpu, 1 threads, " in done.stderr.decode()
+    assert "2 processes on this machine (cpu, 1 thread, " in done.stderr.decode()
 
 
 @pytest.fixture
