@@ -145,16 +145,17 @@ def _bytes(count: float) -> str:
 def line_text(shown: progress.Shown, seconds: float, columns: int) -> str:
     """What is done of a stage after some seconds, in so many columns: less of it in fewer.
 
-    >>> stage = progress.Stage("reading", 200)
+    >>> stage = progress.Stage("reading", total=200)
     >>> line_text(progress.Shown(stage, 50, 0.25), 10, 79)
     'reading  ━━━━━───────────────  25 %  50 records  5.00/s  0:30 left'
     """
     stage, done, share = shown
     label, count, rate, percent, bar = visible(stage.label, keep=""), "", "", "", ""
-    if _width(label) > columns // 3:
-        label = fit(label, columns // 3)
     time_text = clock(seconds)
     new = done - stage.skipped
+    room = columns // 3 if share is not None or new > 0 else columns - len(time_text) - 2
+    if _width(label) > room:
+        label = fit(label, room)
     if new > 0:
         count, rate = amounts(stage.unit, done, new / seconds)
     if share is not None and 0 <= share < 1:

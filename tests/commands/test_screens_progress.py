@@ -48,6 +48,10 @@ class TestText:
         assert line_text(progress.Shown(pipe, 1, None), 20, 79) == "1 record  0.05/s  0:20"
         loading = progress.Stage("loading \x1b[31mx")
         assert line_text(progress.Shown(loading, 0, None), 3, 79) == "loading ␛[31mx  0:03"
+        measuring = progress.Stage("measuring base (4 of 4)")
+        assert line_text(progress.Shown(measuring, 0, None), 3, 60) == (
+            "measuring base (4 of 4)  0:03"
+        )
         size = progress.Stage("", "bytes")
         assert "1.5 MB  750.0 kB/s" in line_text(progress.Shown(size, 1.5e6, None), 2, 79)
 
