@@ -85,12 +85,13 @@ class Stage:
         """How many of these bytes were read."""
         if not self.opened:
             return 0
-        *before, newest = self.opened
+        # copies: another thread may open the next file meanwhile
+        files, (*before, (newest, handle)) = self.files, list(self.opened.items())
         try:
-            position = self.opened[newest].tell()
+            position = handle.tell()
         except (OSError, ValueError, AttributeError):  # it is closed
-            position = self.files[newest] or 0
-        return position + sum(self.files[name] or 0 for name in before)
+            position = files.get(newest) or 0
+        return position + sum(files.get(name) or 0 for name, _ in before)
 
 
 _stages = [Stage()]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -108,9 +109,10 @@ def _progress(path: Path) -> dict[str, Any]:
         values = [row[figure] for row in evaluations if isinstance(row.get(figure), float)]
         result = {figure: order(values)} if values else result
     figure = next((name for name in FIGURES if isinstance(result.get(name), int | float)), "")
+    best = result.get(figure)
     return {
         "figure": figure.removeprefix("val_") or None,
-        "best": result.get(figure),
+        "best": best if best is not None and abs(best) < sys.float_info.max else None,
         "steps": steps if isinstance(steps, int) else None,
         "state": _state(path, done),
     }

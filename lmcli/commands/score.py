@@ -243,7 +243,8 @@ def _write_pages(args: options.Arguments, names: list[str], rows: "ColoredRows")
             with OutputFile(path) as file:
                 for text in page(names, rows.pages or ()):
                     file.write(text)
-            options.echo(path)
+            if path != "-":
+                options.echo(path)
 
 
 def _write_signature(model: "Model", totals: "LineTotals") -> None:

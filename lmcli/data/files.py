@@ -5,9 +5,11 @@ import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import re
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -19,12 +21,15 @@ from typing import Any, BinaryIO, cast
 from lmcli import progress
 from lmcli.errors import UserError
 from lmcli.ownership import create, temporary_name
-from lmcli.storage import beside, cache_folder, user_errors
+from lmcli.storage import beside, cache_folder, free_bytes, user_errors
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")  # may follow the suffix that names the format
 COMPRESSED_BYTES = 1 << 16  # read at once
 PARQUET_ROWS = 1024  # converted at once
 PINNED_BYTES = 1 << 18  # copied at once
+CHUNKS_BETWEEN = 256  # between two looks at the space that is free on the disk
+LEAST_FREE = 1 << 30  # bytes that a copy leaves
+STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # of this process only
 ENDING = re.compile(r"(\.\w{1,8}){1,2}$", re.ASCII)  # of a pipe's name, which names its format
 HEAD_BYTES = 1 << 16  # by which text is told from binary data
 # how text in other encodings may begin, and the name that iconv has for it; the longer ones first
@@ -416,17 +421,19 @@ def _is_text(name: str) -> bool:
 def pin(file: str) -> str:
     """The file itself if it can be read twice, else the path of a copy in the cache.
 
-    Standard input, pipes and what is in /dev are copied; the copy is named by its content, so that
-    a run on it can be resumed. `display_name` of the copy is that of the file.
+    Standard input and pipes are copied; the copy is named by its content, so that a run on it can
+    be resumed. `display_name` of the copy is that of the file. Raises UserError for a device that
+    never ends, such as /dev/zero, and for a pipe that would fill the disk.
     """
     with user_errors(display_name(file), "read"):
         path = Path(file)
         is_stream = path.exists() and not (path.is_file() or path.is_dir())
-        if not (file == "-" or file.startswith("/dev/") or is_stream):
+        if not (file == "-" or file.startswith(STREAMS) or is_stream):
             return file
         source = open_bytes("-") if file == "-" else open(file, "rb", buffering=0)
     ending = ENDING.search(file)
     with source:
+        _require_end(source, display_name(file))
         action = f"keep {display_name(file)}"
         chunks = _chunks_of(source, display_name(file))
         copy = write_pinned("stdin", ending[0] if ending else ".txt", action, chunks)
@@ -441,9 +448,25 @@ def pin_absolute(file: str) -> str:
     return path
 
 
+def _require_end(source: BinaryIO, name: str) -> None:
+    """Raises UserError for a device that never ends: any but a terminal and /dev/null."""
+    facts = os.fstat(source.fileno())
+    is_null = os.path.exists(os.devnull) and os.path.samestat(facts, os.stat(os.devnull))
+    if stat.S_ISCHR(facts.st_mode) and not (is_null or source.isatty()):
+        raise UserError("is a device that never ends", name, "give a file or a pipe")
+
+
 def _chunks_of(source: BinaryIO, name: str) -> Iterator[bytes]:
     with user_errors(name, "read"):
-        while chunk := source.read(PINNED_BYTES):
+        for number in itertools.count(1):
+            if not (chunk := source.read(PINNED_BYTES)):
+                return
+            if number % CHUNKS_BETWEEN == 0 and free_bytes(cache_folder()) < LEAST_FREE:
+                raise UserError(
+                    "cannot be copied: little of the disk is free",
+                    where=name,
+                    hint=f"free space for {cache_folder()}, or name another folder by LM_CACHE",
+                )
             yield chunk
 
 

@@ -27,6 +27,7 @@ from lmcli.terminal.tables import RowTable
 from lmcli.text.characters import visible
 
 CONTEXT_CHARACTERS = 24  # on each side of a word
+CONTEXT_BYTES = 4 * (CONTEXT_CHARACTERS + 2)  # that hold one more, and a part of another
 PLACES = ("index", "start", "end", "bytes", "logprob")  # columns that a terminal leaves out
 
 
@@ -165,11 +166,12 @@ class RankedRows(RecordRows):
     def _candidates(
         self, rows: PieceRows, record: Record, scores: Sequence[Score]
     ) -> Iterator[tuple[float, str, str]]:
+        data = self.questions(record)[0].text.encode("utf-8")
         for i, units in rows.pieces(scores):
             value = units[0].surprisal
             if value is None:
                 continue
-            context = _context(self.questions(record)[0].text, units[0])
+            context = _context(data, units[0])
             if self.style.as_json:
                 line = {} if self.numbers_records else {"line": record.line}
                 fields = {**line, "index": i, **rows.piece_fields(units), "context": context}
@@ -196,11 +198,10 @@ class RankedRows(RecordRows):
             yield line
 
 
-def _context(text: str, unit: Unit) -> str:
-    """A word of a text between « and », with what stands around it."""
-    data = text.encode("utf-8")
-    before = data[: unit.start].decode("utf-8", "replace")
-    after = data[unit.end :].decode("utf-8", "replace")
+def _context(data: bytes, unit: Unit) -> str:
+    """A word of a text in UTF-8 between « and », with what stands around it."""
+    before = data[max(0, unit.start - CONTEXT_BYTES) : unit.start].decode("utf-8", "replace")
+    after = data[unit.end : unit.end + CONTEXT_BYTES].decode("utf-8", "replace")
     start = before[-CONTEXT_CHARACTERS:] if len(before) > CONTEXT_CHARACTERS else before
     end = after[:CONTEXT_CHARACTERS]
     if len(before) > CONTEXT_CHARACTERS:

@@ -2,10 +2,12 @@
 
 import math
 import shlex
+from contextlib import suppress
 
 import numpy as np
 
 from lmcli.data.documents import read_pieces
+from lmcli.errors import UserError
 from lmcli.runs.run import TrainingRun
 from lmcli.scoring import baselines
 from lmcli.terminal import activity
@@ -26,7 +28,10 @@ def report(run: TrainingRun) -> Report:
     ]
     usage = record.example(str(run.folder)).shell(run.objective.card.usage)
     longer = f"lm train --resume {shlex.quote(str(run.folder))} --time 10m"
-    return Report(str(run.folder), figures, _comparison(run), [*usage.split("\n"), longer])
+    comparison = None
+    with suppress(UserError):  # a file of the data has gone meanwhile: the run is done without it
+        comparison = _comparison(run)
+    return Report(str(run.folder), figures, comparison, [*usage.split("\n"), longer])
 
 
 def _comparison(run: TrainingRun) -> Comparison | None:

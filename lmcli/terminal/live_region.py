@@ -102,11 +102,15 @@ class LiveRegion(io.TextIOBase):
         if self._stopped.is_set():
             return
         self._stopped.set()
-        self._thread.join()
-        sys.stderr = self._stderr
-        text = "".join(f"{line}\n" for line in self._rendered(last))
-        self._send(self._home() + ERASE_BELOW + text + self._pending + SHOW_CURSOR)
-        _show_keys(self.stream, self._echo)
+        try:
+            self._thread.join()
+            sys.stderr = self._stderr
+            text = "".join(f"{line}\n" for line in self._rendered(last))
+            self._send(self._home() + ERASE_BELOW + text + self._pending)
+        finally:  # also after Ctrl-C amid this: the terminal must not stay without cursor and echo
+            sys.stderr = self._stderr
+            self._send(SHOW_CURSOR)
+            _show_keys(self.stream, self._echo)
 
     def refresh(self) -> None:
         """Draws the lines where they stand."""

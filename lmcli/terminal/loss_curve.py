@@ -7,6 +7,7 @@ from statistics import median
 from xml.sax.saxutils import escape
 
 from lmcli.terminal.curve import Point, focus, means, round_ticks, smoothed, tick_labels
+from lmcli.text.characters import visible
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 60, 20, 64, 46
 POINTS = 400  # of a curve at most
@@ -47,7 +48,7 @@ def draw(metrics: Sequence[dict], name: str, target: str, bytes_per_token: float
         f"<style>{COLORS}</style>",
         f'<rect class="page" width="{WIDTH}" height="{HEIGHT}"/>',
         f'<text class="text" x="{LEFT}" y="24" font-size="15" font-weight="600">'
-        f"{escape(name)}</text>",
+        f"{escape(visible(name, keep=''))}</text>",
         *_legend(unit),
         *axes.grid(),
         f'<clipPath id="plot"><rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" '

@@ -20,13 +20,14 @@ MARK, BEST_MARK = "●", "◆"
 MOST_COLUMNS = 118  # a line of text that is longer reads badly
 MOST_BOX_COLUMNS = 88
 MOST_CURVE_ROWS, LOW_CURVE_ROWS, FEWEST_CURVE_ROWS, FINAL_CURVE_ROWS = 14, 6, 4, 8
+FEWEST_CURVE_COLUMNS = 20
 MOST_SAMPLES, FINAL_SAMPLES = 8, 6
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
 def live_lines(state: TrainingState, columns: int, rows: int, now: float) -> list[Text]:
     """The screen of a run under way, at most `rows` lines of at most `columns`."""
-    columns = min(columns, MOST_COLUMNS)
+    state, columns = state.copy(), min(columns, MOST_COLUMNS)
     if not state.step and not state.losses.points:
         return [_phase_line(state, columns, now)] if state.phase else []
     lines = [_bar_line(state, columns, now), *_figure_lines(state, columns, now)]
@@ -67,7 +68,7 @@ def report_lines(report: Report, columns: int) -> list[Text]:
     lines = flow([first, *rest], inner)
     if report.comparison:
         lines += [Text(), *_comparison_lines(report.comparison, inner)]
-    name = shorten(visible(report.name, keep=""), inner)
+    name = shorten(visible(report.name, keep=""), inner - 2)
     top = Text("╭─ ", style=QUIET).append(name, style="bold")
     top.append(f" {'─' * (columns - 5 - cell_len(name))}╮", style=QUIET)
     boxed = [top]
@@ -83,10 +84,11 @@ def _comparison_lines(comparison: Comparison, columns: int) -> list[Text]:
     """A bar for each value, as long as it is large."""
     top = max((value for value in comparison.values.values() if math.isfinite(value)), default=0.0)
     names = max(map(len, comparison.values))
-    room = max(1, columns - names - 9)
+    figures = [f"{value:7.3f}" for value in comparison.values.values()]
+    room = max(1, columns - names - max(map(len, figures)) - 2)
     lines = []
     for number, (name, value) in enumerate(comparison.values.items()):
-        line = Text(f"{name:{names}} {value:7.3f} ", style="" if number else "bold")
+        line = Text(f"{name:{names}} {figures[number]} ", style="" if number else "bold")
         size = round(room * value / top) if top > 0 and math.isfinite(value) else 0
         lines.append(line.append("━" * size, style=QUIET if number else TRAINING))
     texts = [comparison.unit, comparison.remark]
@@ -183,8 +185,10 @@ def curve_lines(state: TrainingState, columns: int, rows: int) -> list[Text]:
     The last line are the steps.
     """
     points = curve.smoothed(state.losses.points)
-    evaluations = [(float(each.step), each.value) for each in state.evaluations]
-    if len(points) < 2:
+    evaluations = [
+        (float(each.step), each.value) for each in state.evaluations if math.isfinite(each.value)
+    ]
+    if len(points) < 2 or columns < FEWEST_CURVE_COLUMNS:
         return []
     low, high = curve.focus([y for _, y in points])
     within = [y for _, y in evaluations if y <= high]
@@ -193,7 +197,7 @@ def curve_lines(state: TrainingState, columns: int, rows: int) -> list[Text]:
     labels = dict(zip((_row(tick, low, high, rows) for tick in ticks), curve.tick_labels(ticks)))
     margin = max(map(len, labels.values()))
     columns -= margin + 2
-    x_range = 0.0, max(points[-1][0], *(x for x, _ in evaluations), 1.0)
+    x_range = 0.0, max(points[-1][0], *(each.step for each in state.evaluations), 1.0)
     cells = _cells(points, evaluations, state, columns, rows, x_range, (low, high))
     lines = []
     for row in range(rows):
@@ -287,6 +291,7 @@ def _one_line(text: str) -> str:
 def _wrapped(text: str, columns: int) -> list[str]:
     """The text's lines, wrapped at words where there are any, without blank ones."""
     lines: list[str] = []
+    columns = max(1, columns)
     for line in visible(text.expandtabs(4)).splitlines():
         rest = line.strip()
         while cell_len(rest) > columns:

@@ -1,7 +1,7 @@
 """What the screen of a training run shows, as plain values; `training_screen` draws it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lmcli.terminal.curve import Series
 
@@ -81,6 +81,16 @@ class TrainingState:
     samples: list[SampleText] = field(default_factory=list)
     phase: Phase | None = None
     ended: str = ""  # how the run ended, as "stopped"
+
+    def copy(self) -> "TrainingState":
+        """This state as it is now, to be drawn while the run goes on in another thread."""
+        return replace(
+            self,
+            losses=Series(list(self.losses.points)),
+            speeds=Series(list(self.speeds.points)),
+            evaluations=list(self.evaluations),
+            samples=list(self.samples),
+        )
 
     def seconds_left(self, now: float) -> float | None:
         """The estimate at `now`: it falls with the clock.

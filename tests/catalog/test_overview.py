@@ -140,3 +140,11 @@ def test_ages():
 
     texts = [ago(), ago(minutes=3.5), ago(hours=2), ago(days=1.2), ago(days=9)]
     assert texts == ["just now", "3 min ago", "2 h ago", "1 day ago", "9 days ago"]
+
+
+def test_a_best_figure_that_is_no_number_is_none(tmp_path):
+    (tmp_path / "run").mkdir()
+    recipe = "result:\n  stopped: false\n  val_loss: .nan\n"
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe)
+    (row,) = overview.local_rows(str(tmp_path))
+    assert row["best"] is None

@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+
+from lmcli.output.score_forms import _context
 
 
 @pytest.fixture
@@ -332,3 +335,15 @@ def test_an_encoder_gives_pseudo_log_likelihoods(inside, score, berts):
         assert done.returncode == 2 and message in done.stderr
     done = inside("score", "-m", berts / "labels", stdin=text)
     assert done.returncode == 1 and b"lm classify" in done.stderr
+
+
+def test_the_context_of_a_word_is_cut_from_a_few_bytes_around_it():
+    text = "你好吗 " * 40 + "word" + " 很好的" * 40
+    start = len(("你好吗 " * 40).encode())
+    context = _context(text.encode(), SimpleNamespace(start=start, end=start + 4, piece="word"))
+    assert (
+        context
+        == "… 你好吗 你好吗 你好吗 你好吗 你好吗 «word» 很好的 很好的 很好的 很好的 很好的 …"
+    )
+    short = _context("日 word!".encode(), SimpleNamespace(start=4, end=8, piece="word"))
+    assert short == "日 «word»!"

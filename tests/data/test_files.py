@@ -4,7 +4,11 @@ import datetime
 import gzip
 import importlib
 import io
+import os
 import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -294,3 +298,29 @@ class TestExpand:
         with pytest.raises(UserError, match="holds no text files") as caught:
             expand([str(tmp_path)], "*.bin")
         assert "1 files read with --include *.bin" in caught.value.hint
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/urandom"])
+def test_a_device_that_never_ends_is_refused(name):
+    with pytest.raises(UserError, match="never ends"):
+        files.pin(name)
+
+
+def test_a_pipe_leaves_space_on_the_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv("LM_CACHE", str(tmp_path))
+    monkeypatch.setattr(files, "free_bytes", lambda path: 1 << 29)
+    endless = SimpleNamespace(read=lambda size: b"y")
+    read = 0
+    with pytest.raises(UserError, match="little of the disk is free"):
+        for chunk in files._chunks_of(endless, "standard input"):
+            read += len(chunk)
+    assert read < files.CHUNKS_BETWEEN
+
+
+def test_a_file_in_shared_memory_is_read_where_it_is():
+    folder = Path("/dev/shm")
+    if not os.access(folder, os.W_OK):
+        pytest.skip("needs /dev/shm")
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        assert files.pin(file.name) == file.name

@@ -202,3 +202,9 @@ def test_colors_have_the_contrast_that_the_web_asks_for_in_light_and_dark():
         for name, least in (("text", 4.5), ("quiet", 4.5), ("training", 3), ("validation", 3)):
             high, low = sorted((page, luminance(colors[name])), reverse=True)
             assert (high + 0.05) / (low + 0.05) >= least, (name, rules)
+
+
+def test_a_title_with_control_characters_leaves_the_picture_valid():
+    svg = loss_curve.draw([{"elapsed": 1.0, "loss": 2.0}], "a\x1b[31m<b>", "token")
+    ElementTree.fromstring(svg)
+    assert "␛[31m&lt;b&gt;" in svg

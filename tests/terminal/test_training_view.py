@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from lmcli import display
+from lmcli.errors import UserError
+from lmcli.runs import closing_report
 from lmcli.terminal.live_region import LiveRegion
 from lmcli.terminal.training_screen import final_lines, flow, live_lines, shorten
 from lmcli.terminal.training_state import Evaluated, Phase, SampleText, TrainingState, clock
@@ -273,3 +275,49 @@ def test_lines_that_a_narrower_window_has_wrapped_are_all_drawn_over(monkeypatch
     stream.truncate(0)
     region.refresh()
     assert "\x1b[5A" in stream.getvalue()  # three lines of 30 take six rows of 21
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_evaluation_that_is_no_number_is_left_out_of_the_curve(value):
+    state = TrainingState()
+    for step in range(1, 40):
+        state.add_step(step, 5 - 0.1 * step, 100.0, 0.1, 0.1, 1e-3, step, 9.0, float(step))
+    state.evaluations.append(Evaluated(50, value, "nan bits/byte", True))
+    for columns in (3, 12, 40, 80):
+        lines = [*live_lines(state, columns, 24, 60.0), *final_lines(state, columns)]
+        assert any("step 39" in line.plain or columns < 12 for line in lines)
+
+
+def test_a_screen_is_drawn_of_a_copy_that_the_run_does_not_change():
+    state = TrainingState()
+    state.add_step(1, 5.0, 100.0, 0.1, 0.1, 1e-3, 1.0, 9.0, 1.0)
+    copy = state.copy()
+    state.add_step(2, 4.0, 100.0, 0.2, 0.1, 1e-3, 2.0, 8.0, 2.0)
+    state.evaluations.append(Evaluated(2, 4.0, "4.0", True))
+    assert (copy.step, len(copy.losses.points), copy.evaluations) == (1, 1, [])
+
+
+def test_the_terminal_gets_cursor_and_echo_back_after_ctrl_c_amid_the_end():
+    stream = io.StringIO()
+    stderr = sys.stderr
+    region = LiveRegion(stream, lambda columns, rows: [])
+    region.__enter__()
+    region._rendered = lambda lines: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        region.close()
+    assert sys.stderr is stderr
+    assert stream.getvalue().endswith("\x1b[?25h")
+
+
+def test_a_finished_run_is_reported_though_its_data_has_gone(monkeypatch):
+    def gone(run):
+        raise UserError("cannot read: No such file or directory", "notes.txt")
+
+    monkeypatch.setattr(closing_report, "_comparison", gone)
+    result = {"best_step": 5, "steps": 9, "tokens": 99, "epochs": 1.0, "seconds": 3.0}
+    example = SimpleNamespace(shell=lambda text: text)
+    record = SimpleNamespace(result=result, headline="1.5 bits/byte", example=lambda _: example)
+    card = SimpleNamespace(usage="lm info x")
+    run = SimpleNamespace(record=record, objective=SimpleNamespace(card=card), folder="runs/x")
+    report = closing_report.report(run)
+    assert (report.comparison, report.figures[0]) == (None, "1.5 bits/byte")
