@@ -60,7 +60,8 @@ class PerplexitySource(NamedTuple):
         "--differing",
         at_least=0,
         default=3,
-        help="With several models: show the N lines in which each differs most from the first.",
+        help="With several models: name the N lines that differ most from the first; "
+        "with --json N of each.",
     ),
     options.flag("--eos/--no-eos", default=False, help="Score the EOS token of each document too."),
     click.option(

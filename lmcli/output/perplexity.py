@@ -127,13 +127,15 @@ def remarks(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Iter
             f"the intervals of differences are by the bootstrap, which is too narrow below "
             f"{FEW_RECORDS} documents (here {min(few)})"
         )
-    for row in compared:
-        for line in row["differing"]:
-            change, where = line["second"] - line["first"], location(line["file"], line["start"])
-            if abs(change) < 0.05:  # would be written as 0.0
-                continue
-            yield (
-                f"{where}: {change:+.1f} bits with {names[row['model']]} "
-                f"({line['first']:.1f} to {line['second']:.1f}): "
-                f"{shortened(line['text'], MAX_LINE_COLUMNS)}"
-            )
+    differing = [(row["model"], line) for row in compared for line in row["differing"]]
+    differing.sort(key=lambda pair: -abs(pair[1]["second"] - pair[1]["first"]))
+    most = max((len(row["differing"]) for row in compared), default=0)  # as was asked for
+    for model, line in differing[:most]:
+        change, where = line["second"] - line["first"], location(line["file"], line["start"])
+        if abs(change) < 0.05:  # would be written as 0.0
+            break
+        yield (
+            f"{where}: {change:+.1f} bits with {names[model]} "
+            f"({line['first']:.1f} to {line['second']:.1f}): "
+            f"{shortened(line['text'], MAX_LINE_COLUMNS)}"
+        )

@@ -1,20 +1,22 @@
 """Draws pictures of terminals for README and guides from real output.
 
-python tests/acceptance/terminal_picture.py score MODEL OUTPUT.svg TEXT   lm score --color on TEXT
-python tests/acceptance/terminal_picture.py train FILE FOLDER [OPTION...]  lm train FILE OPTION...:
+python tests/acceptance/terminal_picture.py screen OUTPUT.svg ARGUMENT...   lm ARGUMENT...
+python tests/acceptance/terminal_picture.py train FILE FOLDER [OPTION...]   lm train FILE OPTION...:
     FOLDER/training.svg from the middle of the run, FOLDER/trained.svg from its end
 
 What is drawn is what a person sees: a run in a pseudo-terminal whose screen pyte reads. rich draws
-the cells as SVG.
+the cells as SVG. --folder DIR before the arguments of `screen` is the working folder.
 """
 
 import argparse
+import itertools
 import os
 import re
-import subprocess
+import shlex
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.style import Style
@@ -36,15 +38,27 @@ def picture(title: str, texts: list[Text]) -> str:
     return re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
 
 
+def rich_color(name: str) -> str | None:
+    """A color of pyte as rich names it."""
+    if name == "default":
+        return None
+    return f"#{name}" if re.fullmatch("[0-9a-f]{6}", name) else name.replace("brown", "yellow")
+
+
+def style_of(cell: Any) -> Style:
+    """The style of a cell of pyte."""
+    colors = {"color": rich_color(cell.fg), "bgcolor": rich_color(cell.bg)}
+    return Style(**colors, bold=cell.bold, italic=cell.italics)
+
+
 def cells(screen: Screen) -> list[Text]:
     """The visible lines of a screen with the styles of their characters, without empty ones."""
     lines = []
     for row in range(screen.pyte.lines):
         line = Text()
-        for column in range(screen.columns):
-            cell = screen.pyte.buffer[row][column]
-            color = None if cell.fg == "default" else cell.fg.replace("brown", "yellow")
-            line.append(cell.data, Style(color=color, bold=cell.bold, italic=cell.italics))
+        drawn = [screen.pyte.buffer[row][column] for column in range(screen.columns)]
+        for style, run in itertools.groupby(drawn, style_of):  # few elements in the SVG
+            line.append("".join(cell.data for cell in run), style)
         line.rstrip()
         lines.append(line)
     while lines and not lines[-1].plain:
@@ -52,16 +66,13 @@ def cells(screen: Screen) -> list[Text]:
     return lines
 
 
-def score(options: argparse.Namespace) -> None:
-    """Draws `lm score --color`."""
-    command = [sys.executable, "-m", "lmcli", "score", "-m", options.model, "--color"]
-    environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH)}
-    done = subprocess.run(
-        command, input=options.text, capture_output=True, text=True, check=True, env=environment
-    )
-    typed = Text(f"$ lm score -m {options.model} --color story.txt")
-    output = Text.from_ansi(done.stdout + done.stderr)
-    options.output.write_text(picture("lm score --color", [typed, output]), encoding="utf-8")
+def screen(options: argparse.Namespace) -> None:
+    """Draws what a command leaves on the screen."""
+    running = Terminal(options.arguments, dict(os.environ), WIDTH, HEIGHT, folder=options.folder)
+    running.read(seconds=600)
+    running.close()
+    typed = shlex.join(["lm", *options.arguments])
+    options.output.write_text(picture(f"$ {typed}", cells(running.screen)), encoding="utf-8")
 
 
 def train(options: argparse.Namespace) -> None:
@@ -94,11 +105,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    scoring = commands.add_parser("score")
-    scoring.add_argument("model")
-    scoring.add_argument("output", type=Path)
-    scoring.add_argument("text")
-    scoring.set_defaults(draw=score)
+    drawing = commands.add_parser("screen")
+    drawing.add_argument("--folder", type=Path)
+    drawing.add_argument("output", type=Path)
+    drawing.add_argument("arguments", nargs=argparse.REMAINDER)
+    drawing.set_defaults(draw=screen)
     training = commands.add_parser("train")
     training.add_argument("file")
     training.add_argument("folder", type=Path)
