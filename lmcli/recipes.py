@@ -11,7 +11,7 @@ import yaml
 
 from lmcli.config import GenerateConfig, ModelConfig, Recipe, TokenizerConfig, TrainConfig, check
 from lmcli.errors import UsageError, UserError, did_you_mean, nearest
-from lmcli.storage import beside
+from lmcli.storage import near_names
 
 Values = dict[str, dict[str, Any]]  # section → key → value
 Given = dict[str, tuple[Any, str]]  # section.key → its value, and the option that gives it
@@ -245,7 +245,7 @@ def find_preset(preset: str) -> Path:
     shipped = f"choose a shipped preset ({', '.join(preset_names())})"
     if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
         if path.is_dir() or not path.exists():
-            raise UsageError(f"no such preset file{beside(path)}", where=preset, hint=shipped)
+            raise UsageError(f"no such preset file{near_names(path)}", where=preset, hint=shipped)
         return path
     if preset not in preset_names():
         raise UsageError(

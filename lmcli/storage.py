@@ -42,11 +42,11 @@ def user_errors(path: Path | str, action: str, hint: str | None = None) -> Itera
     except OSError as error:
         reason, where = error.strerror or str(error), str(error.filename or path)
         if action == "read" and error.errno == errno.ENOENT:
-            reason += beside(where)
+            reason += near_names(where)
         raise UserError(f"cannot {action}: {reason}", where, hint) from error
 
 
-def beside(path: Path | str) -> str:
+def near_names(path: Path | str) -> str:
     """The end of a message about a missing path: what has nearly its name, or the missing folder.
 
     Of a large folder some names are looked at.

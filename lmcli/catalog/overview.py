@@ -126,6 +126,8 @@ def _state(path: Path, done: bool) -> str | None:
         if match and match[2] == socket.gethostname():
             os.kill(int(match[1]), 0)
             return "running"
+    except PermissionError:  # it is another user's process
+        return "running"
     except (OSError, ValueError, OverflowError):
         pass
     if done:
@@ -156,7 +158,7 @@ def _last_text(file: Path) -> str:
 
 def readable(here: list[dict[str, Any]], cached: list[dict[str, Any]], others: int) -> str:
     """The rows for a terminal; `others` is the number of cached models that lm cannot read."""
-    parts = []
+    fields = []
     if here:
         header = (
             *(Column("here", kind="name"), Column("shape", 4), Column("parameters", 2)),
@@ -169,15 +171,15 @@ def readable(here: list[dict[str, Any]], cached: list[dict[str, Any]], others: i
             )
             for row in here
         ]
-        parts.append(table(header, rows))
+        fields.append(table(header, rows))
     else:
-        parts.append("no runs or models here; lm train TEXT makes one\n")
+        fields.append("no runs or models here; lm train TEXT makes one\n")
     if cached:
         models = [(row["name"], row["shape"], _size(row)) for row in cached]
-        parts.append(table(("in the Hub's cache", "shape", "parameters"), models))
+        fields.append(table(("in the Hub's cache", "shape", "parameters"), models))
     if others:
-        parts.append(f"in the Hub's cache {others:,} more, which lm cannot read\n")
-    return "\n".join(parts)
+        fields.append(f"in the Hub's cache {others:,} more, which lm cannot read\n")
+    return "\n".join(fields)
 
 
 def _size(row: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 from lmcli import progress
 from lmcli.errors import UserError
 from lmcli.ownership import create, temporary_name
-from lmcli.storage import beside, cache_folder, free_bytes, user_errors
+from lmcli.storage import cache_folder, free_bytes, near_names, user_errors
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")  # may follow the suffix that names the format
 COMPRESSED_BYTES = 1 << 16  # read at once
@@ -372,7 +372,7 @@ def expand(
             continue
         if not path.is_dir():
             raise UserError(
-                f"no such file or directory{beside(argument)}",
+                f"no such file or directory{near_names(argument)}",
                 where=argument,
                 hint="give a file or a folder, or pipe text in",
             )

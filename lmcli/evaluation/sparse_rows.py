@@ -26,9 +26,9 @@ class SparseRows:
 
     def select(self, columns: np.ndarray) -> "SparseRows":
         """The rows with only these columns, in this order."""
-        place = np.full(self.width, -1)
-        place[columns] = np.arange(len(columns))
-        new, rows = place[self.columns], np.repeat(np.arange(len(self)), np.diff(self.starts))
+        new_index = np.full(self.width, -1)
+        new_index[columns] = np.arange(len(columns))
+        new, rows = new_index[self.columns], np.repeat(np.arange(len(self)), np.diff(self.starts))
         kept = new >= 0
         sizes = np.bincount(rows[kept], minlength=len(self))
         return SparseRows(new[kept], np.concatenate([[0], np.cumsum(sizes)]), len(columns))
@@ -39,11 +39,11 @@ class SparseRows:
         if not empty.any():
             return self, np.arange(len(self))
         kept = np.flatnonzero(~empty)
-        place = np.full(len(self), len(kept))
-        place[kept] = np.arange(len(kept))
+        new_index = np.full(len(self), len(kept))
+        new_index[kept] = np.arange(len(kept))
         rows = self.take(kept)
         starts = np.append(rows.starts, rows.starts[-1])
-        return SparseRows(rows.columns, starts, self.width), place
+        return SparseRows(rows.columns, starts, self.width), new_index
 
     def column(self, k: int) -> np.ndarray:
         """Column k (D,)."""

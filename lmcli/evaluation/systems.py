@@ -344,10 +344,10 @@ def compare_classes(
         block = shown[start : start + CLASSES_AT_ONCE]
         # right, predicted and true of each class, after three columns of the record's own
         columns = np.concatenate([3 + part * count + block for part in range(3)])
-        parts = (_select_columns(first, columns), _select_columns(second, columns))
+        pair = (_select_columns(first, columns), _select_columns(second, columns))
         keys = [(name, k) for name in names for k in block.tolist()]
         table = FigureTable(keys, partial(_figures_of_block, names, len(block)))
-        comparisons |= compare_by_samples(*parts, table, resamples, seed)
+        comparisons |= compare_by_samples(*pair, table, resamples, seed)
     return comparisons
 
 

@@ -58,12 +58,12 @@ def advice(plan_rows: Sequence[Mapping[str, Any]], cluster: bool) -> Iterator[st
     """For each row its advice, and where its memory goes."""
     for row in plan_rows:
         where = f" {devices(row['devices'])}" if cluster else ""
-        parts = ", ".join(
+        sentence = ", ".join(
             f"{name} {row[name] / 1e6:,.0f}"
             for name in ("weights", "gradients", "optimizer", "activations")
         )
         program = f"the program {row['process'] / 1e6:,.0f} MB"
-        yield f"{row['preset']}{where}: {row['advice']} ({parts}, {program})"
+        yield f"{row['preset']}{where}: {row['advice']} ({sentence}, {program})"
 
 
 def devices(count: int) -> str:

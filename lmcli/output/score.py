@@ -118,8 +118,8 @@ class RecordRows:
 
     def table(self, header: bool) -> RowTable:
         """Draws the rows on a terminal."""
-        kept = self._kept_names()
-        return RowTable([self._column(name, name in kept) for name in self.columns], header)
+        kept_names = self._kept_names()
+        return RowTable([self._column(name, name in kept_names) for name in self.columns], header)
 
     def _column(self, name: str, kept: bool) -> Column:
         stem = next((each for each in OPTIONAL if f"{name}_".startswith(f"{each}_")), "")
@@ -234,8 +234,10 @@ class PieceRows(RecordRows):
         if self.per != "token":
             return super().table(header)
         names = [name for name in self.columns if not name.startswith("logprob_")]
-        kept = self._kept_names()
-        return RowTable([self._column(name, name in kept) for name in names], header, self._merged)
+        kept_names = self._kept_names()
+        return RowTable(
+            [self._column(name, name in kept_names) for name in names], header, self._merged
+        )
 
     def _merged(self, cells: list[str]) -> list[str]:
         merged: list[str] = []

@@ -80,10 +80,10 @@ class TokenFormat:
         }
         # the number of a token stands in place of its surprisal
         last = max((end for _, end in offsets), default=0)
-        parts = segments(text.encode()[:last].decode("utf-8", "replace"), spans)
+        painted = segments(text.encode()[:last].decode("utf-8", "replace"), spans)
         pieces = {
             int(number): (piece, ids[int(number)] in tokenizer.special_ids)
-            for piece, number in parts
+            for piece, number in painted
             if number is not None
         }
         in_order = sorted((added | pieces).items())

@@ -150,10 +150,10 @@ def _budget(train: TrainConfig) -> dict[str, float]:
 def _opening_lines(run: TrainingRun, more: bool) -> list[str]:
     """What to know before the next step; only that it is finished of a finished run."""
     finished = run.trainer.counters.finished
-    return [_opening(run, more), *([] if finished else run.opening_lines())]
+    return [_progress_line(run, more), *([] if finished else run.opening_lines())]
 
 
-def _opening(run: TrainingRun, more: bool) -> str:
+def _progress_line(run: TrainingRun, more: bool) -> str:
     """The line that says where the run goes on, and how far."""
     step, train = run.step, run.record.recipe.train
     if run.trainer.counters.finished:

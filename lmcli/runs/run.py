@@ -104,13 +104,16 @@ def sample_text(model: Transformer, data: TrainingData, config: GenerateConfig, 
 def finished_sample(record: RunRecord, trainer: Trainer) -> str:
     """A text of the best model, which the model card shows, too.
 
-    "" where the objective has none, and for a model that is too large to be loaded again.
+    "" where the objective has none, and for a model that is too large to be loaded beside it.
     """
     model, counters = trainer.train_step.model, trainer.counters
     if trainer.replicas.sharded or sum(p.numel() for p in model.parameters()) > LARGE:
         return ""
     if counters.best_step != counters.step or counters.averaged:
-        model = checkpoints.load(record.path, record.device_config.device).model
+        try:
+            model = checkpoints.load(record.path, record.device_config.device).model
+        except (MemoryError, torch.OutOfMemoryError):
+            return ""
     sample = sample_text(model, record.data, record.recipe.generate, counters.step)
     record.write_card(trainer.train_step, sample)
     return sample

@@ -37,7 +37,8 @@ OWN_FILES = (
     "adapter_model.safetensors",
     REPORTS,
 )
-OWN_FOLDERS = ("state", "tensorboard", "wandb")
+OWN_FOLDERS = ("state",)
+REPORT_FOLDERS = ("tensorboard", "wandb")  # of --report-to
 LOCK_NAME = ".lock"
 
 
@@ -174,10 +175,11 @@ class RunFolder:
 
 
 def _remove_run(path: Path) -> None:
+    reported = (path / REPORTS).is_file()  # else these folders are somebody else's
     for file in OWN_FILES:
         (path / file).unlink(missing_ok=True)
     clear_leftovers(path)
-    for name in OWN_FOLDERS:
+    for name in OWN_FOLDERS + (REPORT_FOLDERS if reported else ()):
         if (path / name).is_symlink():
             (path / name).unlink()
         shutil.rmtree(path / name, ignore_errors=True)

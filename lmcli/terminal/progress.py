@@ -173,7 +173,7 @@ def line_text(shown: progress.Shown, seconds: float, columns: int) -> str:
         (percent, time_text),
         (percent or time_text,),
     ):
-        text = "  ".join(part for part in parts if part)
+        text = "  ".join(field for field in parts if field)
         if _width(text) <= columns:
             return text
     return ""

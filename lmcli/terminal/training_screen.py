@@ -145,7 +145,7 @@ def _figure_lines(state: TrainingState, columns: int, now: float) -> list[Text]:
 
 def _evaluation_lines(state: TrainingState, columns: int) -> list[Text]:
     last, best = state.evaluations[-1], state.best
-    head, *rest = [visible(part) for part in last.headline.split(" · ")]
+    head, *rest = [visible(figure) for figure in last.headline.split(" · ")]
     style, mark = (BEST, BEST_MARK) if last.best else (VALIDATION, MARK)
     first = Text().append(f"{mark}  validation ", style=style).append(head)
     items = [first, *map(Text, rest), Text(_when(last.step) + (", best" if last.best else ""))]
