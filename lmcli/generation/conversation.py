@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +23,7 @@ from lmcli.errors import UserError
 from lmcli.generation.batch_generation import speed, stream_one
 from lmcli.generation.chat import Chat
 from lmcli.generation.decoding import slid, slid_note
+from lmcli.terminal.wrapping import columns_of, wrap
 from lmcli.text.characters import DIM, PLAIN, for_stream, shows_color, visible, without_surrogates
 from lmcli.text.chat_template import ASSISTANT, Message
 
@@ -37,6 +39,7 @@ HELP = r'''/reset             forget what was said
 A line that ends in \ continues in the next one. """ begins and ends several lines.
 With prompt_toolkit Alt-Enter or Ctrl-J begins a new line, and Tab completes commands.
 Ctrl-C stops a text, and ends when pressed again; so does Ctrl-D.'''
+HELP_INDENT = 19
 HISTORY_LINES = 1000
 HISTORY_FILE = "generate_history"
 TEXT_COLOR = "\x1b[36m"
@@ -194,7 +197,9 @@ class Session:
             self.reset()
             return "forgotten"
         if name == "/help" and not rest:
-            return HELP
+            columns = columns_of(sys.stderr)
+            indents = [HELP_INDENT * line.startswith("/") for line in HELP.split("\n")]
+            return "\n".join(map(wrap, HELP.split("\n"), repeat(columns), indents))
         raise UserError(f"{name} is no command", hint="/help shows them")
 
 

@@ -115,7 +115,7 @@ def test_allow_changes_needs_resume(inside, text):
 def test_another_number_of_threads_only_has_a_note(inside, text, tmp_path):
     trained(inside, text, tmp_path / "run", "--steps", 2)
     recipe = tmp_path / "run" / "recipe.yaml"
-    recipe.write_text(re.sub(r"cpu, \d+ threads", "cpu, 77 threads", recipe.read_text()))
+    recipe.write_text(re.sub(r"cpu, \d+ threads?", "cpu, 77 threads", recipe.read_text()))
     done = inside("train", "--resume", tmp_path / "run")
     assert (
         done.returncode == 0

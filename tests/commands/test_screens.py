@@ -14,7 +14,7 @@ def test_help_fits_the_terminal(screen, columns):
 def test_keys_reach_a_program_and_it_knows_the_width(terminal, trained, tmp_path):
     running = terminal("generate", "-m", trained[0], "-i", columns=60, folder=tmp_path)
     running.read(until=">")
-    running.type("/help\n")
+    running.type("/help\r")
     assert printable(running.read(until="/reset").lines)
     running.type("\x04")
     assert running.read().code == 0

@@ -15,7 +15,8 @@ from lmcli.model.device import dtype_name, select_device, track_peak_memory
 def test_the_requested_precision_is_used(name):
     device_config = select_device("cpu", name)
     assert (device_config.device, dtype_name(device_config.dtype)) == (torch.device("cpu"), name)
-    assert str(device_config) == f"cpu, {torch.get_num_threads()} threads, {name}"
+    threads = torch.get_num_threads()
+    assert str(device_config) == f"cpu, {threads} thread{'s' if threads > 1 else ''}, {name}"
 
 
 def test_the_default_is_float32():
