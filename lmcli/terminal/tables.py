@@ -43,11 +43,15 @@ def table(header: Sequence[str | Column], rows: Sequence[Sequence[Cell]]) -> str
     Columns that were left out are named below it.
     """
     layout = _layout(header, rows)
-    text = layout.header() + "".join(layout.row(row) for row in rows)
-    if layout.left_out:
-        note = f"not shown at this width: {', '.join(layout.left_out)}"
-        text += "".join(f"{_styled(line, DIM)}\n" for line in wrapped(note, layout.width))
-    return text
+    return layout.header() + "".join(layout.row(row) for row in rows) + _missing(layout)
+
+
+def _missing(layout: Layout) -> str:
+    """The line that names the columns for which there is no room; "" if there are none."""
+    if not layout.left_out:
+        return ""
+    note = f"not shown at this width: {', '.join(layout.left_out)}"
+    return "".join(f"{_styled(line, DIM)}\n" for line in wrapped(note, layout.width))
 
 
 def fits(header: Sequence[str | Column], rows: Sequence[Sequence[Cell]]) -> bool:
@@ -310,7 +314,7 @@ class RowTable:
         self.decimals: list[int | None] = []
 
     def __call__(self, text: str) -> str:
-        """The drawn rows of some lines; before the first ones the titles."""
+        """The drawn rows of some lines; before the first ones the titles, and what is not shown."""
         rows = [self.merge(line.split("\t")) for line in text.split("\n")[:-1]]
         if not rows:
             return ""
@@ -323,6 +327,8 @@ class RowTable:
             cells = [self._cells(row) for row in rows]
             self.layout = Layout(self.columns, cells, columns_of(sys.stdout), spare=True)
         titles = self.layout.header() if first and self.has_header else ""
+        if titles:
+            titles = _missing(self.layout) + titles
         return titles + "".join(self.layout.row(self._cells(row)) for row in rows)
 
     def _cells(self, row: list[str]) -> list[Cell]:
