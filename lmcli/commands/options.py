@@ -190,7 +190,7 @@ row_format = section(
         expose_value=False,
         is_eager=True,
         callback=_keep_fields,
-        help="Columns to read; in lm train also ROLE=COLUMN.",
+        help="Columns; train, evaluate: also ROLE=COLUMN.",
     ),
     rare(
         repeated(

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lmcli import progress
 from lmcli.checkpoints import folder, hub
 from lmcli.config import ModelConfig
 from lmcli.data.files import display_name, pin
-from lmcli.errors import UserError
+from lmcli.data.rows import Record
+from lmcli.data.schema import TASK_SCHEMAS
+from lmcli.errors import UsageError, UserError
 from lmcli.evaluation.predictions import EvalDataset, EvalRecord, first_record
 from lmcli.evaluation.systems import LabelCounts, TextCounts
 from lmcli.evaluation.tasks import Task, find_task
@@ -59,6 +61,7 @@ def open_dataset(
     if first is None:
         hint = "give a file with records and their labels or references, or pipe some in"
         raise UserError("no records in it", where=where, hint=hint)
+    options, first = _with_roles(options, first)
     kinds = [(config.shape, config.head) for config in configs.values()]
     task = find_task(options.task, first, where, kinds[0] if kinds else None, options.metrics)
 
@@ -84,6 +87,34 @@ def open_dataset(
         ),
     )
     return dataset, task
+
+
+def _with_roles(options: EvaluationOptions, first: Record) -> tuple[EvaluationOptions, Record]:
+    """`--fields text=review,label=stars` as --field and --reference-field, and its first record.
+
+    Raises UsageError for a role that no task has, and if only some fields have a role.
+    """
+    row = dict(first.fields or {})
+    named = [each for each in options.fields if "=" in each and each not in row]
+    if not named:
+        return options, first
+    roles = dict(each.partition("=")[::2] for each in named)
+    inputs = [name for schema in TASK_SCHEMAS.values() for names in schema.inputs for name in names]
+    references = [name for schema in TASK_SCHEMAS.values() for name in schema.references]
+    unknown = next((role for role in roles if role not in (*inputs, *references)), None)
+    if unknown is not None or len(named) < len(options.fields):
+        other = f"not all fields have a role, as {named[0]!r} has"
+        what = other if unknown is None else f"{unknown!r} is no role here"
+        raise UsageError(what, where="--fields", hint="write text=COLUMN,label=COLUMN")
+    fields = sorted((role for role in roles if role in inputs), key=inputs.index)
+    reference = next((roles[role] for role in roles if role in references), None)
+    row |= {role: row[column] for role, column in roles.items() if column in row}
+    options = replace(
+        options,
+        fields=tuple(roles[role] for role in fields),
+        reference_field=reference or options.reference_field,
+    )
+    return options, replace(first, fields=row)
 
 
 @dataclass

@@ -105,7 +105,7 @@ def find_task(
         shown, hint = "plain text", f"{hint}; --format jsonl if it is JSON Lines"
     else:
         shown = f"a row with {', '.join(map(repr, row))}"
-        hint += "; --field and --reference-field name the fields of the text and its label"
+        hint += "; --fields text=COLUMN,label=COLUMN names the columns"
     raise UsageError(f"which task? {shown} does not show it", where=where, hint=hint)
 
 

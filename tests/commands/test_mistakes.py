@@ -183,7 +183,7 @@ ERRORS = [
         "evaluate -m classifier stars.csv",
         2,
         "stars.csv: which task? a row with 'review', 'stars' does not show it",
-        "--field and --reference-field name the fields",
+        "--fields text=COLUMN,label=COLUMN names",
     ),
     (24, "evaluate -m runs/shake labeled.jsonl", 2, "classify needs a classifier of", "use --task"),
     (
