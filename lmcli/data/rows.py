@@ -3,7 +3,7 @@
 import codecs
 import csv
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from itertools import chain
@@ -271,6 +271,22 @@ def _without_blank(
 
 def _has_one_column(header: bytes, format: str) -> bool:
     return format in TABLES and DELIMITERS[format] not in header
+
+
+def named_roles(fields: Sequence[str], row: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The columns that `--fields` names as ROLE=COLUMN, by their role, in the order given.
+
+    A field of the row is a column, whatever its name.
+
+    >>> named_roles(["text=review", "label=stars"], ["review", "stars"])
+    {'text': ('review',), 'label': ('stars',)}
+    """
+    named: dict[str, tuple[str, ...]] = {}
+    for each in fields:
+        if "=" in each and each not in row:
+            role, _, column = (part.strip() for part in each.partition("="))
+            named[role] = (*named.get(role, ()), column)
+    return named
 
 
 @dataclass(slots=True)

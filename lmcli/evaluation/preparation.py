@@ -8,7 +8,7 @@ from lmcli import progress
 from lmcli.checkpoints import folder, hub
 from lmcli.config import ModelConfig
 from lmcli.data.files import display_name, pin
-from lmcli.data.rows import Record
+from lmcli.data.rows import Record, named_roles
 from lmcli.data.schema import TASK_SCHEMAS
 from lmcli.errors import UsageError, UserError
 from lmcli.evaluation.predictions import EvalDataset, EvalRecord, first_record
@@ -95,24 +95,29 @@ def _with_roles(options: EvaluationOptions, first: Record) -> tuple[EvaluationOp
     Raises UsageError for a role that no task has, and if only some fields have a role.
     """
     row = dict(first.fields or {})
-    named = [each for each in options.fields if "=" in each and each not in row]
-    if not named:
+    roles = named_roles(options.fields, row)
+    if not roles:
         return options, first
-    roles = dict(each.partition("=")[::2] for each in named)
     inputs = [name for schema in TASK_SCHEMAS.values() for names in schema.inputs for name in names]
     references = [name for schema in TASK_SCHEMAS.values() for name in schema.references]
+    columns = [name for role in references for name in roles.get(role, ())]
     unknown = next((role for role in roles if role not in (*inputs, *references)), None)
-    if unknown is not None or len(named) < len(options.fields):
-        other = f"not all fields have a role, as {named[0]!r} has"
-        what = other if unknown is None else f"{unknown!r} is no role here"
+    what = ""
+    if unknown is not None:
+        what = f"{unknown!r} is no role here"
+    elif sum(map(len, roles.values())) < len(options.fields):
+        example = next(name for name in options.fields if named_roles([name], row))
+        what = f"not all fields have a role, as {example!r} has"
+    elif len(columns) > 1:
+        what = f"{columns[0]!r} and {columns[1]!r} are both the reference"
+    if what:
         raise UsageError(what, where="--fields", hint="write text=COLUMN,label=COLUMN")
-    fields = sorted((role for role in roles if role in inputs), key=inputs.index)
-    reference = next((roles[role] for role in roles if role in references), None)
-    row |= {role: row[column] for role, column in roles.items() if column in row}
+    ordered = sorted((role for role in roles if role in inputs), key=inputs.index)
+    row |= {role: row[names[0]] for role, names in roles.items() if names[0] in row}
     options = replace(
         options,
-        fields=tuple(roles[role] for role in fields),
-        reference_field=reference or options.reference_field,
+        fields=tuple(name for role in ordered for name in roles[role]),
+        reference_field=columns[0] if columns else options.reference_field,
     )
     return options, replace(first, fields=row)
 

@@ -283,8 +283,7 @@ INLINE void attend_as(int64_t type, const Model *model, Attended to, const float
 /* Few queries read numbers as the cache has them; for many these are converted once. */
 ONCE void attend(const Model *model, Attended to, const float *query, int64_t query_stride, int64_t queries, float *out,
                  int64_t stride) {
-    if (to.type == FLOAT32) attend_as(FLOAT32, model, to, query, query_stride, queries, out, stride);
-    else if (queries < 3) attend_as(BFLOAT16, model, to, query, query_stride, queries, out, stride);
+    if (to.type == BFLOAT16 && queries < 3) attend_as(BFLOAT16, model, to, query, query_stride, queries, out, stride);
     else attend_as(FLOAT32, model, to, query, query_stride, queries, out, stride);
 }
 

@@ -10,7 +10,7 @@ from lmcli.data import diagnostics, documents, examples, splits
 from lmcli.data.byte_ranges import Document, Documents
 from lmcli.data.documents import SPLIT_SEED, DocumentFormat
 from lmcli.data.files import display_name, expand, pin_absolute
-from lmcli.data.rows import TABLES, file_format
+from lmcli.data.rows import TABLES, file_format, named_roles
 from lmcli.data.samplers import MixtureSampler
 from lmcli.data.schema import TEXT_LABEL_FIELDS
 from lmcli.errors import UsageError, UserError, did_you_mean
@@ -201,16 +201,13 @@ class FirstRows:
 
         Raises UsageError if only some have a role.
         """
-        named: dict[str, tuple[str, ...]] = {}
         fields = self.doc_format.fields
-        with_role = [name for name in fields if "=" in name and name not in self.row]
-        for each in with_role:
-            role, _, name = (part.strip() for part in each.partition("="))
-            named[role] = (*named.get(role, ()), name)
-        if with_role and len(with_role) < len(fields):
-            other = next(name for name in fields if name not in with_role)
+        named = named_roles(fields, self.row)
+        without = [name for name in fields if not named_roles([name], self.row)]
+        if named and without:
+            with_role = next(name for name in fields if name not in without)
             raise UsageError(
-                f"{with_role[0]!r} names a role and {other!r} does not",
+                f"{with_role!r} names a role and {without[0]!r} does not",
                 where="--fields",
                 hint="write ROLE=NAME for all of them, or all names in order",
             )

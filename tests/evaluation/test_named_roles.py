@@ -36,6 +36,7 @@ def test_inputs_are_in_the_order_of_their_task(tmp_path):
     "fields, message",
     [
         (("txt=review", "label=stars"), "'txt' is no role here"),
+        (("text=review", "label=stars", "label=review"), "'stars' and 'review' are both"),
         (("text=review", "stars"), "not all fields have a role, as 'text=review' has"),
     ],
 )
