@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from numpy.typing import NDArray
 
 from lmcli import progress
-from lmcli.abilities import abilities as abilities
+from lmcli.catalog.abilities import abilities
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints import hub
 from lmcli.errors import UsageError, UserError

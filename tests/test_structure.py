@@ -25,16 +25,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # floors, from the ground: a file or folder of lmcli/ imports from lower floors and itself only
 # in this order
-GROUND = ("errors", "progress", "ownership", "storage", "config", "abilities", "recipes")
+GROUND = ("errors", "progress", "ownership", "storage", "config", "recipes")
 FLOORS = (
     *((name,) for name in GROUND),
     ("text", "model"),
     ("data", "kernels", "terminal"),
     ("distributed", "checkpoints"),
-    ("generation", "scoring", "training"),
+    ("generation", "scoring", "training", "catalog"),
     ("api", "__init__"),
     ("evaluation", "planning", "runs"),
-    ("output", "display", "catalog", "tracking"),
+    ("output", "display"),
     ("commands", "__main__"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -111,7 +111,7 @@ def evaluate(args: options.Arguments) -> None:
     files: list[str] = []
     if args.files or not args.references:
         files = options.input_files(args.files, args.include, args.quiet)
-    from lmcli import api
+    from lmcli.catalog.abilities import abilities
     from lmcli.data.files import display_name
     from lmcli.display import note
     from lmcli.evaluation import preparation, systems, tasks
@@ -124,7 +124,7 @@ def evaluate(args: options.Arguments) -> None:
         args.models, configs = (), {}
     figures = tasks.select_figures(task, args.metrics)
     for name, config in configs.items():
-        tasks.require_ability(task, name, config, api.abilities(config)[0])
+        tasks.require_ability(task, name, config, abilities(config)[0])
     survey = preparation.survey_dataset(task, dataset, configs)
 
     def new_system(name: str) -> "System":

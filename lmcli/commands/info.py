@@ -141,7 +141,7 @@ def _describe(name: str, tokenizer: "Tokenizer | None", fields: tuple[str, ...])
         if path != name:
             summary.facts["path"] = name
     if summary.config:
-        from lmcli.api import abilities
+        from lmcli.catalog.abilities import abilities
 
         summary.facts["commands"] = [f"lm {command}" for command in abilities(summary.config)[1]]
     if summary.damage:

@@ -234,7 +234,7 @@ def _show(
     run: "TrainingRun", view: "TrainingView", services: Sequence[str], note: Callable[[str], None]
 ) -> None:
     """Trains to the end and shows the run's events; raises Interrupted after Ctrl-C."""
-    from lmcli.tracking import Tracking
+    from lmcli.runs.tracking import Tracking
 
     view.begin(run)
     with run.signals(), closing(Tracking(run, services, note)) as tracking:
@@ -319,7 +319,7 @@ def _check(args: options.Arguments) -> None:
             hint="leave out --set model.… and --set tokenizer.…",
         )
     if args.report_to:
-        from lmcli.tracking import require_installed
+        from lmcli.runs.tracking import require_installed
 
         require_installed(args.report_to)
         if args.check_resume:

@@ -20,8 +20,8 @@ from lmcli.kernels import build
 from lmcli.kernels.decoding_state import decoding_state
 from lmcli.model.device import DeviceConfig
 from lmcli.model.transformer import Transformer
-from lmcli.runs import forgetting
 from lmcli.runs.run_record import RunRecord
+from lmcli.scoring import forgetting
 from lmcli.scoring.perplexity import measure_perplexity
 from lmcli.scoring.scorer import Scorer
 from lmcli.terminal.training_state import SampleText

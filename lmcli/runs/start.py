@@ -19,9 +19,10 @@ from lmcli.errors import UsageError
 from lmcli.model.device import DeviceConfig
 from lmcli.model.transformer import Transformer
 from lmcli.recipes import refuse_partial_training, require_budget
-from lmcli.runs import forgetting, initial_model, memory_fit, parallelism, run_folder
+from lmcli.runs import initial_model, memory_fit, parallelism, run_folder
 from lmcli.runs.run import TrainingRun, make_train_step, make_trainer
 from lmcli.runs.run_record import RunRecord
+from lmcli.scoring import forgetting
 from lmcli.terminal import activity
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.tokenizer import Tokenizer

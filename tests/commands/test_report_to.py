@@ -81,7 +81,7 @@ def test_a_service_that_fails_is_named_once(inside, text, tmp_path, wandb):
 
 
 def test_a_service_that_is_not_installed_is_refused(inside, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("lmcli.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("lmcli.runs.tracking.find_spec", lambda name: None)
     done = inside("train", text, "-o", tmp_path / "run", "--report-to", "trackio")
     assert done.returncode == 2 and b"pip install trackio" in done.stderr
     assert not (tmp_path / "run").exists()
