@@ -9,16 +9,16 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lmcli import progress
 from lmcli.data.output_file import json_line
-from lmcli.terminal import activity
 from lmcli.terminal.live_region import LiveRegion, can_redraw
 from lmcli.terminal.tables import Cell, Column, table
-from lmcli.terminal.training_state import Evaluated, Phase, Report, SampleText, TrainingState, clock
+from lmcli.terminal.training_state import Evaluated, Report, SampleText, TrainingState, clock
 from lmcli.terminal.wrapping import message_for
 from lmcli.text.characters import for_stream, without_surrogates
 
@@ -88,7 +88,7 @@ PHASES = {"evaluation": "evaluating", "save": "saving", "sample": "writing a sam
 class TrainingView:
     """Progress of a run: a live screen on a terminal, elsewhere a line every ten seconds.
 
-    Prints nothing with `quiet`. It begins before there is a run, and shows what `activity` tells.
+    Prints nothing with `quiet`. It begins before there is a run, and shows stages of `progress`.
     `live` is True on a terminal.
     """
 
@@ -101,15 +101,15 @@ class TrainingView:
         self._plotted = "val_loss"
 
     def __enter__(self) -> TrainingView:
-        progress.watch(None)  # this view shows how far it is
+        progress.watch(self if self.live else None)
+        progress.now("starting")
         if self.live:
             self._region = self._context.enter_context(LiveRegion(sys.stderr, self._lines))
-            self._context.enter_context(activity.shown_by(self._begin_phase))
-            self._begin_phase("starting")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.end(f"stopped at step {self.state.step:,}")
+        progress.watch(None)
         self._context.close()
 
     def end(self, how: str = "", report: Report | None = None) -> None:
@@ -145,7 +145,7 @@ class TrainingView:
                 headline = f"{value:.4f} {state.unit}"
                 state.evaluations.append(Evaluated(row["step"], value, headline, is_best))
         compiled = run.trainer.train_step.compiled
-        self._begin_phase("compiling the model" if compiled else "making the first step")
+        progress.now("compiling the model" if compiled else "making the first step")
 
     def show(self, kind: str, event: Any) -> None:
         """Shows an event of a run; `kind` is step, due, validation, sample or note."""
@@ -160,6 +160,7 @@ class TrainingView:
 
     def step(self, step: Step) -> None:
         """Shows a training step."""
+        progress.now("")
         self.state.add_step(
             step.step,
             step.loss,
@@ -188,17 +189,23 @@ class TrainingView:
             return nats
         return f"{nats} = {loss / state.nats_per_unit:.3f} {state.unit}"
 
+    def told(self) -> None:
+        """Nothing: the live screen looks by itself."""
+
+    def hidden(self, text: bytes) -> AbstractContextManager[None]:
+        """Nothing: the live screen moves down by itself."""
+        return nullcontext()
+
     def _lines(self, columns: int, rows: int) -> list[Text]:
         from lmcli.terminal.training_screen import live_lines
 
-        return live_lines(self.state, columns, rows, time.monotonic())
-
-    def _begin_phase(self, name: str, seconds: float = 0.0) -> None:
-        self.state.phase = Phase(name, time.monotonic(), seconds)
+        shown = progress.shown()
+        state = replace(self.state, phase=shown if shown.stage.label else None)
+        return live_lines(state, columns, rows, time.monotonic())
 
     def due(self, event: Due) -> None:
         """Shows what is done between steps; an evaluation as a line, if there was none lately."""
-        self._begin_phase(PHASES[event.what], event.seconds)
+        progress.now(PHASES[event.what], event.seconds)
         if event.what == "evaluation" and self._line_is_due():
             self._print(f"evaluating after step {event.step:,} …")
 
@@ -216,7 +223,7 @@ class TrainingView:
         headline = event.figures.headline()
         value = event.figures.metrics().get(self._plotted, math.nan)
         self.state.evaluations.append(Evaluated(event.step, value, headline, event.best))
-        self.state.phase = None
+        progress.now("")
         when = f"step {event.step:,}" if event.step else "before the first step"
         best = ", best" if event.best else ""
         self._print(f"validation {headline} ({when}{best})")
@@ -224,7 +231,7 @@ class TrainingView:
     def sample(self, sample: SampleText) -> None:
         """Shows a sample text, on one line outside a terminal."""
         self.state.samples.append(sample)
-        self.state.phase = None
+        progress.now("")
         if not sample.finished:
             self._print(f"sample     {' '.join(sample.text.split())}")
 

@@ -28,7 +28,8 @@ class Watcher(Protocol):
 class Stage:
     """Work on `total` units; None: on as many as its input has (see `inputs`), if that is known.
 
-    Of the `done` units, `skipped` were done before. `begun` is when the first one was begun.
+    Of the `done` units, `skipped` were done before. `begun` is when the first one was begun, and
+    `seconds` what the stage is expected to take, 0 if unknown.
     """
 
     label: str = ""
@@ -37,6 +38,7 @@ class Stage:
     done: float = 0.0
     skipped: float = 0.0
     begun: float | None = None
+    seconds: float = 0.0
     in_work: float = 0.0
     inner: float = 0.0  # the share of the item in work that was shown
     read: float = 0.0
@@ -46,6 +48,10 @@ class Stage:
     def begin(self) -> None:
         """Starts its clock, once."""
         self.begun = self.begun or time.monotonic()
+
+    def age(self, now: float) -> float:
+        """Seconds since it was begun."""
+        return 0.0 if self.begun is None else max(0.0, now - self.begun)
 
     def skip(self, amount: float) -> None:
         """Counts units that were done before."""
@@ -135,6 +141,12 @@ def stage(
     """
     new = Stage(label, unit, total, begun=time.monotonic())
     return _entered(new) if _watcher else nullcontext(new)
+
+
+def now(label: str, seconds: float = 0.0) -> None:
+    """Names what the command itself does from now on; "": nothing that has a name."""
+    if _watcher:
+        _stages[0] = Stage(label, begun=time.monotonic(), seconds=seconds)
 
 
 @contextmanager

@@ -6,11 +6,11 @@ from contextlib import suppress
 
 import numpy as np
 
+from lmcli import progress
 from lmcli.data.documents import read_pieces
 from lmcli.errors import UserError
 from lmcli.runs.run import TrainingRun
 from lmcli.scoring import baselines
-from lmcli.terminal import activity
 from lmcli.terminal.training_state import Comparison, Report, clock
 
 
@@ -49,7 +49,7 @@ def _comparison(run: TrainingRun) -> Comparison | None:
 
 
 def _text_comparison(run: TrainingRun, value: float) -> Comparison:
-    activity.now("comparing with gzip and a 5-gram model")
+    progress.now("comparing with gzip and a 5-gram model")
     record = run.record
     pieces = read_pieces(record.data.measured, record.source.doc_format)
     values = {"this model": value}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lmcli import progress
 from lmcli.checkpoints import adapter_base
 from lmcli.config import Recipe, TrainConfig
 from lmcli.distributed.data_parallel import SINGLE_PROCESS, ReplicaGroup
@@ -15,7 +16,6 @@ from lmcli.recipes import BUDGETS, with_budget, with_settings
 from lmcli.runs import changes, initial_model, memory_fit, parallelism, run_folder
 from lmcli.runs.run import TrainingRun, make_train_step, make_trainer
 from lmcli.runs.run_record import RunRecord, tokenizer_hashes
-from lmcli.terminal import activity
 from lmcli.text import tokenizer as tokenizers
 from lmcli.training import datasets, objectives, resume_state
 from lmcli.training.datasets import Split
@@ -58,7 +58,7 @@ def resume(
         saved = resume_state.newest(folder.states, note)
         recipe = with_settings(with_settings(recipe, _state_budget(saved, facts)), request.sets)
         more = _is_more_training(request, saved, recipe.train)
-        activity.now("reading the data")
+        progress.now("reading the data")
         split = _reread_data(request, recipe, facts, saved, note)
         if more:
             recipe = _begin_stage(saved, recipe, request.budget)

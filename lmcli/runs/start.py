@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from lmcli import progress
 from lmcli.checkpoints import adapter_base, hub
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints.folder import Checkpoint
@@ -23,7 +24,6 @@ from lmcli.runs import initial_model, memory_fit, parallelism, run_folder
 from lmcli.runs.run import TrainingRun, make_train_step, make_trainer
 from lmcli.runs.run_record import RunRecord
 from lmcli.scoring import forgetting
-from lmcli.terminal import activity
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.tokenizer import Tokenizer
 from lmcli.training import datasets, learning_rate_search, lora_init, objectives, schedules
@@ -167,7 +167,7 @@ def _load_origin(request: Request) -> Origin:
             tokenizer = tokenizers.load(hub.find(request.tokenizer, weights=False))
         request.recipe.model.complete()  # impossible sizes are reported before any work
         return Origin(None, tokenizer, {}, [])
-    activity.now(f"loading {request.origin}")
+    progress.now(f"loading {request.origin}")
     folder = Path(hub.find(request.origin))
     # before anything is read: the folder may be replaced meanwhile
     base = _adapter_base(request, folder) if request.recipe.train.lora_rank else {}
@@ -207,7 +207,7 @@ def _run_name(request: Request) -> str:
 
 def _open_data(request: Request, origin: Origin, note: NoteSink) -> tuple[Objective, Source]:
     """The objective, and the files with the format in which it reads them."""
-    activity.now("reading the data")
+    progress.now("reading the data")
     source = datasets.open_sources(
         request.data,
         request.val,
@@ -271,7 +271,7 @@ def _choose_sizes(
 ) -> tuple[Recipe, list[str]]:
     """(recipe, reasons) of preset auto for a text."""
     assert request.auto is not None
-    activity.now("measuring this machine")
+    progress.now("measuring this machine")
     pieces = read_pieces(split.training, split.source.doc_format)
     texts, size = (piece.text for piece in pieces), split.training.bytes
     vocab_size = origin.tokenizer.size if origin.tokenizer else 0
@@ -339,7 +339,7 @@ def _build_model(
     origin: Origin, recipe: Recipe, data: TrainingData, device_config: DeviceConfig, note: NoteSink
 ) -> tuple[Recipe, Transformer]:
     """(the recipe with all that is now known, the model to train)."""
-    activity.now("building the model")
+    progress.now("building the model")
     train = replace(recipe.train, context=data.context, objective=data.objective.name)
     recipe = replace(recipe, train=train)
     if origin.checkpoint:
@@ -369,7 +369,7 @@ def _choose_learning_rate(
     if not rates:
         return train_step
     losses: dict[float, float] = {}
-    activity.now("trying learning rates")
+    progress.now("trying learning rates")
     if train_step.counters.look_first:
         losses = _drain_notes(learning_rate_search.search(train_step, rates), note)
     rate, reason = rates[0], f"learning rate {rates[0]:g}: the budget is too small to try others"

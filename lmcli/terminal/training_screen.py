@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from lmcli.terminal import curve
-from lmcli.terminal.tables import fit
+from lmcli.terminal.progress import line_text
 from lmcli.terminal.training_state import Comparison, Report, SampleText, TrainingState, clock
 from lmcli.text.characters import visible
 
@@ -101,10 +101,9 @@ def _comparison_lines(comparison: Comparison, columns: int) -> list[Text]:
 def _phase_line(state: TrainingState, columns: int, now: float) -> Text:
     """What happens before the first step, and for how long already."""
     assert state.phase is not None
-    seconds = max(0.0, now - state.phase.since)
     spinner = SPINNER[int(now * 10) % len(SPINNER)]
-    text = fit(f"{spinner} {state.phase.name} … {clock(seconds)}", columns).rstrip()
-    return Text(text, style=TRAINING, no_wrap=True)
+    text = f"{spinner} {line_text(state.phase, state.phase.stage.age(now), columns - 2)}"
+    return Text(text[:columns], style=TRAINING, no_wrap=True)
 
 
 def _bar_line(state: TrainingState, columns: int, now: float) -> Text:
@@ -130,8 +129,9 @@ def _figure_lines(state: TrainingState, columns: int, now: float) -> list[Text]:
     if state.stopping() and not state.ended:
         items.insert(0, Text("stopping", style="bold"))
     if state.phase and not state.ended:
-        passed = clock(max(0.0, now - state.phase.since))
-        items.insert(0, Text(f"{state.phase.name} {passed}", style="bold"))
+        stage = state.phase.stage
+        passed = f"{visible(stage.label, keep='')} {clock(stage.age(now))}"
+        items.insert(0, Text(passed, style="bold"))
     loss = Text().append("⠒⠤ training ", style=TRAINING)
     loss.append(f"{(state.loss or 0.0) / state.nats_per_unit:.3f} {state.unit}")
     losses = [loss]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from lmcli.progress import Shown
 from lmcli.terminal.curve import Series
 
 
@@ -23,15 +24,6 @@ class SampleText:
     step: int
     text: str
     finished: bool = False
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What happens now, since when (`time.monotonic`), and the seconds it is expected to take."""
-
-    name: str
-    since: float
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ class TrainingState:
     speeds: Series = field(default_factory=Series)
     evaluations: list[Evaluated] = field(default_factory=list)
     samples: list[SampleText] = field(default_factory=list)
-    phase: Phase | None = None
+    phase: Shown | None = None  # what is done between steps
     ended: str = ""  # how the run ended, as "stopped"
 
     def copy(self) -> "TrainingState":
@@ -99,11 +91,10 @@ class TrainingState:
         """
         if self.remaining is None:
             return None
-        if self.phase and self.phase.seconds:
-            before = self.remaining - max(0.0, self.phase.since - self.updated)
-            spent = min(max(0.0, now - self.phase.since), self.phase.seconds)
-            return max(0.0, before - spent)
-        return max(0.0, self.remaining - max(0.0, now - self.updated))
+        overdue, stage = 0.0, self.phase.stage if self.phase else None
+        if stage and stage.seconds:
+            overdue = max(0.0, stage.age(now) - stage.seconds)
+        return max(0.0, self.remaining - max(0.0, now - self.updated) + overdue)
 
     @property
     def best(self) -> Evaluated | None:
@@ -126,7 +117,7 @@ class TrainingState:
         self.loss = moving_average(self.loss, loss, 0.05)
         self.tokens_per_second = moving_average(self.tokens_per_second, speed, 0.1)
         self.step, self.share, self.epoch, self.learning_rate = step, share, epoch, learning_rate
-        self.elapsed, self.remaining, self.updated, self.phase = elapsed, remaining, now, None
+        self.elapsed, self.remaining, self.updated = elapsed, remaining, now
         self.losses.add(step, loss / self.nats_per_unit)
         self.speeds.add(step, speed)
 

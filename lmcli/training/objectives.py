@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from lmcli import progress
 from lmcli.config import ModelConfig, TokenizerConfig
 from lmcli.data import corpus
 from lmcli.data.documents import DocumentFormat, first_rows
 from lmcli.data.files import display_name
 from lmcli.errors import UsageError
-from lmcli.terminal import activity
 from lmcli.text.tokenizer import Tokenizer
 from lmcli.training.datasets import FirstRows, Source, Split
 from lmcli.training.example_objectives import CLASSIFICATION, COMPLETION, SEQ2SEQ
@@ -112,9 +112,9 @@ def encode(
     for a tokenizer that is not learned by the `deadline` (of `time.monotonic`).
     """
     if tokenizer is None:
-        activity.now("learning the tokenizer")
+        progress.now("learning the tokenizer")
         tokenizer = corpus.learn_tokenizer(
             split.training, split.source.doc_format, config, note, objective.shape, deadline
         )
-    activity.now("tokenizing the data")
+    progress.now("tokenizing the data")
     return objective.encode(EncodingInput(objective, split, tokenizer, context, note, labels))

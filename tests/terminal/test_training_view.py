@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from lmcli import display
+from lmcli import display, progress
 from lmcli.errors import UserError
 from lmcli.runs import closing_report
 from lmcli.terminal.live_region import LiveRegion
 from lmcli.terminal.training_screen import final_lines, flow, live_lines, shorten
-from lmcli.terminal.training_state import Evaluated, Phase, SampleText, TrainingState, clock
+from lmcli.terminal.training_state import Evaluated, SampleText, TrainingState, clock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from drawn_screen import Screen, printable
@@ -41,6 +41,11 @@ SAMPLES = (
     "却说那僧人" * 30,
     "First Citizen:\nBefore we proceed any further,\n\nhear me speak. " * 2,
 )
+
+
+def phase(begun, seconds):
+    """An evaluation as it is shown, with the seconds it is expected to take."""
+    return progress.Shown(progress.Stage("evaluating", begun=begun, seconds=seconds), 0.0, None)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +156,7 @@ SIZES = [(60, 24), (80, 24), (120, 40), (80, 12), (60, 7), (40, 5), (20, 3), (80
 def test_every_screen_fits_and_shows_no_control_character(columns, rows, steps):
     for nats in (1.0, 1.7):
         state = state_after(steps, nats_per_unit=nats)
-        state.phase = Phase("evaluating", 0.0, 3.0) if steps % 2 else None
+        state.phase = phase(0.0, 3.0) if steps % 2 else None
         lines = live_lines(state, columns, rows, 2.0)
         assert len(lines) <= rows and all(line.cell_len <= columns for line in lines)
         lines += final_lines(state, columns)
@@ -162,7 +167,7 @@ def test_every_screen_fits_and_shows_no_control_character(columns, rows, steps):
 @pytest.mark.parametrize("columns, rows", SIZES[:3])
 def test_the_screen_in_the_middle_shows_everything(columns, rows):
     state = state_after(170)
-    state.phase = Phase("evaluating", 0.0, 3.0)
+    state.phase = phase(0.0, 3.0)
     lines = [line.plain for line in live_lines(state, columns - 1, rows - 1, 2.0)]
     text = "\n".join(lines)
     for figure in (
@@ -212,7 +217,7 @@ def test_figures_flow_without_being_cut():
 def test_the_estimate_falls_with_the_clock_and_waits_for_work_that_takes_longer():
     state = state_after(200)  # 25 s are left
     assert [state.seconds_left(now) for now in (0.0, 1.0, 99.0)] == [25.0, 24.0, 0.0]
-    state.phase = Phase("evaluating", 2.0, 5.0)
+    state.phase = phase(2.0, 5.0)
     assert [state.seconds_left(now) for now in (2.0, 4.0, 7.0, 20.0)] == [23.0, 21.0, 18.0, 18.0]
 
 
@@ -321,3 +326,21 @@ def test_a_finished_run_is_reported_though_its_data_has_gone(monkeypatch):
     run = SimpleNamespace(record=record, objective=SimpleNamespace(card=card), folder="runs/x")
     report = closing_report.report(run)
     assert (report.comparison, report.figures[0]) == (None, "1.5 bits/byte")
+
+
+def test_work_in_other_rooms_is_named_on_the_live_screen(monkeypatch):
+    """As when kernels are compiled, once: the stage that is at work, and its share."""
+    monkeypatch.setattr(sys, "stderr", FakeTerminal())
+    with display.TrainingView(quiet=False) as view:
+        progress.now("building the model")
+        with progress.stage("compiling kernels, once"):
+            assert view._lines(79, 23)[0].plain[2:] == "compiling kernels, once  0:00"
+        with progress.stage("reading", 400, "bytes") as stage:
+            stage.advance(100)
+            assert "reading  ━━━━━───────────────  25 %" in view._lines(79, 23)[0].plain
+        assert view._lines(79, 23)[0].plain[2:] == "building the model  0:00"
+        view.step(STEP)
+        assert "building" not in "".join(line.plain for line in view._lines(79, 23))
+        view.due(SimpleNamespace(what="evaluation", step=3, seconds=1.0))
+        assert "evaluating 0:00" in "".join(line.plain for line in view._lines(79, 23))
+    assert not progress.is_watched()
