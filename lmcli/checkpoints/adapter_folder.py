@@ -45,29 +45,14 @@ TASK_TYPES = {
 }
 TASK_HEADS = {task: head for (_, head), task in TASK_TYPES.items()}
 # keys of adapter_config.json that lm reads, or that change no number; others must not be set
-KNOWN_KEYS = {
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "megatron_core",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "task_type",
-    "use_rslora",
-}
+KNOWN_KEYS = set(
+    """
+    alpha_pattern auto_mapping base_model_name_or_path eva_config exclude_modules fan_in_fan_out
+    inference_mode layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core
+    modules_to_save peft_type peft_version qalora_group_size r rank_pattern target_modules task_type
+    use_rslora
+    """.split()
+)
 # keys with several supported values, the default first; other values would change the base as well
 SUPPORTED = {
     "bias": ("none",),

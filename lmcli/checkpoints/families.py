@@ -29,20 +29,22 @@ LLAMA_KEYS = {
     "norm_eps": "rms_norm_eps",
 }
 LLAMA_DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
-LLAMA_TENSORS = tensors("""
+LLAMA_MATRICES = tensors("""
     model.embed_tokens                              embedding
-    model.norm                                      decoder.norm
-    model.layers.{}.input_layernorm                 decoder.layers.{}.attention_norm
-    model.layers.{}.post_attention_layernorm        decoder.layers.{}.mlp_norm
     model.layers.{}.self_attn.q_proj                decoder.layers.{}.attention.query
     model.layers.{}.self_attn.k_proj                decoder.layers.{}.attention.key
     model.layers.{}.self_attn.v_proj                decoder.layers.{}.attention.value
     model.layers.{}.self_attn.o_proj                decoder.layers.{}.attention.output
-    model.layers.{}.self_attn.q_norm                decoder.layers.{}.attention.query_norm
-    model.layers.{}.self_attn.k_norm                decoder.layers.{}.attention.key_norm
     model.layers.{}.mlp.gate_proj                   decoder.layers.{}.mlp.gate
     model.layers.{}.mlp.up_proj                     decoder.layers.{}.mlp.up
     model.layers.{}.mlp.down_proj                   decoder.layers.{}.mlp.down
+""")
+LLAMA_NORMS = tensors("""
+    model.norm                                      decoder.norm
+    model.layers.{}.input_layernorm                 decoder.layers.{}.attention_norm
+    model.layers.{}.post_attention_layernorm        decoder.layers.{}.mlp_norm
+    model.layers.{}.self_attn.q_norm                decoder.layers.{}.attention.query_norm
+    model.layers.{}.self_attn.k_norm                decoder.layers.{}.attention.key_norm
 """)
 LLAMA_ATTENTION_BIAS = choice("attention_bias", "none", "all")
 
@@ -54,7 +56,7 @@ LLAMA = Family(
     defaults={**LLAMA_DEFAULTS, "max_position_embeddings": 2048},
     choices={"attention_bias": LLAMA_ATTENTION_BIAS, "mlp_bias": choice("mlp_bias")},
     prefix="model.",
-    tensors=LLAMA_TENSORS,
+    tensors=(*LLAMA_MATRICES, *LLAMA_NORMS),
     head_tensors=LM_HEAD,
     gguf=GgufArchitecture(
         "llama",
@@ -118,22 +120,14 @@ QWEN3 = replace(
     gguf=GgufArchitecture("qwen3", {"query_key_norm": (True,)}),
 )
 
-GEMMA3_TENSORS = tensors("""
-    model.embed_tokens                              embedding
+GEMMA3_NORMS = tensors("""
     model.norm                                      decoder.norm                        less_one
     model.layers.{}.input_layernorm                 decoder.layers.{}.attention_norm    less_one
     model.layers.{}.post_attention_layernorm        decoder.layers.{}.attention_out_norm less_one
     model.layers.{}.pre_feedforward_layernorm       decoder.layers.{}.mlp_norm          less_one
     model.layers.{}.post_feedforward_layernorm      decoder.layers.{}.mlp_out_norm      less_one
-    model.layers.{}.self_attn.q_proj                decoder.layers.{}.attention.query
-    model.layers.{}.self_attn.k_proj                decoder.layers.{}.attention.key
-    model.layers.{}.self_attn.v_proj                decoder.layers.{}.attention.value
-    model.layers.{}.self_attn.o_proj                decoder.layers.{}.attention.output
     model.layers.{}.self_attn.q_norm                decoder.layers.{}.attention.query_norm  less_one
     model.layers.{}.self_attn.k_norm                decoder.layers.{}.attention.key_norm    less_one
-    model.layers.{}.mlp.gate_proj                   decoder.layers.{}.mlp.gate
-    model.layers.{}.mlp.up_proj                     decoder.layers.{}.mlp.up
-    model.layers.{}.mlp.down_proj                   decoder.layers.{}.mlp.down
 """)
 GEMMA3 = Family(
     model_type="gemma3_text",
@@ -182,7 +176,7 @@ GEMMA3 = Family(
     ),
     rope_keys=("rope_theta", "rope_local_base_freq"),
     prefix="model.",
-    tensors=GEMMA3_TENSORS,
+    tensors=(*LLAMA_MATRICES, *GEMMA3_NORMS),
     head_tensors=LM_HEAD,
     gguf=GgufArchitecture(
         "gemma3",

@@ -8,34 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-# the values of ModelConfig's options in a family whose row does not mention them
-DEFAULT_OPTIONS = {
-    "query_key_norm": False,
-    "attention_bias": "none",
-    "scale_attention": True,
-    "positions": "rotary",
-    "position_offset": 0,
-    "rotary_fraction": 1.0,
-    "norm": "rms",
-    "norm_bias": True,
-    "post_norm": False,
-    "sandwich_norm": False,
-    "parallel_block": False,
-    "first_attention_norm": True,
-    "embedding_norm": False,
-    "hidden_act": "silu",
-    "gated_mlp": True,
-    "mlp_bias": False,
-    "scale_embedding": False,
-    "scale_logits": False,
-    "type_vocab_size": 0,
-    "head_dense": False,
-    "head_dense_bias": True,
-    "head_norm": False,
-    "head_bias": False,
-    "sliding_window": 0,
-    "multi_label": False,
-}
+from lmcli.config import ModelConfig
+
+# options that a family fixes; those that its row does not mention have ModelConfig's default
+FIXED_OPTIONS = """
+    query_key_norm attention_bias scale_attention positions position_offset rotary_fraction norm
+    norm_bias post_norm sandwich_norm parallel_block first_attention_norm embedding_norm hidden_act
+    gated_mlp mlp_bias scale_embedding scale_logits type_vocab_size head_dense head_dense_bias
+    head_norm head_bias sliding_window multi_label
+""".split()
+DEFAULT_OPTIONS = {name: getattr(ModelConfig, name) for name in FIXED_OPTIONS}
+DEFAULT_OPTIONS["query_key_norm"] = False  # few families have it; our own models do
 
 # a key of config.json → each value it may have and the options that value stands for, default first
 Choices = Mapping[str, Sequence[tuple[Any, Mapping[str, Any]]]]

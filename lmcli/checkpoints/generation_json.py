@@ -15,46 +15,23 @@ from lmcli.errors import UsageError, UserError
 # keys with the same meaning here; `do_sample: false` is temperature 0
 GENERATE_KEYS = tuple(field.name for field in fields(GenerateConfig))
 LARGEST_INT = (1 << 62) - 1  # a larger number of tokens does not fit into a tensor
-IDS_AND_MODES = {
-    "do_sample",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "decoder_start_token_id",
-}
-# how transformers computes, what it returns, and drafts that a model checks: the text is the same
-WITHOUT_EFFECT = {
-    "_from_model_config",
-    "_commit_hash",
-    "transformers_version",
-    "use_cache",
-    "cache_implementation",
-    "cache_config",
-    "max_cache_len",
-    "low_memory",
-    "prefill_chunk_size",
-    "compile_config",
-    "disable_compile",
-    "continuous_batching_config",
-    "remove_invalid_values",  # lm ends with an error where a number is none
-    "output_attentions",
-    "output_hidden_states",
-    "output_logits",
-    "output_scores",
-    "return_dict_in_generate",
-    "use_mtp",
-    "is_assistant",
-    "num_assistant_tokens",
-    "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold",
-    "assistant_early_exit",
-    "assistant_ensemble_weight",
-    "assistant_lookbehind",
-    "target_lookbehind",
-    "prompt_lookup_num_tokens",
-    "max_matching_ngram_size",
-    "speculation_type",
-}
+IDS_AND_MODES = set(
+    "do_sample bos_token_id eos_token_id pad_token_id decoder_start_token_id".split()
+)
+# how transformers computes, what it returns, and drafts that a model checks: the text is the same;
+# where a number is none (remove_invalid_values) lm ends with an error
+WITHOUT_EFFECT = set(
+    """
+    _from_model_config _commit_hash transformers_version
+    use_cache cache_implementation cache_config max_cache_len low_memory prefill_chunk_size
+    compile_config disable_compile continuous_batching_config remove_invalid_values
+    output_attentions output_hidden_states output_logits output_scores return_dict_in_generate
+    use_mtp is_assistant num_assistant_tokens num_assistant_tokens_schedule
+    assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight
+    assistant_lookbehind target_lookbehind prompt_lookup_num_tokens max_matching_ngram_size
+    speculation_type
+    """.split()
+)
 # keys that change the text → the values with which they do not, beside null
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "constraints": (),

@@ -328,7 +328,10 @@ def build(
     hashes: the SHA-256 of each file's content. eos: the id that ends every document, or None.
     `note` gets the progress. Raises UserError when the cache folder cannot be written.
     """
-    key = _key(documents, hashes, doc_format, tokenizer, eos)
+    version = 1 if tokenizer.split_safe else (1, WHOLE_CHARACTERS)
+    marks = () if doc_format.keep_marks else ("line ends are \\n",)
+    settings = (version, tokenizer.hash, eos, doc_format.fields, doc_format.format, *marks)
+    key = fingerprint(documents, hashes, settings)
     folder = cached_resumable(
         "corpus",
         key,
@@ -342,18 +345,14 @@ def build(
     return Corpus(ids, facts["documents"], facts["bytes"], key)
 
 
-def _key(
-    documents: Sequence[Document],
-    hashes: dict[str, str],
-    doc_format: DocumentFormat,
-    tokenizer: Tokenizer,
-    eos: int | None,
-) -> str:
-    version = 1 if tokenizer.split_safe else (1, WHOLE_CHARACTERS)
-    marks = () if doc_format.keep_marks else ("line ends are \\n",)
-    digest = hashlib.sha256(
-        repr((version, tokenizer.hash, eos, doc_format.fields, doc_format.format, *marks)).encode()
-    )
+def id_type(tokenizer: Tokenizer) -> type:
+    """The smallest integer type that holds the ids of a tokenizer."""
+    return np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
+
+
+def fingerprint(documents: Sequence[Document], hashes: dict[str, str], settings: tuple) -> str:
+    """A cache key of these documents in files with these hashes, and of settings."""
+    digest = hashlib.sha256(repr(settings).encode())
     for document in documents:
         digest.update(f"{hashes[document.file]} {document.start} {document.end}\n".encode())
     return digest.hexdigest()[:32]
@@ -377,7 +376,7 @@ def _write(
     eos: int | None,
     note: Callable[[str], None],
 ) -> None:
-    dtype = np.dtype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32)
+    dtype = np.dtype(id_type(tokenizer))
     eos_bytes = b"" if eos is None else np.asarray([eos], dtype=dtype).tobytes()
     done = _load_progress(folder, dtype.itemsize)
     if done.bytes:

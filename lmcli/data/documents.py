@@ -108,7 +108,7 @@ class DocumentFormat:
 
     @property
     def has_examples(self) -> bool:
-        """True if a row is an example: a pair, a labeled text, or a question."""
+        """True if a row is an example: a pair, labeled text or question; plain text is none."""
         return bool(self.paired or self.label or self.answers)
 
     @property
@@ -145,11 +145,6 @@ class DocumentFormat:
         if self.answers:
             self.squad_example(row)
         return texts, self.labels(row) if self.label else ()
-
-    @property
-    def needs_rows(self) -> bool:
-        """True if plain text has none of the fields."""
-        return bool(self.paired or self.label or self.answers)
 
 
 def _row_parser(file: str, doc_format: DocumentFormat) -> Callable[[bytes], dict[str, Any]]:
@@ -269,7 +264,7 @@ def _scan(
         with user_errors(file, "read"):
             if doc_format.has_rows(file):
                 yield from _scan_rows(file, doc_format, digest, found)
-            elif doc_format.needs_rows:
+            elif doc_format.has_examples:
                 raise UsageError(
                     "is plain text, which has no fields",
                     where=display_name(file),

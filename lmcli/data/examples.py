@@ -1,6 +1,5 @@
 """Rows with two sides (source and target, or text and label) → token ids in mapped arrays."""
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lmcli.data.byte_ranges import Document
+from lmcli.data.corpus import fingerprint, id_type
 from lmcli.data.documents import DocumentFormat, location, read_rows
 from lmcli.data.files import write_pinned
 from lmcli.data.rows import RowReader, display_name
@@ -107,19 +107,6 @@ class Texts:
         # an empty file cannot be mapped
         ids = np.load(folder / f"{name}.ids.npy", mmap_mode="r" if lengths.any() else None)
         return cls(ids, np.cumsum(lengths) - lengths, lengths)
-
-
-def id_type(tokenizer: Tokenizer) -> type:
-    """The smallest integer type that holds the ids of a tokenizer."""
-    return np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
-
-
-def fingerprint(documents: Sequence[Document], hashes: dict[str, str], settings: tuple) -> str:
-    """A cache key of these documents in files with these hashes, and of settings."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for document in documents:
-        digest.update(f"{hashes[document.file]} {document.start} {document.end}\n".encode())
-    return digest.hexdigest()[:32]
 
 
 # -- rows to examples

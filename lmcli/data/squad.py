@@ -20,8 +20,9 @@ import numpy as np
 
 from lmcli.data.batches import Batch, padded, token_mask
 from lmcli.data.byte_ranges import Document
+from lmcli.data.corpus import fingerprint, id_type
 from lmcli.data.documents import DocumentFormat, read_rows
-from lmcli.data.examples import ArrayWriter, Texts, fingerprint, id_type
+from lmcli.data.examples import ArrayWriter, Texts
 from lmcli.data.schema import SquadExample
 from lmcli.errors import UsageError
 from lmcli.storage import cached

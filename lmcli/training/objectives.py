@@ -66,7 +66,7 @@ def resolve_objective(
             raise
         hint = f"{error.hint}; --preset {other.preset} learns from these fields"
         raise UsageError(error.what, error.where, hint) from error
-    for file in (*source.files, *source.validation_files) if doc_format.needs_rows else ():
+    for file in (*source.files, *source.validation_files) if doc_format.has_examples else ():
         if not doc_format.has_rows(file):
             raise UsageError(
                 f"{objective.learns}, and this is plain text",
