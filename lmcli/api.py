@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from numpy.typing import NDArray
 
-from lmcli import progress
 from lmcli.catalog.abilities import abilities
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints import hub
@@ -32,6 +31,7 @@ from lmcli.kernels import processor
 from lmcli.kernels.decode_step import DecoderWeights, weights_from_files
 from lmcli.kernels.fast_decoding import FastDecodingState
 from lmcli.model import finite, flops
+from lmcli.terminal import progress
 from lmcli.terminal.notebook import NotebookTable, Results, progress_shown
 from lmcli.text.characters import counted
 

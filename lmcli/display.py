@@ -14,8 +14,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lmcli import progress
 from lmcli.data.output_file import json_line
+from lmcli.terminal import progress
 from lmcli.terminal.live_region import LiveRegion, can_redraw
 from lmcli.terminal.tables import Cell, Column, table
 from lmcli.terminal.training_state import Evaluated, Report, SampleText, TrainingState, clock

@@ -12,14 +12,13 @@ from html.parser import HTMLParser
 import pytest
 
 import lmcli
-from lmcli import progress
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import GenerateConfig
 from lmcli.errors import UserError
 from lmcli.generation.decoding import Generated
 from lmcli.scoring.classifier import Classification, LabeledToken
 from lmcli.scoring.question_answering import Answer
-from lmcli.terminal import notebook
+from lmcli.terminal import notebook, progress
 from lmcli.terminal.notebook import Results, Table, html_table, painted_html
 from lmcli.terminal.painted_text import Segment, segments
 

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lmcli import progress, storage
+from lmcli import storage
 from lmcli.checkpoints.file_names import (
     MORE_TEMPLATES,
     TOKENIZER_FILES,
@@ -16,6 +16,7 @@ from lmcli.checkpoints.file_names import (
     WEIGHTS_INDEX,
 )
 from lmcli.errors import UserError, nearest
+from lmcli.terminal import progress
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 # a name with such an ending means a file

@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from lmcli import __version__, errors, progress
+from lmcli import __version__, errors
+from lmcli.terminal import progress
 
 # how a closed standard stream is opened: reading or writing it then fails, as on a closed one
 CLOSED_FLAGS = (os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)

@@ -81,7 +81,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; with --quiet, and in a worker, `storage` prints nothing."""
         if not ctx.params.get("quiet") and os.environ.get("RANK", "0") == "0":
-            from lmcli.terminal.progress import progress_line
+            from lmcli.terminal.progress_line import progress_line
 
             with progress_line():
                 return super().invoke(ctx)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
-from lmcli import progress
 from lmcli.commands import options
 from lmcli.errors import UsageError, UserError
+from lmcli.terminal import progress
 
 
 @options.command(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lmcli import progress, storage
+from lmcli import storage
 from lmcli.commands.command import Arguments as Arguments
 from lmcli.commands.command import Counts as Counts
 from lmcli.commands.command import Duration as Duration
@@ -25,6 +25,7 @@ from lmcli.commands.command import repeated as repeated
 from lmcli.commands.command import section as section
 from lmcli.commands.command import show as show
 from lmcli.errors import UsageError, UserError
+from lmcli.terminal import progress
 
 if TYPE_CHECKING:
     from lmcli.api import Model

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lmcli import progress
 from lmcli.commands import STARTED_AT, options
 from lmcli.errors import UsageError
+from lmcli.terminal import progress
 
 if TYPE_CHECKING:
     from lmcli.config import Recipe

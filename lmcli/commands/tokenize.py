@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lmcli import progress
 from lmcli.commands import options
 from lmcli.errors import UsageError
+from lmcli.terminal import progress
 
 if TYPE_CHECKING:
     from lmcli.data.rows import Record, RowReader

@@ -15,13 +15,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from lmcli import progress
 from lmcli.config import TokenizerConfig
 from lmcli.data.byte_ranges import Document, Documents
 from lmcli.data.documents import DocumentFormat, Piece, read_pieces
 from lmcli.data.samplers import WeightedCorpora
 from lmcli.errors import UserError
 from lmcli.storage import cached_resumable, write_text
+from lmcli.terminal import progress
 from lmcli.text.interruptible import DeadlineExceeded
 from lmcli.text.splitting import PIECE_CHARS
 from lmcli.text.tokenizer import Encoded, Tokenizer, learn

@@ -18,7 +18,6 @@ from zlib import crc32
 
 import numpy as np
 
-from lmcli import progress
 from lmcli.data.byte_ranges import Document, DocumentLabels, Documents
 from lmcli.data.files import open_bytes, text_chunks
 from lmcli.data.rows import (
@@ -49,6 +48,7 @@ from lmcli.data.schema import (
 from lmcli.data.schema import squad_example as row_squad_example
 from lmcli.errors import UsageError, UserError
 from lmcli.storage import user_errors
+from lmcli.terminal import progress
 from lmcli.text.chat_template import ASSISTANT
 from lmcli.text.splitting import PIECE_CHARS, SAFE_CUT, SAFE_CUT_CRLF, cut_position
 

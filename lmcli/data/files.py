@@ -18,10 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, cast
 
-from lmcli import progress
 from lmcli.errors import UserError
 from lmcli.ownership import create, temporary_name
 from lmcli.storage import cache_folder, free_bytes, near_names, user_errors
+from lmcli.terminal import progress
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")  # may follow the suffix that names the format
 COMPRESSED_BYTES = 1 << 16  # read at once

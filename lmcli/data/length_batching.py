@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from lmcli import progress
+from lmcli.terminal import progress
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lmcli import ownership, progress
+from lmcli import ownership
 from lmcli.errors import ClosedPipe, UsageError, UserError
 from lmcli.storage import user_errors
+from lmcli.terminal import progress
 from lmcli.text.characters import DIM, PLAIN, shows_color, visible, without_surrogates
 
 # for text that must stay on one line of a TSV or of piped output

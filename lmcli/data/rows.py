@@ -11,11 +11,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from lmcli import progress
 from lmcli.data.files import COMPRESSED_SUFFIXES, display_name, open_bytes, text_chunks
 from lmcli.data.schema import field_names, row_text
 from lmcli.errors import UserError
 from lmcli.storage import user_errors
+from lmcli.terminal import progress
 from lmcli.text.characters import parse_json
 
 CHUNK_BYTES = 1 << 18

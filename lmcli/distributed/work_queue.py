@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lmcli import progress
 from lmcli.errors import EXIT_FAILED, ProcessLost, UserError
+from lmcli.terminal import progress
 
 READ_AHEAD = 4  # items per process read before earlier ones are done: one may take as long as many
 # a pipe may be silent for a long time; a process that has exited is noticed at once

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lmcli import progress
 from lmcli.checkpoints import folder, hub
 from lmcli.config import ModelConfig
 from lmcli.data.files import display_name, pin
@@ -15,6 +14,7 @@ from lmcli.evaluation.predictions import EvalDataset, EvalRecord, first_record
 from lmcli.evaluation.systems import LabelCounts, TextCounts
 from lmcli.evaluation.tasks import Task, find_task
 from lmcli.evaluation.text_metrics import select_text_metrics
+from lmcli.terminal import progress
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from itertools import chain
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard, Union
 
-from lmcli import progress
 from lmcli.data.length_batching import group_by_length, tokens_per_forward
 from lmcli.distributed.work_queue import LOCAL_POOL, RemoteTask, WorkerPool
 from lmcli.errors import UsageError
 from lmcli.generation.decoding import Decoder, Generated, PromptRow, TextChunk
 from lmcli.generation.prompts import Prompt
+from lmcli.terminal import progress
 
 if TYPE_CHECKING:
     from lmcli.generation.mask_filling import MaskFiller

@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from lmcli import progress
 from lmcli.errors import UserError
 from lmcli.ownership import ForeignFile, open_own
 from lmcli.storage import NoLocks, atomic_path, cache_folder, lock, unlock, user_errors
+from lmcli.terminal import progress
 
 if TYPE_CHECKING:
     import torch

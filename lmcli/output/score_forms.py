@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from lmcli import progress
 from lmcli.data.output_file import escaped
 from lmcli.data.rows import Record, records_from_json, records_to_json
 from lmcli.data.schema import join_prefix
@@ -22,6 +21,7 @@ from lmcli.output.score import (
     texts_with_scores,
 )
 from lmcli.scoring.scorer import Score, Scorer, ScoringInput, Unit, choose
+from lmcli.terminal import progress
 from lmcli.terminal.painted_text import Segment, in_lines, paint, painted, segments
 from lmcli.terminal.tables import RowTable
 from lmcli.text.characters import visible

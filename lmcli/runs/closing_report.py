@@ -6,11 +6,11 @@ from contextlib import suppress
 
 import numpy as np
 
-from lmcli import progress
 from lmcli.data.documents import read_pieces
 from lmcli.errors import UserError
 from lmcli.runs.run import TrainingRun
 from lmcli.scoring import baselines
+from lmcli.terminal import progress
 from lmcli.terminal.training_state import Comparison, Report, clock
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lmcli import progress
 from lmcli.checkpoints import adapter_base
 from lmcli.config import Recipe, TrainConfig
 from lmcli.distributed.data_parallel import SINGLE_PROCESS, ReplicaGroup
@@ -16,6 +15,7 @@ from lmcli.recipes import BUDGETS, with_budget, with_settings
 from lmcli.runs import changes, initial_model, memory_fit, parallelism, run_folder
 from lmcli.runs.run import TrainingRun, make_train_step, make_trainer
 from lmcli.runs.run_record import RunRecord, tokenizer_hashes
+from lmcli.terminal import progress
 from lmcli.text import tokenizer as tokenizers
 from lmcli.training import datasets, objectives, resume_state
 from lmcli.training.datasets import Split

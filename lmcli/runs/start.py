@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from lmcli import progress
 from lmcli.checkpoints import adapter_base, hub
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints.folder import Checkpoint
@@ -24,6 +23,7 @@ from lmcli.runs import initial_model, memory_fit, parallelism, run_folder
 from lmcli.runs.run import TrainingRun, make_train_step, make_trainer
 from lmcli.runs.run_record import RunRecord
 from lmcli.scoring import forgetting
+from lmcli.terminal import progress
 from lmcli.text import tokenizer as tokenizers
 from lmcli.text.tokenizer import Tokenizer
 from lmcli.training import datasets, learning_rate_search, lora_init, objectives, schedules

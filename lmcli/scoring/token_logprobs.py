@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmcli import progress
 from lmcli.data.length_batching import group_by_length, group_for_packing
 from lmcli.kernels.fast_path import can_pack, packed_hidden
 from lmcli.model.attention import KeyValueCache
 from lmcli.model.cached_forward import encode_sources, pad
 from lmcli.model.likelihood import TokenDistribution, token_distributions
 from lmcli.model.transformer import Transformer
+from lmcli.terminal import progress
 from lmcli.text.windows import Window, windows
 
 # tokens that need not be read again, from which the cache of a common prefix is shared

@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from html import escape
 from typing import Any, TypeVar
 
-from lmcli import progress
 from lmcli.errors import UserError
+from lmcli.terminal import progress
 from lmcli.terminal.painted_text import Segment, segments_html
-from lmcli.terminal.progress import SECONDS_BEFORE, SECONDS_BETWEEN, line_text
+from lmcli.terminal.progress_line import SECONDS_BEFORE, SECONDS_BETWEEN, line_text
 from lmcli.text.characters import visible
 
 Item = TypeVar("Item")

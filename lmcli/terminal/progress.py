@@ -1,179 +1,229 @@
-"""How far a command is: one line at the bottom of a terminal, gone when the command ends."""
+"""How far a command's work is: told where it is done, shown by a watcher, by default by nobody.
 
-from __future__ import annotations
+Stages nest: what begins while an item of another stage is in work tells how much of it is done.
+"""
 
 import io
 import os
+import stat
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
-from lmcli import progress
-from lmcli.terminal.tables import fit
-from lmcli.terminal.training_state import clock
-from lmcli.text.characters import visible
 
-SECONDS_BEFORE = 1.0  # that a stage takes before it is shown
-SECONDS_BETWEEN = 0.25  # two drawings
-SECONDS_AFTER_TEXT = 1.0  # on the same terminal
-BAR_COLUMNS = 20
-ASCII = str.maketrans("━─·–…", "#-,-~")
+class Watcher(Protocol):
+    """What shows the stages."""
+
+    def told(self) -> None:
+        """Is called after each change."""
+
+    def hidden(self, text: bytes) -> AbstractContextManager[Any]:
+        """Hides them while text that ends so is written."""
+
+
+@dataclass(eq=False)
+class Stage:
+    """Work on `total` units; None: on as many as its input has (see `inputs`), if that is known.
+
+    Of the `done` units, `skipped` were done before. `begun` is when the first one was begun, and
+    `seconds` what the stage is expected to take, 0 if unknown.
+    """
+
+    label: str = ""
+    unit: str = "records"
+    total: float | None = None
+    done: float = 0.0
+    skipped: float = 0.0
+    begun: float | None = None
+    seconds: float = 0.0
+    in_work: float = 0.0
+    inner: float = 0.0  # the share of the item in work that was shown
+    read: float = 0.0
+    files: Mapping[str, int | None] = field(default_factory=dict)  # of the input, with their sizes
+    opened: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Starts its clock, once."""
+        self.begun = self.begun or time.monotonic()
+
+    def age(self, now: float) -> float:
+        """Seconds since it was begun."""
+        return 0.0 if self.begun is None else max(0.0, now - self.begun)
+
+    def skip(self, amount: float) -> None:
+        """Counts units that were done before."""
+        self.skipped += amount
+        self.done += amount
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Counts units that are done now."""
+        self.begin()
+        self.done += amount
+        self.in_work = self.inner = 0.0
+        _told()
+
+    @contextmanager
+    def item(self, size: float = 1.0) -> Iterator[None]:
+        """Work on so many units; stages inside tell how many of them are done."""
+        self.begin()
+        self.in_work, self.inner = size, 0.0
+        yield
+        self.advance(size)
+
+    def share(self, done: float) -> float | None:
+        """The share that is done with so many units, if known."""
+        if self.total is not None:
+            return min(1.0, done / self.total) if self.total else 1.0
+        if (size := self.input_size()) is None:
+            return None
+        share = min(1.0, self.input_position() / size) if size else 1.0
+        return share * min(1.0, done / self.read) if self.read else share
+
+    def input_size(self) -> int | None:
+        """The bytes of all files; None without files, and if one is a pipe."""
+        sizes = [size for size in self.files.values() if size is not None]
+        return sum(sizes) if sizes and len(sizes) == len(self.files) else None
+
+    def input_position(self) -> int:
+        """How many of these bytes were read."""
+        if not self.opened:
+            return 0
+        # copies: another thread may open the next file meanwhile
+        files, (*before, (newest, handle)) = self.files, list(self.opened.items())
+        try:
+            position = handle.tell()
+        except (OSError, ValueError, AttributeError):  # it is closed
+            position = files.get(newest) or 0
+        return position + sum(files.get(name) or 0 for name, _ in before)
+
+
+_stages = [Stage()]
+_watcher: Watcher | None = None
+
+
+def watch(watcher: Watcher | None) -> None:
+    """Lets this watcher show the stages from now on; None: nobody."""
+    global _watcher
+    with hidden():
+        _stages[:] = [Stage()]
+        _watcher = watcher
+
+
+def is_watched() -> bool:
+    """True if somebody shows the stages."""
+    return _watcher is not None
+
+
+def is_watched_by(watcher: Watcher) -> bool:
+    """True if this one shows the stages."""
+    return _watcher is watcher
+
+
+def _told() -> None:
+    if _watcher:
+        _watcher.told()
+
+
+def hidden(text: bytes = b"\n") -> AbstractContextManager[Any]:
+    """Hides what is shown while text is written to the terminal."""
+    return _watcher.hidden(text) if _watcher else nullcontext()
+
+
+def stage(
+    label: str = "", total: float | None = None, unit: str = "records"
+) -> AbstractContextManager[Stage]:
+    """A stage of work that begins now and is shown until it ends.
+
+    One without a label is a part of another, and never shown alone.
+    """
+    new = Stage(label, unit, total, begun=time.monotonic())
+    return _entered(new) if _watcher else nullcontext(new)
+
+
+def now(label: str, seconds: float = 0.0) -> None:
+    """Names what the command itself does from now on; "": nothing that has a name."""
+    if _watcher:
+        _stages[0] = Stage(label, begun=time.monotonic(), seconds=seconds)
 
 
 @contextmanager
-def progress_line(quiet: bool = False) -> Iterator[None]:
-    """Shows the stages of the command that runs inside, if standard error is a terminal."""
-    stream = sys.stderr
-    if quiet or not stream or not stream.isatty() or os.environ.get("TERM") == "dumb":
-        yield
-        return
-    output, line = sys.stdout, ProgressLine(stream.fileno(), stream.encoding)
-    if output and output.isatty() and isinstance(output, io.TextIOWrapper):
-        output.flush()
-        terminal = progress.TerminalFile(output.fileno(), "w", closefd=False)
-        sys.stdout = io.TextIOWrapper(
-            io.BufferedWriter(terminal), output.encoding, output.errors, line_buffering=True
-        )
-    progress.watch(line)
-    line.start()
+def _entered(stage: Stage) -> Iterator[Stage]:
+    _stages.append(stage)
     try:
-        yield
+        yield stage
     finally:
-        progress.watch(None)
-        line.stop()
+        if stage in _stages:  # a generator may end after its command
+            _stages.remove(stage)
 
 
-class ProgressLine:
-    """Draws the line from a thread, so that the work is not slowed and time goes on."""
+def current() -> Stage:
+    """The innermost stage; without any, that of the command."""
+    return _stages[-1]
 
-    def __init__(self, terminal: int, encoding: str = "utf-8"):
-        self.terminal, self.encoding = terminal, encoding
-        self._lock = threading.RLock()
-        self._ended = threading.Event()
-        self._drawn = ""
-        self._free_at, self._new_line = 0.0, True  # whether the cursor is where a line starts
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def start(self) -> None:
-        """Begins to look at the stages."""
-        self._thread.start()
+class Shown(NamedTuple):
+    """The stage that is shown, its units that are done, and the share of it, if known."""
 
-    def stop(self) -> None:
-        """Ends, and clears the line."""
-        self._ended.set()
-        with self._lock:
-            self._erase()
+    stage: Stage
+    done: float
+    share: float | None
 
-    def told(self) -> None:
-        """Nothing: the thread looks by itself."""
 
-    @contextmanager
-    def hidden(self, text: bytes) -> Iterator[None]:
-        """Clears the line while text that ends so is written; it comes back a little later."""
-        with self._lock:
-            self._erase()
-            self._new_line = text.endswith((b"\n", b"\r"))
-            self._free_at = time.monotonic() + SECONDS_AFTER_TEXT
-            yield
+def shown() -> Shown:
+    """The outermost stage with an item in work, else the innermost with a label."""
+    stages = list(_stages)
+    visible = [k for k, each in enumerate(stages) if not k or each.label]
+    first = next((k for k in visible if stages[k].in_work), visible[-1])
+    share: float | None = 0.0
+    for each in reversed(stages[first:]):
+        each.inner = max(each.inner, share or 0.0)  # also when the stages inside have ended
+        done = each.done + each.in_work * each.inner
+        if each.unit == "bytes" and each.files:
+            done = each.input_position()
+        share = each.share(done)
+    return Shown(stages[first], done, share)
 
-    def _run(self) -> None:
-        while not self._ended.wait(SECONDS_BETWEEN):
-            with self._lock:
-                if not self._ended.is_set():
-                    self._draw()
 
-    def _draw(self) -> None:
-        now, shown = time.monotonic(), progress.shown()
-        begun = shown.stage.begun
-        if begun is None or not progress.is_watched_by(self):
-            return self._erase()
-        if now - begun < SECONDS_BEFORE or now < self._free_at or not self._new_line:
+def inputs(files: Iterable[str]) -> None:
+    """Tells the names of the files that the innermost stage reads; "-" is standard input."""
+    if _watcher:
+        current().files, current().opened = {name: _size(name) for name in files}, {}
+
+
+def _size(name: str) -> int | None:
+    """The bytes of a regular file; None for any other, and for one that is not read in order."""
+    try:
+        facts = os.fstat(sys.stdin.fileno()) if name == "-" else os.stat(name)
+    except (OSError, ValueError):
+        return None
+    regular = stat.S_ISREG(facts.st_mode) and not name.endswith(".parquet")
+    return facts.st_size if regular else None
+
+
+def opened(name: str, handle: Any) -> None:
+    """Tells that a file is read through this handle of its bytes from now on."""
+    for each in reversed(_stages) if _watcher else ():
+        if name in each.files:
+            each.opened.pop(name, None)
+            each.opened[name] = handle
             return
-        text = line_text(shown, now - begun, self._columns() - 1)
-        try:
-            text.encode(self.encoding)
-        except UnicodeError:
-            text = text.translate(ASCII).encode("ascii", "replace").decode()
-        if text != self._drawn:
-            self._erase()
-            self._write(text)
-            self._drawn = text
-
-    def _columns(self) -> int:
-        with suppress(OSError):
-            return os.get_terminal_size(self.terminal).columns or 80
-        return 80
-
-    def _erase(self) -> None:
-        """Clears the line, also one that a smaller window has wrapped."""
-        if self._drawn:
-            rows = (_width(self._drawn) - 1) // self._columns()
-            self._write("\r" + (f"\x1b[{rows}A" if rows else "") + "\x1b[J")
-            self._drawn = ""
-
-    def _write(self, text: str) -> None:
-        with suppress(OSError):  # a terminal that is gone
-            os.write(self.terminal, text.encode(self.encoding, "replace"))
 
 
-def _width(text: str) -> int:
-    from rich.cells import cell_len
-
-    return cell_len(text)
-
-
-def amounts(unit: str, done: float, rate: float) -> tuple[str, str]:
-    """What is done and the rate, for people.
-
-    >>> amounts("records", 1234, 56.78), amounts("bytes", 1234567, 98765)
-    (('1,234 records', '56.8/s'), ('1.2 MB', '98.8 kB/s'))
-    """
-    if unit == "bytes":
-        return _bytes(done), f"{_bytes(rate)}/s"
-    digits = 0 if rate >= 100 else 1 if rate >= 10 else 2
-    unit = unit.removesuffix("s") if int(done) == 1 else unit
-    return f"{int(done):,} {unit}", f"{rate:,.{digits}f}/s"
+def read(count: int) -> None:
+    """Tells that so many records of the files were read."""
+    for each in reversed(_stages) if _watcher else ():
+        if each.files:
+            each.read += count
+            return
 
 
-def _bytes(count: float) -> str:
-    name, size = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6) if count >= 1e6 else ("kB", 1e3)
-    return f"{count / size:,.1f} {name}"
+class TerminalFile(io.FileIO):
+    """A terminal that text is written to; what is shown there is hidden meanwhile."""
 
-
-def line_text(shown: progress.Shown, seconds: float, columns: int) -> str:
-    """What is done of a stage after some seconds, in so many columns: less of it in fewer.
-
-    >>> stage = progress.Stage("reading", total=200)
-    >>> line_text(progress.Shown(stage, 50, 0.25), 10, 79)
-    'reading  ━━━━━───────────────  25 %  50 records  5.00/s  0:30 left'
-    """
-    stage, done, share = shown
-    label, count, rate, percent, bar = visible(stage.label, keep=""), "", "", "", ""
-    time_text = clock(seconds)
-    new = done - stage.skipped
-    room = columns // 3 if share is not None or new > 0 else columns - len(time_text) - 2
-    if _width(label) > room:
-        label = fit(label, room)
-    if new > 0:
-        count, rate = amounts(stage.unit, done, new / seconds)
-    if share is not None and 0 <= share < 1:
-        filled = int(BAR_COLUMNS * share)
-        bar = "━" * filled + "─" * (BAR_COLUMNS - filled)
-        percent = f"{int(1000 * share) / 10 if share < 0.1 else int(100 * share)} %"
-        gained = share * new / done if done else share
-        if gained > 0:
-            time_text = f"{clock(seconds * (1 - share) / gained)} left"
-    for parts in (
-        (label, bar, percent, count, rate, time_text),
-        (label, bar, percent, rate, time_text),
-        (label, percent, rate, time_text),
-        (label, percent, time_text),
-        (percent, time_text),
-        (percent or time_text,),
-    ):
-        text = "  ".join(field for field in parts if field)
-        if _width(text) <= columns:
-            return text
-    return ""
+    def write(self, data: Any) -> int:
+        """Writes bytes."""
+        with hidden(bytes(data[-1:])):
+            return super().write(data)

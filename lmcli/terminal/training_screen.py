@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from lmcli.terminal import curve
-from lmcli.terminal.progress import line_text
+from lmcli.terminal.progress_line import line_text
 from lmcli.terminal.training_state import Comparison, Report, SampleText, TrainingState, clock
 from lmcli.text.characters import visible
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from lmcli.progress import Shown
 from lmcli.terminal.curve import Series
+from lmcli.terminal.progress import Shown
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from lmcli import progress
 from lmcli.config import ModelConfig, TokenizerConfig
 from lmcli.data import corpus
 from lmcli.data.documents import DocumentFormat, first_rows
 from lmcli.data.files import display_name
 from lmcli.errors import UsageError
+from lmcli.terminal import progress
 from lmcli.text.tokenizer import Tokenizer
 from lmcli.training.datasets import FirstRows, Source, Split
 from lmcli.training.example_objectives import CLASSIFICATION, COMPLETION, SEQ2SEQ

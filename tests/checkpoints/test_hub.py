@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import lmcli
-from lmcli import progress
 from lmcli.checkpoints import hub
 from lmcli.errors import UserError
+from lmcli.terminal import progress
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -13,8 +13,8 @@ import pytest
 from drawn_screen import Screen, printable
 from rich.cells import cell_len
 
-from lmcli import progress
-from lmcli.terminal.progress import ProgressLine, line_text, progress_line
+from lmcli.terminal import progress
+from lmcli.terminal.progress_line import ProgressLine, line_text, progress_line
 
 STAGE = progress.Stage("runs/shakespeare 莎士比亚全集", "records", 4000, skipped=500)
 
@@ -93,8 +93,8 @@ class Pane:
 
 @pytest.fixture
 def pane(monkeypatch):
-    monkeypatch.setattr("lmcli.terminal.progress.SECONDS_BEFORE", 0.0)
-    monkeypatch.setattr("lmcli.terminal.progress.SECONDS_AFTER_TEXT", 0.0)
+    monkeypatch.setattr("lmcli.terminal.progress_line.SECONDS_BEFORE", 0.0)
+    monkeypatch.setattr("lmcli.terminal.progress_line.SECONDS_AFTER_TEXT", 0.0)
     opened = []
 
     def make(*arguments):
@@ -125,7 +125,7 @@ class TestDrawing:
             assert pane.lines() == ["a row", "no end yet"] and printable(pane.lines())
 
     def test_a_stage_is_shown_after_a_second_only(self, pane, monkeypatch):
-        monkeypatch.setattr("lmcli.terminal.progress.SECONDS_BEFORE", 1.0)
+        monkeypatch.setattr("lmcli.terminal.progress_line.SECONDS_BEFORE", 1.0)
         pane = pane()
         with progress.stage("reading", 4) as stage:
             stage.advance(1)

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmcli import ownership, progress
+from lmcli import ownership
 from lmcli.kernels import build, calls
 from lmcli.ownership import ForeignFile
+from lmcli.terminal import progress
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = (build.library, build.problem, build._loaded)

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from lmcli import display, progress
+from lmcli import display
 from lmcli.errors import UserError
 from lmcli.runs import closing_report
+from lmcli.terminal import progress
 from lmcli.terminal.live_region import LiveRegion
 from lmcli.terminal.training_screen import final_lines, flow, live_lines, shorten
 from lmcli.terminal.training_state import Evaluated, SampleText, TrainingState, clock
