@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from lmcli.evaluation.intervals import (
-    CONFIDENCE,
     Interval,
     Rate,
     bca_interval,
@@ -78,15 +77,6 @@ def _chunks(resamples: int, width: int) -> Iterator[int]:
     while resamples > 0:
         yield min(size, resamples)
         resamples -= size
-
-
-def percentile_interval(figures: np.ndarray) -> tuple[float, float] | None:
-    """The middle 95 % of resampled figures without undefined ones; None if all are undefined."""
-    figures = figures[~np.isnan(figures)]
-    if not len(figures):
-        return None
-    low, high = np.quantile(figures, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-    return float(low), float(high)
 
 
 class Jackknife(NamedTuple):
@@ -232,7 +222,7 @@ def compare_by_samples(
     without = jackknife_of(counts, seed)
     both = zip(without.sums(a, totals[0]), without.sums(b, totals[1]))
     jackknife = np.concatenate([difference(*sums) for sums in both])
-    p_values = _randomized(a, b, counts, figures, resamples, seed)
+    p_values = approximate_randomization(a, b, counts, figures, resamples, seed)
     for i, value in enumerate(difference(*totals)[0].tolist()):
         each = PairedComparison(None if math.isnan(value) else value)
         if each.difference is not None:
@@ -259,27 +249,14 @@ def _compare_rates(
 
 
 def approximate_randomization(
-    first: Rows,
-    second: Rows,
-    counts: np.ndarray,
-    metrics: Mapping[FigureName, SumMetric],
-    trials: int,
-    seed: int,
-) -> dict[FigureName, float]:
-    """The p-value of each difference by approximate randomization (Noreen 1989).
+    first: Rows, second: Rows, counts: np.ndarray, figures: FigureTable, trials: int, seed: int
+) -> np.ndarray:
+    """The p-value (F,) of each difference by approximate randomization (Noreen 1989).
 
     That is the share of trials, the observed one included, whose difference is at least as large
     when the outputs of both systems are swapped at random for each record. `first` and `second`
     (D, K) are the statistics of D distinct pairs of records, `counts` (D,) how often each occurs.
     """
-    p_values = _randomized(first, second, counts, figure_table(metrics), trials, seed)
-    return dict(zip(metrics, p_values.tolist()))
-
-
-def _randomized(
-    first: Rows, second: Rows, counts: np.ndarray, figures: FigureTable, trials: int, seed: int
-) -> np.ndarray:
-    """The p-values (F,) of `approximate_randomization`."""
     generator = np.random.default_rng([seed, 1])  # not the numbers of the bootstrap
     all_records = counts[None].astype(np.float64)
     totals = weighted(all_records, first), weighted(all_records, second)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lmcli.config import LORA_TARGETS
 from lmcli.errors import UsageError
 from lmcli.model.heads import LanguageHead
-from lmcli.model.initialization import meta_device
 from lmcli.model.layers import Linear
 from lmcli.model.transformer import Transformer
 
@@ -218,20 +217,6 @@ def adapters_of(model: nn.Module) -> dict[str, LoraLinear | LoraEmbedding]:
         for name, module in model.named_modules()
         if isinstance(module, LoraLinear | LoraEmbedding)
     }
-
-
-def take_off(model: Transformer, merge: bool = False) -> None:
-    """Replaces all adapters by plain modules; `merge` adds the updates to their weights."""
-    for name, adapter in adapters_of(model).items():
-        plain: nn.Embedding | Linear
-        with meta_device():
-            if isinstance(adapter, LoraEmbedding):
-                plain = nn.Embedding(*adapter.weight.shape)
-            else:
-                plain = Linear(adapter.in_features, adapter.out_features)
-                plain.bias = adapter.bias
-        plain.weight = nn.Parameter(adapter.matrix.detach()) if merge else adapter.weight
-        _replace(model, name, plain)
 
 
 def freeze_below(model: Transformer, layers: int) -> None:

@@ -10,16 +10,9 @@ from lmcli.kernels import build, calls, fused_block
 from lmcli.kernels.dropout import dropped
 from lmcli.model import likelihood
 from lmcli.model.activation_checkpointing import set_activation_checkpointing
+from lmcli.model.initialization import meta_device
 from lmcli.model.layers import Linear
-from lmcli.model.lora import (
-    Lora,
-    LoraEmbedding,
-    LoraLinear,
-    adapters_of,
-    freeze_below,
-    put_on,
-    take_off,
-)
+from lmcli.model.lora import Lora, LoraEmbedding, LoraLinear, adapters_of, freeze_below, put_on
 from lmcli.model.transformer import Transformer
 
 IDS = torch.arange(40).view(2, 20) % 37
@@ -73,6 +66,21 @@ def explicit(model: Transformer, plain: Transformer) -> Transformer:
                 product.T if isinstance(adapter, LoraEmbedding) else product
             )
     return plain
+
+
+def take_off(model, merge: bool = False) -> None:
+    """Replaces all adapters by plain modules; `merge` adds the updates to their weights."""
+    for name, adapter in adapters_of(model).items():
+        plain: torch.nn.Embedding | Linear
+        with meta_device():
+            if isinstance(adapter, LoraEmbedding):
+                plain = torch.nn.Embedding(*adapter.weight.shape)
+            else:
+                plain = Linear(adapter.in_features, adapter.out_features)
+                plain.bias = adapter.bias
+        plain.weight = torch.nn.Parameter(adapter.matrix.detach()) if merge else adapter.weight
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, plain.train(model.training))
 
 
 @each_shape
