@@ -23,7 +23,7 @@ from lmcli.errors import UserError
 from lmcli.storage import cached_resumable, write_text
 from lmcli.terminal import progress
 from lmcli.text.interruptible import DeadlineExceeded
-from lmcli.text.splitting import PIECE_CHARS
+from lmcli.text.splitting import PIECE_CHARS, in_batches
 from lmcli.text.tokenizer import Encoded, Tokenizer, learn
 
 # characters encoded at once: what the library returns takes a hundred times as much memory
@@ -263,8 +263,9 @@ def _encode_pieces(
             for piece, (ids, ends) in zip(batch, encoded)
         ]
 
+    batches = in_batches(pieces, CHARACTERS_AT_ONCE, lambda piece: len(piece.text))
     with ThreadPoolExecutor(BATCHES_AT_ONCE) as pool:
-        futures = _submit(pool, encode, _batches(pieces))
+        futures = _submit(pool, encode, batches)
         ahead = deque(islice(futures, BATCHES_AT_ONCE + 1))
         while ahead:
             encoded = ahead.popleft().result()
@@ -285,19 +286,6 @@ def _submit(
         failed: Future = Future()
         failed.set_exception(error)
         yield failed
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= CHARACTERS_AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _join_pieces(pieces: Iterable[Piece], max_characters: float) -> Iterator[Piece]:

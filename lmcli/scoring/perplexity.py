@@ -17,6 +17,7 @@ from lmcli.model import finite
 from lmcli.scoring.scorer import NATS_PER_BIT, Scorer
 from lmcli.scoring.token_logprobs import ScoreFields, ScoreRequest
 from lmcli.terminal.notebook import NotebookTable, data_frame
+from lmcli.text.splitting import in_batches
 
 MAX_BATCH_TOKENS = 100_000  # small enough that processes finish at about the same time
 FORWARDS_PER_BATCH = 8
@@ -230,7 +231,9 @@ def score_documents(
 ) -> Iterator[ScoredDocument]:
     """Yields the documents in order, scored by a pool; `task_index` as in `map_in_order`."""
     collected: list[np.ndarray] = []  # the log-probabilities of one document
-    batches = _batches(scorer, documents)
+    most = min(MAX_BATCH_TOKENS, FORWARDS_PER_BATCH * scorer.batch)
+    parts = _slices(scorer, documents, most)
+    batches = in_batches(parts, most, lambda part: len(part.request.ids))
     for slices, results in pool.map_in_order(batches, remote_task(scorer), task_index):
         for (_, document, _), logprobs in zip(slices, results):
             collected.append(logprobs)
@@ -239,22 +242,16 @@ def score_documents(
                 collected = []
 
 
-def _batches(scorer: Scorer, documents: Iterable[EncodedDocument]) -> Iterator[list[DocumentSlice]]:
-    batch: list[DocumentSlice] = []
-    tokens, most = 0, min(MAX_BATCH_TOKENS, FORWARDS_PER_BATCH * scorer.batch)
+def _slices(
+    scorer: Scorer, documents: Iterable[EncodedDocument], most: int
+) -> Iterator[DocumentSlice]:
     for document in documents:
         _, start, end = document.document
         bytes_per_token = (end - start) / max(1, len(document.ids))
         for request, following in pairwise(chain(scorer.slices(document.ids, most), (None,))):
             assert request is not None  # only the last of the chain is None
             size = bytes_per_token * (len(request.ids) - request.context_only)
-            batch.append(DocumentSlice(request, None if following else document, size))
-            tokens += len(request.ids)
-            if tokens >= most:
-                yield batch
-                batch, tokens = [], 0
-    if batch:
-        yield batch
+            yield DocumentSlice(request, None if following else document, size)
 
 
 def _scored(scorer: Scorer, document: EncodedDocument, logprobs: np.ndarray) -> ScoredDocument:

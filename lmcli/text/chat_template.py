@@ -264,11 +264,13 @@ def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     named = {name: value for name, value in settings.items() if name.endswith("_token")}
     extra = settings.get("extra_special_tokens")
     named |= extra if isinstance(extra, dict) else {}
-    texts = {
-        name: value.get("content") if isinstance(value, dict) else value
-        for name, value in named.items()
-    }
+    texts = {name: spelling(value) for name, value in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def spelling(token: Any) -> Any:
+    """The text of a special token, which settings give as a text or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def assistant_mask(

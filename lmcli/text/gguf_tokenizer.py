@@ -10,15 +10,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
 
 from lmcli.errors import UserError
+from lmcli.text.chat_template import spelling
 from lmcli.text.huggingface import (
     GENERIC_CLASS,
     LLAMA3_PATTERN,
     QWEN2_PATTERN,
     Core,
     bos_eos_template,
+    byte_level_splitter,
 )
 from lmcli.text.library_errors import library_errors
 from lmcli.text.sentencepiece import (
@@ -144,8 +146,8 @@ def to_metadata(
 
 
 def _id(core: Core | MarianSide, token: Any) -> int | None:
-    """The id of a special token, which settings give as a string or as an object."""
-    text = token.get("content") if isinstance(token, dict) else token
+    """The id of a special token in the settings."""
+    text = spelling(token)
     return core.token_to_id(text) if isinstance(text, str) else None
 
 
@@ -301,11 +303,7 @@ def _byte_level_core(
         raise UserError("has no list of merges", where=where)
     pairs = [(left, right) for left, _, right in (_split_merge(merge) for merge in merges)]
     core = Core(models.BPE(vocabulary, pairs, ignore_merges=known.ignore_merges))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not known.pattern)
-    split = [pre_tokenizers.Split(Regex(known.pattern), behavior="isolated")]
-    core.pre_tokenizer = (
-        pre_tokenizers.Sequence([*split, byte_level]) if known.pattern else byte_level
-    )
+    core.pre_tokenizer = byte_level_splitter(known.pattern)
     core.decoder = decoders.ByteLevel()
     return core, known.bos
 

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from lmcli.errors import UserError
 from lmcli.storage import read_json, user_errors
 from lmcli.text import chat_template, sentencepiece
+from lmcli.text.chat_template import spelling
 from lmcli.text.library_errors import library_errors
 from lmcli.text.sentencepiece import SPACE, MarianSide, SentencePieceModel
 from lmcli.text.tokenizer_classes import (
@@ -210,7 +211,7 @@ def _check_kind(core: Core, name: str, saved: Path, rules: TokenizerClass | None
 
 
 def _wordpiece(file: Path, settings: Settings) -> models.WordPiece:
-    vocabulary, unknown = models.WordPiece.read_file(str(file)), _content(settings["unk_token"])
+    vocabulary, unknown = models.WordPiece.read_file(str(file)), spelling(settings["unk_token"])
     if unknown not in vocabulary:
         raise ValueError(f"it lacks {unknown}")
     return models.WordPiece(vocabulary, unk_token=unknown)
@@ -226,7 +227,7 @@ def _read_marian(folder: Path, settings: Settings) -> FolderTokenizer:
     for name in MARIAN_FILES:
         with user_errors(folder / name, "read"):
             files[name] = (folder / name).read_bytes()
-    special = {role: _content(settings[role]) for role in ROLES if settings.get(role)}
+    special = {role: spelling(settings[role]) for role in ROLES if settings.get(role)}
     for name in MARIAN_FILES[:2]:
         with _parsing(folder / name):
             models_by_side.append(sentencepiece.parse(files[name]))
@@ -234,11 +235,6 @@ def _read_marian(folder: Path, settings: Settings) -> FolderTokenizer:
     with _parsing(folder / "vocab.json"):
         source, target = (MarianSide(pieces, ids, special) for pieces in models_by_side)
     return FolderTokenizer(source, {**settings, "tokenizer_class": MARIAN_CLASS}, target, files)
-
-
-def _content(token: Any) -> str:
-    """The spelling of a special token, which settings give as a string or as an object."""
-    return token.get("content", "") if isinstance(token, dict) else token
 
 
 def _added_token(value: str | dict[str, Any], special: bool) -> AddedToken:
@@ -252,18 +248,18 @@ def _added_token(value: str | dict[str, Any], special: bool) -> AddedToken:
 def _add_special_tokens(core: Core, settings: Settings, folder: Path, pieces: Pieces) -> None:
     """Adds the tokens in the settings as tokens that are never split, with new ids if needed."""
     listed = settings.get("added_tokens_decoder")
-    special = {_content(value) for key, value in settings.items() if key.endswith("_token")}
+    special = {spelling(value) for key, value in settings.items() if key.endswith("_token")}
     if listed is None:
         file = folder / "added_tokens.json"
         with _parsing(file):
             listed = {int(index): token for token, index in _json(file).items()}
         special |= {
-            _content(value) for value in _extra_tokens(settings.get("extra_special_tokens"))
+            spelling(value) for value in _extra_tokens(settings.get("extra_special_tokens"))
         }
     # tokens with a description of their own, then those that are only named
     described = {}
     for _, value in sorted(listed.items(), key=lambda item: int(item[0])):
-        text = _content(value)
+        text = spelling(value)
         is_special = text in special or (isinstance(value, dict) and value.get("special", False))
         described[text] = _added_token(value, is_special)
     described |= {token.content: token for token in (pieces.added if pieces else [])}
@@ -282,7 +278,7 @@ def _named_tokens(settings: Settings) -> dict[str, AddedToken]:
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
     values = [*(settings.get(key) for key in (*ROLES, *further)), *_extra_tokens(extra)]
     return {
-        _content(value): _added_token(value, True)
+        spelling(value): _added_token(value, True)
         for value in values
         if value and isinstance(value, str | dict)
     }
@@ -294,7 +290,7 @@ def _named_tokens(settings: Settings) -> dict[str, AddedToken]:
 def bos_eos_template(core: Core, settings: Settings) -> processors.TemplateProcessing:
     """The template of `add_bos_token` and `add_eos_token`."""
     bos, eos = (
-        [_content(settings[f"{name}_token"])]
+        [spelling(settings[f"{name}_token"])]
         if settings.get(f"add_{name}_token") and settings.get(f"{name}_token")
         else []
         for name in ("bos", "eos")
@@ -312,7 +308,7 @@ def _template(core: Core, single: str, pair: str, *special: str) -> processors.T
 
 
 def _roberta_template(core: Core, settings: Settings) -> processors.RobertaProcessing:
-    sep, cls = (_content(settings[role]) for role in ("sep_token", "cls_token"))
+    sep, cls = (spelling(settings[role]) for role in ("sep_token", "cls_token"))
     return processors.RobertaProcessing(
         (sep, core.token_to_id(sep)),  # type: ignore[arg-type]  # both are in the vocabulary
         (cls, core.token_to_id(cls)),  # type: ignore[arg-type]
@@ -322,7 +318,7 @@ def _roberta_template(core: Core, settings: Settings) -> processors.RobertaProce
 
 
 def _bert_template(core: Core, settings: Settings) -> processors.TemplateProcessing:
-    cls, sep = (_content(settings[role]) for role in ("cls_token", "sep_token"))
+    cls, sep = (spelling(settings[role]) for role in ("cls_token", "sep_token"))
     return _template(core, f"{cls}:0 $A:0 {sep}:0", f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1", cls, sep)
 
 
@@ -330,17 +326,26 @@ def _t5_template(core: Core, settings: Settings) -> processors.TemplateProcessin
     return processors.TemplateProcessing(
         single=["$A", "</s>"],
         pair=["$A", "</s>", "$B", "</s>"],
-        special_tokens=[("</s>", core.token_to_id(_content(settings["eos_token"])))],
+        special_tokens=[("</s>", core.token_to_id(spelling(settings["eos_token"])))],
     )
 
 
 # normalizers, pre-tokenizers and decoders of each class -------------------------------------------
 
 
+def byte_level_splitter(pattern: str, prefix: bool = False) -> pre_tokenizers.PreTokenizer:
+    """Splits text by a pattern, "" for GPT-2's, into bytes; `prefix` puts a space in front."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not pattern)
+    if not pattern:
+        return byte_level
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, byte_level])
+
+
 def _gpt2(core: Core, settings: Settings, pieces: Pieces) -> None:
     core.normalizer, core.decoder = None, decoders.ByteLevel()
     prefix = bool(settings.get("add_prefix_space"))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    core.pre_tokenizer = byte_level_splitter("", prefix)
 
 
 def _gpt_neox(core: Core, settings: Settings, pieces: Pieces) -> None:
@@ -351,12 +356,7 @@ def _gpt_neox(core: Core, settings: Settings, pieces: Pieces) -> None:
 def _qwen2(core: Core, settings: Settings, pieces: Pieces) -> None:
     core.normalizer, core.decoder = normalizers.NFC(), decoders.ByteLevel()
     prefix = bool(settings.get("add_prefix_space"))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False),
-        ]
-    )
+    core.pre_tokenizer = byte_level_splitter(QWEN2_PATTERN, prefix)
 
 
 def _bert(core: Core, settings: Settings, pieces: Pieces) -> None:
@@ -432,17 +432,13 @@ def _code_llama(core: Core, settings: Settings, pieces: Pieces) -> None:
     _llama(core, {**settings, "legacy": False}, pieces)
 
 
-def _code_llama_settings(settings: Settings) -> Settings:
-    return {"add_bos_token": True, **settings}
+def _llama_pieces(pieces: SentencePieceModel, settings: Settings) -> Core:
+    return Core(sentencepiece.bpe(pieces, byte_fallback=True))
 
 
 def _code_llama_pieces(pieces: SentencePieceModel, settings: Settings) -> Core:
-    unknown = _content(settings["unk_token"])
+    unknown = spelling(settings["unk_token"])
     return Core(sentencepiece.bpe(pieces, byte_fallback=True, unk_token=unknown))
-
-
-def _llama_pieces(pieces: SentencePieceModel, settings: Settings) -> Core:
-    return Core(sentencepiece.bpe(pieces, byte_fallback=True))
 
 
 _BERT_TOKENS = {
@@ -490,7 +486,7 @@ TOKENIZER_CLASSES = {
         _CODE_LLAMA_TOKENS,
         _code_llama,
         from_pieces=_code_llama_pieces,
-        fill_in=_code_llama_settings,
+        fill_in=lambda settings: {"add_bos_token": True, **settings},
     ),
 }
 KNOWN_CLASSES = (*TOKENIZER_CLASSES, MARIAN_CLASS)

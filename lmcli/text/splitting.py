@@ -1,7 +1,10 @@
 """Where a long text may be split so that the pieces encode to the same tokens as the whole."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 PIECE_CHARS = 1 << 12  # at least, in each piece; with 32,000 a character takes a tenth longer
 
@@ -61,15 +64,17 @@ def split_long_words(texts: Iterable[str]) -> Iterator[str]:
         yield text[start:]
 
 
-def in_batches(pieces: Iterable[str], characters: int) -> Iterator[list[str]]:
-    """The pieces in lists of about so many characters."""
-    batch: list[str] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece)
-        if size >= characters:
+def in_batches(
+    items: Iterable[Item], most: int, size: Callable[[Item], int]
+) -> Iterator[list[Item]]:
+    """The items in lists, each of which ends where its sizes reach `most` together."""
+    batch: list[Item] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= most:
             yield batch
-            batch, size = [], 0
+            batch, total = [], 0
     if batch:
         yield batch

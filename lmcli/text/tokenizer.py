@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from lmcli.config import TokenizerConfig
 from lmcli.errors import UserError
 from lmcli.storage import atomic_path, user_errors, write_text
 from lmcli.text import huggingface
 from lmcli.text.characters import byte_offsets
+from lmcli.text.chat_template import spelling
 from lmcli.text.gguf_header import is_gguf, read_header
 from lmcli.text.gguf_tokenizer import from_metadata
 from lmcli.text.huggingface import END_OF_TEXT, GENERIC_CLASS, LLAMA3_PATTERN, QWEN2_PATTERN
@@ -129,7 +130,7 @@ class Tokenizer:
         split = [self._split(text) for text in texts]
         pieces = [piece for pieces in split for piece in pieces]
         encoded = (
-            result for batch in in_batches(pieces, ENCODED_AT_ONCE) for result in encode(batch)
+            result for batch in in_batches(pieces, ENCODED_AT_ONCE, len) for result in encode(batch)
         )
         for own_pieces in split:
             yield list(islice(encoded, len(own_pieces)))
@@ -192,8 +193,7 @@ class Tokenizer:
 
     def special_id(self, name: str) -> int | None:
         """The id of `bos_token`, `eos_token`, `mask_token` …, or None if there is no such token."""
-        value = self.settings.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
+        text = spelling(self.settings.get(name))
         return self.id(text) if isinstance(text, str) else None
 
     @cached_property
@@ -394,15 +394,8 @@ def learn(
             f"{len(special)} special tokens of an {shape} make {smallest}"
         )
     core = tokenizers.Tokenizer(models.BPE())
-    if config.pattern == "gpt2":
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    else:
-        core.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+    pattern = "" if config.pattern == "gpt2" else QWEN2_PATTERN
+    core.pre_tokenizer = huggingface.byte_level_splitter(pattern)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,

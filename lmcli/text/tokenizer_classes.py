@@ -72,45 +72,16 @@ CLASS_OF_FILE = {
 }
 # classes that are Python code and never read a tokenizer.json, beside those of speech
 PYTHON_CLASSES = frozenset(
-    [
-        "BartphoTokenizer",
-        "BertGenerationTokenizer",
-        "BertJapaneseTokenizer",
-        "BertweetTokenizer",
-        "BioGptTokenizer",
-        "BlenderbotSmallTokenizer",
-        "ByT5Tokenizer",
-        "CTRLTokenizer",
-        "CanineTokenizer",
-        "ClvpTokenizer",
-        "CpmAntTokenizer",
-        "CpmTokenizer",
-        "DiaTokenizer",
-        "EsmTokenizer",
-        "FSMTTokenizer",
-        "FastSpeech2ConformerTokenizer",
-        "FlaubertTokenizer",
-        "GPTNeoXJapaneseTokenizer",
-        "GPTSw3Tokenizer",
-        "M2M100Tokenizer",
-        "MgpstrTokenizer",
-        "MyT5Tokenizer",
-        "PLBartTokenizer",
-        "PerceiverTokenizer",
-        "PhobertTokenizer",
-        "Pop2PianoTokenizer",
-        "ProphetNetTokenizer",
-        "RagTokenizer",
-        "RoCBertTokenizer",
-        "SiglipTokenizer",
-        "Speech2TextTokenizer",
-        "SpeechT5Tokenizer",
-        "TapasTokenizer",
-        "VitsTokenizer",
-        "Wav2Vec2CTCTokenizer",
-        "Wav2Vec2PhonemeCTCTokenizer",
-        "XLMTokenizer",
-    ]
+    """
+    BartphoTokenizer BertGenerationTokenizer BertJapaneseTokenizer BertweetTokenizer
+    BioGptTokenizer BlenderbotSmallTokenizer ByT5Tokenizer CTRLTokenizer CanineTokenizer
+    ClvpTokenizer CpmAntTokenizer CpmTokenizer DiaTokenizer EsmTokenizer FSMTTokenizer
+    FastSpeech2ConformerTokenizer FlaubertTokenizer GPTNeoXJapaneseTokenizer GPTSw3Tokenizer
+    M2M100Tokenizer MgpstrTokenizer MyT5Tokenizer PLBartTokenizer PerceiverTokenizer
+    PhobertTokenizer Pop2PianoTokenizer ProphetNetTokenizer RagTokenizer RoCBertTokenizer
+    SiglipTokenizer Speech2TextTokenizer SpeechT5Tokenizer TapasTokenizer VitsTokenizer
+    Wav2Vec2CTCTokenizer Wav2Vec2PhonemeCTCTokenizer XLMTokenizer
+    """.split()
 )
 
 
