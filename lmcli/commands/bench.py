@@ -39,7 +39,7 @@ MOST_LINES = 4096
     "Budget",
     click.option(
         "--seconds",
-        type=options.Duration(),
+        type=options.DURATION_TYPE,
         default=10.0,
         help="Duration of each measurement: seconds, 90s, 2m.",
     ),

@@ -9,6 +9,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -215,7 +216,7 @@ def _names(option: click.Option) -> str:
         names += f"/{option.secondary_opts[0]}"
     if option.is_flag:
         return names
-    kinds = {click.IntRange: "N", click.FloatRange: "X", Duration: "DURATION"}
+    kinds = {click.IntRange: "N", click.FloatRange: "X", ParsedText: option.type.name.upper()}
     value = option.metavar or kinds.get(type(option.type)) or "TEXT"
     if isinstance(option.type, click.Choice):
         value = option.metavar or "|".join(_short_choices(option)) or "NAME"
@@ -329,57 +330,45 @@ def _refuse_invalid_text(values: Mapping[str, Any]) -> None:
             )
 
 
-class Duration(click.ParamType):
-    """Seconds, or 90s, 10m, 1h30m."""
+class ParsedText(click.ParamType):
+    """The value that `parse` makes of a text; a ValueError says why it makes none."""
 
-    name = "duration"
+    def __init__(self, name: str, parse: Callable[[str], Any]):
+        self.name, self.parse = name, parse
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """The value in seconds."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value; one that is no text, as a default, is left as it is."""
         try:
-            return value if isinstance(value, float) else duration(value)
+            return self.parse(value) if isinstance(value, str) else value
         except ValueError as error:
-            self.fail(f"{error}; write it as 90, 90s, 10m or 1h30m", param, ctx)
+            self.fail(str(error), param, ctx)
 
 
-class Counts(click.ParamType):
-    """Whole numbers from 1 with commas between: 8,64,512."""
-
-    name = "counts"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """The numbers."""
-        if isinstance(value, tuple):
-            return value
-        words = (word.strip() for word in value.split(","))
-        numbers = tuple(int(word) for word in words if word.isdecimal() and len(word) < 100)
-        if len(numbers) != value.count(",") + 1 or not all(numbers):
-            self.fail(f"{value!r}: give whole numbers from 1, as in 8,64,512", param, ctx)
-        return numbers
+def _seconds(text: str) -> float:
+    try:
+        return duration(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; write it as 90, 90s, 10m or 1h30m") from None
 
 
-class Weights(click.ParamType):
-    """Numbers above 0 with commas between: 3,1."""
+def _counts(text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and len(word) < 100 and int(word) for word in words):
+        raise ValueError(f"{text!r}: give whole numbers from 1, as in 8,64,512")
+    return tuple(map(int, words))
 
-    name = "weights"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
-        """The weights."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            weights = tuple(float(word) for word in value.split(","))
-        except ValueError:
-            weights = ()
-        if not weights or not all(0 < weight < math.inf for weight in weights):
-            self.fail(f"{value!r}: give numbers above 0, as in 3,1", param, ctx)
-        return weights
+def _weights(text: str) -> tuple[float, ...]:
+    with suppress(ValueError):
+        weights = tuple(map(float, text.split(",")))
+        if all(0 < weight < math.inf for weight in weights):
+            return weights
+    raise ValueError(f"{text!r}: give numbers above 0, as in 3,1")
+
+
+DURATION_TYPE = ParsedText("duration", _seconds)
+COUNTS_TYPE = ParsedText("counts", _counts)
+WEIGHTS_TYPE = ParsedText("weights", _weights)
 
 
 def flag(*names: str, help: str, **attributes: Any) -> Option:

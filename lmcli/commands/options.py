@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lmcli import storage
+from lmcli.commands.command import COUNTS_TYPE as COUNTS_TYPE
+from lmcli.commands.command import DURATION_TYPE as DURATION_TYPE
+from lmcli.commands.command import WEIGHTS_TYPE as WEIGHTS_TYPE
 from lmcli.commands.command import Arguments as Arguments
-from lmcli.commands.command import Counts as Counts
-from lmcli.commands.command import Duration as Duration
 from lmcli.commands.command import Option as Option
-from lmcli.commands.command import Weights as Weights
 from lmcli.commands.command import all_of as all_of
 from lmcli.commands.command import choice as choice
 from lmcli.commands.command import command as command
@@ -120,7 +120,7 @@ nproc = section(
 budgets = section(
     "Budget",
     click.option(
-        "--time", "time_", type=Duration(), help="From start to saved model: 90s, 10m, 1h30m."
+        "--time", "time_", type=DURATION_TYPE, help="From start to saved model: 90s, 10m, 1h30m."
     ),
     number("--steps", help="Optimizer steps."),
     rare(number("--tokens", help="Training tokens.")),
@@ -318,6 +318,11 @@ def need_model(name: str | None) -> str:
     if not name:
         raise UsageError("no model was given", hint="give one with -m DIR, or set LM_MODEL")
     return name
+
+
+def budget(args: Arguments) -> dict[str, float | None]:
+    """--time, --steps, --tokens and --epochs, by their keys of `train`."""
+    return {"time": args.time_, "steps": args.steps, "tokens": args.tokens, "epochs": args.epochs}
 
 
 def load_model(name: str | None, args: Arguments, generating: bool = False) -> "Model":

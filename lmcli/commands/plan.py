@@ -47,7 +47,7 @@ PRESETS = ("auto", "tiny", "small", "base")  # what lm train chooses, then decod
     click.option(
         "--devices",
         "counts",
-        type=options.Counts(),
+        type=options.COUNTS_TYPE,
         multiple=True,
         metavar="N[,N...]",
         help="Plan for N devices like this; a row each.",
@@ -158,13 +158,8 @@ def _check(args: options.Arguments) -> list[int]:
 def _resolve(args: options.Arguments, preset: str, defaults: Mapping[str, Any]) -> "Recipe":
     from lmcli import recipes
 
-    train = {
-        "time": args.time_,
-        "steps": args.steps,
-        "tokens": args.tokens,
-        "epochs": args.epochs,
-        "precision": None if args.dtype == "auto" else args.dtype,
-    }
+    precision = None if args.dtype == "auto" else args.dtype
+    train = {**options.budget(args), "precision": precision}
     return recipes.resolve(preset, args.sets, train, defaults)
 
 

@@ -82,7 +82,7 @@ def _list_presets(context: click.Context, _: click.Parameter, value: bool) -> No
     options.rare(
         click.option(
             "--weights",
-            type=options.Weights(),
+            type=options.WEIGHTS_TYPE,
             default=(),
             metavar="W,W...",
             help="Sampling weights: draw rows from the DATA in this proportion, for any sizes.",
@@ -198,7 +198,7 @@ def _lead(
     from lmcli.runs import closing_report, resume_check, start
     from lmcli.runs.resume import ResumeRequest, resume
 
-    budget = {name: value for name, value in _budget(args).items() if value and args.resume}
+    budget = {name: value for name, value in options.budget(args).items() if value and args.resume}
     if replicas.size > 1:
         args.output, args.resume, args.overwrite = launcher.restart_options(
             args.output, args.resume, args.overwrite
@@ -256,7 +256,7 @@ def _request(args: options.Arguments) -> "Request":
     from lmcli.runs.start import Request
 
     train = {
-        **_budget(args),
+        **options.budget(args),
         "seed": args.seed,
         "precision": None if args.dtype == "auto" else args.dtype,
         "lora_rank": args.lora,
@@ -286,10 +286,6 @@ def _request(args: options.Arguments) -> "Request":
         weights=args.weights,
         shard=args.shard,
     )
-
-
-def _budget(args: options.Arguments) -> dict[str, float | None]:
-    return {"time": args.time_, "steps": args.steps, "tokens": args.tokens, "epochs": args.epochs}
 
 
 def _work(args: options.Arguments, replicas: "ReplicaGroup") -> None:
@@ -353,10 +349,10 @@ def _check_resume(args: options.Arguments) -> None:
                 f"--resume and {shown} exclude each other",
                 hint="leave it out, or start a new run with --from",
             )
-    budget = [name for name, value in _budget(args).items() if value]
+    budget = [name for name, value in options.budget(args).items() if value]
     for setting in args.sets:
         section, _, key = setting.partition("=")[0].strip().partition(".")
-        if section == "train" and budget and key in _budget(args):
+        if section == "train" and budget and key in options.budget(args):
             raise UsageError(
                 f"--{budget[0]} and --set {setting} exclude each other", hint="give one of them"
             )

@@ -21,13 +21,13 @@ def two_values(option):
         return "", ""
     if isinstance(kind, click.Choice):
         return kind.choices[0], kind.choices[-1]
-    if isinstance(kind, options.Duration):
+    if kind is options.DURATION_TYPE:
         return "90", "2m"
     if isinstance(kind, click.IntRange):
         return str(kind.min or 1), str((kind.min or 1) + 1)
     if kind.name.startswith("float"):
         return "0.5", "0.25"
-    return ("3,1" if isinstance(kind, options.Weights) else "a"), "4"
+    return ("3,1" if kind is options.WEIGHTS_TYPE else "a"), "4"
 
 
 SINGLE = [
