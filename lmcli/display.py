@@ -136,14 +136,14 @@ class TrainingView:
             state.nats_per_unit = math.log(2) * run.record.data.bytes_per_token
         state.memory = partial(peak_memory, run.record.device_config.device)
         state.stopping = lambda: run.trainer.stop
+        state.selection = run.objective.selection(run.record.recipe.train)
         for row in run.record.folder.metrics() if self.live else ():
             if row.get("loss") is not None:
                 state.losses.add(row["step"], row["loss"] / state.nats_per_unit)
             elif row.get(self._plotted) is not None:
-                value, best = row[self._plotted], state.best
-                is_best = best is None or value < best.value
-                headline = f"{value:.4f} {state.unit}"
-                state.evaluations.append(Evaluated(row["step"], value, headline, is_best))
+                value, step = row[self._plotted], row["step"]
+                best, headline = step == run.trainer.counters.best_step, f"{value:.4f} {state.unit}"
+                state.evaluations.append(Evaluated(step, value, headline, best))
         compiled = run.trainer.train_step.compiled
         progress.now("compiling the model" if compiled else "making the first step")
 

@@ -6,7 +6,9 @@ import re
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +35,13 @@ LAST_BYTES = 1 << 22  # of metrics.jsonl and recipe.yaml that are read
 def local_rows(folder: str = ".") -> list[dict[str, Any]]:
     """A row of OVERVIEW_COLUMNS for each run and model in `folder` and `folder`/runs, newest first.
 
-    A value that a folder does not tell is None.
+    A value that a folder does not tell is None. Folders that cannot be read are left out.
     """
     rows = []
     for parent in (Path(folder), Path(folder) / "runs"):
-        try:
-            names = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())
-        except OSError:
-            continue
-        for name in names:
-            path = parent / name
-            if row := _row(path):
-                rows.append({"name": str(path), **row})
+        with suppress(OSError):
+            paths = [parent / name for name in sorted(os.listdir(parent))]
+            rows += [{"name": str(path), **row} for path in paths if (row := _row(path))]
     return sorted(rows, key=lambda row: row["modified"], reverse=True)
 
 
@@ -62,14 +59,14 @@ def cached_rows() -> tuple[list[dict[str, Any]], int]:
 
 def _row(path: Path) -> dict[str, Any] | None:
     """What a folder is; None if it holds neither a model nor a run."""
-    is_run = (path / "recipe.yaml").is_file()
-    files = [file for name in ("config.json", "adapter_config.json") if (file := path / name)]
-    files = [file for file in files if file.is_file()]
+    is_run = isfile(path / "recipe.yaml")  # False for another user's folder
+    files = [path / name for name in ("config.json", "adapter_config.json")]
+    files = [file for file in files if isfile(file)]
     if not files and not is_run:
         return None
     newest = [path / "metrics.jsonl", *files, path / "recipe.yaml"]
     row = dict.fromkeys(OVERVIEW_COLUMNS[1:]) | {"kind": "run" if is_run else "model"}
-    time = next(file.stat().st_mtime for file in newest if file.is_file())
+    time = next(file.stat().st_mtime for file in newest if isfile(file))
     row["modified"] = datetime.fromtimestamp(time, UTC).isoformat(timespec="seconds")
     row |= _shape(files[0]) if files else {}
     return row | (_progress(path) if is_run else {})

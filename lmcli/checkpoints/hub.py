@@ -4,6 +4,7 @@ import os
 import re
 from contextlib import suppress
 from functools import cache
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def find(name: str | Path, weights: bool = True) -> str | Path:
 def find_run(name: str) -> Path | None:
     """The folder runs/NAME if it holds a model; a line on standard error says so once."""
     folder = RUNS / name
-    if name in (".", "..") or not any((folder / file).is_file() for file in CONFIG_FILES):
+    if name in (".", "..") or not any(isfile(folder / file) for file in CONFIG_FILES):
         return None
     _announce(name, folder)
     return folder
@@ -81,9 +82,7 @@ def nearby(path: Path, files: tuple[str, ...] = CONFIG_FILES, what: str = "model
     for parent in (path, path.parent, RUNS):
         with suppress(OSError):
             entries = sorted(parent.iterdir())[:MOST_NAMES]
-            folders |= {
-                each.name: each for each in entries if any((each / f).is_file() for f in files)
-            }
+            folders |= {each.name: each for each in entries if any(isfile(each / f) for f in files)}
     listed = ", ".join(map(str, list(folders.values())[:MOST_LISTED]))
     more = ", …" * (len(folders) > MOST_LISTED)
     near = "".join(f"did you mean {folders[name]}? " for name in nearest(path.name, folders))
@@ -130,7 +129,7 @@ def cached_snapshot(name: str) -> Path | None:
     except (OSError, ValueError):
         return None
     snapshot = folder / "snapshots" / commit
-    return snapshot if commit and snapshot.is_dir() else None
+    return snapshot if commit and os.path.isdir(snapshot) else None
 
 
 def cached_names() -> list[str]:

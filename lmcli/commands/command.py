@@ -344,13 +344,6 @@ class ParsedText(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-def _seconds(text: str) -> float:
-    try:
-        return duration(text)
-    except ValueError as error:
-        raise ValueError(f"{error}; write it as 90, 90s, 10m or 1h30m") from None
-
-
 def _counts(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and len(word) < 100 and int(word) for word in words):
@@ -366,7 +359,7 @@ def _weights(text: str) -> tuple[float, ...]:
     raise ValueError(f"{text!r}: give numbers above 0, as in 3,1")
 
 
-DURATION_TYPE = ParsedText("duration", _seconds)
+DURATION_TYPE = ParsedText("duration", duration)
 COUNTS_TYPE = ParsedText("counts", _counts)
 WEIGHTS_TYPE = ParsedText("weights", _weights)
 

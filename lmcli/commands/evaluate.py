@@ -102,6 +102,7 @@ def evaluate(args: options.Arguments) -> None:
     model_by_default = source is click.core.ParameterSource.ENVIRONMENT
     if args.predictions and model_by_default:
         args.models = ()
+    options.distinct_models(args.models, needed=False)
     request = _request(args)
     if not args.pool.is_leader:
         from lmcli.evaluation.model_predictions import remote_task
@@ -131,7 +132,7 @@ def evaluate(args: options.Arguments) -> None:
         return systems.System(name, preparation.new_counts(request, dataset, figures, survey))
 
     new_system("")  # a missing library is an error before the work
-    evaluation = EvaluationRun(args, request, task, dataset, survey.records)
+    evaluation = EvaluationRun(args, request, task, dataset, survey.records, survey.texts)
     source_name = display_name((files or [args.references])[0])
     measured = evaluation.measure(new_system, source_name)
     results = systems.evaluate_systems(measured, survey.groups, figures, args.resamples, args.seed)
@@ -191,13 +192,14 @@ def _print(
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationRun:
-    """One evaluation: the command's options, its task and its `records` records."""
+    """One evaluation: the command's options, its task, its `records` records, their first texts."""
 
     args: options.Arguments
     request: "EvaluationOptions"
     task: "Task"
     dataset: "EvalDataset"
     records: int
+    texts: list[str]
 
     def measure(self, new_system: Callable[[str], "System"], source: str) -> list["System"]:
         """The models and files of predictions, each with all its predictions.
@@ -224,6 +226,8 @@ class EvaluationRun:
 
         tracked, noted = track_peak_memory(), time.monotonic()
         predictor = _predictor(system.name, self.task, self.request, self.args)
+        tokenizers = {system.name: predictor.model.tokenizer}
+        options.remark_foreign_text(self.texts, tokenizers, self.args)
         predictions = predictor.predict_all(self.dataset, self.args.pool, number)
         silent = self.args.quiet or progress.is_watched()
         with progress.stage(system.name, self.records):

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,10 @@ from lmcli.terminal import progress
 if TYPE_CHECKING:
     from lmcli.api import Model
     from lmcli.data.output_file import OutputFile
+    from lmcli.data.rows import Record
+    from lmcli.text.tokenizer import Tokenizer
 
+CHARACTERS_TO_JUDGE = 200  # a text by, unless there are fewer
 files = click.argument("files", nargs=-1, metavar="[FILE]...")
 data = click.argument("data", nargs=-1, metavar="DATA...")
 MODEL: dict[str, Any] = {"envvar": "LM_MODEL", "metavar": "DIR"}
@@ -325,6 +328,18 @@ def budget(args: Arguments) -> dict[str, float | None]:
     return {"time": args.time_, "steps": args.steps, "tokens": args.tokens, "epochs": args.epochs}
 
 
+def distinct_models(names: tuple[str, ...], needed: bool = True) -> list[str]:
+    """The short names of several -m; UsageError for none if one is `needed`, and for one twice."""
+    from lmcli.output.cells import short_names
+
+    if needed:
+        need_model(names[0] if names else None)
+    short = short_names(names)
+    if twice := next((name for name in short if short.count(name) > 1), None):
+        raise UsageError(f"{twice} is given twice", where="-m", hint="leave one of them out")
+    return short
+
+
 def load_model(name: str | None, args: Arguments, generating: bool = False) -> "Model":
     """Loads a model with --device, --dtype and --threads; with -v prints what it runs on."""
     name = need_model(name)
@@ -362,6 +377,57 @@ def echo(text: object) -> None:
     from lmcli.text.characters import for_stream
 
     click.echo(for_stream(str(text), sys.stdout))
+
+
+def remark_foreign_text(
+    texts: Iterable[str],
+    tokenizers: "dict[str, Tokenizer]",
+    args: Arguments,
+    advice: str = "its figures say little: take a model of this language",
+) -> None:
+    """Prints a line for each model whose tokenizer is not made for the texts, and drops it.
+
+    So a model is named once, however many texts there are.
+    """
+    from lmcli.data.diagnostics import foreign_text
+    from lmcli.display import note
+
+    texts = list(texts)
+    for name, tokenizer in [] if args.quiet else list(tokenizers.items()):
+        if remark := foreign_text(texts, tokenizer, advice):
+            note(f"{name}: {remark}")
+            del tokenizers[name]
+
+
+def remarked(
+    batches: "Iterable[list[Record]]",
+    tokenizers: "dict[str, Tokenizer]",
+    args: Arguments,
+    **advice: str,
+) -> "Iterator[list[Record]]":
+    """The batches as they come, with remarks on standard error about their first records."""
+    texts: list[str] = []
+    judged = args.quiet
+    for batch in batches:
+        if not judged:
+            if batch and not texts and args.format_ == "auto":
+                _remark_rows(batch[0])
+            texts += [record.text for record in batch]
+            if judged := sum(map(len, texts)) >= CHARACTERS_TO_JUDGE:
+                remark_foreign_text(texts, tokenizers, args, **advice)
+        yield batch
+    if not judged:
+        remark_foreign_text(texts, tokenizers, args, **advice)
+
+
+def _remark_rows(first: "Record") -> None:
+    """Prints a line if a file or pipe that is read as plain text looks like rows."""
+    from lmcli.data.diagnostics import rows_by_look
+    from lmcli.data.files import display_name
+    from lmcli.display import note
+
+    if first.fields is None and (advice := rows_by_look(first.text.lstrip())):
+        note(f"{display_name(first.file)} is read as plain text, and {advice}")
 
 
 def report_skipped(count: int, quiet: bool) -> None:

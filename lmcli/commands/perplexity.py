@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from lmcli.evaluation.model_comparison import DocumentGroup
     from lmcli.evaluation.signature import Signature
     from lmcli.scoring.scorer import Scorer
+    from lmcli.text.tokenizer import Tokenizer
+
+PIECES_TO_JUDGE = 20  # the tokenizers by, of a text
 
 
 class Loaded(NamedTuple):
@@ -91,7 +95,7 @@ def perplexity(args: options.Arguments) -> None:
     -v.
     What each number means: lm help numbers.
     """
-    options.need_model(args.models[0] if args.models else None)
+    options.distinct_models(args.models)
     if args.validation and (args.files or args.by):
         raise UsageError(
             "--validation measures the run's own validation set", hint="leave out FILE and --by"
@@ -164,7 +168,9 @@ def _rows(
     from lmcli.evaluation import model_comparison, signature
 
     hashes = [signature.model_hash(loaded.folder) for loaded in models]
-    for source in _validation_sets(models) if args.validation else _sources(args, files):
+    tokenizers = {loaded.name: loaded.scorer.text_tokenizer for loaded in models}
+    sources = _validation_sets(models) if args.validation else _sources(args, files, tokenizers)
+    for source in sources:
         with progress.stage(source.name, source.bytes * len(source.models), "bytes"):
             groups = model_comparison.compare_models(
                 [models[k].scorer for k in source.models],
@@ -233,9 +239,11 @@ def _validation_sets(models: list[Loaded]) -> Iterator[PerplexitySource]:
         )
 
 
-def _sources(args: options.Arguments, files: list[str]) -> Iterator[PerplexitySource]:
+def _sources(
+    args: options.Arguments, files: list[str], tokenizers: "dict[str, Tokenizer]"
+) -> Iterator[PerplexitySource]:
     """The files, each measured by all models; errors in a file are raised before its work."""
-    from lmcli.data.documents import DocumentFormat, find_documents, survey
+    from lmcli.data.documents import DocumentFormat, find_documents, read_pieces, survey
     from lmcli.data.files import display_name, pin
 
     document_format = DocumentFormat(args.documents, args.format_, args.fields, args.on_error)
@@ -251,6 +259,8 @@ def _sources(args: options.Arguments, files: list[str]) -> Iterator[PerplexitySo
         if not len(surveyed.documents):
             raise UserError("no text in it", where=name, hint="give a file with text")
         options.report_skipped(surveyed.skipped, args.quiet)
+        pieces = islice(read_pieces(surveyed.documents, document_format), PIECES_TO_JUDGE)
+        options.remark_foreign_text((piece.text for piece in pieces), tokenizers, args)
         find = functools.partial(find_documents, [file], document_format)
         size = surveyed.documents.bytes
         yield PerplexitySource(name, size, find, document_format, range(len(args.models)))

@@ -155,7 +155,9 @@ def score(args: options.Arguments) -> None:
     draw = None if args.as_json or not rows.columns else rows.table(args.header)
     with OutputFile(args.output, args.resume, styled=args.color, draw=draw) as out:
         finished = options.write_header(out, header)
-        batches = (part for batch in reader.batches(files) for part in doubling_batches(batch))
+        tokenizers = {name: scorer.text_tokenizer for name, scorer in zip(names, scorers)}
+        read = options.remarked(reader.batches(files), tokenizers, args)
+        batches = (part for batch in read for part in doubling_batches(batch))
         todo = unfinished_batches(batches, finished, args.pairs)
         try:
             _write(out, models, args.pool.map_in_order(todo, task), rows, totals)
@@ -173,13 +175,7 @@ def score(args: options.Arguments) -> None:
 
 def _load(args: options.Arguments) -> tuple[list["Model"], list[str]]:
     """The models and their short names; UsageError if one is given twice."""
-    from lmcli.output.cells import short_names
-
-    options.need_model(args.models[0] if args.models else None)
-    names = short_names(args.models)
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UsageError(f"{twice} is given twice", where="-m", hint="leave one of them out")
+    names = options.distinct_models(args.models)
     return [options.load_model(name, args) for name in args.models], names
 
 

@@ -1,7 +1,8 @@
 """lm tokenize: text to token ids and back, and learning a BPE."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lmcli.text.tokenizer import Tokenizer
 
 MODES = ("decode", "pieces", "offsets", "count", "color", "train")
+LEARN = "learn one with lm tokenize --train -o tok FILE"
 
 
 @options.command(
@@ -92,17 +94,18 @@ def tokenize(args: options.Arguments) -> None:
         args.color,
         columns_of(sys.stdout) if terminal else None,
     )
+    write: Callable[..., Iterable[tuple[str, dict[str, Any]] | None]] = style.encode
+    batches = reader.batches(options.input_files(args.files, args.include, args.quiet))
+    if args.decode:
+        write = partial(_decoded, reader=reader)
+    else:
+        batches = options.remarked(batches, {args.model: tokenizer}, args, advice=LEARN)
     with OutputFile(args.output, args.resume, styled=args.color) as out:
         progress.current().begin()
         finished = options.write_header(out, ())  # records that --continue skips
-        for batch in reader.batches(options.input_files(args.files, args.include, args.quiet)):
+        for batch in batches:
             records, finished = list(islice(batch, finished, None)), max(0, finished - len(batch))
-            lines: Iterable[tuple[str, dict[str, Any]] | None]
-            if args.decode:
-                lines = _decoded(records, tokenizer, reader)
-            else:
-                lines = style.encode(records, tokenizer)
-            for record, line in zip(records, lines):
+            for record, line in zip(records, write(records, tokenizer)):
                 if line is None:
                     continue
                 text, facts = line

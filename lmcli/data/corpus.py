@@ -80,6 +80,10 @@ class Corpus:
         """UTF-8 bytes of text per token."""
         return self.bytes / self.tokens
 
+    def first_ids(self, count: int) -> np.ndarray:
+        """The first ids, at most `count`."""
+        return np.asarray(self.ids[:count])
+
 
 @dataclass
 class Mixture:
@@ -109,6 +113,12 @@ class Mixture:
         pairs = zip(self.weights, self.corpora)
         total = sum(weight * corpus.bytes_per_token for weight, corpus in pairs)
         return total / sum(self.weights)
+
+    def first_ids(self, count: int) -> np.ndarray:
+        """At most `count` ids: the first of each corpus, in proportion to its weight."""
+        shares = [weight / sum(self.weights) for weight in self.weights]
+        parts = [each.first_ids(round(count * s)) for each, s in zip(self.corpora, shares)]
+        return np.concatenate(parts)
 
 
 def learn_tokenizer(

@@ -19,7 +19,8 @@ LISTED_LABELS = 10
 FEW = 5  # a label with fewer examples is named
 INSPECTED_BYTES = 1 << 16
 LITTLE_BYTES = 10_000
-SAMPLED_CHARACTERS = 20_000
+SAMPLED_CHARACTERS, FEWEST_CHARACTERS = 20_000, 20
+BYTES_VOCABULARY = 400  # tokens of a vocabulary that is bytes and little else
 MOST_TOKENS_PER_CHARACTER = 1.2
 MOST_UNKNOWN = 0.05
 KNOWN_FIELDS = {*TEXT_LABEL_FIELDS, *SOURCE_TARGET, *PROMPT_COMPLETION, *QUESTION_FIELDS}
@@ -37,10 +38,11 @@ def little_text(size: int) -> str:
     )
 
 
-def foreign_text(texts: Iterable[str], tokenizer: Tokenizer, data: str) -> str:
+def foreign_text(texts: Iterable[str], tokenizer: Tokenizer, advice: str) -> str:
     """A line about a text that a tokenizer was not made for, by its beginning; or "".
 
-    More tokens than characters are bytes, as of Chinese in an English vocabulary.
+    More tokens than characters are bytes, as of Chinese in an English vocabulary. That is no fault
+    of a vocabulary that holds little else than bytes.
     """
     sample = ""
     for text in texts:
@@ -48,21 +50,20 @@ def foreign_text(texts: Iterable[str], tokenizer: Tokenizer, data: str) -> str:
         if len(sample) >= SAMPLED_CHARACTERS:
             break
     sample = sample[:SAMPLED_CHARACTERS]
+    if len(sample) < FEWEST_CHARACTERS:
+        return ""
     ids = tokenizer.encode(sample)
     unknown_id = tokenizer.special_id("unk_token")
     unknown = sum(id_ == unknown_id for id_ in ids) / max(1, len(ids))
-    learn = f"learn one with lm tokenize --train -o tok {data} and a model with --tokenizer tok"
-    if len(ids) > MOST_TOKENS_PER_CHARACTER * len(sample):
-        return (
-            f"the tokenizer is not made for this text: {len(ids) / len(sample):.1f} tokens per "
-            f"character, {len(sample.encode()) / len(ids):.1f} bytes a token; {learn}"
-        )
-    if unknown > MOST_UNKNOWN:
-        return (
-            f"the tokenizer is not made for this text: it has no token for {unknown:.0%} of the "
-            f"pieces; {learn}"
-        )
-    return ""
+    per_character = len(ids) / len(sample)
+    if per_character > MOST_TOKENS_PER_CHARACTER and tokenizer.size > BYTES_VOCABULARY:
+        size = len(sample.encode("utf-8", "replace")) / len(ids)
+        what = f"{per_character:.1f} tokens per character, {size:.1f} bytes a token"
+    elif unknown > MOST_UNKNOWN:
+        what = f"it has no token for {unknown:.0%} of the pieces"
+    else:
+        return ""
+    return f"the tokenizer is not made for this text: {what}; {advice}"
 
 
 # -- fields
@@ -74,6 +75,11 @@ def hidden_rows(file: str) -> str:
         head = (
             handle.read(INSPECTED_BYTES).decode("utf-8", "replace").removeprefix("\ufeff").lstrip()
         )
+    return rows_by_look(head)
+
+
+def rows_by_look(head: str) -> str:
+    """What a plain text that begins so looks like, and what to do; or ""."""
     line = head.partition("\n")[0]
     with suppress(ValueError):
         parse_json_row(line)

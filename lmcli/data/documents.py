@@ -286,7 +286,8 @@ def _scan_rows(
             texts, labels = doc_format.content(parse(line))
         except ValueError as error:
             if doc_format.on_error == "stop":
-                raise bad_record(error, file, number, SKIPPED) from error
+                alike = number < 3  # the first row, of a table after the header
+                raise bad_record(error, file, number, SKIPPED, alike) from error
             found.counts["skipped"] += 1
             continue
         if not all(text.strip() for text in texts):

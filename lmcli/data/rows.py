@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from lmcli.data.files import COMPRESSED_SUFFIXES, display_name, open_bytes, text_chunks
-from lmcli.data.schema import field_names, row_text
+from lmcli.data.schema import MissingField, field_names, row_text
 from lmcli.errors import UserError
 from lmcli.storage import user_errors
 from lmcli.terminal import progress
@@ -379,7 +379,8 @@ class RowReader:
                 text = row_text(row, self.fields)
         except ValueError as error:
             if self.on_error == "stop":
-                raise bad_record(error, file, number) from error
+                alike = format in TABLES or self.count == 1
+                raise bad_record(error, file, number, alike=alike) from error
             if self.on_error == "blank":
                 return Record("", file, number, None, line.newline, bad=True, number=self.count)
             self.skipped += 1
@@ -393,7 +394,7 @@ def require_field(row: dict[str, Any] | str, name: str) -> None:
     if isinstance(row, str):
         raise ValueError(f"is plain text, without a field {name!r}")
     if name not in row:
-        raise ValueError(f"no field {name!r} among {field_names(row)}")
+        raise MissingField(f"no field {name!r} among {field_names(row)}")
 
 
 def unfinished_batches(
@@ -416,10 +417,15 @@ NOT_UTF_8 = "only UTF-8 text can be read; iconv -f LATIN1 -t UTF-8 converts Lati
 
 
 def bad_record(
-    error: ValueError, file: str, number: int, hint: str = SKIPPED_OR_BLANK
+    error: ValueError, file: str, number: int, hint: str = SKIPPED_OR_BLANK, alike: bool = False
 ) -> UserError:
-    """The UserError for a line that is no valid record."""
+    """The UserError for a line that is no valid record.
+
+    If all rows are `alike`, they lack the same fields: nothing would be left if they were skipped.
+    """
     what = str(error)
+    if alike and isinstance(error, MissingField):
+        return UserError(what, where=f"{display_name(file)}, line {number}")
     if isinstance(error, UnicodeDecodeError):
         what = f"invalid UTF-8 (byte {error.start + 1} of the line)"
     return UserError(what, where=f"{display_name(file)}, line {number}", hint=hint)

@@ -42,6 +42,10 @@ MINIMAL_PAIR_FIELDS = (
 MAX_WHOLE_FLOAT = 2**53  # up to it a float is one whole number
 
 
+class MissingField(ValueError):
+    """A row lacks a field."""
+
+
 class PairSchema(NamedTuple):
     """Fields that hold a source and a target text; `texts` reads both.
 
@@ -154,8 +158,10 @@ def check_text(text: Any, name: str, row: Row) -> str:
     """The text itself; ValueError, which names the field, for anything else."""
     if isinstance(text, str):
         return text
-    near = "" if name in row else did_you_mean(name, row)
-    raise ValueError(f"field {name!r} is missing or not a text; fields: {field_names(row)}{near}")
+    if name in row:
+        raise ValueError(f"field {name!r} is not a text; fields: {field_names(row)}")
+    near = did_you_mean(name, row)
+    raise MissingField(f"field {name!r} is missing; fields: {field_names(row)}{near}")
 
 
 def row_text(row: Row | str, fields: tuple[str, ...] = ()) -> str:
@@ -164,7 +170,7 @@ def row_text(row: Row | str, fields: tuple[str, ...] = ()) -> str:
         return row
     names = fields or first_present(row, TEXT_FIELDS)
     if not names:
-        raise ValueError(f"no text field among {field_names(row)}: name one with --field")
+        raise MissingField(f"no text field among {field_names(row)}: name one with --field")
     return "".join(row_field(row, name) for name in names)
 
 
@@ -230,7 +236,7 @@ def _two_texts(
         return first, second
     names = fields or first_present(row, known)
     if not names:
-        raise ValueError(f"no pair of fields among {field_names(row)}: name two with --field")
+        raise MissingField(f"no pair of fields among {field_names(row)}: name two with --field")
     return row_field(row, names[0]), row_field(row, names[1])
 
 
@@ -398,11 +404,7 @@ def _locate(context: str, text: str, start: Any) -> GoldAnswer:
     """The answer at a character of the context, without the white space around it."""
     if not text.strip():
         raise ValueError(f"an answer's text is {text!r}, not a text of the context")
-    if (
-        isinstance(start, bool)
-        or not isinstance(start, int)
-        or not 0 <= start <= len(context) - len(text)
-    ):
+    if type(start) is not int or not 0 <= start <= len(context) - len(text):
         raise ValueError(
             f"answer {text!r} cannot start at {start!r} of a context of {len(context)} characters"
         )

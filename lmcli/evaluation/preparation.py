@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from lmcli.checkpoints import folder, hub
 from lmcli.config import ModelConfig
+from lmcli.data.diagnostics import rows_by_look
 from lmcli.data.files import display_name, pin
 from lmcli.data.rows import Record, named_roles
 from lmcli.data.schema import TASK_SCHEMAS
@@ -15,6 +16,8 @@ from lmcli.evaluation.systems import LabelCounts, TextCounts
 from lmcli.evaluation.tasks import Task, find_task
 from lmcli.evaluation.text_metrics import select_text_metrics
 from lmcli.terminal import progress
+
+RECORDS_TO_JUDGE = 100  # the models' tokenizers by
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,14 @@ def _with_roles(options: EvaluationOptions, first: Record) -> tuple[EvaluationOp
 class DatasetSurvey:
     """Facts of all records: their number, groups (by the field `by`) and how many lack a text.
 
-    `unanswerable` says whether some question has no answer.
+    `unanswerable` says whether some question has no answer. `texts` are the first inputs.
     """
 
     records: int = 0
     groups: list[str] = field(default_factory=list)
     empty_references: int = 0
     unanswerable: bool = False
+    texts: list[str] = field(default_factory=list)
 
 
 def survey_dataset(
@@ -152,6 +156,8 @@ def survey_dataset(
             survey.groups.append("NA" if value is None else name)
         if configs and not record.inputs:
             raise _no_input(task, record)
+        if survey.records <= RECORDS_TO_JUDGE:
+            survey.texts += record.inputs
         survey.unanswerable |= not record.references
         if task.schema.kind == "texts" and not any(text.strip() for text in record.references):
             survey.empty_references += 1
@@ -177,9 +183,14 @@ def _no_input(task: Task, record: EvalRecord) -> UserError:
         references = task.schema.references[:: -1 if task.schema.kind == "labels" else 1]
         needed = " and ".join(task.schema.inputs[0] + references[:1])
         problem = f"this plain line is read as the reference, without an input ({needed})"
+        look = rows_by_look(record.references[0] if record.references else "")
         hint = (
-            f"give rows with {needed} (.jsonl, .tsv, .csv), or plain inputs in FILE and their "
-            f"references, line by line, in --references FILE"
+            f"it {look}"
+            if look
+            else (
+                f"give rows with {needed} (.jsonl, .tsv, .csv), or plain inputs in FILE and their "
+                f"references, line by line, in --references FILE"
+            )
         )
     else:
         names = " or ".join(repr(" and ".join(names)) for names in task.schema.inputs)

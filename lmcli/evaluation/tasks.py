@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcli.config import ModelConfig
+from lmcli.data.diagnostics import rows_by_look
 from lmcli.data.rows import Record
 from lmcli.data.schema import MINIMAL_PAIR_FIELDS, PAIR_SCHEMAS, TASK_SCHEMAS, TaskSchema
 from lmcli.errors import UsageError, did_you_mean
@@ -102,7 +103,8 @@ def find_task(
             raise _unknown_figure(metric, figures, "of any task")
     hint = f"--task {', '.join(EVALUATION_TASKS)}"
     if row is None:
-        shown, hint = "plain text", f"{hint}; --format jsonl if it is JSON Lines"
+        shown, look = "plain text", rows_by_look(first.text) if first else ""
+        hint = f"it {look}" if look else f"{hint}; --format jsonl if it is JSON Lines"
     else:
         shown = f"a row with {', '.join(map(repr, row))}"
         hint += "; --fields text=COLUMN,label=COLUMN names the columns"

@@ -124,7 +124,7 @@ class TrainingWorkload:
             model.to(device_config.device).train(), rows, self.train, device_config, objective
         )
         self.train_step.compile_if_worthwhile()
-        unmeasured = Evaluation(lambda: SimpleNamespace(criterion=0.0))
+        unmeasured = Evaluation(lambda: SimpleNamespace(criterion=0.0, loss=0.0))
         self._events = Trainer(self.train_step, unmeasured, time.monotonic()).events()
 
     def step(self) -> float:

@@ -4,8 +4,6 @@ import math
 import shlex
 from contextlib import suppress
 
-import numpy as np
-
 from lmcli.data.documents import read_pieces
 from lmcli.errors import UserError
 from lmcli.runs.run import TrainingRun
@@ -19,6 +17,7 @@ def report(run: TrainingRun) -> Report:
     record, result = run.record, run.record.result
     best, steps = result["best_step"], result["steps"]
     when = "as before training" if not best else f"best at step {best:,} of {steps:,}"
+    when += f" ({run.objective.selection(run.record.recipe.train)})"
     figures = [
         *record.headline.split(" · "),
         when,
@@ -65,13 +64,13 @@ def _text_comparison(run: TrainingRun, value: float) -> Comparison:
 def _ngram_bits_per_byte(run: TrainingRun) -> tuple[float, int] | None:
     """(bits per byte of an n-gram model, tokens it is counted on): no more than the run has read.
 
-    None for a mixture of texts, and for more validation text than is read in a second.
+    None for more validation text than is read in a second.
     """
     data, result = run.record.data, run.record.result
-    ids, documents = data.corpus_ids, data.validation_ids
-    if ids is None or sum(map(len, documents)) > baselines.MOST_TOKENS:
+    documents = data.validation_ids
+    training = data.training_ids(min(result["tokens"], baselines.MOST_TOKENS))
+    if training is None or sum(map(len, documents)) > baselines.MOST_TOKENS:
         return None
-    training = np.asarray(ids[: min(result["tokens"], baselines.MOST_TOKENS)])
     start = data.tokenizer.prefix
     logs = baselines.ngram_logprobs(training, documents, data.tokenizer.size, start)
     skipped = 0 if start else 1  # a first token without any before it is not scored

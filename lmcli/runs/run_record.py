@@ -209,7 +209,8 @@ class RunRecord:
             self.result["drawn"] = drawn
         self.write_recipe()
         name, target = self.path.resolve().name, self.data.objective.target
-        curve = draw(self.folder.metrics(), name, target, self.data.bytes_per_token)
+        best_step = self.result.get("best_step")
+        curve = draw(self.folder.metrics(), name, target, self.data.bytes_per_token, best_step)
         write_text(self.path / "loss.svg", curve)
         self.write_card(train_step)
 

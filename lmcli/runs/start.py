@@ -306,7 +306,10 @@ def _remarks(origin: Origin, split: Split) -> Iterator[str]:
     if origin.tokenizer:
         texts = (piece.text for piece in read_pieces(split.training, doc_format))
         data = display_name(split.source.files[0])
-        yield diagnostics.foreign_text(texts, origin.tokenizer, data)
+        advice = (
+            f"learn one with lm tokenize --train -o tok {data} and a model with --tokenizer tok"
+        )
+        yield diagnostics.foreign_text(texts, origin.tokenizer, advice)
     if not (origin.checkpoint or doc_format.has_examples):
         yield diagnostics.little_text(split.training.bytes)
 

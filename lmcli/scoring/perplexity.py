@@ -133,10 +133,14 @@ class Perplexity(NotebookTable):
         """Bits per byte: the best model of a run has the lowest."""
         return self.bits_per_byte
 
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return -self.logprob / max(1, self.tokens)
+
     def metrics(self) -> dict[str, float]:
         """The values for metrics.jsonl."""
-        loss = -self.logprob / max(1, self.tokens)
-        return {"val_loss": loss, "val_bits_per_byte": self.bits_per_byte}
+        return {"val_loss": self.loss, "val_bits_per_byte": self.bits_per_byte}
 
     def facts(self) -> dict[str, float]:
         """The values for recipe.yaml: figures, counts, and how they were measured."""

@@ -24,8 +24,14 @@ COLORS = """
 """
 
 
-def draw(metrics: Sequence[dict], name: str, target: str, bytes_per_token: float = 0.0) -> str:
-    """An SVG of a run's logged objects; `name` is its title.
+def draw(
+    metrics: Sequence[dict],
+    name: str,
+    target: str,
+    bytes_per_token: float = 0.0,
+    best_step: int | None = None,
+) -> str:
+    """An SVG of a run's logged objects; `name` is its title, the best was after `best_step` steps.
 
     Losses are in bits per byte, or in nats per `target` where `bytes_per_token` is 0.
     """
@@ -33,7 +39,9 @@ def draw(metrics: Sequence[dict], name: str, target: str, bytes_per_token: float
     if bytes_per_token:
         unit, plotted, nats = "bits per byte", "val_bits_per_byte", math.log(2) * bytes_per_token
     losses = [(m["elapsed"], m["loss"] / nats) for m in metrics if _is_number(m, "loss")]
-    evaluations = [(m["elapsed"], m[plotted]) for m in metrics if _is_number(m, plotted)]
+    evaluated = [m for m in metrics if _is_number(m, plotted)]
+    evaluations = [(m["elapsed"], m[plotted]) for m in evaluated]
+    best = [k for k, m in enumerate(evaluated) if m["step"] == best_step]
     starts, losses, evaluations = _minutes(losses, evaluations)
     smooth = smoothed(losses, 0.05)
     curves = _parts(smooth, starts)
@@ -57,7 +65,7 @@ def draw(metrics: Sequence[dict], name: str, target: str, bytes_per_token: float
         *(axes.line(part, "training", 2.0) for part in curves),
         axes.line(evaluations, "validation", 2.0),
         "</g>",
-        *axes.marks(evaluations),
+        *axes.marks(evaluations, best[-1] if best else None),
     ]
     return "\n".join(filter(None, [*elements, "</svg>"])) + "\n"
 
@@ -171,16 +179,16 @@ class _Axes:
             'stroke-linejoin="round"/>'
         )
 
-    def marks(self, evaluations: Sequence[Point]) -> list[str]:
-        """A dot for each evaluation that is in the picture; the best one with its value."""
-        if not evaluations:
-            return []
-        best = min(evaluations, key=lambda point: point[1])
+    def marks(self, evaluations: Sequence[Point], number: int | None) -> list[str]:
+        """A dot for each evaluation in the picture; the best, of this number, with its value."""
+        best = None if number is None else evaluations[number]
         elements = [
             f'<circle class="dot" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="3"/>'
             for x, y in evaluations
             if y <= self.high and (x, y) != best and len(evaluations) <= 50
         ]
+        if best is None:
+            return elements
         x, y = self.x(best[0]), self.y(best[1])
         anchor = "end" if x > WIDTH / 2 else "start"
         return [

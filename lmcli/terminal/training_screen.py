@@ -150,7 +150,9 @@ def _evaluation_lines(state: TrainingState, columns: int) -> list[Text]:
     first = Text().append(f"{mark}  validation ", style=style).append(head)
     items = [first, *map(Text, rest), Text(_when(last.step) + (", best" if last.best else ""))]
     if best and best is not last:
-        items.append(Text(f"{BEST_MARK} best {best.value:.3f} at {_when(best.step)}", style=BEST))
+        by_loss = state.selection == "lowest loss"
+        figure = f"{best.value:.3f}" if by_loss else f"({state.selection})"
+        items.append(Text(f"{BEST_MARK} best {figure} at {_when(best.step)}", style=BEST))
     return flow(items, columns)
 
 

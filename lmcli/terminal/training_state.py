@@ -56,6 +56,7 @@ class TrainingState:
     unit: str = "nats/token"
     nats_per_unit: float = 1.0
     target: str = "token"
+    selection: str = "lowest loss"  # what makes a model the best
     memory: Callable[[], int] = lambda: 0  # bytes
     stopping: Callable[[], bool] = lambda: False
     step: int = 0

@@ -68,10 +68,9 @@ class CausalData(PackedData):
         """Perplexity of the validation documents, as `lm perplexity` measures it."""
         return perplexity(model, self.tokenizer, self.validation)
 
-    @property
-    def corpus_ids(self) -> np.ndarray | None:
-        """The ids of the text, unless it is a mixture of several."""
-        return self.corpus.ids if isinstance(self.corpus, Corpus) else None
+    def training_ids(self, count: int) -> np.ndarray:
+        """The first `count` ids, of a mixture from each text in proportion to its weight."""
+        return self.corpus.first_ids(count)
 
     @property
     def validation_ids(self) -> list[np.ndarray]:
@@ -262,6 +261,7 @@ CAUSAL = Objective(
         perplexity_table,
         "lm perplexity -m DIR --validation measures the same",
     ),
+    accuracy="",
     mixable=True,
     evaluation_passes=2.0,  # windows overlap by half
     auto_sizes=True,

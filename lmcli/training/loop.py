@@ -21,7 +21,10 @@ SECONDS_BETWEEN_SAVES = 600.0  # at most, however long the run is
 
 @dataclass
 class Validation:
-    """An evaluation after `step` steps; `best` if its criterion is the lowest so far."""
+    """An evaluation after `step` steps; `best` if its criterion is the lowest so far.
+
+    Of equal criteria, such as accuracies, the one with the lower loss is better.
+    """
 
     step: int
     figures: ValidationFigures
@@ -337,11 +340,12 @@ class Trainer:
         # later ones may recover: the best model stays, and a save requires finite weights
         if not counters.step and not math.isfinite(figures.criterion):
             raise self._no_number()
-        best = figures.criterion < counters.best
+        rank = figures.criterion, figures.loss
+        best = rank < (counters.best, counters.best_loss)
         best = best and self.replicas.all_finite(self.train_step.model)
         counters.stale = 0 if best else counters.stale + 1
         if best:
-            counters.best, counters.best_step = figures.criterion, counters.step
+            (counters.best, counters.best_loss), counters.best_step = rank, counters.step
         return Validation(counters.step, figures, best, final)
 
     def _measure(self) -> ValidationFigures:

@@ -43,6 +43,10 @@ class ValidationFigures(Protocol):
     def criterion(self) -> float:
         """The figure that selects the best model; lower is better."""
 
+    @property
+    def loss(self) -> float:
+        """Nats per target: of models with the same criterion the one with less is better."""
+
     def metrics(self) -> dict[str, float]:
         """Plain values for metrics.jsonl."""
 
@@ -104,9 +108,8 @@ class TrainingData(ABC):
         """The prompt of the sample text after a step; None if the objective has no sample text."""
         return None
 
-    @property
-    def corpus_ids(self) -> np.ndarray | None:
-        """The ids of the training text, if it is one text whose next tokens are predicted."""
+    def training_ids(self, count: int) -> np.ndarray | None:
+        """At most `count` ids of the training text; None if its next tokens are not predicted."""
         return None
 
     @property
@@ -185,6 +188,7 @@ class Objective:
     predict: Callable[[Transformer, Batch], Predictions]
     choices: Callable[[ModelConfig, TrainConfig], int]  # classes among which a target is predicted
     card: CardText
+    accuracy: str = "accuracy"  # what train.metric=accuracy goes by; "" if by the loss, too
     smooths: bool = True  # whether label smoothing applies
     mixable: bool = False  # whether --weights applies
     preset: str = ""  # the preset that `auto` takes from scratch; "" for `auto` itself
@@ -198,6 +202,11 @@ class Objective:
         """The summed loss of a batch in nats; differentiable."""
         hidden, head, targets = self.predict(model, batch)
         return summed_loss(hidden, head, targets, smoothing if self.smooths else 0.0)
+
+    def selection(self, train: TrainConfig) -> str:
+        """What makes a model the best on the validation set: "lowest loss", "highest accuracy"."""
+        by_accuracy = train.metric == "accuracy" and self.accuracy
+        return f"highest {self.accuracy}" if by_accuracy else "lowest loss"
 
     def uniform_loss(self, model: ModelConfig, train: TrainConfig) -> float:
         """Nats per target of a uniform guess."""

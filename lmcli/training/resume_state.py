@@ -35,8 +35,8 @@ class Counters:
     """Where a run stands; the names are the keys of counters.json.
 
     rows: position in the data. seconds: time spent, that before a resume included.
-    preparation: seconds before the first step. best, best_step: the lowest criterion of an
-    evaluation so far, and its step. stale: evaluations since then.
+    preparation: seconds before the first step. best, best_loss, best_step: the lowest criterion of
+    an evaluation so far, its loss and its step. stale: evaluations since then.
     looked: the share of the budget at which it was last checked what is due.
     first_loss, losses: the loss before the first update, and the last ones.
     evaluation_seconds: duration of the last evaluation.
@@ -52,6 +52,7 @@ class Counters:
     seconds: float = 0.0
     preparation: float = 0.0
     best: float = float("inf")
+    best_loss: float = float("inf")
     best_step: int = 0
     looked: float = 0.0
     stale: int = 0

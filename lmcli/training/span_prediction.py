@@ -248,6 +248,7 @@ SPAN = Objective(
         ANSWER_EXAMPLE,
         answers_table,
     ),
+    accuracy="F1",
     smooths=False,
     preset="qa",
     finetune_preset="qa",

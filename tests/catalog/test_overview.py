@@ -3,10 +3,12 @@
 import json
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
 from lmcli.catalog import overview
+from lmcli.checkpoints import hub
 from lmcli.terminal.wrapping import width
 
 CONFIG = {
@@ -148,3 +150,21 @@ def test_a_best_figure_that_is_no_number_is_none(tmp_path):
     (tmp_path / "run" / "recipe.yaml").write_text(recipe)
     (row,) = overview.local_rows(str(tmp_path))
     assert row["best"] is None
+
+
+def test_folders_that_cannot_be_read_hide_no_others(folder, monkeypatch):
+    """As for a user without permissions: `stat` in the folder "secret" is refused."""
+    for name in ("runs/a", "runs/secret", "runs/z"):
+        folder(name, RESULT)
+    os.symlink("loop", "runs/loop")
+    os.symlink("nowhere", "runs/broken")
+    stat = os.stat
+
+    def refusing(path, *arguments, **options):
+        if "secret/" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", path)
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    assert sorted(row["name"] for row in overview.local_rows()) == ["runs/a", "runs/z"]
+    assert hub.nearby(Path("runs/x")) == "models here: runs/a, runs/z; "

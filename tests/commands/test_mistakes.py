@@ -114,7 +114,7 @@ ERRORS = [
         "--set: train: learning_rate: 'high' is not a number",
         "learning_rate: peak rate",
     ),
-    (8, "train plain.txt --time 5minutes", 2, "--time: '5minutes' is not a dur", "90s, 10m or 1h"),
+    (8, "train plain.txt --time 5minutes", 2, "--time: '5minutes' is not a dur", "90s, 10m, 1h30m"),
     (9, "train plain.txt -o runs/shake", 2, "runs/shake: holds a run already", "--resume runs/sh"),
     (10, "train empty.txt", 1, "lm: error: empty.txt: no text in it", "give a file with text"),
     (10, "train blank.txt", 1, "lm: error: blank.txt: no text in it", "give a file with text"),
@@ -172,8 +172,8 @@ ERRORS = [
         23,
         "score -m runs/shake --field txt rows.jsonl",
         1,
-        "line 1: field 'txt' is missing or not a text; fields: 'text'; did you mean 'text'?",
-        "--on-error skip",
+        "line 1: field 'txt' is missing; fields: 'text'; did you mean 'text'?",
+        "did you mean 'text'",
     ),
     (22, "generate -m runs/shake -n x a", 2, "--max-new-tokens: 'x' is not a whole number", "New"),
     (22, "generate -m runs/shake --top-p x a", 2, "--top-p: 'x' is not a number", "lm generate --"),
@@ -199,6 +199,29 @@ ERRORS = [
     (29, "export runs/shake --format gguf", 2, "no such option --format", "--gguf"),
     (30, "train plain.txt --lora 8", 2, "--lora (train.lora_rank) needs a model", "with --from"),
     (32, "generate -m runs/shake --device mps a", 2, "no mps device on this machine", "choose cpu"),
+    (
+        23,
+        "score -m runs/shake --field revie stars.csv",
+        1,
+        "'stars'; did you mean 'review'?",
+        "line 2",
+    ),
+    (
+        23,
+        "score -m runs/shake stars.csv",
+        1,
+        "no text field among 'review', 'stars'",
+        "with --field",
+    ),
+    (
+        33,
+        "score -m runs/shake -m runs/shake plain.txt",
+        2,
+        "shake is given twice",
+        "leave one of them out",
+    ),
+    (33, "perplexity -m runs/shake -m ./runs/shake plain.txt", 2, "shake is given twice", "leave"),
+    (33, "evaluate -m classifier -m classifier a", 2, "-m: classifier is given twice", "leave one"),
     (33, "generate -m classifier -m runs/shake a", 2, "given 2 values", "give one of them"),
     (34, "score -m runs/shake --color --json plain.txt", 2, "--color and --json exclude", "leave"),
 ]
@@ -256,6 +279,64 @@ def test_38_a_text_that_the_tokenizer_was_not_made_for(here, inside):
         "--tokenizer tok",
         line,
     )
+
+
+COMMANDS = [
+    "score --per word",
+    "score",
+    "perplexity",
+    "evaluate --pairs",
+    "tokenize",
+    "tokenize --count",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_38_such_a_text_is_named_once_wherever_it_is_read(here, inside, command):
+    (here / "pairs.tsv").write_text(
+        "good\tbad\n" + "".join(f"{CHINESE[k : k + 9]}\t{CHINESE[:9]}\n" for k in range(5))
+    )
+    name = "pairs.tsv" if "--pairs" in command else "chinese.txt"
+    files = (name, name) if command == "perplexity" else (name,)
+    done = inside(*command.split(), "-m", "runs/shake", *files)
+    (said,) = [line for line in done.stderr.decode().splitlines() if "not made for" in line]
+    assert said.startswith(
+        f"lm: {'shake' if 'score' in command else 'runs/shake'}: the tokenizer is"
+    )
+    assert ("learn one with lm tokenize --train" in said) == ("tokenize" in command)
+    quiet = inside(*command.split(), "-m", "runs/shake", "-q", name)
+    assert quiet.stderr == b"" and quiet.returncode == done.returncode == 0
+    assert "score" not in command or quiet.stdout == done.stdout
+
+
+@pytest.mark.parametrize("command", ["score", "tokenize", "perplexity"])
+def test_38_a_text_that_suits_the_tokenizer_is_no_remark(here, inside, command):
+    assert inside(command, "-m", "runs/shake", "shakespeare.txt").stderr.count(b"not made") == 0
+
+
+ROWS = b'{"text": "a b", "label": "good"}\n{"text": "b", "label": "bad"}\n'
+
+
+@pytest.mark.parametrize("command", ["evaluate -m classifier", "evaluate"])
+def test_rows_in_a_pipe_are_recognized_by_their_look(here, inside, command):
+    for stdin, name in ((ROWS, "jsonl"), (b"text\tlabel\na\tgood\n", "tsv")):
+        done = inside(*command.split(), stdin=stdin)
+        assert done.returncode in (1, 2)
+        assert f"add --format {name}" in done.stderr.decode().splitlines()[1]
+
+
+@pytest.mark.parametrize("command", ["score", "tokenize"])
+def test_rows_that_are_read_as_plain_text_are_named(here, inside, command):
+    line = (command, "-m", "runs/shake")
+    done = inside(*line, stdin=ROWS)
+    said = (
+        b"lm: standard input is read as plain text, and looks like JSON Lines: add --format jsonl\n"
+    )
+    assert (done.returncode, done.stderr) == (0, said)
+    for option in ("-q", "--format"):
+        more = (option, "text")[: 1 if option == "-q" else 2]
+        again = inside(*line, *more, stdin=ROWS)
+        assert (again.stdout, again.stderr) == (done.stdout, b"")
 
 
 def test_little_text_is_said_in_one_line(here, inside):

@@ -63,12 +63,13 @@ def test_more_context_is_no_worse(perplexity, story):
 
 
 def test_rows_of_several_models_name_the_model(inside, trained, tmp_path):
-    done = inside("perplexity", "-m", trained[0], "-m", trained[0], stdin=b"The baker\n")
+    (tmp_path / "twin").symlink_to(trained[0])
+    models = [str(trained[0]), str(tmp_path / "twin")]
+    done = inside("perplexity", "-m", models[0], "-m", models[1], stdin=b"The baker\n")
     header, *rows = [line.split("\t") for line in done.stdout.decode().splitlines()]
-    assert (
-        header[:2] == ["model", "file"]
-        and [row[:2] for row in rows] == [[str(trained[0]), "standard input"]] * 2
-    )
+    assert header[:2] == ["model", "file"] and [row[:2] for row in rows] == [
+        [name, "standard input"] for name in models
+    ]
 
 
 def test_standard_input_among_files_keeps_its_name(perplexity, story):

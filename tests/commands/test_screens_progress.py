@@ -227,7 +227,9 @@ class TestShares:
     def test_perplexity_counts_the_bytes_of_all_models(self, recorded, trained, story, tmp_path):
         text = tmp_path / "a.txt"
         text.write_bytes(story.read_bytes()[:20_000])
-        seen = recorded("perplexity", "-m", trained[0], "-m", trained[0], text, "--threads", "1")
+        (tmp_path / "twin").symlink_to(trained[0])
+        models = ("-m", trained[0], "-m", tmp_path / "twin")
+        seen = recorded("perplexity", *models, text, "--threads", "1")
         seen = [each for each in seen if each.stage.label == str(text)]
         shares = [each.share for each in seen]
         assert shares == sorted(shares) and len(shares) > 4 and shares[-1] == pytest.approx(1)

@@ -348,3 +348,10 @@ def test_a_long_text_is_encoded_in_pieces_by_a_tokenizer_that_cannot_be_split(
     assert max(lengths) < 500 and notes == [
         "this tokenizer encodes texts whole, and longer ones in pieces of about 400 characters"
     ]
+
+
+def test_the_first_ids_of_a_mixture_are_those_of_each_corpus_by_weight():
+    corpora = [corpus.Corpus(np.arange(k, k + size), 1, size, "") for k, size in ((0, 9), (50, 2))]
+    assert corpora[0].first_ids(3).tolist() == [0, 1, 2]
+    mixture = corpus.Mixture(corpora, [1.0, 3.0])
+    assert mixture.first_ids(8).tolist() == [0, 1, 50, 51]  # of six, there are two

@@ -94,7 +94,7 @@ class TestRows:
             ({"answer": None}, "an answer's text is None"),
             ({"question": " "}, "field 'question' is empty"),
             ({"context": ""}, "field 'context' is empty"),
-            ({"question": 3}, "field 'question' is missing or not a text"),
+            ({"question": 3}, "field 'question' is not a text"),
             ({"answers": "butcher"}, "answer 'butcher' does not occur in the context"),
             (
                 {"answers": {"text": ["baker"], "answer_start": []}},

@@ -104,9 +104,9 @@ def metrics(steps: int, evaluations: int = 0, every: int = 10) -> list[dict]:
     return rows
 
 
-def draw(*arguments, name="runs/a", target="token", bytes_per_token=2.0):
+def draw(*arguments, name="runs/a", target="token", bytes_per_token=2.0, best_step=None):
     return ElementTree.fromstring(
-        loss_curve.draw(metrics(*arguments), name, target, bytes_per_token)
+        loss_curve.draw(metrics(*arguments), name, target, bytes_per_token, best_step)
     )
 
 
@@ -143,11 +143,11 @@ def test_one_axis_in_one_unit_by_hand():
     rows.append(
         {"step": 19, "elapsed": 20.0, "val_loss": 7.0, "val_bits_per_byte": 1 / math.log(2)}
     )
-    svg = ElementTree.fromstring(loss_curve.draw(rows, "a", "token", 2.0))
+    svg = ElementTree.fromstring(loss_curve.draw(rows, "a", "token", 2.0, 19))
     (validation,) = lines(svg, "validation")
     assert lines(svg, "raw")[-1][-1][1] == pytest.approx(validation[0][1], abs=0.2)
     assert "training, bits per byte" in texts(svg) and "1.443" in texts(svg)
-    nats = ElementTree.fromstring(loss_curve.draw(rows, "a", "text", 0.0))
+    nats = ElementTree.fromstring(loss_curve.draw(rows, "a", "text", 0.0, 19))
     assert "training, nats per text" in texts(nats) and "7.000" in texts(nats)
 
 
@@ -169,11 +169,15 @@ def test_the_axis_begins_with_training_and_its_ticks_are_round():
 
 
 def test_the_best_is_marked_and_the_title_is_the_name():
-    svg = draw(50, 4, name="a <b> & c")
+    svg = draw(50, 4, name="a <b> & c", best_step=40)
     assert texts(svg)[0] == "a <b> & c" and "3.025" in texts(svg)
     best = [circle for circle in svg.iter(SVG + "circle") if circle.get("class") == "best"]
     x, y = lines(svg, "validation")[0][-1]
     assert (float(best[-1].get("cx")), float(best[-1].get("cy"))) == (x, y)
+    # the best by accuracy is not the one with the lowest loss
+    *_, marked = draw(50, 4, best_step=20).iter(SVG + "circle")
+    assert float(marked.get("cx")) == lines(svg, "validation")[0][1][0]
+    assert "best" not in [circle.get("class") for circle in draw(50, 4).iter(SVG + "circle")][1:]
 
 
 def test_the_picture_of_a_long_run_is_small():

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 from lmcli import display
+from lmcli.config import TrainConfig
 from lmcli.errors import UserError
 from lmcli.runs import closing_report
 from lmcli.terminal import progress
 from lmcli.terminal.live_region import LiveRegion
 from lmcli.terminal.training_screen import final_lines, flow, live_lines, shorten
 from lmcli.terminal.training_state import Evaluated, SampleText, TrainingState, clock
+from lmcli.training.objectives import OBJECTIVES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from drawn_screen import Screen, printable
@@ -63,8 +65,9 @@ def new_view(quiet=False, bytes_per_token=4.0, target="token"):
     view.begin(
         SimpleNamespace(
             folder="runs/a",
-            objective=SimpleNamespace(target=target),
+            objective=SimpleNamespace(target=target, selection=lambda train: "lowest loss"),
             record=SimpleNamespace(
+                recipe=SimpleNamespace(train=None),
                 device_config=SimpleNamespace(device=None),
                 data=SimpleNamespace(bytes_per_token=bytes_per_token),
             ),
@@ -322,11 +325,16 @@ def test_a_finished_run_is_reported_though_its_data_has_gone(monkeypatch):
     monkeypatch.setattr(closing_report, "_comparison", gone)
     result = {"best_step": 5, "steps": 9, "tokens": 99, "epochs": 1.0, "seconds": 3.0}
     example = SimpleNamespace(shell=lambda text: text)
-    record = SimpleNamespace(result=result, headline="1.5 bits/byte", example=lambda _: example)
-    card = SimpleNamespace(usage="lm info x")
-    run = SimpleNamespace(record=record, objective=SimpleNamespace(card=card), folder="runs/x")
+    record = SimpleNamespace(
+        result=result,
+        headline="1.5 bits/byte",
+        example=lambda _: example,
+        recipe=SimpleNamespace(train=TrainConfig(metric="accuracy")),
+    )
+    run = SimpleNamespace(record=record, objective=OBJECTIVES["classification"], folder="runs/x")
     report = closing_report.report(run)
     assert (report.comparison, report.figures[0]) == (None, "1.5 bits/byte")
+    assert report.figures[1] == "best at step 5 of 9 (highest accuracy)"
 
 
 def test_work_in_other_rooms_is_named_on_the_live_screen(monkeypatch):

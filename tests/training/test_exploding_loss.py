@@ -271,7 +271,9 @@ def test_weights_that_are_not_finite_are_never_best_nor_saved(monkeypatch, value
     broken_update(monkeypatch, 4, value)
     better = iter(range(100, 0, -1))
     run = make_run(
-        evaluate=lambda: SimpleNamespace(criterion=next(better)), save_every=2, eval_every=1
+        evaluate=lambda: SimpleNamespace(criterion=next(better), loss=1.0),
+        save_every=2,
+        eval_every=1,
     )
     events, error = ends(run)
     assert "weights are NaN or infinite after step 4" in error.what and error.since == 5
@@ -285,7 +287,9 @@ def test_the_last_update_is_checked_too(monkeypatch):
 
 
 def test_a_run_without_a_finite_evaluation_is_an_error():
-    _, error = ends(make_run(evaluate=lambda: SimpleNamespace(criterion=math.nan), steps=5))
+    _, error = ends(
+        make_run(evaluate=lambda: SimpleNamespace(criterion=math.nan, loss=math.nan), steps=5)
+    )
     assert "no evaluation gave a number after step 5" in error.what
 
 

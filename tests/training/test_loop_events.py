@@ -37,12 +37,15 @@ def clock(monkeypatch):
 def run(clock):
     """run(bits=…, **config): a Trainer, four rows of 8 tokens a step; `bits` are its criteria."""
 
-    def make(bits=(), evaluation_seconds=0.0, evaluation_tokens=0, **config) -> loop.Trainer:
+    def make(
+        bits=(), evaluation_seconds=0.0, evaluation_tokens=0, losses=(), **config
+    ) -> loop.Trainer:
         criteria = itertools.chain(bits, itertools.repeat(9.0))
+        losses = itertools.chain(losses, itertools.repeat(9.0))
 
         def evaluate():
             clock.now += evaluation_seconds
-            return SimpleNamespace(criterion=next(criteria))
+            return SimpleNamespace(criterion=next(criteria), loss=next(losses))
 
         return make_trainer(evaluate, evaluation_tokens, clock.now, **config)
 
@@ -101,6 +104,15 @@ def test_best_is_the_lowest_so_far(run):
         True,
     ]
     assert (trainer.counters.best, trainer.counters.best_step) == (1.9, 5)
+
+
+def test_of_equal_accuracies_the_lowest_loss_is_best(run):
+    trainer = run(
+        bits=(0.2, 0.1, 0.1, 0.1, 0.2), losses=(0.5, 0.4, 0.3, 0.6, 0.1), steps=5, eval_every=1
+    )
+    best = [event.best for event in trainer.events() if isinstance(event, loop.Validation)]
+    assert best == [True, True, True, False, False]
+    assert (trainer.counters.best_loss, trainer.counters.best_step) == (0.3, 3)
 
 
 @pytest.mark.parametrize("rule", ["adamw", "muon"])
