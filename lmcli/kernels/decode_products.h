@@ -89,12 +89,6 @@ typedef struct {
 
 INLINE floats load(const float *x) { return *(const floats *)x; }
 
-INLINE floats load_end(const float *x, int64_t count) {  /* the last `count` numbers of a row, then zeros */
-    float padded[LANES] = {0};
-    memcpy(padded, x, count * sizeof *x);
-    return load(padded);
-}
-
 INLINE floats load_bfloat16s(const uint16_t *x) {
 #ifdef __AVX512F__  /* gcc converts halves of the vector, which takes three times as long */
     return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
@@ -111,29 +105,6 @@ INLINE float total(floats x) {  /* halves onto each other, always in this order;
     memcpy(b, a, sizeof b);
     b[0] += b[1];
     return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
-}
-
-/* The sums of 16 vectors: lane 4 s + r of the result is the sum of sum[r][s]. */
-INLINE floats totals(floats sum[4][4]) {
-    floats out;
-#ifdef __AVX512F__
-    __m512 half[8], quarter[4], eighth[2];
-    UNROLL for (int i = 0; i < 8; i++) {
-        __m512 a = (__m512)sum[i / 2][i % 2 * 2], b = (__m512)sum[i / 2][i % 2 * 2 + 1];
-        half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-    }
-    UNROLL for (int i = 0; i < 4; i++)
-        quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(half[2 * i], half[2 * i + 1], 0x88),
-                                   _mm512_shuffle_f32x4(half[2 * i], half[2 * i + 1], 0xdd));
-    UNROLL for (int i = 0; i < 2; i++)
-        eighth[i] = _mm512_add_ps(_mm512_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0x44),
-                                  _mm512_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0xee));
-    out = (floats)_mm512_add_ps(_mm512_shuffle_ps(eighth[0], eighth[1], 0x88),
-                                _mm512_shuffle_ps(eighth[0], eighth[1], 0xdd));
-#else
-    UNROLL for (int i = 0; i < 16; i++) out[i] = total(sum[i % 4][i / 4]);
-#endif
-    return out;
 }
 
 /* ---------------------------------------------------------------------------------------------- matrix products */
@@ -513,13 +484,20 @@ static void product_share(const Matrix *matrix, Rows x, int64_t rows, float *out
     product(matrix, x, rows, out, stride, from, to, add);
 }
 
+/* The largest absolute value of a group, NaN if there is one: without the sign, the bits of floats are in their order. */
+INLINE float largest_of(const float *x) {
+    uint32_t most = 0;
+    for (int i = 0; i < GROUP; i++) { uint32_t size = float_bits(x[i]) & 0x7fffffff; most = size > most ? size : most; }
+    return bits_float(most);
+}
+
 /* 32 numbers as whole ones of -127 to 127, and what they are multiplied with. */
 static void pack_group(const float *x, int8_t *out, float *scale, int32_t *offset, int64_t type) {
-    float most = 0;
+    float most = largest_of(x), inverse = most > 0 ? 127 / most : 0;
     int32_t sum = 0;
-    for (int i = 0; i < GROUP; i++) { float size = fabsf(x[i]); most = size > most || size != size ? size : most; }  /* NaN stays */
-    float inverse = most > 0 ? 127 / most : 0;
-    for (int i = 0; i < GROUP; i++) { int32_t n = (int32_t)rintf(x[i] * inverse); out[i] = n; sum += n; }
+    int8_t packed[GROUP];  /* apart, so that the compiler uses vectors */
+    for (int i = 0; i < GROUP; i++) { int32_t n = (int32_t)rintf(x[i] * inverse); packed[i] = n; sum += n; }
+    memcpy(out, packed, GROUP);
     *scale = most == most ? most / 127 : most;
     *offset = -sum * (type == INT4 ? 8 : OFFSET_8);
 }
@@ -548,10 +526,8 @@ static void read_floats(const void *source, int64_t type, int64_t from, int64_t 
 
 /* Whole numbers n of -most…most and a scale that bfloat16 holds, so that n · scale is next to x. */
 static void quantize_group(const float *x, int most, int8_t *out, uint16_t *scale) {
-    float largest = 0;
-    for (int i = 0; i < GROUP; i++) { float size = fabsf(x[i]); largest = size > largest || size != size ? size : largest; }
     uint32_t bits;
-    float exact = largest / most;
+    float exact = largest_of(x) / most;
     memcpy(&bits, &exact, 4);
     *scale = exact == exact ? (bits + 0xffff) >> 16 : 0x7fc0;  /* upwards: no n is beyond `most` */
     float rounded = bits_float((uint32_t)*scale << 16), inverse = rounded > 0 ? 1 / rounded : 0;

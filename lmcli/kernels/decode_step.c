@@ -22,8 +22,8 @@ typedef struct {
     Matrix query, key, value, output, cross_query, cross_output, gate, up, down;
     int64_t window;  /* tokens visible, 0: all */
     int64_t local;  /* 1: uses the second table of rotary angles */
-    void *keys, *values;  /* the cache, (slots, K, capacity, D) in cache_type */
-    const float *cross_keys, *cross_values;  /* (sources, K, cross_capacity, D) */
+    void *keys, *values;  /* the cache in cache_type: (slots, K, capacity / 16, D, 16) and (slots, K, capacity, D) */
+    const float *cross_keys, *cross_values;  /* (sources, K, cross_capacity / 16, D, 16) and (sources, K, cross_capacity, D) */
 } Layer;
 
 typedef struct {
@@ -131,7 +131,7 @@ INLINE void prepare_head(const Model *model, const Layer *layer, const Call *cal
     rotate(head, cos + row * half, sin + row * half, model->rotary);
 }
 
-/* 16 numbers of a cache, one, or the last `count` of a row and zeros, from its element `at` on. */
+/* 16 numbers of a cache, or one, from its element `at` on. */
 INLINE floats cached(const void *cache, int64_t type, int64_t at) {
     return type == FLOAT32 ? load((const float *)cache + at) : load_bfloat16s((const uint16_t *)cache + at);
 }
@@ -140,26 +140,18 @@ INLINE float cached_one(const void *cache, int64_t type, int64_t at) {
     return type == FLOAT32 ? ((const float *)cache)[at] : load_bfloat16(((const uint16_t *)cache)[at]);
 }
 
-INLINE floats cached_end(const void *cache, int64_t type, int64_t at, int64_t count) {
-    float padded[LANES] = {0};
-    for (int64_t i = 0; i < count; i++) padded[i] = cached_one(cache, type, at + i);
-    return load(padded);
-}
-
-/* Lane k = query · keys[k], of `count` keys, at most 16. */
-INLINE floats dots(const float *query, const void *keys, int64_t type, int64_t size, int64_t count) {
+/* out[s], lane k = query s · key k, of S queries and the 16 keys of a block, in which a dimension's numbers are together. */
+INLINE void dots(const float *query, int64_t stride, const void *keys, int64_t type, int64_t size, int S, floats *out) {
     floats sum[4][4] = {0};
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        floats q = load(query + i);
-        UNROLL for (int k = 0; k < 16; k++) sum[k % 4][k / 4] += q * cached(keys, type, (k < count ? k : 0) * size + i);
-    }
-    if (i < size) {
-        floats q = load_end(query + i, size - i);
-        UNROLL for (int k = 0; k < 16; k++)
-            sum[k % 4][k / 4] += q * cached_end(keys, type, (k < count ? k : 0) * size + i, size - i);
-    }
-    return totals(sum);
+    for (; i + 4 <= size; i += 4)
+        UNROLL for (int k = 0; k < 4; k++) {
+            floats key = cached(keys, type, (i + k) * LANES);
+            UNROLL for (int s = 0; s < S; s++) sum[s][k] += query[s * stride + i + k] * key;
+        }
+    for (; i < size; i++)
+        UNROLL for (int s = 0; s < S; s++) sum[s][0] += query[s * stride + i] * cached(keys, type, i * LANES);
+    UNROLL for (int s = 0; s < S; s++) out[s] = (sum[s][0] + sum[s][1]) + (sum[s][2] + sum[s][3]);
 }
 
 /* out[s] += Σ weights[s][i] · values[i] of S queries, the dimensions `from` to `from` + 16 N. */
@@ -206,10 +198,10 @@ static float exponentials(float *scores, int64_t count) {
 }
 
 typedef struct {
-    const void *keys, *values;  /* (keys, D) */
+    const void *keys, *values;  /* (blocks, D, 16) and (16 · blocks, D) */
     int64_t type;  /* FLOAT32 or BFLOAT16 */
     const float *bias;  /* is read backwards: by distance; NULL: none */
-    int64_t count, more;  /* keys of the first query; of each further one so many more */
+    int64_t skipped, count, more;  /* keys before the first that are seen, those up to the last; more for each further query */
     float *scores;  /* scratch, (QUERIES, longest) */
     int64_t longest;
     float *part;  /* scratch, (16, D) */
@@ -233,6 +225,15 @@ INLINE void fetch_rows(const void *cache, int64_t bytes, int64_t from, int64_t t
     for (int64_t i = from * bytes; i < to * bytes; i += 64) FETCH((const char *)cache + i);
 }
 
+/* Scores of S queries from `first` on, with the 16 keys of the block at key `at`. */
+INLINE void score(const Model *model, Attended to, const float *query, int64_t stride, const void *keys, int64_t type,
+                  int64_t first, int S, int64_t at) {
+    floats dot[4];
+    dots(query + first * stride, stride, keys, type, model->head_dim, S, dot);
+    UNROLL for (int s = 0; s < S; s++)
+        *(floats *)(to.scores + (first + s) * to.longest + at) = dot[s] * model->attention_scale;
+}
+
 /* out = softmax(query · keys · scale + bias) values of each of `queries` queries, (queries, D), by numbers of `type`.
    Keys and values are read in parts for all queries: these stay in the cache of the processor. */
 INLINE void attend_as(int64_t type, const Model *model, Attended to, const float *query, int64_t query_stride, int64_t queries,
@@ -242,21 +243,17 @@ INLINE void attend_as(int64_t type, const Model *model, Attended to, const float
     int64_t step = to.type == type ? PART : LANES;
     float sums[QUERIES];
     for (int64_t i = 0; i < all; i += LANES) {
-        int64_t end = i + LANES < all ? i + LANES : all;
-        const void *keys = rows_of(to.keys, to.type, type, i, end, size, to.part);
-        fetch_rows(to.values, bytes, i, end);
-        for (int64_t s = 0; s < queries; s++) {
-            int64_t count = to.count + s * to.more - i;
-            if (count <= 0) continue;
-            const float *some = query + s * query_stride;
-            floats dot = count >= LANES ? dots(some, keys, type, size, LANES) : dots(some, keys, type, size, count);
-            *(floats *)(to.scores + s * longest + i) = dot * model->attention_scale;
-        }
+        const void *keys = rows_of(to.keys, to.type, type, i, i + LANES, size, to.part);
+        fetch_rows(to.values, bytes, i, i + LANES < all ? i + LANES : all);
+        int64_t s = to.count > i || !to.more ? 0 : (i - to.count) / to.more + 1;  /* the first query that sees one of them */
+        for (; s + 4 <= queries; s += 4) score(model, to, query, query_stride, keys, type, s, 4, i);
+        for (; s < queries; s++) score(model, to, query, query_stride, keys, type, s, 1, i);
     }
     for (int64_t s = 0; s < queries; s++) {
         int64_t count = to.count + s * to.more;
         float *scores = to.scores + s * longest;
         if (to.bias) for (int64_t i = 0; i < count; i++) scores[i] += to.bias[count - 1 - i];
+        for (int64_t i = 0; i < to.skipped; i++) scores[i] = -INFINITY;
         sums[s] = exponentials(scores, count);
         memset(out + s * stride, 0, size * sizeof *out);
     }
@@ -292,22 +289,24 @@ INLINE void *cache_at(const Model *model, const void *cache, int64_t at) {
     return (char *)cache + at * (model->cache_type == FLOAT32 ? 4 : 2);
 }
 
-INLINE void store_head(const Model *model, void *cache, int64_t at, const float *head) {
-    if (model->cache_type == FLOAT32) memcpy((float *)cache + at, head, model->head_dim * sizeof *head);
-    else for (int64_t i = 0; i < model->head_dim; i++) ((uint16_t *)cache)[at + i] = store_bfloat16(head[i]);
+/* Stores a head's numbers, in a cache from its element `at` on, with a distance of `step`. */
+INLINE void store_head(const Model *model, void *cache, int64_t at, int64_t step, const float *head) {
+    int64_t size = model->head_dim;
+    if (model->cache_type == FLOAT32) for (int64_t i = 0; i < size; i++) ((float *)cache)[at + i * step] = head[i];
+    else for (int64_t i = 0; i < size; i++) ((uint16_t *)cache)[at + i * step] = store_bfloat16(head[i]);
 }
 
-/* The keys and values of this thread's (row, head) pairs, into the cache. */
+/* The keys and values of this thread's (head, row) pairs, into the cache. */
 static void cache_share(const Model *model, const Layer *layer, const Call *call) {
     int64_t from, to, size = model->head_dim, heads = model->key_heads;
     share(call->rows * heads, 1, &from, &to);
     for (int64_t i = from; i < to; i++) {
-        int64_t row = i / heads, head = i % heads;
-        float *key = call->key + i * size;
+        int64_t head = i / call->rows, row = i % call->rows, position = call->position[row];
+        float *key = call->key + (row * heads + head) * size, *value = call->value + (row * heads + head) * size;
         prepare_head(model, layer, call, row, key, layer->key_norm);
-        int64_t at = ((call->slot[row] * heads + head) * model->capacity + call->position[row]) * size;
-        store_head(model, layer->keys, at, key);
-        store_head(model, layer->values, at, call->value + i * size);
+        int64_t at = (call->slot[row] * heads + head) * model->capacity * size, within = position % LANES;
+        store_head(model, layer->keys, at + (position - within) * size + within, LANES, key);
+        store_head(model, layer->values, at + position * size, 1, value);
     }
 }
 
@@ -327,16 +326,17 @@ INLINE Attended seen_by(const Model *model, const Layer *layer, const Call *call
     float *scores = call->scores + THREAD * QUERIES * call->longest, *part = call->part + THREAD * LANES * size;
     if (cross) {
         int64_t at = (call->source[row] * heads + key_head) * model->cross_capacity * size;
-        Attended to = {layer->cross_keys + at, layer->cross_values + at, FLOAT32, 0, call->source_length[row], 0, scores,
+        Attended to = {layer->cross_keys + at, layer->cross_values + at, FLOAT32, 0, 0, call->source_length[row], 0, scores,
                        call->longest, part, 0};
         return to;
     }
-    int64_t position = call->position[row], first = 0;
-    if (layer->window && position >= layer->window) first = position - layer->window + 1;
+    int64_t position = call->position[row], skipped = 0;
+    if (layer->window && position >= layer->window) skipped = position - layer->window + 1;
+    int64_t first = skipped / LANES * LANES;  /* where a block of keys begins */
     int64_t at = ((call->slot[row] * heads + key_head) * model->capacity + first) * size;
     Attended to = {cache_at(model, layer->keys, at), cache_at(model, layer->values, at), model->cache_type,
-                   model->relative ? model->relative + head * model->capacity : 0, position + 1 - first, 1, scores,
-                   call->longest, part, 0};
+                   model->relative ? model->relative + head * model->capacity : 0, skipped - first,
+                   position + 1 - first, 1, scores, call->longest, part, 0};
     return to;
 }
 

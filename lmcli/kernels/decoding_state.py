@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lmcli.kernels import build
 from lmcli.kernels.decode_step import Array, DecoderWeights, Integers, Weight
-from lmcli.kernels.fast_decoding import CrossHeads, FastDecodingState
+from lmcli.kernels.fast_decoding import LANES, CrossHeads, FastDecodingState, in_blocks
 from lmcli.kernels.fast_path import FastTransformer
 from lmcli.model.cached_forward import DecodingState, encode_different
 from lmcli.model.layers import sinusoidal_embedding
@@ -140,8 +140,13 @@ def _cross_heads(model: Transformer, sources: list[list[int]]) -> CrossHeads:
         cross = block.cross
         assert cross is not None
         key, value = cross.project_keys(states)
-        keys.append(_numbers(cross.split_heads(key, cross.key_norm)))
-        values.append(_numbers(cross.split_heads(value)))
+        keys.append(in_blocks(_whole_blocks(cross.split_heads(key, cross.key_norm))))
+        values.append(_whole_blocks(cross.split_heads(value)))
     rows, longest = states.shape[:2]
     lengths = np.full(rows, longest) if mask is None else mask.sum(1).numpy()
     return CrossHeads(keys, values, lengths.astype(np.int64), np.array(source_of, np.int64))
+
+
+def _whole_blocks(heads: torch.Tensor) -> Array:
+    """Keys or values (sources, K, S, D) in float32, with zeros up to a multiple of LANES tokens."""
+    return _numbers(torch.nn.functional.pad(heads, (0, 0, 0, -heads.shape[2] % LANES)))

@@ -25,9 +25,9 @@ from lmcli.kernels.decode_step import (
 from lmcli.kernels.processor import thread_count
 
 QUERIES = 16  # of one head that are attended together, at most, as in decode_step.c
-LANES = 16  # scores of a head are padded to a multiple of this
+LANES = 16  # keys that lie together; tokens of a cache are a multiple of this
 ALIGN = 64  # rows of activations are padded with zeros to a multiple of this, as in decode_step.c
-TOKENS_AT_ONCE = 96  # most tokens of a call: prompts are read in blocks of this size
+TOKENS_AT_ONCE = 192  # most tokens of a call: prompts are read in blocks of this size
 # tokens that a new cache has room for beyond the longest sequence, or half as many as that has
 SPARE_TOKENS = 64
 
@@ -35,15 +35,16 @@ SPARE_TOKENS = 64
 class CrossHeads(NamedTuple):
     """Keys and values of the encoder's output in every layer, for each different source."""
 
-    keys: list[Array]  # (sources, K, S, D) for each layer
-    values: list[Array]
+    # for each layer; S is a multiple of LANES
+    keys: list[Array]  # (sources, K, S / LANES, D, LANES), see `in_blocks`
+    values: list[Array]  # (sources, K, S, D)
     lengths: Integers  # (sources,)
     rows: Integers  # (B,): the source of each sequence
 
     @property
     def longest(self) -> int:
         """Tokens of the longest source."""
-        return self.keys[0].shape[2]
+        return self.values[0].shape[2]
 
 
 class FastDecodingState:
@@ -74,8 +75,8 @@ class FastDecodingState:
         # the cache: float32, or the bits of bfloat16 where the weights have no more precision
         self._model.cache_type = int(weights.weight_type != "float32")
         cache_type = np.uint16 if self._model.cache_type else np.float32
-        self._keys: NDArray[Any] = np.zeros((0, 0, 0, 0, 0), cache_type)
-        self._values = self._keys
+        self._keys: NDArray[Any] = np.zeros((0, 0, 0, 0, 0, LANES), cache_type)
+        self._values: NDArray[Any] = np.zeros((0, 0, 0, 0, 0), cache_type)
         self.logits: Array
         self.extend(np.zeros(0, np.int64), sequences, capacity)
 
@@ -83,6 +84,11 @@ class FastDecodingState:
     def length(self) -> int:
         """Tokens read of the longest sequence."""
         return int(self._lengths.max())
+
+    @property
+    def _room(self) -> int:
+        """Tokens that the cache has room for, of each sequence."""
+        return int(self._values.shape[3])
 
     @property
     def full(self) -> bool:
@@ -130,7 +136,7 @@ class FastDecodingState:
         self._lengths, self._source_of = self._lengths[rows], self._source_of[rows]
         self._slots, self.logits = self._slots[rows], self.logits[rows]
         if len(np.unique(self._slots)) < len(self._slots):  # a repeated one needs its own place
-            self._move(len(rows), self._keys.shape[3])
+            self._move(len(rows), self._room)
 
     def reorder(self, rows: Integers, common: int) -> None:
         """Reorders sequences (B, int64) that are equal up to token `common`, as beams are.
@@ -143,8 +149,12 @@ class FastDecodingState:
             (self._slots[each, None], self._lengths[each, None] + newest)
             for each in (moved, rows[moved])
         )
-        for cache in (self._keys, self._values):
-            cache[:, to[0], :, to[1]] = cache[:, origin[0], :, origin[1]]
+        keys, values = self._keys, self._values
+        values[:, to[0], :, to[1]] = values[:, origin[0], :, origin[1]]
+        (block, token), (old_block, old_token) = (
+            divmod(tokens, LANES) for _, tokens in (to, origin)
+        )
+        keys[:, to[0], :, block, :, token] = keys[:, origin[0], :, old_block, :, old_token]
 
     def _read(self, tokens: Integers, starts: Integers, counts: Integers) -> Array:
         """Reads the next `counts` tokens of all sequences in blocks; the logits after the last."""
@@ -217,9 +227,8 @@ class FastDecodingState:
 
     def _buffers(self, count: int) -> dict[str, NDArray[Any]]:
         """Arrays for intermediate results of `count` tokens or more; their rows' padding is 0."""
-        config, keys = self.config, self._keys.shape[3]
-        longest = max(keys, self._sources.longest if self._sources else 0)
-        longest = -(-longest // LANES) * LANES
+        config = self.config
+        longest = max(self._room, self._sources.longest if self._sources else 0)
         threads, scratch = thread_count(), self._scratch
         scores = scratch["scores"].shape if scratch else (0, 0, 0)
         if scores[0] < threads or scores[2] < longest or len(scratch["key"]) < count:
@@ -246,12 +255,12 @@ class FastDecodingState:
         return scratch
 
     def _allocate(self, slots: int, capacity: int) -> None:
-        """A new cache, (layers, slots, K, capacity, D)."""
-        config = self.config
-        heads, layers = config.num_key_value_heads, config.num_hidden_layers
-        shape = (layers, slots, heads, capacity, config.head_dim)
-        dtype = self._keys.dtype
-        self._keys, self._values = zeros(shape, dtype), zeros(shape, dtype)
+        """A new cache for `capacity` tokens of each slot, or up to LANES more."""
+        config, blocks, dtype = self.config, -(-capacity // LANES), self._keys.dtype
+        heads = config.num_hidden_layers, slots, config.num_key_value_heads
+        self._keys = zeros((*heads, blocks, config.head_dim, LANES), dtype)
+        self._values = zeros((*heads, blocks * LANES, config.head_dim), dtype)
+        capacity = self._room
         for layer, keys, values in zip(self._layers, self._keys, self._values):
             layer.keys, layer.values = keys.ctypes.data, values.ctypes.data
         self._model.capacity = capacity
@@ -265,7 +274,7 @@ class FastDecodingState:
         If there is no room, a new cache takes those that are read: its size is by the present
         number and lengths, not by those before.
         """
-        slots, room = self._keys.shape[1], self._keys.shape[3]
+        slots, room = self._keys.shape[1], self._room
         old, count = len(self._slots), len(self._slots) + len(sequences)
         longest = max([*(self._lengths + more).tolist(), *map(len, sequences)])
         if count > slots or longest > room:
@@ -277,11 +286,12 @@ class FastDecodingState:
 
     def _move(self, slots: int, room: int) -> None:
         """Copies all sequences to a new cache, in the order of the rows."""
-        old, places = (self._keys, self._values), self._slots
+        (keys, values), places = (self._keys, self._values), self._slots
         self._allocate(slots, min(self.capacity, room))
-        for before, after in zip(old, (self._keys, self._values)):
-            for row, (old_slot, length) in enumerate(zip(places, self._lengths)):
-                after[:, row, :, :length] = before[:, old_slot, :, :length]
+        for row, (old_slot, length) in enumerate(zip(places, self._lengths)):
+            blocks = -(-length // LANES)
+            self._keys[:, row, :, :blocks] = keys[:, old_slot, :, :blocks]
+            self._values[:, row, :, :length] = values[:, old_slot, :, :length]
         self._slots = np.arange(len(places))
 
     def _set_sources(self, sources: CrossHeads) -> None:
@@ -289,6 +299,17 @@ class FastDecodingState:
         self._model.cross_capacity = sources.longest
         for layer, keys, values in zip(self._layers, sources.keys, sources.values):
             layer.cross_keys, layer.cross_values = keys.ctypes.data, values.ctypes.data
+
+
+def in_blocks(keys: Array) -> Array:
+    """Keys (…, S, D) as the cache has them: (…, S / LANES, D, LANES); contiguous.
+
+    The numbers of a dimension of LANES keys lie together: a vector times a number of the query adds
+    to LANES scores.
+    """
+    *shape, tokens, size = keys.shape
+    blocks = keys.reshape(*shape, tokens // LANES, LANES, size)
+    return np.ascontiguousarray(blocks.swapaxes(-1, -2))
 
 
 def _rows(scratch: dict[str, NDArray[Any]], name: str) -> _Rows:

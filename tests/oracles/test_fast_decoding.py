@@ -10,7 +10,7 @@ from random_checkpoints import CASES, pair
 
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.generation.sampling import log_sum_exp
-from lmcli.kernels import build
+from lmcli.kernels import build, fast_decoding
 from lmcli.kernels.decoding_state import decoding_state, fast_state, supports, weights_of
 from lmcli.kernels.fast_decoding import FastDecodingState
 from lmcli.model.cached_forward import DecodingState
@@ -21,8 +21,13 @@ DECODERS = [
     for case in CASES
     if case.shape != "encoder" and case.head == "lm" and case.family != "gemma3_text"
 ]
-# 102 tokens with their neighbors: more than one block
 LENGTHS = (7, 3, 31, 1, 30, 30)
+
+
+@pytest.fixture(autouse=True)
+def more_than_one_block(monkeypatch):
+    """The 102 tokens of all sequences are read in two blocks."""
+    monkeypatch.setattr(fast_decoding, "TOKENS_AT_ONCE", 96)
 
 
 @pytest.fixture(scope="module")
