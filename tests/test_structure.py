@@ -33,8 +33,8 @@ FLOORS = (
     ("data", "kernels"),
     ("distributed", "checkpoints"),
     ("generation", "scoring", "training", "catalog"),
-    ("api", "__init__"),
-    ("evaluation", "planning", "runs"),
+    ("api", "__init__", "planning"),
+    ("evaluation", "runs"),
     ("output", "display"),
     ("commands", "__main__"),
 )

@@ -10,78 +10,12 @@ from lmcli.errors import UsageError, UserError
 
 # A word that ends so is followed by no space: more of it is to be typed.
 OPEN_ENDS = ("=", "/", ".")
-# Bash parts words at = and : too, so that it is given the whole line. A "file" or "dir" is left to
-# the shell. %(…)s are those of click.
-BASH_SCRIPT = """\
-%(complete_func)s() {
-    local response offer
-    response=$(env COMP_LINE="${COMP_LINE:0:COMP_POINT}" COMP_WORDS="${COMP_WORDS[*]}" \\
-        COMP_BREAKS="$COMP_WORDBREAKS" %(complete_var)s=bash_complete "$1" 2>/dev/null)
-    COMPREPLY=()
-    while IFS= read -r offer; do
-        case "$offer" in
-            dir,*) compopt -o dirnames ;;
-            file,*) compopt -o default ;;
-            open,*) compopt -o nospace; COMPREPLY+=("${offer#*,}") ;;
-            plain,*) COMPREPLY+=("${offer#*,}") ;;
-        esac
-    done <<< "$response"
+# A "file" or "dir" is left to the shell. %(…)s are those of click. Bash parts words at = and : too,
+# so that lm is given the whole line.
+SCRIPTS = {
+    shell: Path(__file__).with_name(f"completion.{shell}").read_text(encoding="utf-8")
+    for shell in ("bash", "zsh", "fish")
 }
-
-complete -o nosort -F %(complete_func)s %(prog_name)s
-"""
-ZSH_SCRIPT = """\
-#compdef %(prog_name)s
-
-%(complete_func)s() {
-    local -a words_ open_ described open_described response
-    (( ! $+commands[%(prog_name)s] )) && return 1
-    response=("${(@f)$(env COMP_WORDS="${words[*]}" COMP_CWORD=$((CURRENT-1)) \\
-        %(complete_var)s=zsh_complete %(prog_name)s 2>/dev/null)}")
-    for type key descr in ${response}; do
-        case "$type$descr" in
-            dir*) _path_files -/ ;;
-            file*) _path_files -f ;;
-            plain_) words_+=("$key") ;;
-            open_) open_+=("$key") ;;
-            plain*) described+=("$key:$descr") ;;
-            open*) open_described+=("$key:$descr") ;;
-        esac
-    done
-    (( $#described )) && _describe -V unsorted described -U
-    (( $#open_described )) && _describe -V unsorted open_described -U -S ''
-    (( $#words_ )) && compadd -U -V unsorted -a words_
-    (( $#open_ )) && compadd -U -V unsorted -S '' -a open_
-    return 0
-}
-
-if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
-    %(complete_func)s "$@"
-else
-    (( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
-    compdef %(complete_func)s %(prog_name)s
-fi
-"""
-FISH_SCRIPT = """\
-function %(complete_func)s
-    set -l response (env %(complete_var)s=fish_complete COMP_WORDS=(commandline -cp) \\
-        COMP_CWORD=(commandline -t) %(prog_name)s 2>/dev/null)
-    for offer in $response
-        set -l parts (string split -m 1 "," $offer)
-        switch $parts[1]
-            case dir
-                __fish_complete_directories $parts[2]
-            case file
-                __fish_complete_path $parts[2]
-            case '*'
-                echo $parts[2]
-        end
-    end
-end
-
-complete --no-files --command %(prog_name)s --arguments "(%(complete_func)s)"
-"""
-SCRIPTS = {"bash": BASH_SCRIPT, "zsh": ZSH_SCRIPT, "fish": FISH_SCRIPT}
 SPECIAL = re.compile(r"""([\s'"\\$&;()<>|*?`!#~\[\]{}])""")  # to a shell, in a word
 
 

@@ -111,7 +111,7 @@ def _register_shells() -> None:
     from lmcli.catalog import shells
 
     class Bash(shell_completion.BashComplete):
-        source_template = shells.BASH_SCRIPT
+        source_template = shells.SCRIPTS["bash"]
 
         def get_completion_args(self) -> tuple[list[str], str]:
             line = os.environ.get("COMP_LINE")
@@ -130,14 +130,14 @@ def _register_shells() -> None:
             return f"{shells.offer_type('plain', item.value)},{offer}"
 
     class Zsh(shell_completion.ZshComplete):
-        source_template = shells.ZSH_SCRIPT
+        source_template = shells.SCRIPTS["zsh"]
 
         def format_completion(self, item: CompletionItem[str]) -> str:
             item.type = shells.offer_type(item.type, item.value)
             return super().format_completion(item)
 
     class Fish(shell_completion.FishComplete):
-        source_template = shells.FISH_SCRIPT
+        source_template = shells.SCRIPTS["fish"]
 
     for kind in (Bash, Zsh, Fish):
         shell_completion.add_completion_class(kind)

@@ -26,9 +26,13 @@ class Rate:
 
     def __call__(self, sums: np.ndarray) -> np.ndarray:
         """The rates (R,); NaN where the count is 0."""
-        hits, count = self.hits(sums), self.count(sums)
-        undefined = np.full(np.shape(hits), np.nan)
-        return np.divide(hits, count, out=undefined, where=count != 0)
+        return ratio(self.hits(sums), self.count(sums))
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """The ratio, NaN where the denominator is 0."""
+    undefined = np.full(np.shape(numerator), np.nan)
+    return np.divide(numerator, denominator, out=undefined, where=denominator != 0)
 
 
 def wilson_interval(hits: float, count: float, z: float = Z) -> Interval:

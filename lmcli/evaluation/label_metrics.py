@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lmcli.evaluation.bootstrap import SumMetric
-from lmcli.evaluation.intervals import Rate, wilson_intervals
+from lmcli.evaluation.intervals import Rate, ratio, wilson_intervals
 from lmcli.evaluation.sparse_rows import SparseRows
 
 RECORDS, EXACT, UNPREDICTED = range(3)
@@ -46,25 +46,19 @@ def class_counts(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return sums[:, 3 : 3 + size], sums[:, 3 + size : 3 + 2 * size], sums[:, 3 + 2 * size :]
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """The ratio, NaN where the denominator is 0."""
-    undefined = np.full(np.shape(numerator), np.nan)
-    return np.divide(numerator, denominator, out=undefined, where=denominator != 0)
-
-
 def precision(right: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     """right / predicted; undefined (NaN) for a class that was never predicted."""
-    return _ratio(right, predicted)
+    return ratio(right, predicted)
 
 
 def recall(right: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     """right / true; undefined (NaN) for a class that no record has."""
-    return _ratio(right, true)
+    return ratio(right, true)
 
 
 def f1(right: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     """2 · right / (predicted + true), the harmonic mean of precision and recall."""
-    return _ratio(2 * right, predicted + true)
+    return ratio(2 * right, predicted + true)
 
 
 ClassMetric = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -81,7 +75,7 @@ def _macro(metric: ClassMetric) -> SumMetric:
         right, predicted, true = class_counts(sums)
         occurs = predicted + true > 0
         values = np.where(occurs, np.nan_to_num(metric(right, predicted, true)), 0)
-        return _ratio(values.sum(1), occurs.sum(1))
+        return ratio(values.sum(1), occurs.sum(1))
 
     return average
 
@@ -99,7 +93,7 @@ def mcc(sums: np.ndarray) -> np.ndarray:
     total, right, nothing = sums[:, RECORDS], sums[:, EXACT], sums[:, UNPREDICTED]
     over = right * total - (predicted * true).sum(1)
     under = (total**2 - (predicted**2).sum(1) - nothing**2) * (total**2 - (true**2).sum(1))
-    return _ratio(over, np.sqrt(under))
+    return ratio(over, np.sqrt(under))
 
 
 def build_label_metrics(multi_label: bool) -> dict[FigureKey, SumMetric]:
@@ -156,7 +150,7 @@ def class_figures(sums: np.ndarray) -> dict[str, ClassFigures]:
 
 def column_mean(column: int, count_column: int) -> SumMetric:
     """The metric that divides one column of sums by another."""
-    return lambda sums: _ratio(sums[:, column], sums[:, count_column])
+    return lambda sums: ratio(sums[:, column], sums[:, count_column])
 
 
 def column_rate(column: int, count_column: int) -> Rate:

@@ -16,7 +16,7 @@ from lmcli.checkpoints.config_json import read_config
 from lmcli.checkpoints.family import Family
 from lmcli.checkpoints.file_names import TOKENIZER_FILES, WEIGHTS_FILE, WEIGHTS_INDEX
 from lmcli.checkpoints.quantization import PACKED, SCALE, SHAPE, quantized_bits
-from lmcli.checkpoints.weights import load_tensors, stored_tensors
+from lmcli.checkpoints.weights import current_names, load_tensors, stored_tensors
 from lmcli.config import ModelConfig
 from lmcli.errors import UserError
 from lmcli.model.initialization import meta_device
@@ -226,8 +226,8 @@ def _check_tensors(
     if header is None:
         return parameters, {}
 
-    # old checkpoints call weight and bias of a norm gamma and beta; a prefix may be there or not
-    present = {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)) for name in header}
+    # a prefix may be there or not
+    present = {*current_names(header)}
     prefix, spellings = family.prefix, {}
     for name in (stored.name for stored in stored_tensors(family, model)):
         spellings[name] = {name, name.removeprefix(prefix), f"{prefix}{name}"}

@@ -2,15 +2,15 @@
 
 import os
 import shlex
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lmcli.checkpoints import adapter_base, hub
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.checkpoints.folder import Checkpoint
-from lmcli.config import Recipe, TrainConfig
+from lmcli.config import Recipe
 from lmcli.data import diagnostics
 from lmcli.data.documents import DocumentFormat, read_pieces
 from lmcli.data.files import display_name
@@ -32,31 +32,11 @@ from lmcli.training.loop import evaluated_per_trained
 from lmcli.training.objective import Objective, TrainingData
 from lmcli.training.train_step import Note, TrainStep
 
+if TYPE_CHECKING:
+    from lmcli.planning.auto_preset import AutoPreset
+
 NoteSink = Callable[[str], None]
 FEWEST_EXAMPLES = 20  # that are evaluated, unless there are fewer, or fewer bytes are asked for
-
-
-class RecipeChooser(Protocol):
-    """The choices of preset `auto`, which give way to the user's; see planning.auto_preset."""
-
-    def for_text(
-        self, texts: Iterable[str], size: int, device_config: DeviceConfig, vocab_size: int
-    ) -> tuple[Recipe, list[str]]:
-        """(recipe, reasons) for texts of `size` bytes and a tokenizer (0: none is given)."""
-
-    def for_preset(self, preset: str) -> Recipe:
-        """The recipe of another preset."""
-
-    def learning_rates(self, preset: str, train: TrainConfig) -> tuple[float, ...]:
-        """The learning rates to try, the default first; () if none are to be tried."""
-
-    def best_rate(
-        self, losses: Mapping[float, float], target: str, steps: int
-    ) -> tuple[float, str]:
-        """(learning rate, reason) by the losses after so many steps at each."""
-
-    def adjusted(self, adjust: Callable[[Recipe], Recipe]) -> "RecipeChooser":
-        """A chooser whose recipes are adjusted."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +55,7 @@ class Request:
     overwrite: bool
     device: str
     threads: int
-    auto: RecipeChooser | None = None
+    auto: "AutoPreset | None" = None
     on_long: str = "truncate"
     targets: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # of DATA and of --val
     remember: tuple[str, ...] = ()
@@ -364,7 +344,7 @@ def _initialize_adapters(train_step: TrainStep, replicas: ReplicaGroup, note: No
 
 
 def _choose_learning_rate(
-    auto: RecipeChooser, train_step: TrainStep, reasons: list[str], note: NoteSink
+    auto: "AutoPreset", train_step: TrainStep, reasons: list[str], note: NoteSink
 ) -> TrainStep:
     """The step at a rate that suits the model, unless the user gave one; adds the reason."""
     objective, config = train_step.objective, train_step.config

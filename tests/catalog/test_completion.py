@@ -227,10 +227,10 @@ def test_nothing_heavy_is_loaded(folder, monkeypatch):
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 def test_bash_itself_inserts_the_word(folder, tmp_path):
     """Readline's own word breaks, quoting and spaces; `lm` is a function that runs this one."""
-    from lmcli.catalog.shells import BASH_SCRIPT
+    from lmcli.catalog.shells import SCRIPTS
 
     names = {"complete_func": "_lm_completion", "complete_var": "_LM_COMPLETE", "prog_name": "lm"}
-    (folder / "script").write_text(BASH_SCRIPT % names)
+    (folder / "script").write_text(SCRIPTS["bash"] % names)
     answers = "open,train.schedule=\\nplain,cosine\\nfile,x"
     program = f"""
     env() {{ printf '{answers}\\n'; echo noise >&2; }}
