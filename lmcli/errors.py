@@ -1,6 +1,8 @@
 """The errors a user can fix, the nearest known word, and the exit codes of `lm`."""
 
 from collections.abc import Iterable
+from importlib import import_module
+from types import ModuleType
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -53,6 +55,14 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     ("; did you mean 'train'?", '')
     """
     return "".join(f"; did you mean {near!r}?" for near in nearest(word, known, cutoff=cutoff))
+
+
+def import_extra(module: str, extra: str, what: str, where: str | None = None) -> ModuleType:
+    """A module of an optional package; UserError, which names the extra that has it, without it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(what, where, f"pip install 'lmcli[{extra}]'") from error
 
 
 class Interrupted(Exception):

@@ -17,7 +17,7 @@ from lmcli.checkpoints.config_json import LARGEST, LAYER_TYPES, family_of
 from lmcli.checkpoints.families import FAMILIES
 from lmcli.checkpoints.family import DEFAULT_OPTIONS, Family, GgufArchitecture
 from lmcli.config import ModelConfig, check
-from lmcli.errors import UsageError, UserError
+from lmcli.errors import UsageError, UserError, import_extra
 from lmcli.model.positions import rotary_frequencies
 from lmcli.storage import atomic_path, require_disk_space, user_errors
 from lmcli.text import gguf_tokenizer
@@ -75,15 +75,10 @@ PROJECTIONS, JOINED = ("attention.query", "attention.key", "attention.value"), "
 EMBEDDING, OUTPUT, POSITIONS = "token_embd.weight", "output.weight", "position_embd.weight"
 ROPE_FREQUENCIES = "rope_freqs.weight"
 ACTIVATION = "lm.hidden_act"  # the format has no key for it
-GGUF_INSTALL = "pip install 'lmcli[gguf]'"
 
 
 def _library() -> ModuleType:
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("GGUF files need the package gguf", hint=GGUF_INSTALL) from None
-    return gguf
+    return import_extra("gguf", "gguf", "GGUF files need the package gguf")
 
 
 def _modules(

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, cast
 
-from lmcli.errors import UserError
+from lmcli.errors import UserError, import_extra
 from lmcli.ownership import create, temporary_name
 from lmcli.storage import cache_folder, free_bytes, near_names, user_errors
 from lmcli.terminal import progress
@@ -231,14 +231,8 @@ def _parquet_rows(name: str) -> Iterator[bytes]:
 
 
 def _import(module: str, extra: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"reading it needs the package {module.partition('.')[0]}",
-            where=name,
-            hint=f"pip install 'lmcli[{extra}]'",
-        ) from error
+    what = f"reading it needs the package {module.partition('.')[0]}"
+    return import_extra(module, extra, what, where=name)
 
 
 def _damaged(what: str, error: Exception | str, name: str) -> OSError:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmcli.distributed.signals import stop_signals
+from lmcli.distributed.signals import handled, stop_signals
 from lmcli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, ProcessLost, UsageError
 
 RESTARTS = 3
@@ -150,8 +150,8 @@ def run_processes(
     """
     import tempfile
 
-    attempts = 1 if advice else RESTARTS + 1
-    with tempfile.TemporaryDirectory(prefix="lm-") as scratch, _stop_handled() as stop:
+    attempts, stop = 1 if advice else RESTARTS + 1, _Stop()
+    with tempfile.TemporaryDirectory(prefix="lm-") as scratch, handled(stop.receive):
         for attempt in range(1, attempts + 1):
             processes = _start(count, arguments, attempt - 1, Path(scratch))
             stop.start(processes[0])
@@ -170,18 +170,6 @@ def run_processes(
             if stop.number:
                 return EXIT_INTERRUPTED
     return EXIT_FAILED
-
-
-@contextmanager
-def _stop_handled() -> Iterator[_Stop]:
-    """Keeps this process alive while it hands stop signals on."""
-    stop = _Stop()
-    before = {number: signal.signal(number, stop.receive) for number in stop_signals()}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def threads_per_process(count: int) -> int:

@@ -1,6 +1,9 @@
 """Signals that end a command."""
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -12,6 +15,17 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:
         return signal.SIGINT, signal.SIGTERM
     return signal.SIGINT, signal.SIGTERM, hangup
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Lets `handler` handle the `stop_signals` in the block."""
+    before = {number: signal.signal(number, handler) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def interrupt_once() -> None:

@@ -28,6 +28,7 @@ from lmcli.evaluation.intervals import Rate
 from lmcli.evaluation.label_metrics import FigureKey
 from lmcli.evaluation.predictions import EvalRecord
 from lmcli.evaluation.sparse_rows import SparseRows
+from lmcli.evaluation.tasks import selects
 from lmcli.evaluation.text_metrics import TextMetric
 
 ALL_RECORDS = "(all)"  # the group of all records
@@ -245,7 +246,7 @@ def evaluate_systems(
             figures = {
                 key: metric
                 for key, metric in system.counts.metrics().items()
-                if _is_selected(key[0], metrics)
+                if any(selects(metric, key[0]) for metric in metrics)
             }
             values = _values(system, figures, selected[number], first, resamples, seed)
             if classes:
@@ -267,10 +268,6 @@ def evaluate_systems(
                 [classes[k] for k in shown if true[k] and not predicted[k]],
                 [classes[k] for k in shown if predicted[k] and not true[k]],
             )
-
-
-def _is_selected(name: str, metrics: Sequence[str]) -> bool:
-    return name in metrics or any(name.startswith(f"{metric}_") for metric in metrics)
 
 
 def _values(

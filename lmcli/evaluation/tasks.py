@@ -124,13 +124,13 @@ def _task_of_fields(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _selects(metric: str, figure: str) -> bool:
+def selects(metric: str, figure: str) -> bool:
     """Whether a --metric selects a figure: by its name, or by the part before an underscore."""
     return metric == figure or figure.startswith(f"{metric}_")
 
 
 def _selects_any(metric: str, figures: Sequence[str]) -> bool:
-    return any(_selects(metric, figure) for figure in figures)
+    return any(selects(metric, figure) for figure in figures)
 
 
 def select_figures(task: Task, metrics: Sequence[str]) -> tuple[str, ...]:
@@ -143,7 +143,7 @@ def select_figures(task: Task, metrics: Sequence[str]) -> tuple[str, ...]:
             raise _unknown_figure(metric, task.figures, f"of the task {task.name}")
     if not metrics:
         return task.default_figures
-    return tuple(f for f in task.figures if any(_selects(metric, f) for metric in metrics))
+    return tuple(f for f in task.figures if any(selects(metric, f) for metric in metrics))
 
 
 def _unknown_figure(name: str, known: Sequence[str], where: str) -> UsageError:

@@ -1,6 +1,5 @@
 """Metrics of texts: BLEU and chrF by sacrebleu, ROUGE by rouge-score, exact match and token F1."""
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lmcli.data.squad import exact_match, token_f1
-from lmcli.errors import UserError
+from lmcli.errors import import_extra
 from lmcli.evaluation.bootstrap import SumMetric
 from lmcli.evaluation.label_metrics import column_mean, column_rate
 
@@ -42,15 +41,8 @@ class TextMetric:
 
 
 def _library(name: str, metric: str) -> ModuleType:
-    """An optional library; raises UserError naming the extra if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"{metric} needs {name.split('.')[0]}, which is not installed",
-            where="--metric",
-            hint="pip install 'lmcli[eval]'",
-        ) from error
+    what = f"{metric} needs {name.split('.')[0]}, which is not installed"
+    return import_extra(name, "eval", what, "--metric")
 
 
 def bleu(tokenizer: str = "13a") -> TextMetric:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmcli.config import GenerateConfig
-from lmcli.errors import UsageError, UserError
+from lmcli.errors import UsageError, UserError, import_extra
 from lmcli.generation.sampling import FORBIDDEN, Floats
 from lmcli.text.stream_decoder import drops_first_space, token_bytes
 from lmcli.text.tokenizer import Tokenizer
@@ -57,7 +57,8 @@ class Structure:
         self.form = form_of(config)
         self.value = getattr(config, self.form)
         self.tokenizer, self.stop_ids = tokenizer, stop_ids
-        self.library = _library(_option(self.form))
+        needed = f"{_option(self.form)} needs llguidance"
+        self.library: Any = import_extra("llguidance", "structure", needed)
         texts = token_bytes(tokenizer)[:vocab_size]
         self.token_bytes = texts + [b""] * (vocab_size - len(texts))
         self.hidden = np.array([not text for text in self.token_bytes])
@@ -184,16 +185,6 @@ class _Vocabulary:
                     candidates.append((cost + price, [*ids, index]))
             best.append(min(candidates))
         return best[-1][1]
-
-
-def _library(option: str) -> Any:
-    try:
-        import llguidance
-    except ImportError as error:
-        raise UserError(
-            f"{option} needs llguidance", hint="pip install 'lmcli[structure]'"
-        ) from error
-    return llguidance
 
 
 def _option(form: str) -> str:

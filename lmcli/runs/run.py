@@ -3,7 +3,7 @@
 import dataclasses
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import GenerateConfig, TrainConfig
 from lmcli.data.corpus import EncodedDocument
 from lmcli.data.length_batching import tokens_per_forward
-from lmcli.distributed.signals import stop_signals
+from lmcli.distributed.signals import handled
 from lmcli.errors import UserError
 from lmcli.generation.decoding import Decoder
 from lmcli.kernels import build
@@ -276,8 +276,7 @@ class TrainingRun:
             f"({result['seconds']:.0f} s){f'; {check}' if check else ''}"
         )
 
-    @contextmanager
-    def signals(self) -> Iterator[None]:
+    def signals(self) -> AbstractContextManager[None]:
         """Lets Ctrl-C, SIGTERM and SIGHUP end the run after the current step.
 
         A second Ctrl-C ends it at once. SIGTERM and SIGHUP often arrive twice: once is enough.
@@ -288,9 +287,4 @@ class TrainingRun:
                 raise KeyboardInterrupt
             self.trainer.stop = True
 
-        before = {number: signal.signal(number, stop) for number in stop_signals()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handled(stop)
