@@ -16,6 +16,7 @@ from lmcli.checkpoints.family import (
     choice,
     same,
     tensors,
+    values,
 )
 
 
@@ -33,11 +34,7 @@ def _heads(name: str) -> dict[str, str]:
 
 BERT_OPTIONS = {
     **ALL_BIASES,
-    "positions": "learned",
-    "norm": "layer",
-    "post_norm": True,
-    "gated_mlp": False,
-    "embedding_norm": True,
+    **values("positions=learned norm=layer post_norm=true gated_mlp=false embedding_norm=true"),
 }
 MLM_HEAD = {"head_dense": True, "head_norm": True, "head_bias": True}
 POOLER = {"head_dense": True, "head_act": "tanh"}
@@ -60,24 +57,12 @@ BERT_TENSORS = """
     encoder.layer.{}.output.LayerNorm               encoder.layers.{}.mlp_norm
 """
 BERT_KEYS = {**IDS, **SHAPE_KEYS, "norm_eps": "layer_norm_eps", **same("type_vocab_size")}
-BERT_DEFAULTS = {
-    "vocab_size": 30_522,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 512,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "type_vocab_size": 2,
-    "tie_word_embeddings": True,
-    "pad_token_id": 0,
-}
-BERT_FIXED = {
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-}
+BERT_DEFAULTS = values("""
+    vocab_size=30522 hidden_size=768 num_hidden_layers=12 num_attention_heads=12
+    intermediate_size=3072 max_position_embeddings=512 hidden_act=gelu layer_norm_eps=1e-12
+    type_vocab_size=2 tie_word_embeddings=true pad_token_id=0
+""")
+BERT_FIXED = values("position_embedding_type=absolute is_decoder=false add_cross_attention=false")
 BERT_IGNORED = r"embeddings\.position_ids$"
 
 BERT = Family(
@@ -119,10 +104,7 @@ ROBERTA = Family(
     head_options={"lm": {**MLM_HEAD, "head_act": "gelu"}, "sequence": POOLER, "none": POOLER},
     defaults={
         **BERT_DEFAULTS,
-        "vocab_size": 50_265,
-        "pad_token_id": 1,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
+        **values("vocab_size=50265 pad_token_id=1 bos_token_id=0 eos_token_id=2"),
     },
     fixed=BERT_FIXED,
     padding_first=True,
@@ -151,31 +133,19 @@ DISTILBERT = Family(
     heads=_heads("DistilBert"),
     keys={
         **IDS,
-        "hidden_size": "dim",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-        "intermediate_size": "hidden_dim",
-        "max_position_embeddings": "max_position_embeddings",
-        "hidden_act": "activation",
+        **values("""
+            hidden_size=dim num_hidden_layers=n_layers num_attention_heads=n_heads
+            intermediate_size=hidden_dim max_position_embeddings=max_position_embeddings
+            hidden_act=activation
+        """),
     },
     options={**BERT_OPTIONS, "norm_eps": 1e-12},
     head_options={"lm": MLM_HEAD, "sequence": {"head_dense": True, "head_act": "relu"}},
-    defaults={
-        "vocab_size": 30_522,
-        "dim": 768,
-        "n_layers": 6,
-        "n_heads": 12,
-        "hidden_dim": 3072,
-        "max_position_embeddings": 512,
-        "activation": "gelu",
-        "tie_word_embeddings": True,
-        "pad_token_id": 0,
-    },
-    aliases={
-        "hidden_size": "dim",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-    },
+    defaults=values("""
+        vocab_size=30522 dim=768 n_layers=6 n_heads=12 hidden_dim=3072 max_position_embeddings=512
+        activation=gelu tie_word_embeddings=true pad_token_id=0
+    """),
+    aliases=values("hidden_size=dim num_hidden_layers=n_layers num_attention_heads=n_heads"),
     # sinusoids are stored like learned positions
     choices={"sinusoidal_pos_embds": ((False, {}), (True, {}))},
     prefix="distilbert.",
@@ -220,39 +190,25 @@ MODERNBERT = Family(
     keys={
         **IDS,
         **SHAPE_KEYS,
-        "hidden_act": "hidden_activation",
-        "norm_eps": "norm_eps",
-        "head_act": "classifier_activation",
+        **values("hidden_act=hidden_activation norm_eps=norm_eps head_act=classifier_activation"),
     },
-    options={
-        "norm": "layer",
-        "first_attention_norm": False,
-        "embedding_norm": True,
-        "head_dense_bias": False,
-        "norm_bias": False,
-    },
+    options=values("""
+        norm=layer first_attention_norm=false embedding_norm=true head_dense_bias=false
+        norm_bias=false
+    """),
     head_options={
         "lm": MLM_HEAD,
         **{head: {"head_dense": True, "head_norm": True} for head in LABEL_HEADS},
     },
-    defaults={
-        "max_position_embeddings": 8192,
-        "hidden_activation": "gelu",
-        "classifier_activation": "gelu",
-        "norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        "local_attention": 128,
-        "global_attn_every_n_layers": 3,
-        "global_rope_theta": 160_000.0,
-        "local_rope_theta": 10_000.0,
-    },
-    fixed={
-        "attention_bias": False,
-        "mlp_bias": False,
-        "norm_bias": False,
-        "classifier_bias": False,
-        "decoder_bias": True,
-    },
+    defaults=values("""
+        max_position_embeddings=8192 hidden_activation=gelu classifier_activation=gelu
+        norm_eps=1e-5 tie_word_embeddings=true local_attention=128 global_attn_every_n_layers=3
+        global_rope_theta=160000.0 local_rope_theta=10000.0
+    """),
+    fixed=values("""
+        attention_bias=false mlp_bias=false norm_bias=false classifier_bias=false
+        decoder_bias=true
+    """),
     choices={
         "classifier_pooling": (("cls", {"mean_pooling": False}), ("mean", {"mean_pooling": True}))
     },
@@ -333,14 +289,11 @@ T5 = Family(
     heads={"lm": "T5ForConditionalGeneration"},
     keys={
         **same("vocab_size", "eos_token_id", "pad_token_id", "tie_word_embeddings"),
-        "hidden_size": "d_model",
-        "head_dim": "d_kv",
-        "intermediate_size": "d_ff",
-        "num_encoder_layers": "num_layers",
-        "num_hidden_layers": "num_decoder_layers",
-        "num_attention_heads": "num_heads",
-        "norm_eps": "layer_norm_epsilon",
-        "max_position_embeddings": "n_positions",
+        **values("""
+            hidden_size=d_model head_dim=d_kv intermediate_size=d_ff num_encoder_layers=num_layers
+            num_hidden_layers=num_decoder_layers num_attention_heads=num_heads
+            norm_eps=layer_norm_epsilon max_position_embeddings=n_positions
+        """),
         **same(
             "relative_attention_num_buckets",
             "relative_attention_max_distance",
@@ -348,25 +301,18 @@ T5 = Family(
         ),
     },
     options={"positions": "relative", "scale_attention": False},
-    defaults={
-        "n_positions": 512,
-        "layer_norm_epsilon": 1e-6,
-        "tie_word_embeddings": True,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
-        "relative_attention_num_buckets": 32,
-        "relative_attention_max_distance": 128,
-    },
+    defaults=values("""
+        n_positions=512 layer_norm_epsilon=1e-6 tie_word_embeddings=true pad_token_id=0
+        eos_token_id=1 decoder_start_token_id=0 relative_attention_num_buckets=32
+        relative_attention_max_distance=128
+    """),
     fixed={"is_encoder_decoder": True},
     # T5 1.1 neither ties nor scales; T5 1.0 had one key for both
     fallbacks={"num_decoder_layers": "num_layers", "scale_decoder_outputs": "tie_word_embeddings"},
-    aliases={
-        "hidden_size": "d_model",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "head_dim": "d_kv",
-    },
+    aliases=values("""
+        hidden_size=d_model num_hidden_layers=num_layers num_attention_heads=num_heads
+        head_dim=d_kv
+    """),
     repeated={"dense_act_fn": "hidden_act", "is_gated_act": "gated_mlp"},
     choices={
         "scale_decoder_outputs": choice("scale_logits", default=True),
@@ -385,36 +331,23 @@ T5 = Family(
 
 BART_KEYS = {
     **IDS,
-    "hidden_size": "d_model",
-    "num_encoder_layers": "encoder_layers",
-    "num_hidden_layers": "decoder_layers",
-    "encoder_attention_heads": "encoder_attention_heads",
-    "num_attention_heads": "decoder_attention_heads",
-    "encoder_intermediate_size": "encoder_ffn_dim",
-    "intermediate_size": "decoder_ffn_dim",
-    "hidden_act": "activation_function",
+    **values("""
+        hidden_size=d_model num_encoder_layers=encoder_layers num_hidden_layers=decoder_layers
+        encoder_attention_heads=encoder_attention_heads
+        num_attention_heads=decoder_attention_heads encoder_intermediate_size=encoder_ffn_dim
+        intermediate_size=decoder_ffn_dim hidden_act=activation_function
+    """),
     **same("max_position_embeddings", "decoder_start_token_id"),
 }
 BART_OPTIONS = {
     **ALL_BIASES,
-    "norm": "layer",
-    "post_norm": True,
-    "gated_mlp": False,
-    "head_bias": True,
-    "norm_eps": 1e-5,
+    **values("norm=layer post_norm=true gated_mlp=false head_bias=true norm_eps=1e-5"),
 }
-BART_DEFAULTS = {
-    "max_position_embeddings": 1024,
-    "activation_function": "gelu",
-    "tie_word_embeddings": True,
-    "d_model": 1024,
-    "encoder_layers": 12,
-    "decoder_layers": 12,
-    "encoder_attention_heads": 16,
-    "decoder_attention_heads": 16,
-    "encoder_ffn_dim": 4096,
-    "decoder_ffn_dim": 4096,
-}
+BART_DEFAULTS = values("""
+    max_position_embeddings=1024 activation_function=gelu tie_word_embeddings=true d_model=1024
+    encoder_layers=12 decoder_layers=12 encoder_attention_heads=16 decoder_attention_heads=16
+    encoder_ffn_dim=4096 decoder_ffn_dim=4096
+""")
 BART_STACK = """
     model.decoder.embed_positions                   decoder.positions
     model.decoder.layernorm_embedding               decoder.embedding_norm
@@ -447,18 +380,15 @@ BART = Family(
     options={**BART_OPTIONS, "positions": "learned", "position_offset": 2, "embedding_norm": True},
     defaults={
         **BART_DEFAULTS,
-        "vocab_size": 50_265,
-        "bos_token_id": 0,
-        "pad_token_id": 1,
-        "eos_token_id": 2,
-        "decoder_start_token_id": 2,
+        **values("""
+            vocab_size=50265 bos_token_id=0 pad_token_id=1 eos_token_id=2 decoder_start_token_id=2
+        """),
     },
     fixed={"is_encoder_decoder": True},
-    aliases={
-        "hidden_size": "d_model",
-        "num_hidden_layers": "encoder_layers",
-        "num_attention_heads": "encoder_attention_heads",
-    },
+    aliases=values("""
+        hidden_size=d_model num_hidden_layers=encoder_layers
+        num_attention_heads=encoder_attention_heads
+    """),
     choices={"scale_embedding": choice("scale_embedding")},
     architectures={"BartModel": "lm"},
     prefix="model.",
@@ -479,10 +409,7 @@ MARIAN = replace(
     options={**BART_OPTIONS, "positions": "sinusoidal"},
     defaults={
         **BART_DEFAULTS,
-        "vocab_size": 58_101,
-        "pad_token_id": 58_100,
-        "eos_token_id": 0,
-        "decoder_start_token_id": 58_100,
+        **values("vocab_size=58101 pad_token_id=58100 eos_token_id=0 decoder_start_token_id=58100"),
     },
     fixed={"is_encoder_decoder": True, "share_encoder_decoder_embeddings": True},
     architectures={},

@@ -18,6 +18,7 @@ from lmcli.checkpoints.family import (
     choice,
     same,
     tensors,
+    values,
 )
 
 # Llama and families with its tensor names ---------------------------------------------------------
@@ -71,9 +72,7 @@ MISTRAL = replace(
     heads={"lm": "MistralForCausalLM"},
     defaults={
         **LLAMA_DEFAULTS,
-        "max_position_embeddings": 131_072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
+        **values("max_position_embeddings=131072 num_key_value_heads=8 sliding_window=4096"),
     },
     choices={},
     window=WindowRule("sliding_window", written=("sliding_window",)),
@@ -93,11 +92,10 @@ QWEN_WINDOW = WindowRule(
 )
 QWEN_DEFAULTS = {
     **LLAMA_DEFAULTS,
-    "max_position_embeddings": 32_768,
-    "num_key_value_heads": 32,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
+    **values("""
+        max_position_embeddings=32768 num_key_value_heads=32 use_sliding_window=false
+        sliding_window=4096 max_window_layers=28
+    """),
 }
 QWEN2 = replace(
     LLAMA,
@@ -135,33 +133,18 @@ GEMMA3 = Family(
     heads={"lm": "Gemma3ForCausalLM"},
     keys={**LLAMA_KEYS, "hidden_act": "hidden_activation"},
     options={"query_key_norm": True, "sandwich_norm": True, "scale_embedding": True},
-    defaults={
-        "vocab_size": 262_208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": 131_072,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    },
-    fixed={
-        "attention_bias": False,
-        "final_logit_softcapping": None,
-        "attn_logit_softcapping": None,
-        "use_bidirectional_attention": False,
-    },
+    defaults=values("""
+        vocab_size=262208 hidden_size=2304 intermediate_size=9216 num_hidden_layers=26
+        num_attention_heads=8 num_key_value_heads=4 head_dim=256
+        hidden_activation=gelu_pytorch_tanh max_position_embeddings=131072 rms_norm_eps=1e-6
+        tie_word_embeddings=true query_pre_attn_scalar=256 sliding_window=4096
+        sliding_window_pattern=6 rope_theta=1000000.0 rope_local_base_freq=10000.0 bos_token_id=2
+        eos_token_id=1 pad_token_id=0
+    """),
+    fixed=values("""
+        attention_bias=false final_logit_softcapping=null attn_logit_softcapping=null
+        use_bidirectional_attention=false
+    """),
     equal={"query_pre_attn_scalar": "head_dim"},
     window=WindowRule(
         "sliding_window",
@@ -207,37 +190,25 @@ GPT2 = Family(
     heads={"lm": "GPT2LMHeadModel"},
     keys={
         **IDS,
-        "hidden_size": "n_embd",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "intermediate_size": "n_inner",
-        "max_position_embeddings": "n_positions",
-        "norm_eps": "layer_norm_epsilon",
-        "hidden_act": "activation_function",
+        **values("""
+            hidden_size=n_embd num_hidden_layers=n_layer num_attention_heads=n_head
+            intermediate_size=n_inner max_position_embeddings=n_positions
+            norm_eps=layer_norm_epsilon hidden_act=activation_function
+        """),
     },
     options={**ALL_BIASES, "positions": "learned", "norm": "layer", "gated_mlp": False},
-    defaults={
-        "vocab_size": 50_257,
-        "n_positions": 1024,
-        "n_embd": 768,
-        "n_layer": 12,
-        "n_head": 12,
-        "tie_word_embeddings": True,
-        "layer_norm_epsilon": 1e-5,
-        "activation_function": "gelu_new",
-    },
-    aliases={
-        "hidden_size": "n_embd",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "max_position_embeddings": "n_positions",
-    },
-    fixed={
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-        "add_cross_attention": False,
-    },
+    defaults=values("""
+        vocab_size=50257 n_positions=1024 n_embd=768 n_layer=12 n_head=12 tie_word_embeddings=true
+        layer_norm_epsilon=1e-5 activation_function=gelu_new
+    """),
+    aliases=values("""
+        hidden_size=n_embd num_hidden_layers=n_layer num_attention_heads=n_head
+        max_position_embeddings=n_positions
+    """),
+    fixed=values("""
+        scale_attn_weights=true scale_attn_by_inverse_layer_idx=false
+        reorder_and_upcast_attn=false add_cross_attention=false
+    """),
     prefix="transformer.",
     tensors=tensors("""
         transformer.wte                     embedding
@@ -260,13 +231,10 @@ GPT_NEOX = Family(
     heads={"lm": "GPTNeoXForCausalLM"},
     keys={**IDS, **SHAPE_KEYS, "norm_eps": "layer_norm_eps", "rotary_fraction": "rotary_pct"},
     options={"mlp_bias": True, "norm": "layer", "gated_mlp": False},
-    defaults={
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-        "layer_norm_eps": 1e-5,
-        "hidden_act": "gelu",
-        "rotary_pct": 0.25,
-    },
+    defaults=values("""
+        max_position_embeddings=2048 tie_word_embeddings=false layer_norm_eps=1e-5 hidden_act=gelu
+        rotary_pct=0.25
+    """),
     rope_base_key="rotary_emb_base",
     choices={
         "use_parallel_residual": choice("parallel_block", default=True),

@@ -4,6 +4,7 @@ The rows stand in `families.py` and `encoder_families.py`; `lm help families` sh
 `config_json.py`, `weights.py` and `folder.py` read and write every family by its row alone.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -190,6 +191,23 @@ class Family:
 def same(*names: str) -> dict[str, str]:
     """Options whose keys in config.json have the same name."""
     return {name: name for name in names}
+
+
+def values(table: str) -> dict[str, Any]:
+    """The keys and values of a table with KEY=VALUE; a value is JSON, or else a word.
+
+    >>> values("vocab_size=100 hidden_act=gelu tie_word_embeddings=true")
+    {'vocab_size': 100, 'hidden_act': 'gelu', 'tie_word_embeddings': True}
+    """
+    pairs = (word.split("=") for word in table.split())
+    return {key: _value(text) for key, text in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def choice(option: str, off: Any = False, on: Any = True, default: bool = False) -> Sequence:
