@@ -1,9 +1,11 @@
 """--report-to: a run's figures in Weights & Biases, trackio or TensorBoard, where installed."""
 
+import io
 import json
 import os
 import secrets
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -182,9 +184,13 @@ class Tracking:
         self._trackers.clear()
 
     def _attempt(self, name: str, action: Callable[..., None], *arguments: Any) -> None:
-        """Calls a service, whose failure must not end the training."""
+        """Calls a service, whose failure must not end the training.
+
+        What it prints is dropped: trackio greets on standard output, which is for the result.
+        """
         try:
-            action(*arguments)
+            with redirect_stdout(io.StringIO()):
+                action(*arguments)
         except Exception as error:
             self._trackers.pop(name, None)
             what = " ".join(str(error).split()) or type(error).__name__

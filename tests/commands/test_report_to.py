@@ -1,7 +1,9 @@
 """--report-to: figures and samples in a service, one failure of which ends no training."""
 
 import json
+import sqlite3
 import sys
+from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -102,3 +104,52 @@ def test_tensorboard_reads_the_figures_back(inside, text, tmp_path):
         scalars = [(event.step, event.value) for event in events.Scalars(name)]
         assert scalars == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
     assert events.Tags()["tensors"] == ["sample/text_summary"]
+
+
+@pytest.fixture
+def trackio(monkeypatch, tmp_path):
+    """The real trackio, where it is installed; else a module that prints and keeps as it does."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    if find_spec("trackio"):
+        return None
+    module, runs = ModuleType("trackio"), {}
+    module.__spec__ = SimpleNamespace(name="trackio")
+
+    def init(project, name=None, config=None, resume="never"):
+        print(f"* Trackio project initialized: {project}")
+        rows = runs.setdefault(name, [])
+        assert resume == "allow" and config["train"]["steps"]
+        return SimpleNamespace(log=lambda metrics, step=None: rows.append((step, metrics)))
+
+    module.init, module.runs = init, runs
+    module.finish = lambda: print("* Run finished. Uploading logs to Trackio (please wait...)")
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    return module
+
+
+def tracked(trackio, folder) -> list[tuple[int, dict]]:
+    """(step, figures) of the one run, as trackio stores them."""
+    if trackio:
+        (rows,) = trackio.runs.values()
+        return rows
+    with sqlite3.connect(folder / "lm.db") as database:
+        rows = database.execute("select run_name, step, metrics from metrics order by id")
+        names, steps, figures = zip(*rows)
+    assert len(set(names)) == 1
+    return list(zip(steps, map(json.loads, figures)))
+
+
+def test_trackio_reads_the_figures_back(inside, text, tmp_path, trackio):
+    run = tmp_path / "run"
+    options = ("--report-to", "trackio", "-o", run)
+    done = inside("train", text, *OPTIONS, "--steps", 4, *options)
+    assert (done.returncode, done.stdout.decode()) == (0, f"{run}\n")  # not what trackio prints
+    assert b"lm: reporting to trackio: trackio show --project lm\n" in done.stderr
+    assert inside("train", "--resume", run, "--steps", 2).stdout.decode() == f"{run}\n"
+    rows = tracked(trackio, tmp_path / "trackio")
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "learning_rate", "val_loss"):
+        expected = [(line["step"], line[name]) for line in logged if name in line]
+        assert [(step, row[name]) for step, row in rows if name in row] == expected
+    assert [step for step, row in rows if "sample" in row] == [2, 4, 6]
