@@ -151,7 +151,8 @@ def split_tensor(tensor: Any, sizes: list[int], layout: str, heads: int) -> list
     if layout == "flat":
         return [tensor.reshape(-1)]
     if layout == "less_one":
-        return [tensor.float() + 1]
+        is_array = isinstance(tensor, np.ndarray)
+        return [(in_precision(tensor, "float32") if is_array else tensor.float()) + 1]
     if layout == "heads":
         by_head = tensor.reshape(heads, len(sizes), -1, *tensor.shape[1:])
         return [by_head[:, i].reshape(-1, *tensor.shape[1:]) for i in range(len(sizes))]

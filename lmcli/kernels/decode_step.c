@@ -18,7 +18,7 @@ enum { SILU, GELU, GELU_TANH, RELU, TANH };
 typedef struct { const float *weight, *bias; } Norm;  /* weight NULL: no norm; bias NULL: none */
 
 typedef struct {
-    Norm attention_norm, query_norm, key_norm, cross_norm, cross_query_norm, mlp_norm;
+    Norm attention_norm, query_norm, key_norm, attention_out_norm, cross_norm, cross_query_norm, mlp_norm, mlp_out_norm;
     Matrix query, key, value, output, cross_query, cross_output, gate, up, down;
     int64_t window;  /* tokens visible, 0: all */
     int64_t local;  /* 1: uses the second table of rotary angles */
@@ -388,10 +388,28 @@ static void attention_heads(const Model *model, const Layer *layer, const Call *
     pack_share(&layer->output, call);
 }
 
-/* x += output(attention(normed)) */
-static void attention_sublayer(const Model *model, const Layer *layer, const Call *call) {
+/* x += y weightᵀ + bias, or norm(that). Nothing reads call->normed any more: it takes what is normed, by columns first,
+   then by rows. */
+static void add_product(const Model *model, const Call *call, const Matrix *matrix, Rows y, Norm norm) {
+    int64_t from, to, size = model->hidden, stride = call->normed.stride;
+    if (!norm.weight) {
+        product_share(matrix, y, call->rows, call->x, size, 1);
+        return;
+    }
+    product_share(matrix, y, call->rows, call->normed.data, stride, 0);
+    BARRIER
+    share(call->rows, 1, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        float *x = call->x + row * size, *update = call->normed.data + row * stride;
+        normalize(update, norm, update, size, model->eps, model->rms);
+        for (int64_t i = 0; i < size; i++) x[i] += update[i];
+    }
+}
+
+/* x += output(attention(normed)), or norm(that) */
+static void attention_sublayer(const Model *model, const Layer *layer, const Call *call, Norm norm) {
     attention_heads(model, layer, call);
-    product_share(&layer->output, call->mixed, call->rows, call->x, model->hidden, 1);
+    add_product(model, call, &layer->output, call->mixed, norm);
 }
 
 /* x += cross_output(attention from normed to the encoder's output) */
@@ -422,18 +440,19 @@ static void mlp_inner(const Model *model, const Layer *layer, const Call *call) 
     BARRIER
 }
 
-/* x += down(inner) */
-static void mlp_sublayer(const Model *model, const Layer *layer, const Call *call) {
+/* x += down(inner), or norm(that) */
+static void mlp_sublayer(const Model *model, const Layer *layer, const Call *call, Norm norm) {
     mlp_inner(model, layer, call);
-    product_share(&layer->down, call->inner, call->rows, call->x, model->hidden, 1);
+    add_product(model, call, &layer->down, call->inner, norm);
 }
 
 /* ------------------------------------------------------------------------------------------------- whole layers */
 
+/* x + f(norm(x)), or x + norm(f(norm(x))) */
 static void pre_norm_layer(const Model *model, const Layer *layer, const Call *call) {
     norm_share(model, call, layer->attention_norm, &layer->query);
     BARRIER
-    attention_sublayer(model, layer, call);
+    attention_sublayer(model, layer, call, layer->attention_out_norm);
     BARRIER
     if (layer->cross_query.weight) {
         norm_share(model, call, layer->cross_norm, &layer->cross_query);
@@ -443,7 +462,7 @@ static void pre_norm_layer(const Model *model, const Layer *layer, const Call *c
     }
     norm_share(model, call, layer->mlp_norm, &layer->up);
     BARRIER
-    mlp_sublayer(model, layer, call);
+    mlp_sublayer(model, layer, call, layer->mlp_out_norm);
     BARRIER
 }
 
@@ -452,7 +471,7 @@ static void post_norm_layer(const Model *model, const Layer *layer, const Call *
     Norm none = {0, 0};
     norm_share(model, call, none, &layer->query);
     BARRIER
-    attention_sublayer(model, layer, call);
+    attention_sublayer(model, layer, call, none);
     BARRIER
     renormalize_share(model, call, layer->attention_norm);
     norm_share(model, call, none, layer->cross_query.weight ? &layer->cross_query : &layer->up);
@@ -464,7 +483,7 @@ static void post_norm_layer(const Model *model, const Layer *layer, const Call *
         norm_share(model, call, none, &layer->up);
         BARRIER
     }
-    mlp_sublayer(model, layer, call);
+    mlp_sublayer(model, layer, call, none);
     BARRIER
     renormalize_share(model, call, layer->mlp_norm);
     BARRIER

@@ -58,7 +58,8 @@ class _Norm(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *_fields(_Norm, "attention_norm query_norm key_norm cross_norm cross_query_norm mlp_norm"),
+        *_fields(_Norm, "attention_norm query_norm key_norm attention_out_norm"),
+        *_fields(_Norm, "cross_norm cross_query_norm mlp_norm mlp_out_norm"),
         *_fields(_Matrix, "query key value output cross_query cross_output gate up down"),
         *_fields(_long, "window local"),
         *_fields(_pointer, "keys values cross_keys cross_values"),
@@ -92,7 +93,11 @@ class _Call(ctypes.Structure):
 
 
 def needs_torch(config: ModelConfig) -> bool:
-    """True for a model of which decode_step.c can run a part at most, as the decoder of a T5."""
+    """True for a model of which decode_step.c can run a part at most.
+
+    Every decoder of the families in `checkpoints` runs in C. A T5's or BART's does too, but its
+    encoder and what follows its embedding need torch. No family of decoders has the other options.
+    """
     return (
         config.shape != "decoder"
         or config.head != "lm"
@@ -100,7 +105,6 @@ def needs_torch(config: ModelConfig) -> bool:
         or bool(config.embedding_norm or config.type_vocab_size)
         or config.head_dense
         or config.head_norm
-        or config.sandwich_norm
     )
 
 
@@ -132,6 +136,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             add(f"{layer}.attention.query_norm", head_dim)
             add(f"{layer}.attention.key_norm", head_dim)
         add(f"{layer}.mlp_norm", size, bias=normed)
+        if config.sandwich_norm:
+            add(f"{layer}.attention_out_norm", size, bias=normed)
+            add(f"{layer}.mlp_out_norm", size, bias=normed)
         if config.gated_mlp:
             add(f"{layer}.mlp.gate", inner, size, bias=config.mlp_bias)
         add(f"{layer}.mlp.up", inner, size, bias=config.mlp_bias)
@@ -210,11 +217,13 @@ class DecoderWeights:
             key=self._matrix(f"{name}.attention.key"),
             value=self._matrix(f"{name}.attention.value"),
             output=self._matrix(f"{name}.attention.output"),
+            attention_out_norm=self._norm(f"{name}.attention_out_norm"),
             cross_norm=self._norm(f"{name}.cross_norm"),
             cross_query_norm=self._norm(f"{name}.cross.query_norm"),
             cross_query=self._matrix(f"{name}.cross.query"),
             cross_output=self._matrix(f"{name}.cross.output"),
             mlp_norm=self._norm(f"{name}.mlp_norm"),
+            mlp_out_norm=self._norm(f"{name}.mlp_out_norm"),
             gate=self._matrix(f"{name}.mlp.gate"),
             up=self._matrix(f"{name}.mlp.up"),
             down=self._matrix(f"{name}.mlp.down"),

@@ -54,7 +54,6 @@ def supports(model: Transformer) -> bool:
     plain_head = config.head == "lm" and not (config.head_dense or config.head_norm)
     return (
         config.shape != "encoder"
-        and not config.sandwich_norm
         and plain_head
         and build.serve(weight.device)
         and weight.dtype in (torch.float32, torch.bfloat16)

@@ -1,5 +1,7 @@
 """decode_products.h: matrices in each type, and rows that do not depend on their neighbors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -26,13 +28,22 @@ CONFIG = ModelConfig(
     num_key_value_heads=1,
     max_position_embeddings=64,
 ).complete()
+GEMMA = replace(
+    CONFIG,
+    sandwich_norm=True,
+    scale_embedding=True,
+    hidden_act="gelu_pytorch_tanh",
+    sliding_window=3,
+    layer_types=("sliding_attention", "full_attention"),
+    local_rope_theta=100.0,
+)
 BITS = {"int8": 8, "int4": 4}
 
 
-@pytest.fixture(scope="module")
-def model() -> FastTransformer:
+@pytest.fixture(scope="module", params=[CONFIG, GEMMA], ids=["plain", "gemma"])
+def model(request: pytest.FixtureRequest) -> FastTransformer:
     torch.manual_seed(0)
-    model = build_model(CONFIG).eval()
+    model = build_model(request.param).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     assert isinstance(model, FastTransformer)

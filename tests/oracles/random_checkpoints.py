@@ -279,7 +279,10 @@ CASES = [
 
 
 def fill(model: torch.nn.Module, seed: int = 0) -> Any:
-    """The model with all weights random, so that each one matters (new biases are 0, norms 1)."""
+    """A new model with all weights random, so that each one matters.
+
+    Biases are near 0, norms near 1, or near 0 where a norm multiplies by 1 + weight.
+    """
     generator = torch.Generator().manual_seed(seed)
     named = {
         **dict(model.named_parameters()),
@@ -293,7 +296,7 @@ def fill(model: torch.nn.Module, seed: int = 0) -> Any:
         for name, weight in sorted(named.items()):
             noise = 0.3 * torch.randn(weight.shape, generator=generator)
             if weight.requires_grad or "bias" in name:  # not sinusoids
-                weight.copy_(noise + 1 if name.endswith("weight") and weight.ndim == 1 else noise)
+                weight.copy_(weight + noise if weight.ndim == 1 else noise)
     return model.eval()
 
 

@@ -20,13 +20,11 @@ from lmcli.kernels.decoding_state import fast_state
 from lmcli.kernels.fast_path import build_model
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason=build.problem())
-# Gemma 3 normalizes what its sublayers add: PyTorch runs it
-DECODERS = [
-    case
-    for case in CASES
-    if case.shape == "decoder" and case.head == "lm" and case.family != "gemma3_text"
-]
-LLAMA, GPT2 = (next(c for c in DECODERS if c.family == name) for name in ("llama", "gpt2"))
+DECODERS = [case for case in CASES if case.shape == "decoder" and case.head == "lm"]
+LLAMA, GPT2, GEMMA = (
+    next(case for case in DECODERS if case.family == name)
+    for name in ("llama", "gpt2", "gemma3_text")
+)
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROWS = [[5, 9, 33, 7], [12]]
 
@@ -185,7 +183,9 @@ def test_what_changes_in_the_module_changes_the_text(saved):
 
 def test_generate_imports_nothing_heavy(saved):
     folders = [
-        str(saved(case, dtype)) for case in (LLAMA, GPT2) for dtype in ("float32", "bfloat16")
+        str(saved(case, dtype))
+        for case in (LLAMA, GPT2, GEMMA)
+        for dtype in ("float32", "bfloat16")
     ]
     script = f"""
 import sys
@@ -201,5 +201,5 @@ print("loaded:", *(name for name in heavy if name in sys.modules))
         [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ}
     )
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 13, done.stderr
+    assert done.returncode == 0 and len(lines) == 19, done.stderr
     assert lines[-1] == "loaded:" and all(line.startswith(" word") for line in lines[:-1])
