@@ -87,7 +87,8 @@ class EvalDataset:
             return map(self._eval_record, self._records(self.files, self.format))
         if not self.files:
             return map(self._eval_record, self._records([self.references], self.format))
-        inputs = map(self._input_record, self._records(self.files, self.format))
+        rows = self._records(self.files, self.format)
+        inputs = (self._eval_record(record, with_references=False) for record in rows)
         references = map(self._eval_record, self._records([self.references], "auto"))
         return (
             record._replace(references=other.references)
@@ -135,35 +136,25 @@ class EvalDataset:
             hint = error.hint and "every record counts: correct the line or take it out"
             raise UserError(error.what, error.where, hint) from error
 
-    def _eval_record(self, record: Record) -> EvalRecord:
-        row = record.fields
+    def _eval_record(self, record: Record, with_references: bool = True) -> EvalRecord:
+        """The record of a row or line; without references, if they are in another file."""
+        row, predicted = record.fields, None
+        references: tuple[str, ...] = ()
         try:
-            if row is None:
-                references = self._references_in({"text": record.text}, "text")
-                return self._checked(EvalRecord((), references, None, {}, record.file, record.line))
-            inputs, references = self._inputs(row), self._references(row)
-            return self._checked(
-                EvalRecord(inputs, references, self._predicted(row), row, record.file, record.line)
-            )
+            if row is not None:
+                inputs = self._inputs(row)
+                references = self._references(row) if with_references else ()
+                predicted = self._predicted(row)
+            elif with_references:
+                inputs, references = (), self._references_in({"text": record.text}, "text")
+            else:
+                inputs = (record.text,)
+            row = row or {}
+            if self.by and self.by not in row:
+                raise ValueError(f"no field {self.by!r} to group by; fields: {field_names(row)}")
         except ValueError as error:
             raise self._bad(record, error) from error
-
-    def _input_record(self, record: Record) -> EvalRecord:
-        """A record whose references are in another file."""
-        row = record.fields
-        try:
-            inputs = (record.text,) if row is None else self._inputs(row)
-            predicted = None if row is None else self._predicted(row)
-            return self._checked(
-                EvalRecord(inputs, (), predicted, row or {}, record.file, record.line)
-            )
-        except ValueError as error:
-            raise self._bad(record, error) from error
-
-    def _checked(self, record: EvalRecord) -> EvalRecord:
-        if self.by and self.by not in record.row:
-            raise ValueError(f"no field {self.by!r} to group by; fields: {field_names(record.row)}")
-        return record
+        return EvalRecord(inputs, references, predicted, row, record.file, record.line)
 
     def _bad(self, record: Record, error: ValueError) -> UserError:
         pairs, hint = self.schema.kind == "pairs", None
