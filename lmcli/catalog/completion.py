@@ -51,10 +51,6 @@ def _runs(word: str, typed: Sequence[str]) -> Iterator[Offer]:
         yield from _paths("runs/", RUN_MARKS)
 
 
-def _models_and_files(word: str, typed: Sequence[str]) -> Iterator[Offer]:
-    yield from _paths(word, MODEL_MARKS, ("",))
-
-
 def _paths(word: str, marks: Collection[str], suffixes: tuple[str, ...] = ()) -> Iterator[Offer]:
     """Folders that hold a file of `marks`, other folders to go into, files with such suffixes."""
     parent = word.rpartition("/")[0] + "/" if "/" in word else ""
@@ -142,15 +138,15 @@ def _key_names(word: str) -> Iterator[Offer]:
 
 Completer = Callable[[str, Sequence[str]], Iterator[Offer]]
 COMPLETERS: dict[str, Completer] = {
-    **dict.fromkeys(("--preset",), _presets),
+    "--preset": _presets,
     **dict.fromkeys(("--model", "--from", "name"), _models),
-    **dict.fromkeys(("--resume",), _runs),
-    **dict.fromkeys(("names",), _models_and_files),
-    **dict.fromkeys(("--set",), _settings),
+    "--resume": _runs,
+    "names": lambda word, typed: _paths(word, MODEL_MARKS, ("",)),
+    "--set": _settings,
     **dict.fromkeys(("--fields", "--keep"), _column_list),
     **dict.fromkeys(
         ("--field", "--by", "--choices-field", "--prefix-field", "--reference-field"), _columns
     ),
-    **dict.fromkeys(("--prediction-field",), _columns),
-    **dict.fromkeys(("words",), _topics),
+    "--prediction-field": _columns,
+    "words": _topics,
 }

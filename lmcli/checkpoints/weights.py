@@ -195,8 +195,10 @@ def read_parameters(
         shape = joined_shape([shapes[name] for name in stored.parameters], stored.layout)
         name = _name_in_file(stored.name, family, config, tensors)
         if name is None and stored.name in family.optional:
+            import torch
+
             name = stored.name
-            tensors = {**tensors, name: _zeros(shape)}
+            tensors = {**tensors, name: torch.zeros(shape)}
         if name is None:
             raise _missing(stored.name, tensors, where)
         tensor = tensors[name]
@@ -230,12 +232,6 @@ def read_parameters(
                 hint="config.json may name the wrong model_type",
             )
     return state, unused
-
-
-def _zeros(shape: Shape) -> "Tensor":
-    import torch
-
-    return torch.zeros(shape)
 
 
 def file_dtype(tensor: Any) -> str:

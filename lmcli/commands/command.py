@@ -127,7 +127,8 @@ class Command(click.Command):
             formatter.write_text(paragraph)
         formatter.write_paragraph()
         hidden = self._write_groups(formatter, everything)
-        more = [] if everything else [(f"{ctx.command_path} --help-all", _more(hidden))]
+        rest = f"{hidden} more options, and all in detail" if hidden else "all in detail"
+        more = [] if everything else [(f"{ctx.command_path} --help-all", rest)]
         more += [(f"lm help {self.guide}", "the guide")] if self.guide else []
         if more:
             formatter.write_paragraph()
@@ -185,11 +186,6 @@ class Command(click.Command):
                     f"{name} is given {len(texts)} values: {' and '.join(map(str, texts))}",
                     hint="give one of them",
                 )
-
-
-def _more(hidden: int) -> str:
-    """What --help-all shows beyond --help."""
-    return f"{hidden} more options, and all in detail" if hidden else "all in detail"
 
 
 def _heading(title: str) -> str:

@@ -61,11 +61,6 @@ class Questions:
         return len(self.contexts.ids) + len(self.questions.ids)
 
 
-def squad_examples(documents: Sequence[Document], doc_format: DocumentFormat) -> list[SquadExample]:
-    """The SQuAD examples in these rows, in order."""
-    return [doc_format.squad_example(row) for _, row in read_rows(documents, doc_format)]
-
-
 def build(
     documents: Sequence[Document],
     hashes: dict[str, str],

@@ -31,10 +31,6 @@ def _identity(value: Any) -> Any:
     return value
 
 
-def _nothing(item: Any) -> float:
-    return 0.0
-
-
 @dataclass(frozen=True)
 class RemoteTask:
     """Work on an item by any process; the other functions turn items and results into JSON."""
@@ -44,7 +40,7 @@ class RemoteTask:
     decode: Convert = _identity
     encode_result: Convert = _identity
     decode_result: Convert = _identity
-    size: Callable[[Any], float] = _nothing  # of an item, in the units of `progress`
+    size: Callable[[Any], float] = lambda item: 0.0  # of an item, in the units of `progress`
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 import hashlib
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import NamedTuple
@@ -163,7 +163,10 @@ def compare_models(
     for scorer, key in zip(scorers, keys or repeat(0)):
         encoded = encode_documents(documents(), document_format, scorer.tokenizer, max_lines > 0)
         streams.append(score_documents(scorer, encoded, pool, key))
-    names = _group_names(documents, document_format, by) if by else repeat(name)
+    names: Iterable[str] = repeat(name)
+    if by:
+        values = (row.get(by) for _, row in read_rows(documents(), document_format))
+        names = ("NA" if value is None else str(value) for value in values)
     for group_name, *scored in zip(names, *streams):
         if group_name not in groups:
             groups[group_name] = DocumentGroup(
@@ -176,10 +179,3 @@ def compare_models(
                 raise not_finite(scorer, document, name)
         groups[group_name].add(scored)
     return list(groups.values())
-
-
-def _group_names(
-    documents: Callable[[], Iterable[Document]], document_format: DocumentFormat, by: str
-) -> Iterator[str]:
-    for _, row in read_rows(documents(), document_format):
-        yield "NA" if row.get(by) is None else str(row[by])

@@ -119,7 +119,7 @@ class EvalDataset:
                     )
                     if format.has_header:
                         continue
-                if format.is_blank(record.text) and record.fields is None:
+                if not record.text.strip() and format.format == "jsonl" and record.fields is None:
                     continue
                 value, name = format.value(record.text if record.fields is None else record.fields)
                 prediction = parse_prediction(value, self.schema.kind, self.multi_label, name)
@@ -243,10 +243,6 @@ class PredictionFormat:
     fields: tuple[str, ...]
     columns: tuple[str, ...] = ()
     has_header: bool = False
-
-    def is_blank(self, line: str) -> bool:
-        """True for a line of JSON Lines without a row."""
-        return self.format == "jsonl" and not line.strip()
 
     def value(self, line: str | dict[str, Any]) -> tuple[Any, str]:
         """(the prediction on a line or in a row as it is written, the field that holds it)."""

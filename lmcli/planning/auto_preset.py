@@ -210,10 +210,6 @@ class AutoPreset:
             reasons.append(f"overridden by your settings: {', '.join(overridden)}")
         return recipe, reasons
 
-    def for_preset(self, preset: str) -> Recipe:
-        """The recipe of another preset."""
-        return self.resolve({}, preset)
-
     def learning_rates(self, preset: str, train: TrainConfig) -> tuple[float, ...]:
         """The learning rates to try, the default first; () if the user set one or none is known."""
         scale = LORA_RATE_FACTOR if train.lora_rank else 1

@@ -235,7 +235,7 @@ def _choose_preset(
             why = f"train.objective is {objective.name}"
     else:
         return request.recipe, []
-    reason, recipe = f"as preset {preset}, since {why}", request.auto.for_preset(preset)
+    reason, recipe = f"as preset {preset}, since {why}", request.auto.resolve({}, preset)
     if not origin.checkpoint and recipe.model.shape != objective.shape:
         raise UsageError(
             f"objective {objective.name} needs the shape {objective.shape}",

@@ -1,6 +1,5 @@
 """The objectives that learn from plain text in packed rows: causal and masked language modeling."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -110,11 +109,10 @@ class MaskedData(PackedData):
         rows = self.batches(train, model.config)
         ids = np.concatenate([document.ids for document in self.validation])
 
-        def batches() -> Iterator[Batch]:
-            return rows.in_order(ids, EVALUATION_BATCH_TOKENS)
-
         figures = TargetFigures(self.objective.target, metric=train.metric)
-        return evaluation_on(self.objective, model, batches, figures)
+        return evaluation_on(
+            self.objective, model, lambda: rows.in_order(ids, EVALUATION_BATCH_TOKENS), figures
+        )
 
 
 def predict_causal(model: Transformer, batch: Batch) -> Predictions:

@@ -12,7 +12,7 @@ from torch import nn
 from lmcli.config import ModelConfig, TrainConfig
 from lmcli.data import squad
 from lmcli.data.batches import Batch, ExampleRows
-from lmcli.data.documents import DocumentFormat
+from lmcli.data.documents import DocumentFormat, read_rows
 from lmcli.data.schema import QUESTION_FIELDS, SquadExample
 from lmcli.data.squad import (
     QaEncoder,
@@ -189,7 +189,9 @@ def encode_questions(request: EncodingInput) -> TrainingData:
         **request.common(training),
         questions=training,
         validation=validation,
-        examples=squad.squad_examples(split.measured, doc_format),
+        examples=[
+            doc_format.squad_example(row) for _, row in read_rows(split.measured, doc_format)
+        ],
     )
     if long := data.long_contexts():
         request.note(
