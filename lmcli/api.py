@@ -3,7 +3,7 @@
 The commands and notebooks call the same methods.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -33,7 +33,7 @@ from lmcli.kernels.fast_decoding import FastDecodingState
 from lmcli.model import finite, flops
 from lmcli.terminal import progress
 from lmcli.terminal.notebook import NotebookTable, Results, progress_shown
-from lmcli.text.characters import counted
+from lmcli.text.characters import counted, text_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,30 +56,27 @@ def load(
     threads: int = 0,
     training: bool = False,
     quantize: str = "",
+    lazy: bool = False,
 ) -> "Model":
     """The model of a folder, or of a name on the Hugging Face Hub (see checkpoints/hub.py).
 
     `dtype` "auto" is float32, or with `training` (also for generation) bfloat16 on hardware that is
     faster in it. With `quantize` "int8" or "int4" a decoder on a CPU generates with weights in 8 or
-    4 bit. Raises UserError for an unreadable folder, UsageError for a missing device, or where
-    quantized weights cannot be used.
+    4 bit. With `lazy` weights are read on first use. Raises UserError for an unreadable folder,
+    UsageError for a missing device, or where quantized weights cannot be used.
     """
     options = device, dtype, threads, training
     precision = processor.cpu_precision(device, dtype, training)
     if not precision:  # an error of the options comes before one of the folder
-        _select_device(*options)
+        from lmcli.model.device import select_device
+
+        select_device(*options)
     folder = hub.find(path)
     contents = checkpoints.read_folder(folder)
     model = Model(contents, options, precision, str(path), Path(folder), quantize)
-    if not model.decodes_without_torch:
+    if not lazy and not model.decodes_without_torch:
         model.model  # noqa: B018  # raises the errors of the weights
     return model
-
-
-def _select_device(device: str, dtype: str, threads: int, training: bool) -> "DeviceConfig":
-    from lmcli.model.device import select_device
-
-    return select_device(device, dtype, threads, training)
 
 
 class Model(NotebookTable):
@@ -119,7 +116,9 @@ class Model(NotebookTable):
     @cached_property
     def device_config(self) -> "DeviceConfig":
         """Where the model runs, and in which precision."""
-        return _select_device(*self._device_options)
+        from lmcli.model.device import select_device
+
+        return select_device(*self._device_options)
 
     @cached_property
     def model(self) -> "Transformer":
@@ -128,6 +127,10 @@ class Model(NotebookTable):
         model = self.checkpoint.with_model(device_config.device, device_config.dtype).model
         self.config = model.config
         return model
+
+    def unload(self) -> None:
+        """Forgets `model`, which is read again on next use."""
+        vars(self).pop("model", None)
 
     @cached_property
     def _weights(self) -> DecoderWeights:
@@ -245,13 +248,13 @@ class Model(NotebookTable):
         return Classifier(self.model, self.tokenizer, threshold, batch)
 
     def classify(
-        self, texts: str | list[str | tuple[str, str]], **options: Any
+        self, texts: str | Iterable[str | tuple[str, str]], **options: Any
     ) -> "list[Classification]":
         """The Classification of each text or pair of texts: .label .probability .logits .truncated.
 
         A classifier of tokens gives .pieces.
         """
-        texts = [texts] if isinstance(texts, str) else texts
+        texts = text_inputs(texts, tuples=True)
         classifier = self.classifier(**options)
         return self._results("classifying", texts, lambda: classifier.classify(texts))
 
@@ -263,11 +266,12 @@ class Model(NotebookTable):
         return QuestionAnswerer(self.model, self.tokenizer, threshold, **options)
 
     def answer(
-        self, questions: str | list[str], contexts: str | list[str], **options: Any
+        self, questions: str | Iterable[str], contexts: str | Iterable[str], **options: Any
     ) -> "list[Answer]":
         """The Answer to each question in its context; one context may serve all questions."""
-        questions = [questions] if isinstance(questions, str) else questions
+        questions = text_inputs(questions, "question")
         contexts = [contexts] * len(questions) if isinstance(contexts, str) else contexts
+        contexts = text_inputs(contexts, "context")
         if len(questions) != len(contexts):
             raise UsageError(f"{len(questions)} questions, but {len(contexts)} contexts")
         inputs = [{"question": q, "context": c} for q, c in zip(questions, contexts)]
@@ -337,7 +341,7 @@ class Model(NotebookTable):
 
     def generate(
         self,
-        prompts: str | list[str],
+        prompts: str | Iterable[str],
         num_samples: int = 1,
         seed: int | None = None,
         stop: str | tuple[str, ...] = (),
@@ -353,7 +357,7 @@ class Model(NotebookTable):
         log-probability are returned. `batch` is tokens per forward pass; 0: as suits the device.
         Raises UserError for a prompt longer than the context, unless `on_long` says otherwise.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompts = text_inputs(prompts, "prompt")
         decoder = self.decoder(stop, bos, **options)
         ids = [decoder.fit(self.prompt(text, bos)) for text in prompts]
         with progress_shown():
@@ -377,8 +381,7 @@ class Model(NotebookTable):
         if problem in (finite.LOGPROB, finite.LOGIT):
             raise finite.not_finite(self.model, self.name, problem, place, index)
         if problem:
-            few = "fewer" in problem
-            hint = "ask for fewer, or give more beams" if few else None
+            hint = "ask for fewer, or give more beams" if "fewer" in problem else None
             raise UserError(problem, where=place, hint=hint)
 
     def _results(
@@ -464,7 +467,7 @@ class Model(NotebookTable):
 
     def score(
         self,
-        texts: "str | list[str | ScoringInput]",
+        texts: "str | Iterable[str | ScoringInput]",
         per: str = "record",
         alternatives: int = 0,
         **options: Any,
@@ -476,7 +479,7 @@ class Model(NotebookTable):
         """
         if per not in ("record", "token", "word"):
             raise UsageError(f"{per!r} is none of record, word, token", where="--per")
-        texts = [texts] if isinstance(texts, str) else texts
+        texts = text_inputs(texts, tuples=True)
         scorer = self.scorer(**options)
         return self._results("scoring", texts, lambda: scorer.score(texts, per, alternatives))
 
@@ -488,6 +491,7 @@ class Model(NotebookTable):
         from lmcli.scoring.perplexity import measure_perplexity
 
         self.require("perplexity")
+        (text,) = text_inputs([text])
         scorer = self.scorer(context=context, stride=stride, **options)
         with progress_shown(), progress.stage("scoring", len(text.encode()), "bytes"):
             figures = measure_perplexity(scorer, [encode_text(text, self.tokenizer)])

@@ -10,6 +10,7 @@ import lmcli
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import GenerateConfig
 from lmcli.errors import UsageError, UserError
+from lmcli.scoring.scorer import ScoringInput
 
 
 @pytest.fixture(scope="module")
@@ -310,3 +311,37 @@ class TestAnswers:
             spans.classify("a")
         with pytest.raises(UserError, match="is a language model"):
             lm.answer("a", "b")
+
+
+def test_texts_may_come_from_anything_that_is_iterated_over(lm):
+    expected = lm.score(["One two.", "Three"])
+    for texts in ((x for x in ("One two.", "Three")), {"One two.": 1, "Three": 2}.keys()):
+        scores = lm.score(texts)
+        assert scores == expected and scores.inputs == ["One two.", "Three"]
+    (same,) = lm.generate(iter(["One"]), max_new_tokens=4, temperature=0)
+    assert same.tokens == lm.generate("One", max_new_tokens=4, temperature=0)[0].tokens
+    assert lm.score([]) == [] and lm.score(iter(())).inputs == []
+
+
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        (["x", 3.5], "text 2: is no text, but float"),
+        (b"x", "text 1: is no text, but int"),
+        (None, "None is neither a text nor a list of texts"),
+        ([["x"]], "text 1: is no text, but list"),
+        (["ok", "a\ud800b"], r"text 2: character 1 is half a surrogate pair, '\\ud800'"),
+        ([ScoringInput("x", "\udfff")], "text 1: character 0 is half a surrogate pair"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(lm, texts, message):
+    with pytest.raises(UsageError, match=message):
+        lm.score(texts)
+
+
+@pytest.mark.parametrize("method", ["perplexity", "generate"])
+def test_half_a_surrogate_pair_is_refused_everywhere(lm, method):
+    with pytest.raises(UsageError, match="1: character 2 is half a surrogate pair"):
+        getattr(lm, method)("ab\udc00")
+    with pytest.raises(UsageError, match="is no text, but"):
+        getattr(lm, method)([["a list"]])

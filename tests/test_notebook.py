@@ -104,9 +104,8 @@ def test_parts_keep_every_character_once():
         [Segment("a", None), Segment("b", 9.0), Segment(" ", 0.0), Segment("c", 1.0)]
     )
     assert re.findall(r"<span([^>]*)>", html) == [
-        ' title="not scored" style="opacity:.5"',
+        ' title="not scored" style="opacity:.65"',
         ' title="9.00 bits" style="background:#ffaf5f;color:#000"',
-        "",
         ' title="1.00 bits"',
     ]
 

@@ -340,7 +340,9 @@ def distinct_models(names: tuple[str, ...], needed: bool = True) -> list[str]:
     return short
 
 
-def load_model(name: str | None, args: Arguments, generating: bool = False) -> "Model":
+def load_model(
+    name: str | None, args: Arguments, generating: bool = False, lazy: bool = False
+) -> "Model":
     """Loads a model with --device, --dtype and --threads; with -v prints what it runs on."""
     name = need_model(name)
     from lmcli import api
@@ -348,7 +350,8 @@ def load_model(name: str | None, args: Arguments, generating: bool = False) -> "
 
     quantize = vars(args).get("quantize") or ""
     with progress.stage(f"loading {name}"):
-        model = api.load(name, args.device, args.dtype, args.threads or 0, generating, quantize)
+        options = args.device, args.dtype, args.threads or 0, generating, quantize, lazy
+        model = api.load(name, *options)
     if vars(args).get("verbose"):  # lm bench has no -v
         note(f"{name} on {model.runs_on}, context {model.context}")
     return model
@@ -441,8 +444,10 @@ def write_header(out: "OutputFile", columns: Sequence[str]) -> int:
 
     A resumed file has its header already, and a table that is drawn has titles of its own.
     """
+    from lmcli.data.output_file import escaped
+
     if columns and not out.resumed_lines and not out.draws:
-        out.header = "\t".join(columns) + "\n"
+        out.header = "\t".join(map(escaped, columns)) + "\n"
     finished = max(0, out.resumed_lines - bool(columns))
     progress.current().skip(finished)
     return finished

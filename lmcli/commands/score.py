@@ -1,16 +1,18 @@
 """lm score: how likely a model finds each line, word or token."""
 
 import math
+import os
 import sys
 from collections.abc import Iterable
 from functools import cache, partial
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lmcli.commands import options
-from lmcli.errors import UsageError
+from lmcli.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from lmcli.api import Model
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from lmcli.data.schema import ScoringFields
     from lmcli.evaluation.signature import LineTotals
     from lmcli.output.score import RecordRows
-    from lmcli.output.score_forms import ColoredRows
     from lmcli.scoring.messages import MessageFields
     from lmcli.scoring.scorer import Scorer
 
@@ -124,26 +125,27 @@ def score(args: options.Arguments) -> None:
     only context. What each number means: lm help numbers.
 
     With several models columns are called by figure and model (surprisal_gpt2), and the first model
-    decides for --worst, --best, --below and --above. All models are in memory at once.
+    decides for --worst, --best, --below and --above. Models that do not fit in memory together are
+    scored one after another.
     """
     per = _check(args)
-    files: list[str] = []
-    if args.pool.is_leader:
-        files = options.input_files(args.files, args.include, args.quiet)
+    leader = args.pool.is_leader
+    files = options.input_files(args.files, args.include, args.quiet) if leader else []
     from lmcli.data.length_batching import doubling_batches
     from lmcli.data.output_file import OutputFile
     from lmcli.data.rows import RowReader, unfinished_batches
     from lmcli.evaluation.signature import LineTotals
     from lmcli.output import score_forms as output
     from lmcli.scoring.messages import MessageFields
+    from lmcli.scoring.one_at_a_time import score_one_at_a_time
     from lmcli.terminal.painted_text import color_legend
 
     models, names = _load(args)
-    scorers = [_scorer(model, args) for model in models]
+    scorers = _scorers(models, names, args)
     _check_models(per, names, scorers)
     rows = _rows(args, per, names, scorers)
     task = output.remote_task(scorers, rows, args.alternatives or 0)
-    if not args.pool.is_leader:
+    if not leader:
         return args.pool.serve(task)
     fields = _fields(args, models, scorers[0].method)
     reader = RowReader(args.format_, args.fields, args.on_error, fields, args.keep)
@@ -153,12 +155,14 @@ def score(args: options.Arguments) -> None:
     chats = fields if isinstance(fields, MessageFields) else None
     totals = LineTotals(scorers[0]) if args.verbose and not args.resume and chats else None
     draw = None if args.as_json or not rows.columns else rows.table(args.header)
-    with OutputFile(args.output, args.resume, styled=args.color, draw=draw) as out:
+    result = OutputFile(args.output, args.resume, styled=args.color, draw=draw)
+    with result as out, rows.opened(names):
         finished = options.write_header(out, header)
         tokenizers = {name: scorer.text_tokenizer for name, scorer in zip(names, scorers)}
         read = options.remarked(reader.batches(files), tokenizers, args)
         batches = (part for batch in read for part in doubling_batches(batch))
         todo = unfinished_batches(batches, finished, args.pairs)
+        todo = score_one_at_a_time(scorers, todo, rows.questions, rows.per)
         try:
             _write(out, models, args.pool.map_in_order(todo, task), rows, totals)
         finally:  # an interrupted run reports what it has
@@ -166,8 +170,7 @@ def score(args: options.Arguments) -> None:
                 out.write(text)
             if (summary := rows.summary()) and not args.quiet:
                 click.echo(f"lm: {summary}", err=True)
-    if isinstance(rows, output.ColoredRows):
-        _write_pages(args, names, rows)
+    _echo_files(args.html, args.svg)
     if totals and totals.figures.tokens and chats and not chats.found:
         _write_signature(models[0], totals)
     options.report_skipped(reader.skipped, args.quiet)
@@ -176,18 +179,47 @@ def score(args: options.Arguments) -> None:
 def _load(args: options.Arguments) -> tuple[list["Model"], list[str]]:
     """The models and their short names; UsageError if one is given twice."""
     names = options.distinct_models(args.models)
-    return [options.load_model(name, args) for name in args.models], names
+    return [options.load_model(name, args, lazy=len(names) > 1) for name in args.models], names
 
 
-def _scorer(model: "Model", args: options.Arguments) -> "Scorer":
-    return model.scorer(
-        args.bos,
-        args.eos,
-        args.context,
-        args.stride,
-        args.batch_tokens or 0,
-        within_word=args.pll == "within-word",
-    )
+def _scorers(models: list["Model"], names: list[str], args: options.Arguments) -> list[Any]:
+    """A scorer for each model; StoredScorers if not all fit in memory together."""
+    from lmcli.scoring.one_at_a_time import StoredScorer
+
+    settings = args.bos, args.eos, args.context, args.stride, args.batch_tokens or 0
+    makers = [partial(model.scorer, *settings, args.pll == "within-word") for model in models]
+    if not _exceeds_memory(models, names, args):
+        return [make() for make in makers]
+    return [StoredScorer(n, make, m.unload) for n, make, m in zip(names, makers, models)]
+
+
+def _exceeds_memory(models: list["Model"], names: list[str], args: options.Arguments) -> bool:
+    """True, with a line about it, if the weights of several models do not fit in memory.
+
+    Raises UserError if several processes would each need them.
+    """
+    from lmcli.display import note
+    from lmcli.model.device import available_memory
+    from lmcli.model.flops import parameters
+    from lmcli.model.memory import USABLE
+
+    if len(models) < 2:
+        return False
+    config, processes = models[0].device_config, args.pool.size
+    free = available_memory(config.device) / (processes if config.device.type == "cpu" else 1)
+    needed = sum(parameters(model.config).total for model in models) * config.dtype.itemsize
+    if not free or needed <= USABLE * free:
+        return False
+    sizes = f"{needed / 1e9:,.1f} GB of weights, and {free / 1e9:,.1f} GB of memory are available"
+    if processes > 1:
+        raise UserError(
+            f"a process needs {sizes}",
+            where="-m",
+            hint="without --nproc one model is scored after the other",
+        )
+    if not args.quiet:
+        note(f"{', '.join(names)}: {sizes}: scored one after another, results come at the end")
+    return True
 
 
 def _rows(
@@ -229,18 +261,10 @@ def _check_models(per: str, names: list[str], scorers: list["Scorer"]) -> None:
             )
 
 
-def _write_pages(args: options.Arguments, names: list[str], rows: "ColoredRows") -> None:
-    """Writes the files of --html and --svg, and their names on standard output."""
-    from lmcli.data.output_file import OutputFile
-    from lmcli.terminal.painted_text import html_page, svg_page
-
-    for path, page in ((args.html, html_page), (args.svg, svg_page)):
-        if path:
-            with OutputFile(path) as file:
-                for text in page(names, rows.pages or ()):
-                    file.write(text)
-            if path != "-":
-                options.echo(path)
+def _echo_files(*paths: str | None) -> None:
+    for path in paths:
+        if path and path != "-":
+            options.echo(path)
 
 
 def _write_signature(model: "Model", totals: "LineTotals") -> None:
@@ -295,6 +319,7 @@ def _check(args: options.Arguments) -> str:
         ["--keep", painted[0]] if painted and args.keep else [],
         [limits[0], [*painted, *for_pieces][0]] if limits and (painted or for_pieces) else [],
         ["-o", painted[0]] if painted and not args.color and args.output else [],
+        *_same_file(html=args.html, svg=args.svg, color=args.color and (args.output or "-")),
         ["--continue", [*ranked, *limits, *painted][0]]
         if args.resume and (ranked or limits or (painted and painted != ["--color"]))
         else [],
@@ -320,6 +345,12 @@ def _check(args: options.Arguments) -> str:
     if args.resume and per != "record" and not args.as_json:
         raise UsageError(f"--continue cannot resume rows of {per}s", hint="add --json")
     return per
+
+
+def _same_file(**outputs: str | None) -> list[list[str]]:
+    """The options of outputs that go into one file, two at a time."""
+    paths = [(f"--{name}", os.path.abspath(path)) for name, path in outputs.items() if path]
+    return [[a, b] for (a, path), (b, other) in combinations(paths, 2) if path == other]
 
 
 def _kept_fields(text: str | None) -> tuple[str, ...]:

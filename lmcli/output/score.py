@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +129,7 @@ class RecordRows:
             return Column(name, rank, "name")
         if stem == "alternative":  # one after the other leaves
             number = name.removeprefix("alternative_")
-            return Column((f"alternative {number}", f"no. {number}"), rank + int(number), "name")
+            return Column(f"alt. {number}", rank + int(number), "name")
         title = name.replace("bits_per_byte_", "bits/byte ")
         short = title.removeprefix("surprisal_" if self.style.models else "")
         return Column((title, short), rank, "text" if name in TEXTS else "number")
@@ -190,6 +191,10 @@ class RecordRows:
 
     def count(self, record: Record, scores: Sequence[Score]) -> None:
         """Notes a record for `summary`; called in input order."""
+
+    def opened(self, models: Sequence[str]) -> AbstractContextManager[None]:
+        """Writes other files of these models while the block runs; here none."""
+        return nullcontext()
 
     def written(self, output: Any) -> str:
         """What is written at once of the output for a record; called in input order."""

@@ -2,11 +2,12 @@
 
 import heapq
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from lmcli.data.output_file import escaped
+from lmcli.data.output_file import OutputFile, escaped
 from lmcli.data.rows import Record, records_from_json, records_to_json
 from lmcli.data.schema import join_prefix
 from lmcli.distributed.work_queue import RemoteTask
@@ -22,6 +23,7 @@ from lmcli.output.score import (
 )
 from lmcli.scoring.scorer import Score, Scorer, ScoringInput, Unit, choose
 from lmcli.terminal import progress
+from lmcli.terminal.painted_page import LARGE_PAGE, HtmlPage, PaintedPage, SvgPage
 from lmcli.terminal.painted_text import Segment, in_lines, paint, painted, segments
 from lmcli.terminal.tables import RowTable
 from lmcli.text.characters import visible
@@ -216,33 +218,62 @@ class ColoredRows(RecordRows):
     """The text of each record, the background of each token or word colored by its surprisal.
 
     No color below 2 bits, then pale yellow to red; what is context only is dim. Control characters
-    are drawn. Several models have a line each; with `width` lines end after words. `pages` gets the
-    segments of each record, too.
+    are drawn. Several models have a line each; with `width` lines end after words. The files `html`
+    and `svg` are written meanwhile.
     """
 
     per: str = "token"
     color: bool = True
     width: int | None = None
-    pages: list[list[list[Segment]]] | None = None
+    html: str | None = None
+    svg: str | None = None
+    _pages: list[tuple[PaintedPage, OutputFile]] = field(default_factory=list)
 
     @property
     def columns(self) -> Sequence[str]:
         """None: it is no table."""
         return ()
 
-    def format(self, record: Record, scores: Sequence[Score]) -> list[list[Segment]]:
-        """The segments of the text, for each model."""
+    @contextmanager
+    def opened(self, models: Sequence[str]) -> Iterator[None]:
+        """Writes the pages while the block runs; they appear at its end."""
+        paths = ((self.html, HtmlPage), (self.svg, SvgPage))
+        with ExitStack() as stack:
+            self._pages = [
+                (page(models), stack.enter_context(OutputFile(path)))
+                for path, page in paths
+                if path
+            ]
+            for page, file in self._pages:
+                file.write(page.start())
+            yield
+            for page, file in self._pages:
+                file.write(page.end())
+
+    def summary(self) -> str:
+        """A note about a page that is too large."""
+        large = [page.size for page, _ in self._pages if page.size > LARGE_PAGE]
+        if not large:
+            return ""
+        return (
+            f"{self.html} has {large[0] / 1e6:,.0f} MB: browsers need minutes above "
+            f"{LARGE_PAGE / 1e6:.0f}; paint fewer records, as with head -n"
+        )
+
+    def format(self, record: Record, scores: Sequence[Score]) -> tuple[int, list[list[Segment]]]:
+        """The number of the record, and the segments of its text, for each model."""
         text = self.questions(record)[0].text
-        return [
+        return record.number, [
             segments(text, ((unit.start, unit.end, unit.surprisal) for unit in score.pieces or ()))
             for score in scores
         ]
 
     def written(self, output: Any) -> str:
         """The colored text, a line for each model."""
-        parts = [[Segment(*each) for each in of_model] for of_model in output or [[]]]
-        if self.pages is not None:
-            self.pages.append(parts)
+        number, of_models = output
+        parts = [[Segment(*each) for each in segments_] for segments_ in of_models]
+        for page, file in self._pages:
+            file.write(page.record(number, parts))
         if not self.color:
             return ""
         names = [visible(name, keep="") for name in self.style.models] or [""]
@@ -281,9 +312,8 @@ class RowOptions:
             limit = self.worst or self.best or 0
             return RankedRows(style, per, limit=limit, best=bool(self.best))
         if self.color or self.html or self.svg:
-            pages: list[list[list[Segment]]] | None = [] if self.html or self.svg else None
             per = per if per == "word" else "token"
-            return ColoredRows(style, per, color=self.color, width=width, pages=pages)
+            return ColoredRows(style, per, False, self.color, width, self.html, self.svg)
         if per == "record":
             return RecordRows(style)
         return PieceRows(style, per, alternatives=self.alternatives or 0)

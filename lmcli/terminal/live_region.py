@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lmcli.terminal.wrapping import moves_cursor
 from lmcli.text.characters import visible
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ Draw = Callable[[int, int], "Sequence[Text]"]  # (columns, rows) → lines that 
 
 def can_redraw(stream: TextIO) -> bool:
     """True for a terminal in UTF-8 that can move its cursor."""
-    if not stream.isatty() or "utf" not in (stream.encoding or "").lower():
+    if not moves_cursor(stream) or "utf" not in (stream.encoding or "").lower():
         return False
     from rich.console import Console
 

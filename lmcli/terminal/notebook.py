@@ -137,7 +137,7 @@ def _text(value: Any) -> str:
 def painted_html(parts: Iterable[Segment]) -> str:
     """A text of HTML whose segments have backgrounds by their bits of surprisal."""
     style = "white-space: pre-wrap; line-height: 1.6"
-    return f'<div style="{style}">{segments_html(parts)}</div>'
+    return f'<div dir="auto" style="{style}">{segments_html(parts)}</div>'
 
 
 def progress_shown() -> AbstractContextManager[None]:

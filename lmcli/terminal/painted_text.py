@@ -1,6 +1,6 @@
-"""Text whose parts are painted by their surprisal: for a terminal, and as HTML and SVG pages."""
+"""Text whose parts are painted by their surprisal: for a terminal, and as HTML."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import groupby
 from typing import NamedTuple
@@ -13,7 +13,6 @@ SHADES = ((14.0, 203), (10.0, 209), (7.0, 215), (4.0, 222), (2.0, 230))
 HEX = {203: "#ff5f5f", 209: "#ff875f", 215: "#ffaf5f", 222: "#ffd787", 230: "#ffffd7"}
 TOKENS = ("\x1b[48;5;153;38;5;16m", "\x1b[48;5;223;38;5;16m")  # pale blue, pale orange
 SPECIAL_TOKEN = "\x1b[48;5;97;38;5;231m"  # white on violet
-SVG_COLUMNS, CELL, LINE = 96, 8.4, 20  # characters of a line, their width, the height of a line
 NONCHARACTERS = {0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}  # XML may not hold them
 
 
@@ -99,55 +98,34 @@ def color_legend() -> str:
     return f"bits of surprisal from {' '.join(shades)}"
 
 
-def _drawable(text: str) -> str:
+def drawable(text: str, keep: str = "\t") -> str:
     """The text without what no page can show."""
-    return visible(text, keep="\t").translate(NONCHARACTERS)
+    return visible(text, keep).translate(NONCHARACTERS)
 
 
-def _tooltip(part: Segment) -> str:
+def tooltip(part: Segment) -> str:
+    """What is shown of a segment where the mouse is."""
     return "not scored" if part.bits is None else f"{part.bits:.2f} bits"
 
 
-STYLE = """
-body,svg{font-family:ui-monospace,Menlo,Consolas,monospace;background:#fff;color:#222;fill:#222}
-@media (prefers-color-scheme:dark){body,svg{background:#161616;color:#ddd;fill:#ddd}}
-"""
-HTML_STYLE = """
-body{margin:2em auto;max-width:min(90vw,100em);padding:0 1em;line-height:1.6}
-div{display:grid;grid-auto-columns:1fr;grid-auto-flow:column;gap:2em}
-p{margin:.2em 0;min-height:1.6em;white-space:pre-wrap;overflow-wrap:anywhere}
-span{border-radius:2px}b{overflow-wrap:anywhere}
-"""
+def segments_html(parts: Iterable[Segment], classes: bool = False) -> str:
+    """The segments as HTML, the surprisal of each as its tooltip; what is between has none.
 
-
-def segments_html(parts: Iterable[Segment]) -> str:
-    """The segments as HTML, the surprisal of each as its tooltip; what is between has none."""
+    Their styles are in their tags, or with `classes` (c and the shade, n) in a style sheet.
+    """
     spans = []
     for part in parts:
-        color, text = shade(part.bits), escape(_drawable(part.text))
-        style = f' style="background:{HEX[color]};color:#000"' if color else ""
-        style = ' style="opacity:.5"' if color is None else style
-        title = f' title="{_tooltip(part)}"' if part.bits != 0 else ""
-        spans.append(f"<span{title}{style}>{text}</span>")
+        color, text = shade(part.bits), escape(drawable(part.text, "\t\n"))
+        if part.bits == 0:
+            spans.append(text)
+            continue
+        if classes:
+            style = f' class="c{color}"' if color else ' class="n"' if color is None else ""
+        else:
+            style = f' style="background:{HEX[color]};color:#000"' if color else ""
+            style = ' style="opacity:.65"' if color is None else style
+        spans.append(f'<span title="{tooltip(part)}"{style}>{text}</span>')
     return "".join(spans)
-
-
-def html_page(models: Sequence[str], records: Iterable[Sequence[list[Segment]]]) -> Iterator[str]:
-    """A page by itself, in pieces: a paragraph for each record, several models side by side."""
-    names = "".join(f"<b>{escape(_drawable(name))}</b>" for name in models)
-    shades = " ".join(
-        f'<span style="background:{HEX[color]};color:#000">&nbsp;{least:g}&nbsp;</span>'
-        for least, color in reversed(SHADES)
-    )
-    yield (
-        '<!doctype html>\n<html><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width"><meta name="color-scheme" '
-        f'content="light dark"><title>Surprisal</title><style>{STYLE}{HTML_STYLE}</style></head>'
-        f"\n<body><p>bits of surprisal from {shades}</p>\n<div>{names}</div>\n"
-    )
-    for record in records:
-        yield f"<div>{''.join(f'<p>{segments_html(parts)}</p>' for parts in record)}</div>\n"
-    yield "</body></html>\n"
 
 
 def in_lines(parts: Sequence[Segment], columns: int) -> list[list[Segment]]:
@@ -158,7 +136,7 @@ def in_lines(parts: Sequence[Segment], columns: int) -> list[list[Segment]]:
     lines: list[list[Segment]] = [[]]
     room = columns
     characters = [
-        Segment(c, part.bits) for part in parts for c in _drawable(part.text).replace("\t", "    ")
+        Segment(c, part.bits) for part in parts for c in drawable(part.text).replace("\t", "    ")
     ]
     for space, group in groupby(characters, key=lambda each: each.text.isspace()):
         word = list(group)
@@ -175,48 +153,3 @@ def in_lines(parts: Sequence[Segment], columns: int) -> list[list[Segment]]:
             lines[-1].append(each)
             room -= width(each.text)
     return lines
-
-
-def _svg_line(line: Sequence[Segment], x: float, y: float) -> Iterator[str]:
-    for bits, same in groupby(line, key=lambda each: each.bits):
-        text = "".join(each.text for each in same)
-        size, color = width(text) * CELL, shade(bits)
-        title = f"<title>{_tooltip(Segment(text, bits))}</title>"
-        if color:
-            yield (
-                f'<rect x="{x:.1f}" y="{y - 15:.1f}" width="{size:.1f}" height="{LINE}" '
-                f'fill="{HEX[color]}">{title}</rect>'
-            )
-        style = ' fill="#000"' if color else ' fill-opacity="0.5"' if color is None else ""
-        yield (
-            f'<text x="{x:.1f}" y="{y:.1f}" textLength="{size:.1f}" '
-            f'lengthAdjust="spacingAndGlyphs" xml:space="preserve"{style}>{escape(text)}{title}'
-            "</text>\n"
-        )
-        x += size
-
-
-def svg_page(models: Sequence[str], records: Iterable[Sequence[list[Segment]]]) -> Iterator[str]:
-    """A picture by itself, in pieces: the lines of each record, several models side by side."""
-    columns = max(24, SVG_COLUMNS // len(models)) if models else SVG_COLUMNS
-    y, shapes = 30.0, list[str]()
-    for k, name in enumerate(models):
-        x = 10 + k * (columns + 3) * CELL
-        shapes.append(
-            f'<text x="{x:.1f}" y="{y}" font-weight="bold">{escape(_drawable(name))}</text>'
-        )
-    y += LINE * bool(models)
-    for record in records:
-        wrapped = [in_lines(parts, columns) for parts in record]
-        for k, lines in enumerate(wrapped):
-            for number, line in enumerate(lines):
-                x = 10 + k * (columns + 3) * CELL
-                shapes += _svg_line(line, x, y + number * LINE)
-        y += LINE * max(map(len, wrapped))
-    size = 20 + (columns + 3) * CELL * max(1, len(models)) - 3 * CELL
-    yield (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{size:.0f}" height="{y:.0f}" '
-        f'viewBox="0 0 {size:.0f} {y:.0f}" font-size="14"><style>{STYLE}</style>'
-    )
-    yield from shapes
-    yield "</svg>\n"

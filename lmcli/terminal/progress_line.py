@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from lmcli.terminal import progress
 from lmcli.terminal.tables import fit
 from lmcli.terminal.training_state import clock
+from lmcli.terminal.wrapping import moves_cursor
 from lmcli.text.characters import visible
 
 SECONDS_BEFORE = 1.0  # that a stage takes before it is shown
@@ -26,7 +27,7 @@ ASCII = str.maketrans("━─·–…", "#-,-~")
 def progress_line(quiet: bool = False) -> Iterator[None]:
     """Shows the stages of the command that runs inside, if standard error is a terminal."""
     stream = sys.stderr
-    if quiet or not stream or not stream.isatty() or os.environ.get("TERM") == "dumb":
+    if quiet or not stream or not moves_cursor(stream):
         yield
         return
     output, line = sys.stdout, ProgressLine(stream.fileno(), stream.encoding)

@@ -27,6 +27,16 @@ def columns_of(stream: TextIO) -> int:
         return FALLBACK_COLUMNS
 
 
+def moves_cursor(stream: TextIO) -> bool:
+    """True for a terminal that can draw lines again.
+
+    A notebook shows what `!lm …` writes to the terminal that ipykernel makes for it, and keeps
+    every line; ipykernel is known by what it sets.
+    """
+    in_notebook = os.environ.get("TERM") == "xterm-color" and os.environ.get("GIT_PAGER") == "cat"
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and not in_notebook
+
+
 def wrap(text: str, columns: int, indent: int = 4) -> str:
     """The text in lines of at most so many columns; what continues a line is indented.
 

@@ -1,4 +1,4 @@
-"""Characters that are not text: half surrogates in input, control characters on a terminal."""
+"""What is not text: half surrogates in input, control characters on a terminal, other values."""
 
 import json
 import os
@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, TextIO
+
+from lmcli.errors import UsageError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 REPLACEMENT = "\ufffd"  # for what is not text: half a surrogate pair, half a character
@@ -99,6 +101,28 @@ def without_surrogates(value: Any) -> Any:
     if isinstance(value, dict):
         return {without_surrogates(key): without_surrogates(item) for key, item in value.items()}
     return value
+
+
+def text_inputs(texts: Any, what: str = "text", tuples: bool = False) -> list[Any]:
+    """Texts, with `tuples` also tuples of texts, as a list: one alone, or what is iterated over.
+
+    Raises UsageError, which names the first one, for what is no text and for half surrogates.
+    """
+    try:
+        inputs = [texts] if isinstance(texts, str) else list(texts)
+    except TypeError:
+        raise UsageError(f"{texts!r} is neither a text nor a list of texts") from None
+    for number, each in enumerate(inputs, start=1):
+        for part in each if tuples and isinstance(each, tuple) else (each,):
+            problem, hint = "", None
+            if not isinstance(part, str):
+                problem = f"is no text, but {type(part).__name__}"
+            elif half := SURROGATE.search(part):
+                problem = f"character {half.start():,} is half a surrogate pair, {half[0]!a}"
+                hint = "write U+FFFD, or what it stands for, in its place"
+            if problem:
+                raise UsageError(problem, f"{what} {number:,}", hint)
+    return inputs
 
 
 def counted(count: int, name: str) -> str:

@@ -1,16 +1,20 @@
 """`lm score` with several models, kept fields, limits, best and worst words, and painted pages."""
 
 import csv
+import gc
 import io
 import json
 import math
 import re
 import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 from safetensors.torch import load_file, save_file
+
+from lmcli.errors import UserError
 
 CORPUS = (
     "item,condition,sentence\n"
@@ -300,7 +304,7 @@ def test_pages_are_whole_safe_and_side_by_side(score, models, tmp_path):
     root = ElementTree.parse(svg).getroot()
     drawn = "".join(root.itertext())
     assert "alert(" in drawn and {each.tag.split("}")[1] for each in root.iter()} == {
-        *("svg", "style", "rect", "text", "title")
+        *("svg", "style", "g", "rect", "text", "title")
     }
     width = float(root.get("width"))
     texts = [each for each in root.iter() if each.tag.endswith("}text")]
@@ -309,8 +313,39 @@ def test_pages_are_whole_safe_and_side_by_side(score, models, tmp_path):
     for file in (html, svg):
         text = file.read_text(encoding="utf-8")
         assert "prefers-color-scheme:dark" in text and not re.search(
-            r"(src|href)=|@import|url\(", text
+            r"src=|href=\"[^#]|@import|url\(", text
         )
+
+
+def test_a_page_alone_on_standard_output_and_two_in_one_file(score, inside, models, tmp_path):
+    page = score(models[:1], "--html", "-", stdin=b"home\n").stdout.decode()
+    assert page.startswith("<!doctype html>") and page.endswith("</html>\n")
+    file = tmp_path / "x"
+    for options, message in (
+        (("--html", "-", "--color"), "--html and --color exclude each other"),
+        (("--html", file, "--svg", f"{tmp_path}/./x"), "--html and --svg exclude each other"),
+    ):
+        done = inside("score", "-m", models[0], *options, stdin=b"home\n")
+        assert done.returncode == 2 and message in done.stderr.decode() and not done.stdout
+    assert not file.exists()
+
+
+def test_a_page_of_an_interrupted_run_stays_as_a_part(inside, models, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "home"}\n{"text": 3}\n')
+    html = tmp_path / "page.html"
+    html.write_text("the page before")
+    done = inside("score", "-m", models[0], rows, "--html", html)
+    assert done.returncode == 1 and b"line 2" in done.stderr
+    assert html.read_text() == "the page before"
+    assert (tmp_path / "page.html.part").read_text().startswith("<!doctype html>")
+
+
+def test_names_of_columns_are_escaped_like_cells(score, models, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "home", "a\tb\nc": "x"}) + "\n")
+    header, row = score(models[:1], rows, "--keep", "a\tb\nc").stdout.decode().splitlines()
+    assert header.split("\t")[:2] == ["record", r"a\tb\nc"] and row.split("\t")[:2] == ["1", "x"]
 
 
 def test_the_screen_of_a_study(screen, models, corpus):
@@ -323,3 +358,74 @@ def test_the_screen_of_a_study(screen, models, corpus):
     assert re.split(r" +", titles)[-3:] == ["small", "louder", "gpt"]
     row = r" +1  1 +(0  )?The .* \d+\.\d\d +\d+\.\d\d +\d+\.\d\d"
     assert re.fullmatch(row, rows[0]), shown.text
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Memory for one model, and none for two."""
+    monkeypatch.setattr("lmcli.model.device.available_memory", lambda device: 1000)
+
+
+FORMS = [("--per", "word", "--json", "--keep", "item"), ("--color",), ("--worst", 2)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_models_that_do_not_fit_together_give_the_same_bytes(
+    score, models, corpus, monkeypatch, form
+):
+    models = models[::2]
+    options = (corpus, "--field", "sentence", *form)
+    expected = score(models, *options)
+    monkeypatch.setattr("lmcli.model.device.available_memory", lambda device: 1000)
+    alone = score(models, *options)
+    assert alone.stdout == expected.stdout
+    line = b"small, gpt: 0.0 GB of weights, and 0.0 GB of memory are available: scored one"
+    assert line in alone.stderr and line not in expected.stderr
+
+
+def test_only_one_model_at_a_time_is_in_memory(score, models, little_memory, monkeypatch):
+    from lmcli.scoring.scorer import Scorer
+
+    alive = []
+
+    def counted(self, texts, *options):
+        alive.append(sum(isinstance(each, Scorer) for each in gc.get_objects()))
+        return plain(self, texts, *options)
+
+    plain = Scorer.score
+    monkeypatch.setattr(Scorer, "score", counted)
+    assert score(models[::2], "--per", "word", stdin=LINES).stdout and alive == [1, 1]
+
+
+def test_a_bad_record_comes_after_what_was_read(inside, models, little_memory, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n{"text": 3}\n')
+    options = [x for m in models for x in ("-m", m)]
+    done = inside("score", *options, rows, tmp_path / "missing.txt", "-o", tmp_path / "out")
+    assert done.returncode == 1 and b"missing.txt" in done.stderr
+    (tmp_path / "good.txt").write_text("a b\n" * 3)
+    done = inside("score", *options, tmp_path / "good.txt", rows, "-o", tmp_path / "out")
+    assert done.returncode == 1 and b"rows.jsonl, line 2" in done.stderr
+    assert len((tmp_path / "out.part").read_text().splitlines()) == 4  # as without
+
+
+def test_several_processes_need_memory_for_all(models, little_memory):
+    from lmcli.api import load
+    from lmcli.commands.score import _exceeds_memory
+
+    args = SimpleNamespace(pool=SimpleNamespace(size=2), quiet=False)
+    loaded = [load(model, lazy=True) for model in models[:2]]
+    with pytest.raises(UserError, match=r"a process needs .* of weights"):
+        _exceeds_memory(loaded, ["a", "b"], args)
+    assert not _exceeds_memory(loaded[:1], ["a"], args)
+
+
+def test_all_models_have_the_same_words(score, models, berts):
+    """Spaces of Unicode, marks, bytes that are no letters: words are those of the text alone."""
+    text = "a\u00a0b\u3000c e\u0301 \u200b x\u0085y \ufffd\u2028\U0001f469\u200d\U0001f467 "
+    text += "\x1f\t[MASK] \u0130\n"
+    both = [*models, berts / "masked"]
+    rows = table(score(both, "--per", "word", stdin=text.encode()))
+    assert [row["piece"] for row in rows] == [
+        word.replace("\t", "\\t") for word in text[:-1].split()
+    ]

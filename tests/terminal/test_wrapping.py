@@ -1,11 +1,13 @@
 """Messages on a terminal: wrapped at words, while commands to copy stay whole."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.cells import cell_len
 
-from lmcli.terminal.wrapping import columns_of, message_for, wrap
+from lmcli.terminal.live_region import can_redraw
+from lmcli.terminal.wrapping import columns_of, message_for, moves_cursor, wrap
 
 COMMANDS = [
     "lm train --resume runs/x --set train.learning_rate=0.1 --time 10m",
@@ -52,3 +54,22 @@ def test_only_a_terminal_gets_wrapped_lines(monkeypatch):
     assert columns_of(stream) == 20
     monkeypatch.setenv("COLUMNS", "")
     assert columns_of(stream) == 80
+
+
+@pytest.mark.parametrize(
+    "variables, moves",
+    [
+        ({"TERM": "xterm-256color"}, True),
+        ({"TERM": "xterm-color"}, True),
+        ({"TERM": "dumb"}, False),
+        ({"TERM": "xterm-color", "GIT_PAGER": "cat"}, False),  # `!lm …` in a notebook
+    ],
+)
+def test_lines_are_drawn_again_only_where_they_can_be(monkeypatch, variables, moves):
+    for name in ("TERM", "GIT_PAGER"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    stream = SimpleNamespace(isatty=lambda: True, encoding="utf-8")
+    assert moves_cursor(stream) == can_redraw(stream) == moves
+    assert not moves_cursor(SimpleNamespace(isatty=lambda: False))
