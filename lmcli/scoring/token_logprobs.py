@@ -136,13 +136,7 @@ class CausalLogprobs:
             return self._compute(requests, fields)
 
     def _compute(self, requests: Sequence[ScoreRequest], fields: ScoreFields) -> list[TokenScores]:
-        vocab_size = self.model.config.vocab_size
-        scores = [TokenScores.empty(len(request.ids), fields, vocab_size) for request in requests]
-        jobs = [
-            WindowJob(request, result, window)
-            for request, result in zip(requests, scores)
-            for window in self._windows(request, fields)
-        ]
+        scores, jobs = self._jobs(requests, fields)
         shared: set[int] = set()
         for common, sharing in self._sharing_prefix(jobs):
             self._compute_after_prefix(common, sharing, fields)
@@ -170,6 +164,19 @@ class CausalLogprobs:
             self._store(chosen, ends, hidden, fields)
             progress.current().advance(sum([job.size for job in chosen]))
         return scores
+
+    def _jobs(
+        self, requests: Sequence[ScoreRequest], fields: ScoreFields
+    ) -> tuple[list[TokenScores], list[WindowJob]]:
+        """Empty scores of each request, and the windows that fill them."""
+        vocab_size = self.model.config.vocab_size
+        scores = [TokenScores.empty(len(request.ids), fields, vocab_size) for request in requests]
+        jobs = [
+            WindowJob(request, result, window)
+            for request, result in zip(requests, scores)
+            for window in self._windows(request, fields)
+        ]
+        return scores, jobs
 
     def slices(self, size: int, leading_bos: int, most: int) -> Iterator[tuple[int, int, int, int]]:
         """Slices of about `most` tokens of a text: (start, end, leading_bos, context_only).

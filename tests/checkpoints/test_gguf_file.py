@@ -337,7 +337,6 @@ def test_a_folder_becomes_a_file_and_a_folder_again(
         (("--gguf", "b", "--dtype", "float16"), "--dtype: does not apply to --gguf"),
         (("--gguf", "b", "--int8"), "--int8 and --int4: does not apply to --gguf"),
         (("-o", "a", "--int8", "--int4"), "--int8 and --int4 are given"),
-        (("-o", "a", "--measure", "x.txt"), "--measure: measures"),
         (("--gguf", "/tmp"), "/tmp: is a folder"),
     ],
 )

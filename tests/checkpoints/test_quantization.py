@@ -21,6 +21,7 @@ from lmcli.checkpoints.quantization import (
 from lmcli.commands import run
 from lmcli.config import GenerateConfig
 from lmcli.errors import UserError
+from lmcli.kernels import build
 
 RNG = np.random.default_rng(0)
 # what compressed_tensors 0.20.1's pack_to_int32 makes of the row −8 … 7 (4 bits), and of −128, −1,
@@ -198,31 +199,68 @@ def test_a_family_with_transposed_matrices_is_refused(small_model, small_tokeniz
         checkpoints.save(tmp_path, model, small_tokenizer, GenerateConfig(), bits=8)
 
 
-def test_the_command_prints_the_loss_that_it_measured(
-    small_model, small_tokenizer, tmp_path, capfd, monkeypatch
-):
+@pytest.fixture(scope="module")
+def source(small_model, small_tokenizer, tmp_path_factory):
+    """A folder with a small decoder."""
+    folder = tmp_path_factory.mktemp("source")
+    checkpoints.save(folder, small_model(), small_tokenizer, GenerateConfig())
+    return folder
+
+
+def test_the_command_prints_the_loss_that_it_measured(source, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("LM_CACHE", str(tmp_path / "cache"))
-    source, target, text = tmp_path / "source", tmp_path / "target", tmp_path / "a.txt"
-    source.mkdir()
+    target, text = tmp_path / "target", tmp_path / "a.txt"
     text.write_text("Once upon a time there was a cat.\n" * 3)
-    checkpoints.save(source, small_model(), small_tokenizer, GenerateConfig())
     command = ["export", str(source), "-o", str(target), "--int4", "--measure", str(text)]
     assert run(command) == 0
     out, err = capfd.readouterr()
     assert out == f"{target}\n" and "MB of int4 and float32 weights" in err
-    measured = [float(word) for word in re.findall(r"(\d+\.\d{4}) b", err.replace("before", "b"))]
+    measured = re.findall(rf"lm: {text}: (\d+\.\d{{4}}) bits per byte (.*)", err)
     bits = []
-    for model in (target, source):
+    for model in (source, target):
         done = ["perplexity", "-m", str(model), "--json", "--dtype", "float32", str(text)]
         assert run(done) == 0
         bits.append(json.loads(capfd.readouterr().out)["bits_per_byte"])
-    assert measured == [round(each, 4) for each in bits]
+    before, stored, *generated = [(float(value), how) for value, how in measured]
+    assert before == (round(bits[0], 4), "before")
+    change = f"({100 * (bits[1] / bits[0] - 1):+.2f} %)"
+    assert stored == (round(bits[1], 4), f"with the stored weights {change}")
+    if build.library() is None:
+        assert "lm generate --quantize int4 is not measured: " in err and not generated
+    else:
+        ((value, how),) = generated
+        assert "by lm generate --quantize int4 (" in how and value != before[0]
     assert run(["info", "--json", str(target)]) == 0
     facts = json.loads(capfd.readouterr().out)
     assert facts["quantization"] == "int4" and facts["weights"]["missing"] == []
     # a model without the quantization is made of it again
     assert run(["export", str(target), "-o", str(tmp_path / "plain"), "-q"]) == 0
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "kernels", "said"),
+    [
+        (["--dtype", "bfloat16"], True, "bits per byte by lm generate --dtype bfloat16 ("),
+        (["--dtype", "bfloat16"], False, "lm generate --dtype bfloat16 is not measured: that "),
+        (["--int8"], False, "lm generate --quantize int8 is not measured: that takes a C compiler"),
+        (["--dtype", "float16"], True, "bits per byte with the stored weights ("),
+    ],
+)
+def test_what_generates_is_measured_where_it_can_run(
+    options, kernels, said, source, tmp_path, capfd, monkeypatch
+):
+    if not kernels:
+        monkeypatch.setattr(build, "library", lambda: None)
+    elif build.library() is None:
+        pytest.skip(build.problem())
+    (text := tmp_path / "a.txt").write_text("Once upon a time there was a cat.\n")
+    command = ["export", str(source), "-o", str(tmp_path / "a"), *options]
+    assert run([*command, "--measure", str(text)]) == 0
+    err = capfd.readouterr().err
+    assert said in err.splitlines()[-1]
+    assert run([*command, "--overwrite", "-q", "--measure", str(text)]) == 0
+    assert not capfd.readouterr().err
 
 
 def test_a_missing_or_empty_text_leaves_no_folder(tmp_path, capfd):
@@ -232,3 +270,16 @@ def test_a_missing_or_empty_text_leaves_no_folder(tmp_path, capfd):
         command = ["export", "model", "-o", str(tmp_path / "a"), "--int8", "--measure", text]
         assert run(command) == 1
         assert problem in capfd.readouterr().err and not (tmp_path / "a").exists()
+
+
+def test_a_model_without_bits_per_byte_leaves_no_folder(
+    source, small_model, tmp_path, capfd, monkeypatch
+):
+    (text := tmp_path / "a.txt").write_text("one\n")
+    monkeypatch.setattr(
+        "lmcli.catalog.abilities.ABILITIES",
+        {("decoder", "lm"): ("a kind of model", {"score": "…"})},
+    )
+    command = ["export", str(source), "-o", str(tmp_path / "a"), "--measure", str(text)]
+    assert run(command) == 1
+    assert "a kind of model" in capfd.readouterr().err and not (tmp_path / "a").exists()
