@@ -1,10 +1,11 @@
 """Several guessed tokens are read at once: the texts are those without guesses, to the bit."""
 
+import functools
 import random
 
 import pytest
 
-from lmcli.generation.prompt_lookup import FIRST_GUESS, LONGEST_GUESS, PromptLookup
+from lmcli.generation.prompt_lookup import GUESSES, PromptLookup
 from lmcli.kernels import build
 from lmcli.kernels.decoding_state import fast_state
 
@@ -21,6 +22,10 @@ GREEDY = [
     {"forced_eos_token_id": 7, "exponential_decay_length_penalty": (3, 1.5)},
 ]
 DRAWN = [{"temperature": t, "top_p": 0.9, "stop_ids": list(range(0, 400, 40))} for t in (0.3, 1.0)]
+CASES = [
+    *((dtype, options) for dtype in ("float32", "int8") for options in GREEDY + DRAWN),
+    *((dtype, options) for dtype in ("bfloat16", "int4") for options in GREEDY[:1] + DRAWN),
+]
 
 
 class Guesses(PromptLookup):
@@ -29,7 +34,7 @@ class Guesses(PromptLookup):
     truth, random, learned = (), random.Random(0), frozenset()
 
     def guess(self, tokens, most):
-        count = min(most, self.random.randrange(0, 7))
+        count = min(most, self.random.randrange(0, 16))
         guess = self.truth[len(tokens) : len(tokens) + count]
         return [token if self.random.random() < 0.8 else 1 for token in guess]
 
@@ -53,10 +58,8 @@ def texts(decoder, small_model, small_tokenizer, monkeypatch):
             models[dtype] = getattr(model, dtype if dtype == "bfloat16" else "float")()
         monkeypatch.setattr("lmcli.generation.decoding.PromptLookup", guesses)
         lm = decoder(models[dtype], **{"max_new_tokens": 40, **options})
-        if dtype == "int8":
-            lm.decoding_state = lambda rows, _, capacity: fast_state(
-                models[dtype], rows, None, capacity, "int8"
-            )
+        if dtype.startswith("int"):
+            lm.decoding_state = functools.partial(fast_state, models[dtype], weight_type=dtype)
         assert lm.extendable
         chunks = list(lm.stream([prompt], [5]))
         return chunks[-1].result, [chunk.text for chunk in chunks]
@@ -65,8 +68,7 @@ def texts(decoder, small_model, small_tokenizer, monkeypatch):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("options", GREEDY + DRAWN, ids=str)
+@pytest.mark.parametrize(("dtype", "options"), CASES, ids=str)
 def test_texts_and_logprobs_are_those_without_guesses(dtype, options, texts, monkeypatch):
     monkeypatch.setattr(Guesses, "learned", frozenset())
     for prompt in (REPETITIVE, MIXED):
@@ -95,8 +97,8 @@ def test_a_guess_is_what_followed_the_longest_last_ngram():
 
 def test_a_guess_goes_on_into_itself():
     lookup = PromptLookup([5, 8, 8, 8])
-    lookup.learn(2, 2)
-    assert lookup.guess([], 99) == [8] * 5
+    lookup.learn(3, 3)
+    assert lookup.guess([], 99) == [8] * 7
 
 
 def test_guesses_grow_while_they_are_right_and_pause_when_they_are_not():
@@ -105,14 +107,15 @@ def test_guesses_grow_while_they_are_right_and_pause_when_they_are_not():
     for _ in range(4):
         sizes.append(len(lookup.guess([], 99)))
         lookup.learn(sizes[-1], sizes[-1])
-    assert sizes == [FIRST_GUESS, 5, 11, LONGEST_GUESS]
-    lookup.learn(LONGEST_GUESS, 6)
-    assert len(lookup.guess([], 99)) == 7
+    assert sizes == [*GUESSES, GUESSES[-1]]
+    for right, following in ((6, 7), (7, 15), (2, 3)):
+        lookup.learn(15, right)
+        assert len(lookup.guess([], 99)) == following
     pauses = []
     for _ in range(3):
         lookup.learn(7, 0)
         pauses.append(0)
         while not (found := lookup.guess([], 99)):
             pauses[-1] += 1
-        assert len(found) == FIRST_GUESS
+        assert len(found) == GUESSES[0]
     assert pauses == [1, 3, 7]
