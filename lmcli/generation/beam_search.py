@@ -96,7 +96,6 @@ def search(
     candidate_count = max(2, 1 + len(stop_ids)) * width  # enough that `width` of them continue
     results: dict[int, list[Hypothesis]] = {}
     prompts, limits = np.arange(len(state.limits)), state.limits
-    prompt_columns = decoding.length
     running, finished = _first_beams(len(prompts), width)
     while True:
         logprobs = _log_softmax(decoding.logits)  # (rows, V)
@@ -128,17 +127,18 @@ def search(
         if done.all():
             return [results[i] for i in range(len(results))]
         # move cache rows to the beams that continue, then read their new tokens
-        first_rows = np.arange(len(prompts))[:, None] * width
-        source = first_rows + np.take_along_axis(parents, best, 1)  # (P, K)
+        source = np.take_along_axis(parents, best, 1)  # (P, K): beams of the same prompt
         if done.any():
             open_rows = np.nonzero(~done)[0]
             running, finished = running.prompts(open_rows), finished.prompts(open_rows)
             prompts, limits, source = prompts[open_rows], limits[open_rows], source[open_rows]
-            decoding.keep(source.flatten())
-        else:
-            decoding.reorder(source.flatten(), prompt_columns)
+            open_beams = (open_rows[:, None] * width + np.arange(width)).flatten()
+            decoding.keep(open_beams)
+            state = state.select(open_beams)
+        source = (source + np.arange(len(prompts))[:, None] * width).flatten()
+        decoding.reorder(source, written)
         tokens = running.tokens[:, :, -1].flatten()
-        state = state.select(source.flatten(), tokens)
+        state = state.select(source, tokens)
         decoding.add(tokens)
 
 

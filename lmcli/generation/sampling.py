@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmcli.config import GenerateConfig
+from lmcli.kernels import build
+from lmcli.kernels.decode_step import log_sums
 
 FORBIDDEN = float("-inf")
 
@@ -149,7 +151,10 @@ def likeliest(logits: Floats, count: int) -> Integers:
 
 def log_sum_exp(logits: Floats) -> NDArray[np.float64]:
     """log Σ exp over the last axis; NaN or infinite if a logit is NaN or +∞, or all are −∞."""
-    best, rows = logits.max(-1)[..., None], logits.reshape(-1, logits.shape[-1])
+    rows = logits.reshape(-1, logits.shape[-1])
+    if build.is_loaded() and logits.dtype == np.float32:
+        return log_sums(rows).reshape(logits.shape[:-1])
+    best = logits.max(-1)[..., None]
     totals = np.empty(len(rows))
     at_once = max(1, (1 << 16) // len(rows[0]))  # rows that stay in the processor's cache
     with np.errstate(invalid="ignore", divide="ignore"):

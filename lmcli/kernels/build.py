@@ -49,6 +49,11 @@ def library() -> ctypes.CDLL | None:
     return None if problem() else _loaded()
 
 
+def is_loaded() -> bool:
+    """True if this process uses the kernels already, so that asking costs nothing."""
+    return library.cache_info().currsize > 0 and library() is not None
+
+
 @functools.cache
 def problem() -> str:
     """Why the kernels cannot be used on this machine; "" if they can. Compiles them once.

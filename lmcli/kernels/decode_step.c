@@ -532,6 +532,38 @@ void decode_step(const Model *model, const Call *call, int64_t threads) {
     }
 }
 
+/* log Σ e^x; NaN or infinite if a number is NaN or +∞, or all are -∞. */
+static double log_sum(const float *x, int64_t size) {
+    floats most = (floats){0} - INFINITY;
+    float largest = -INFINITY, powers[64 * LANES];
+    double all = 0;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        integers greater = load(x + i) > most;
+        most = (floats)(((integers)load(x + i) & greater) | ((integers)most & ~greater));
+    }
+    for (; i < size; i++) largest = x[i] > largest ? x[i] : largest;
+    for (int k = 0; k < LANES; k++) largest = most[k] > largest ? most[k] : largest;
+    for (i = 0; i < size; i += 64 * LANES) {  /* few numbers are added in float32, their sums in float64 */
+        int64_t count = size - i < 64 * LANES ? size - i : 64 * LANES;
+        for (int64_t k = 0; k < count; k++) powers[k] = exponential_float(x[i + k] - largest);
+        for (int64_t k = count; k % LANES; k++) powers[k] = 0;
+        floats sum = {0};
+        for (int64_t k = 0; k < count; k += LANES) sum += load(powers + k);
+        all += total(sum);
+    }
+    return largest + log(all);
+}
+
+/* out[r] = log Σ e^x of each row of x, (rows, size). */
+void log_sums(const float *x, int64_t rows, int64_t size, double *out, int64_t threads) {
+    PARALLEL {
+        int64_t from, to;
+        share(rows, 1, &from, &to);
+        for (int64_t row = from; row < to; row++) out[row] = log_sum(x + row * size, size);
+    }
+}
+
 /* y = x in bfloat16. */
 void round_to_bfloat16(const float *x, uint16_t *y, int64_t size, int64_t threads) {
     PARALLEL {

@@ -379,6 +379,16 @@ def forward(model: _Model, call: _Call) -> None:
     step(ctypes.byref(model), ctypes.byref(call), thread_count())
 
 
+def log_sums(logits: Array) -> NDArray[np.float64]:
+    """log Σ exp of each row (R, V), in nats; NaN or infinite as `sampling.log_sum_exp` says."""
+    logits = np.ascontiguousarray(logits)
+    sums = np.empty(len(logits))
+    threads = thread_count() if logits.size >= CONVERTED_BY_ONE_THREAD else 1
+    function = _function("log_sums", _pointer, _long, _long, _pointer, _long)
+    function(logits.ctypes.data, *logits.shape, sums.ctypes.data, threads)
+    return sums
+
+
 def read_rate(data: NDArray[Any]) -> float:
     """Bytes a second at which all threads read an array from memory, once."""
     read = _function("read_memory", _pointer, _long, _long)

@@ -138,15 +138,12 @@ class FastDecodingState:
         if len(np.unique(self._slots)) < len(self._slots):  # a repeated one needs its own place
             self._move(len(rows), self._room)
 
-    def reorder(self, rows: Integers, common: int) -> None:
-        """Reorders sequences (B, int64) that are equal up to token `common`, as beams are.
-
-        `common` counts tokens of the longest sequence; the tokens after it are copied.
-        """
+    def reorder(self, rows: Integers, newest: int) -> None:
+        """Reorders sequences (B, int64) that differ in their `newest` tokens at most, as beams."""
         moved = np.nonzero(rows != np.arange(len(rows)))[0]
-        newest = np.arange(common - self.length, 0)  # places before the end
+        before_end = np.arange(-newest, 0)
         to, origin = (
-            (self._slots[each, None], self._lengths[each, None] + newest)
+            (self._slots[each, None], self._lengths[each, None] + before_end)
             for each in (moved, rows[moved])
         )
         keys, values = self._keys, self._values

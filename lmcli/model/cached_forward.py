@@ -72,11 +72,12 @@ class DecodingState:
             self.encoder_output = _select(self.encoder_output, chosen)
 
     @torch.inference_mode()
-    def reorder(self, rows: Integers, common: int) -> None:
-        """Reorders sequences (B, int64) that are equal up to column `common`, as beams are."""
+    def reorder(self, rows: Integers, newest: int) -> None:
+        """Reorders sequences (B, int64) that differ in their `newest` tokens at most, as beams."""
         moved = np.nonzero(rows != np.arange(len(rows)))[0]
         for tensor in (self.cache.keys, self.cache.values) if len(moved) else ():
-            columns = tensor[:, :, :, common : self.cache.length]  # (layers, B, K, n, D)
+            end = self.cache.length
+            columns = tensor[:, :, :, end - newest : end]  # (layers, B, K, n, D)
             columns[:, moved] = columns[:, rows[moved]]
 
     def _forward(self, ids: Tensor) -> NDArray[np.float32]:

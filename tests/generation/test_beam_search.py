@@ -169,6 +169,18 @@ def test_a_search_ends_at_the_context(pair, decoder):
         assert 0 < len(result.tokens) <= 33
 
 
+def test_beams_do_not_depend_on_a_longer_prompt_that_ends_first(pair, decoder):
+    ours, _ = pair
+    search = decoder(ours, num_beams=4, max_new_tokens=40)
+    prompts = [[0, *range(7, 50)], [0, 5, 9], [0, 8]]  # the first has room for 20 tokens
+    alone = [search.beams([prompt], 4)[0] for prompt in prompts]
+    together = search.beams(prompts, 4)
+    assert [[text.tokens for text in texts] for texts in together] == [
+        [text.tokens for text in texts] for texts in alone
+    ]
+    assert len(alone[0][0].tokens) < len(alone[1][0].tokens)
+
+
 def test_stop_strings_cut_beams_too(pair, decoder):
     ours, _ = pair
     free = decoder(ours, num_beams=4).beams([[0, 5]], 1)[0][0]

@@ -22,6 +22,7 @@ from transformers import (
 from lmcli.config import GenerateConfig
 from lmcli.generation import sampling
 from lmcli.generation.constraints import Constraints, penalize_repetition, sequence_state
+from lmcli.kernels import build
 
 # distinct multiples of 1/64: ties and rounding at a border are tested below, by hand
 rows = st.lists(st.integers(-640, 640), min_size=1, max_size=40, unique=True).map(
@@ -265,11 +266,16 @@ def test_frequencies_follow_the_probabilities():
     assert chi_square < 29.6  # ten degrees of freedom: 1 in 1,000 is larger
 
 
-def test_log_sum_exp():
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_log_sum_exp(monkeypatch, by_kernel):
+    if by_kernel and build.library() is None:
+        pytest.skip(build.problem())
+    monkeypatch.setattr(build, "is_loaded", lambda: by_kernel)
     logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1)) * 10
     expected = logits.double().logsumexp(-1)
     results = torch.from_numpy(sampling.log_sum_exp(logits.numpy()))
     assert (results - expected).abs().max() < 1e-6
+    assert sampling.log_sum_exp(np.float32([[1e30, -1e30, 0]])) == [np.float32(1e30)]
     nan, inf = float("nan"), float("inf")
     broken = np.array([[0, nan], [inf, 0], [-inf, -inf]], np.float32)
     assert not np.isfinite(sampling.log_sum_exp(broken)).any()

@@ -59,9 +59,9 @@ def walk(state_of, model, dtype=torch.float32):
     for step in range(9):
         if step == 3:  # two sequences of one prompt, as beams
             state.keep(np.array([0, 0, 3, 3, 1]))
-            rows, common = 5, state.length
+            rows = 5
         if step == 6:
-            state.reorder(np.array([1, 1, 3, 2, 4]), common)
+            state.reorder(np.array([1, 1, 3, 2, 4]), 3)
         if step == 8:
             state.keep(np.array([4, 2]))
             rows = 2
