@@ -13,6 +13,8 @@ import numpy as np
 from lmcli.config import GenerateConfig
 from lmcli.generation.constraints import Constraints, SequenceState
 from lmcli.generation.sampling import Flags, Floats, Integers, log_sum_exp
+from lmcli.kernels import build
+from lmcli.kernels.decode_step import largest_columns
 
 if TYPE_CHECKING:
     from lmcli.kernels.decoding_state import State
@@ -28,6 +30,15 @@ class Hypothesis(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     score: float
+
+
+class _Scored(NamedTuple):
+    """Logits of the next token of each beam (P · K, V), and what ranks them: allowed − shift."""
+
+    logits: Floats
+    sums: Floats  # (P · K, 1): logits − sums are log-probabilities
+    allowed: Floats  # of forbidden tokens −∞
+    shift: Floats  # (P · K, 1)
 
 
 UNDEFINED = Hypothesis([], [], math.nan)
@@ -98,18 +109,20 @@ def search(
     prompts, limits = np.arange(len(state.limits)), state.limits
     running, finished = _first_beams(len(prompts), width)
     while True:
-        logprobs = _log_softmax(decoding.logits)  # (rows, V)
-        allowed = rules.apply(logprobs, state) if rules.active else logprobs
+        logits, sums = decoding.logits, log_sum_exp(decoding.logits).astype(np.float32)[:, None]
+        scored = _Scored(logits, sums, logits, sums)
+        if rules.active:
+            scored = _Scored(logits, sums, rules.apply(logits - sums, state), np.zeros_like(sums))
         written = int(state.counts[0])
         if not written:  # the first step: from a row per prompt to a row per beam
             repeated = np.arange(len(prompts)).repeat(width)
-            logprobs, allowed, state = logprobs[repeated], allowed[repeated], state.select(repeated)
+            scored, state = _Scored(*(each[repeated] for each in scored)), state.select(repeated)
             decoding.keep(repeated)
         if rules.active:
-            finished = _with_dead_ends(finished, running, allowed, written, config)
+            finished = _with_dead_ends(finished, running, scored.allowed, written, config)
         # extend the beams; candidates that end here become finished texts
         length = written + 1
-        parents, candidates = _candidates(running, allowed, logprobs, candidate_count)
+        parents, candidates = _candidates(running, scored, candidate_count)
         final = np.isin(candidates.tokens[:, :, -1], stop_ids)  # (P, candidates)
         final |= (length >= limits)[:, None]
         open_scores = np.where(final, candidates.scores + WORST, candidates.scores)
@@ -142,10 +155,6 @@ def search(
         decoding.add(tokens)
 
 
-def _log_softmax(logits: Floats) -> Floats:
-    return logits - log_sum_exp(logits).astype(np.float32)[:, None]
-
-
 def _largest(scores: Floats, count: int) -> tuple[Floats, Integers]:
     """(values, indices), each (P, count), of the largest scores (P, N), NaN first; descending."""
     indices = np.arange(count)[None].repeat(len(scores), 0)
@@ -159,9 +168,11 @@ def _largest(scores: Floats, count: int) -> tuple[Floats, Integers]:
 def _best_columns(scores: Floats, count: int) -> Integers:
     """Columns (R, n) among which are those of the `count` largest scores (R, V) of each row.
 
-    They are the columns of the `count` groups with the largest maximum, and those in no group.
-    Group i of G has the columns i, i + G, i + 2 G and so on.
+    Without the kernels they are the columns of the `count` groups with the largest maximum, and
+    those in no group. Group i of G has the columns i, i + G, i + 2 G and so on.
     """
+    if build.is_loaded():
+        return largest_columns(scores, count)
     size = scores.shape[1]
     groups = size // GROUP_COLUMNS
     if groups <= 2 * count:
@@ -185,22 +196,18 @@ def _first_beams(prompts: int, width: int) -> tuple[_Beams, _Beams]:
     return running, _Beams(np.full_like(scores, NOTHING), tokens, logprobs, valid)
 
 
-def _candidates(
-    running: _Beams, allowed: Floats, logprobs: Floats, count: int
-) -> tuple[Integers, _Beams]:
-    """(beams continued, new beams) of the best `count` continuations of each prompt.
-
-    `allowed` (P · K, V) ranks them; `logprobs` (P · K, V) are the model's.
-    """
+def _candidates(running: _Beams, scored: _Scored, count: int) -> tuple[Integers, _Beams]:
+    """(beams continued, new beams) of the best `count` continuations of each prompt."""
     prompts, width = running.scores.shape
-    columns = _best_columns(allowed, count)  # (P · K, n)
-    added = np.take_along_axis(allowed, columns, 1).reshape(prompts, width, -1)
+    columns = _best_columns(scored.allowed, count)  # (P · K, n)
+    added = np.take_along_axis(scored.allowed, columns, 1) - scored.shift
+    added = added.reshape(prompts, width, -1)
     totals = (running.scores[:, :, None] + added).reshape(prompts, -1)
     scores, index = _largest(totals, min(count, totals.shape[1]))
     parents = index // columns.shape[1]
     tokens = np.take_along_axis(columns.reshape(prompts, -1), index, 1)
     rows = np.arange(prompts)[:, None] * width + parents
-    token_logprobs = logprobs[rows, tokens]
+    token_logprobs = scored.logits[rows, tokens] - scored.sums[rows, 0]
     candidates = running.take(scores, parents).extend(tokens, token_logprobs)
     candidates.valid &= scores > -np.inf
     return parents, candidates

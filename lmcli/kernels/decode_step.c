@@ -532,6 +532,8 @@ void decode_step(const Model *model, const Call *call, int64_t threads) {
     }
 }
 
+/* ------------------------------------------------------------------------------------------------- log-sums of rows */
+
 /* log Σ e^x; NaN or infinite if a number is NaN or +∞, or all are -∞. */
 static double log_sum(const float *x, int64_t size) {
     floats most = (floats){0} - INFINITY;
@@ -563,6 +565,45 @@ void log_sums(const float *x, int64_t rows, int64_t size, double *out, int64_t t
         for (int64_t row = from; row < to; row++) out[row] = log_sum(x + row * size, size);
     }
 }
+
+/* ------------------------------------------------------------------------------------------ largest numbers of rows */
+
+INLINE int is_above(float a, float b) { return a > b || (a != a && b == b); }  /* NaN is above all others */
+
+/* False if none of 64 numbers is above `bound`. */
+INLINE int some_above(const float *x, float bound) {
+    integers above = {0};
+    int32_t some = 0;
+    for (int i = 0; i < 4; i++) above |= (load(x + LANES * i) > bound) | (load(x + LANES * i) != load(x + LANES * i));
+    for (int k = 0; k < LANES; k++) some |= above[k];
+    return some;
+}
+
+/* The indices of the `count` largest numbers of x, in descending order; of equal ones the first. */
+static void largest(const float *x, int64_t size, int64_t count, int64_t *out) {
+    int64_t filled = 0, step = 4 * LANES;
+    for (int64_t from = 0; from < size; from += step) {
+        int64_t to = from + step < size ? from + step : size;
+        if (filled == count && to - from == step && !some_above(x + from, x[out[count - 1]])) continue;
+        for (int64_t i = from; i < to; i++) {
+            if (filled == count && !is_above(x[i], x[out[count - 1]])) continue;
+            int64_t at = filled < count ? filled++ : count - 1;
+            for (; at && is_above(x[i], x[out[at - 1]]); at--) out[at] = out[at - 1];
+            out[at] = i;
+        }
+    }
+}
+
+/* out[r] = the columns of the `count` largest numbers of each row of x, (rows, size). */
+void largest_columns(const float *x, int64_t rows, int64_t size, int64_t count, int64_t *out, int64_t threads) {
+    PARALLEL {
+        int64_t from, to;
+        share(rows, 1, &from, &to);
+        for (int64_t row = from; row < to; row++) largest(x + row * size, size, count, out + row * count);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------- numbers */
 
 /* y = x in bfloat16. */
 void round_to_bfloat16(const float *x, uint16_t *y, int64_t size, int64_t threads) {

@@ -389,6 +389,17 @@ def log_sums(logits: Array) -> NDArray[np.float64]:
     return sums
 
 
+def largest_columns(scores: Array, count: int) -> Integers:
+    """The columns (R, n) of the largest scores (R, V) of each row, NaN first; n ≤ `count`, V."""
+    scores = np.ascontiguousarray(scores)
+    count = min(count, scores.shape[1])
+    columns = np.empty((len(scores), count), np.int64)
+    threads = thread_count() if scores.size >= CONVERTED_BY_ONE_THREAD else 1
+    function = _function("largest_columns", _pointer, _long, _long, _long, _pointer, _long)
+    function(scores.ctypes.data, *scores.shape, count, columns.ctypes.data, threads)
+    return columns
+
+
 def read_rate(data: NDArray[Any]) -> float:
     """Bytes a second at which all threads read an array from memory, once."""
     read = _function("read_memory", _pointer, _long, _long)

@@ -139,13 +139,21 @@ class FastDecodingState:
             self._move(len(rows), self._room)
 
     def reorder(self, rows: Integers, newest: int) -> None:
-        """Reorders sequences (B, int64) that differ in their `newest` tokens at most, as beams."""
-        moved = np.nonzero(rows != np.arange(len(rows)))[0]
+        """Reorders rows (B, int64) of sequences that differ in their `newest` tokens at most.
+
+        These are the beams of a prompt: its rows lie together. Only tokens of a sequence that is
+        repeated are copied, to the place of one that is not among `rows`.
+        """
+        repeated = np.setdiff1d(np.arange(len(rows)), np.unique(rows, return_index=True)[1])
+        dropped = np.setdiff1d(np.arange(len(rows)), rows)  # as many of each prompt
         before_end = np.arange(-newest, 0)
         to, origin = (
             (self._slots[each, None], self._lengths[each, None] + before_end)
-            for each in (moved, rows[moved])
+            for each in (dropped, rows[repeated])
         )
+        slots = self._slots[rows]
+        slots[repeated] = self._slots[dropped]
+        self._slots = slots
         keys, values = self._keys, self._values
         values[:, to[0], :, to[1]] = values[:, origin[0], :, origin[1]]
         (block, token), (old_block, old_token) = (

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 from lmcli.checkpoints import folder as checkpoints
 from lmcli.config import GenerateConfig
 from lmcli.generation.batch_generation import generate_all
+from lmcli.kernels import build
+from lmcli.kernels.decode_step import largest_columns
 
 
 def theirs(model, prompt: list[int], decoder, count: int) -> list[tuple[list[int], float]]:
@@ -280,3 +282,20 @@ def test_the_smallest_contexts_have_texts(context, decoder, small_model):
     for prompt in ([0], [0, 5], [0, 5, 6, 7, 8, 9]):
         ((result,),) = generate_all(lm, [prompt], 1, seed=0)
         assert 1 <= len(result.tokens) < context and not result.problem
+
+
+@pytest.mark.skipif(build.library() is None, reason=build.problem())
+@pytest.mark.parametrize("size", [3, 64, 150, 1000])
+def test_largest_columns_of_rows(size):
+    scores = torch.randn(5, size, generator=torch.Generator().manual_seed(size))
+    scores[1] = scores[1].round()  # equal ones
+    scores[2, :-2] = -torch.inf
+    scores[3, size // 2] = torch.nan
+    for count in (1, 4, 2 * size):
+        columns = largest_columns(scores.numpy(), count)
+        expected = scores.topk(min(count, size)).values
+        assert torch.equal(
+            scores.gather(1, torch.from_numpy(columns)).nan_to_num(9), expected.nan_to_num(9)
+        )
+        assert all(len(set(row)) == len(row) for row in columns.tolist())
+    assert columns[1].tolist() == scores[1].argsort(descending=True, stable=True).tolist()
