@@ -237,7 +237,7 @@ class TrainingView:
 
     def _print(self, line: str) -> None:
         if not self.live and not self.quiet:
-            print(for_stream(line, sys.stderr), file=sys.stderr, flush=True)
+            print(message_for(sys.stderr, line), file=sys.stderr, flush=True)
 
     def note(self, event: Note) -> None:
         """Shows a message that stays: what the run has changed by itself."""
