@@ -64,6 +64,7 @@ class ModelConfig:
     query_key_norm: bool = knob(True, "RMSNorm on queries and keys of each head (as Qwen3 has)")
     attention_bias: str = knob("none", "projections with a bias", choices=("none", "qkv", "all"))
     scale_attention: bool = knob(True, "divide attention scores by sqrt(head_dim)")
+    query_pre_attn_scalar: int = knob(0, "square of what divides attention scores; 0: head_dim", 0)
     sliding_window: int = knob(
         0, "tokens visible in sliding-window layers (encoder: to each side); 0: no window", 0
     )

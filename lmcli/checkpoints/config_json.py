@@ -98,10 +98,9 @@ def read_config(document: dict[str, Any], where: str) -> tuple[Family, ModelConf
         padding = document.get("pad_token_id", values.get("pad_token_id"))
         values["position_offset"] = 0 if padding == -1 else (values.get("pad_token_id") or 0) + 1
         values["max_position_embeddings"] -= values["position_offset"]
-    for key, option in family.equal.items():
-        value = {**family.defaults, **document}.get(key)
-        if value != values.get(option):
-            raise _unsupported(f"{key} {value!r}", where, repr(values.get(option)), family)
+    for option in family.derived:
+        if not values[option]:  # which would mean another option's value
+            raise UserError(f"{family.keys[option]}: 0 is not 1 or more", where=where)
     for option, most in LARGEST.items():
         size = values.get(option, 0)
         if not 1 <= size <= most:
@@ -261,7 +260,8 @@ def _rope_by_layer_type(
         raise UserError(
             "rope_parameters holds no object for each type of layer, and only these", where=where
         )
-    full, local = {**full, **scaling}, {**local, **scaling}
+    full = {**full, **scaling}
+    local = local if family.scales_full_only else {**local, **scaling}
     kind = local.get("rope_type") or local.get("type") or "default"
     if kind != "default":
         raise UserError(f"rope type {kind!r} of sliding_attention is not supported", where=where)
@@ -413,7 +413,10 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "model_type": family.model_type,
         **{key: getattr(config, option) for option, key in family.keys.items()},
         **family.fixed,
-        **{key: getattr(config, option) for key, option in family.equal.items()},
+        **{
+            family.keys[option]: getattr(config, option) or getattr(config, other)
+            for option, other in family.derived.items()
+        },
     }
     for key, choices in family.choices.items():
         choice = _choice(choices, config)

@@ -131,7 +131,7 @@ GEMMA3 = Family(
     model_type="gemma3_text",
     shape="decoder",
     heads={"lm": "Gemma3ForCausalLM"},
-    keys={**LLAMA_KEYS, "hidden_act": "hidden_activation"},
+    keys={**LLAMA_KEYS, "hidden_act": "hidden_activation", **same("query_pre_attn_scalar")},
     options={"query_key_norm": True, "sandwich_norm": True, "scale_embedding": True},
     defaults=values("""
         vocab_size=262208 hidden_size=2304 intermediate_size=9216 num_hidden_layers=26
@@ -145,7 +145,7 @@ GEMMA3 = Family(
         attention_bias=false final_logit_softcapping=null attn_logit_softcapping=null
         use_bidirectional_attention=false
     """),
-    equal={"query_pre_attn_scalar": "head_dim"},
+    derived={"query_pre_attn_scalar": "head_dim"},
     window=WindowRule(
         "sliding_window",
         written=("sliding_window", "layer_types"),
@@ -158,6 +158,7 @@ GEMMA3 = Family(
         ),
     ),
     rope_keys=("rope_theta", "rope_local_base_freq"),
+    scales_full_only=True,
     prefix="model.",
     tensors=(*LLAMA_MATRICES, *GEMMA3_NORMS),
     head_tensors=LM_HEAD,
@@ -168,6 +169,7 @@ GEMMA3 = Family(
             "sandwich_norm": (True,),
             "scale_embedding": (True,),
             "hidden_act": ("gelu_pytorch_tanh",),
+            "query_pre_attn_scalar": (),
         },
         full_every=6,
     ),

@@ -13,10 +13,10 @@ from lmcli.config import ModelConfig
 
 # options that a family fixes; those that its row does not mention have ModelConfig's default
 FIXED_OPTIONS = """
-    query_key_norm attention_bias scale_attention positions position_offset rotary_fraction norm
-    norm_bias post_norm sandwich_norm parallel_block first_attention_norm embedding_norm hidden_act
-    gated_mlp mlp_bias scale_embedding scale_logits type_vocab_size head_dense head_dense_bias
-    head_norm head_bias sliding_window multi_label
+    query_key_norm attention_bias scale_attention query_pre_attn_scalar positions position_offset
+    rotary_fraction norm norm_bias post_norm sandwich_norm parallel_block first_attention_norm
+    embedding_norm hidden_act gated_mlp mlp_bias scale_embedding scale_logits type_vocab_size
+    head_dense head_dense_bias head_norm head_bias sliding_window multi_label
 """.split()
 DEFAULT_OPTIONS = {name: getattr(ModelConfig, name) for name in FIXED_OPTIONS}
 DEFAULT_OPTIONS["query_key_norm"] = False  # few families have it; our own models do
@@ -129,11 +129,12 @@ class Family:
       choices          keys whose value stands for some of our options
       fallbacks        a key that may be missing → the key whose value it takes then
       aliases          another name of a key → the key; of two values that of the other name counts
-      equal            a key that must have the value of one of our options
+      derived          our option → the option whose value is written where it is 0
       repeated         a key that says again what one of our options is; it must not contradict
       architectures    further architectures whose files hold all that one of the heads needs → head
       window           how the sliding window is stated; None for families without one
       rope_keys        keys of the rotary base of full and of sliding layers, where there are two
+      scales_full_only `rope_scaling` is that of full layers; the sliding ones have none
       rope_base_key    an older key of the rotary base, which goes before `rope_theta`
       padding_first    learned positions start behind the padding id and are counted with those rows
 
@@ -161,11 +162,12 @@ class Family:
     choices: Choices = field(default_factory=dict)
     fallbacks: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
-    equal: Mapping[str, str] = field(default_factory=dict)
+    derived: Mapping[str, str] = field(default_factory=dict)
     repeated: Mapping[str, str] = field(default_factory=dict)
     architectures: Mapping[str, str] = field(default_factory=dict)
     window: WindowRule | None = None
     rope_keys: tuple[str, str] | None = None
+    scales_full_only: bool = False
     rope_base_key: str = "rope_theta"
     padding_first: bool = False
     prefix: str = ""

@@ -240,6 +240,8 @@ def _architecture(config: ModelConfig) -> GgufArchitecture:
     if architecture.full_every:
         if layer_types != _layer_types(config.num_hidden_layers, architecture.full_every):
             lacking.append("layer_types")
+        if (config.query_pre_attn_scalar or config.head_dim) != _divisor(vars(config)):
+            lacking.append("query_pre_attn_scalar")
     elif slides and config.sliding_window < config.max_position_embeddings:
         lacking.append("sliding_window")
     if config.rope_type == "llama3" and not architecture.frequencies:
@@ -392,10 +394,10 @@ def _options(
             "rope_original_context": keys.get(ROPE_CONTEXT, 0),
         }
     if architecture.full_every:
-        every = keys.get(WINDOW_PATTERN, architecture.full_every)
-        if (layers := options["num_hidden_layers"]) == 62:
-            raise UserError("its 62 layers scale attention in a way that lm lacks", where=where)
+        layers, every = options["num_hidden_layers"], keys.get(WINDOW_PATTERN)
+        every = every or architecture.full_every
         options |= {
+            "query_pre_attn_scalar": _divisor(options),
             "sliding_window": required(keys, WINDOW, where),
             "layer_types": every if isinstance(every, list) else _layer_types(layers, every),
             "local_rope_theta": decimal(keys.get(LOCAL_BASE, 10_000.0)),
@@ -405,9 +407,14 @@ def _options(
     return options
 
 
+def _divisor(options: Mapping[str, Any]) -> int:
+    """query_pre_attn_scalar in llama.cpp, which knows the largest Gemma 3 by its 62 layers."""
+    width = options["hidden_size"] // (options["num_attention_heads"] or 1)
+    return int(width if options["num_hidden_layers"] == 62 else options["head_dim"])
+
+
 def _layer_types(layers: int, full_every: int) -> tuple[str, ...]:
-    full, sliding = LAYER_TYPES
-    return tuple(sliding if (i + 1) % full_every else full for i in range(layers))
+    return tuple(LAYER_TYPES[(i + 1) % full_every > 0] for i in range(layers))
 
 
 ROPE_CONTEXTS = tuple(1 << power for power in range(10, 21))

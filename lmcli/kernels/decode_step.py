@@ -184,6 +184,7 @@ class DecoderWeights:
             if kind == "sliding_attention":
                 self.layers[i].window = config.sliding_window
                 self.layers[i].local = bool(config.local_rope_theta)
+        divisor = config.query_pre_attn_scalar or config.head_dim
         self.model = _Model(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
@@ -197,7 +198,7 @@ class DecoderWeights:
             parallel=config.parallel_block,
             activation=ACTIVATION_NUMBERS[config.hidden_act],
             eps=config.norm_eps,
-            attention_scale=config.head_dim**-0.5 if config.scale_attention else 1.0,
+            attention_scale=divisor**-0.5 if config.scale_attention else 1.0,
             logit_scale=config.hidden_size**-0.5 if config.scale_logits else 1.0,
             final_norm=self._norm("decoder.norm"),
             head=self._matrix("head.output", default=self.embedding),  # tied

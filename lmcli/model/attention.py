@@ -136,7 +136,8 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.layer, self.head_dim, self.causal = layer, head_dim, causal
-        self.scale = head_dim**-0.5 if config.scale_attention else 1.0
+        divisor = config.query_pre_attn_scalar or head_dim
+        self.scale = divisor**-0.5 if config.scale_attention else 1.0
         key_heads = heads * config.num_key_value_heads // config.num_attention_heads
         self.groups = heads // key_heads
         size, width, key_width = config.hidden_size, heads * head_dim, key_heads * head_dim

@@ -19,6 +19,20 @@ from lmcli.text.huggingface import LLAMA3_PATTERN
 from lmcli.text.tokenizer import load
 
 LLAMA = {"model_type": "llama", "query_key_norm": False}
+GEMMA = {
+    "model_type": "gemma3_text",
+    "sandwich_norm": True,
+    "scale_embedding": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "sliding_window": 8,
+    "local_rope_theta": 10_000.0,
+}
+
+
+def gemma_layers(count):
+    """Every sixth layer has full attention."""
+    kinds = (f"{'full' if i % 6 == 5 else 'sliding'}_attention" for i in range(count))
+    return {**GEMMA, "num_hidden_layers": count, "layer_types": tuple(kinds)}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +59,8 @@ def file(small_model, small_tokenizer, tmp_path_factory):
             "rope_type 'llama3'",
         ),
         ({**LLAMA, "model_type": "qwen2", "attention_bias": "qkv", "head_dim": 6}, "head_dim 6"),
+        ({**gemma_layers(2), "query_pre_attn_scalar": 7}, "query_pre_attn_scalar 7"),
+        ({**gemma_layers(62), "head_dim": 6}, "query_pre_attn_scalar 0"),
     ],
 )
 def test_a_model_that_llama_cpp_cannot_compute_is_refused(
@@ -68,6 +84,16 @@ def test_a_family_without_an_architecture_is_refused(small_model, small_tokenize
     )
     with pytest.raises(UserError, match=r"llama\.cpp has no architecture for t5"):
         gguf_file.write(tmp_path / "a.gguf", model, small_tokenizer, [0], "f32", "small")
+
+
+def test_the_scale_of_the_largest_gemma(small_model, small_tokenizer, tmp_path):
+    """llama.cpp knows it by its 62 layers: its divisor is hidden size / heads, not head_dim."""
+    model, path = (
+        small_model(**gemma_layers(62), head_dim=6, query_pre_attn_scalar=8),
+        tmp_path / "a.gguf",
+    )
+    gguf_file.write(path, model, small_tokenizer, [0], "f32", "small")
+    assert gguf_file.read(path).config.query_pre_attn_scalar == 8
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,17 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "num_hidden_layers": 7,
             "sliding_window": 5,
             "query_pre_attn_scalar": 10,
-        }
+        },
+        "scaled": {
+            **GROUPED,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            },
+        },
     },
     "gpt2": {
         "plain": {

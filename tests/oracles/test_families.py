@@ -457,6 +457,16 @@ class TestConfigurations:
                 },
             ),
             (
+                "gemma3_text",
+                "scaled",
+                {
+                    "rope_parameters": ...,
+                    "rope_theta": 50.0,
+                    "rope_local_base_freq": 20.0,
+                    "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+                },
+            ),
+            (
                 "qwen2",
                 "window",
                 {
