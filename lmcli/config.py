@@ -404,6 +404,9 @@ class Recipe:
         return getattr(getattr(self, section), name)
 
 
+SECTIONS: dict[str, Any] = {each.name: each.type for each in fields(Recipe)}
+
+
 def check(section: type, key: str, value: Any, where: str) -> Any:
     """`value` converted to the type of field `key` of the dataclass `section`.
 

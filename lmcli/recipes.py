@@ -9,19 +9,13 @@ from typing import Any
 
 import yaml
 
-from lmcli.config import GenerateConfig, ModelConfig, Recipe, TokenizerConfig, TrainConfig, check
+from lmcli.config import SECTIONS, Recipe, check
 from lmcli.errors import UsageError, UserError, did_you_mean, nearest
 from lmcli.storage import near_names
 
 Values = dict[str, dict[str, Any]]  # section → key → value
 Given = dict[str, tuple[Any, str]]  # section.key → its value, and the option that gives it
 
-SECTIONS: dict[str, type] = {
-    "tokenizer": TokenizerConfig,
-    "model": ModelConfig,
-    "train": TrainConfig,
-    "generate": GenerateConfig,
-}
 BUDGETS = ("time", "tokens", "steps", "epochs")
 # further sections of a stored recipe.yaml, for `lm info` and `--validation`; training ignores them
 FACTS = ("versions", "data", "validation", "result", "choice", "base", "stages")

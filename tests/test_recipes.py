@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcli import recipes
-from lmcli.config import Recipe, TrainConfig
+from lmcli.config import SECTIONS, Recipe, TrainConfig
 from lmcli.errors import UsageError, UserError
 from lmcli.recipes import from_values, load_yaml, preset_names, resolve, to_yaml
 
@@ -252,9 +252,9 @@ def section(kind):
     ).map(lambda values: kind(**values))
 
 
-any_recipe = st.fixed_dictionaries(
-    {name: section(kind) for name, kind in recipes.SECTIONS.items()}
-).map(lambda sections: Recipe(**sections))
+any_recipe = st.fixed_dictionaries({name: section(kind) for name, kind in SECTIONS.items()}).map(
+    lambda sections: Recipe(**sections)
+)
 
 
 class TestStored:
@@ -278,7 +278,7 @@ class TestStored:
 
     def test_facts_follow_the_sections_unchanged(self):
         text = to_yaml(Recipe(), data={"files": ["字.txt"]})
-        assert list(yaml.safe_load(text)) == [*recipes.SECTIONS, "data"] and "字.txt" in text
+        assert list(yaml.safe_load(text)) == [*SECTIONS, "data"] and "字.txt" in text
 
     def test_a_damaged_recipe_names_file_and_key(self):
         with pytest.raises(UsageError, match=r"r/recipe\.yaml: unknown key train\.x"):

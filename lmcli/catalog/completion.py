@@ -72,11 +72,12 @@ def _paths(word: str, marks: Collection[str], suffixes: tuple[str, ...] = ()) ->
 
 def _settings(word: str, typed: Sequence[str]) -> Iterator[Offer]:
     """Sections, then keys of one, then the values of a key that has choices."""
-    from lmcli.catalog.keys import SECTION_CONFIGS, key_rows
+    from lmcli.catalog.keys import key_rows
+    from lmcli.config import SECTIONS
 
     key, equals, _ = word.partition("=")
     if "." not in word:
-        yield from ((f"{section}.", "", "plain") for section in SECTION_CONFIGS)
+        yield from ((f"{section}.", "", "plain") for section in SECTIONS)
         return
     for row in key_rows():
         if not equals:
@@ -130,9 +131,10 @@ def _topics(word: str, typed: Sequence[str]) -> Iterator[Offer]:
 
 
 def _key_names(word: str) -> Iterator[Offer]:
-    from lmcli.catalog.keys import SECTION_CONFIGS, key_rows
+    from lmcli.catalog.keys import key_rows
+    from lmcli.config import SECTIONS
 
-    yield from ((section, "", "plain") for section in SECTION_CONFIGS)
+    yield from ((section, "", "plain") for section in SECTIONS)
     yield from ((row["key"], row["meaning"], "plain") for row in key_rows())
 
 

@@ -4,10 +4,9 @@ import dataclasses
 import difflib
 from typing import Any
 
-from lmcli.config import Recipe, type_name
+from lmcli.config import SECTIONS, type_name
 from lmcli.errors import UsageError
 
-SECTION_CONFIGS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Recipe)}
 KEY_COLUMNS = ("key", "type", "default", "range", "meaning")
 
 
@@ -24,21 +23,21 @@ def key_rows(selection: str = "") -> list[dict[str, str]]:
             "range": allowed(field),
             "meaning": field.metadata["meaning"],
         }
-        for section, config in SECTION_CONFIGS.items()
+        for section, config in SECTIONS.items()
         for field in dataclasses.fields(config)
     ]
     if not selection:
         return rows
     chosen = [row for row in rows if selection in (row["key"], *row["key"].split("."))]
     if not chosen:
-        names = [*SECTION_CONFIGS, *(row["key"] for row in rows)]
+        names = [*SECTIONS, *(row["key"] for row in rows)]
         keys = {name.partition(".")[2] or name: name for name in names}
         near = difflib.get_close_matches(selection, [*names, *keys], n=3, cutoff=0.6)
         near = list(dict.fromkeys(keys.get(name, name) for name in near))
         raise UsageError(
             f"no section or key is named {selection!r}"
             + (f"; did you mean {' or '.join(near)}?" if near else ""),
-            hint=f"run lm help keys for all, or name a section: {', '.join(SECTION_CONFIGS)}",
+            hint=f"run lm help keys for all, or name a section: {', '.join(SECTIONS)}",
         )
     return chosen
 

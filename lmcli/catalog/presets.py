@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from lmcli import recipes
-from lmcli.config import Recipe
+from lmcli.config import SECTIONS, Recipe
 from lmcli.model import flops
 
 PRESET_COLUMNS = ("name", "parameters", "budget", "data", "purpose")
@@ -101,7 +101,7 @@ def preset_text(preset: str) -> str:
     if len(files) > 1:
         names = " and ".join(file.name for file in files[1:])
         lines.append(f"# Extends {names}, whose values are marked.")
-    for section, config in recipes.SECTIONS.items():
+    for section, config in SECTIONS.items():
         keys = [
             _key_line(files, section, field.name)
             for field in dataclasses.fields(config)

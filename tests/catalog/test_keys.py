@@ -6,9 +6,9 @@ import math
 import pytest
 
 from lmcli.catalog.keys import KEY_COLUMNS, key_rows, value_text
-from lmcli.config import check
+from lmcli.config import SECTIONS, check
 from lmcli.errors import UsageError
-from lmcli.recipes import SECTIONS, resolve
+from lmcli.recipes import resolve
 
 FIELDS = [
     (section, config, field)
