@@ -41,11 +41,16 @@ class UsageError(UserError):
 
 
 def nearest(word: str, known: Iterable[str], count: int = 1, cutoff: float = 0.5) -> list[str]:
-    """The known words that are most like this one, the nearest first, whatever their case."""
+    """The known words that are most like this one, the nearest first, whatever their case.
+
+    Of words that begin with it, if it has three letters, the shortest comes before all others.
+    """
     import difflib
 
-    words = {each.lower(): each for each in known}
-    return [words[near] for near in difflib.get_close_matches(word.lower(), words, count, cutoff)]
+    words, word = {each.lower(): each for each in known}, word.lower()
+    longer = [each for each in words if each.startswith(word) and len(word.strip("-")) >= 3]
+    near = sorted(longer, key=len) + difflib.get_close_matches(word, words, count, cutoff)
+    return [words[each] for each in list(dict.fromkeys(near))[:count]]
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:

@@ -235,12 +235,12 @@ def load_config(folder: str | Path) -> ModelConfig:
 def _document(folder: Path) -> tuple["Adapter | None", Path, dict[str, Any]]:
     """(a folder's adapter or None, its base's folder or this one, the resulting config.json)."""
     with user_errors(folder, "read"):
-        exists = folder.is_dir()
-    if not exists:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    if not is_folder:
         raise UserError(
-            "no such model folder",
+            "is a file, not a model folder" if exists else "no such model folder",
             where=str(folder),
-            hint=f"{hub.nearby(folder)}-m takes a folder that holds a config.json",
+            hint=f"{hub.nearby(folder)}a model is a folder that holds a config.json",
         )
     needed = "a model folder needs config.json, model.safetensors, tokenizer.json"
     if not (folder / "config.json").is_file():

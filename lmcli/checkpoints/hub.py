@@ -176,7 +176,7 @@ def _download(name: str) -> Path:
         raise UserError(
             f"no such model in the folder {parent}",
             where=name,
-            hint=f"{nearby(Path(name))}-m takes a folder that holds a config.json",
+            hint=f"{nearby(Path(name))}a model is a folder that holds a config.json",
         )
     if offline():
         hint = f"{nearby(Path(name))}unset HF_HUB_OFFLINE to download it"

@@ -206,7 +206,7 @@ def _user_error(error: click.ClickException) -> errors.UserError:
     parameter = getattr(error, "param", None) or names.get(name)
     if isinstance(error, click.NoSuchOption):
         long_names = [word for word in names if re.match("--(?!help)", word)]
-        what = f"no such option {name}{errors.did_you_mean(name, long_names, 0.6)}"
+        what = f"no such option {name}{errors.did_you_mean(name, [*long_names, '--help'], 0.6)}"
         if len(long_names) <= MOST_OPTIONS:
             hint = f"its options are {', '.join(long_names)}; {more}"
     elif parameter is not None:
@@ -229,7 +229,7 @@ def _what_is_wrong(error: click.ClickException, parameter: click.Parameter) -> s
     value = what.partition(" is not ")[0]
     if isinstance(kind, click.Choice):
         choices = [str(choice) for choice in kind.choices]
-        near = errors.did_you_mean(value.strip("'"), choices, 0.6)
+        near = errors.did_you_mean(value.strip("'"), choices, 0.7)  # not cpu for gpu
         return f"{value} is not one of {', '.join(choices)}{near}"
     if isinstance(kind, click.IntRange | click.FloatRange) and " is not a valid " in what:
         return f"{value} is not a {'whole ' * isinstance(kind, click.IntRange)}number"

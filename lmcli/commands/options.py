@@ -194,7 +194,7 @@ row_format = section(
         expose_value=False,
         is_eager=True,
         callback=_keep_fields,
-        help="Columns; train, evaluate: also ROLE=COLUMN.",
+        help="Columns to read; train, evaluate: text=A,label=B.",
     ),
     rare(
         repeated(

@@ -374,10 +374,11 @@ def expand(
         texts = [name for name in visible if _is_text(name)]
         skipped += len(visible) - len(texts)
         if not texts:
-            suffix = f" with --include {include}" if include else ""
-            raise UserError(
-                "holds no text files", where=argument, hint=f"{len(visible)} files read{suffix}"
-            )
+            named = f" with --include {include}" if include else ""
+            hint = f"none of its {len(visible):,} files{named} is UTF-8 text"
+            if not visible:
+                hint = f"it has no files{named or ' that are not hidden'}"
+            raise UserError("holds no text files", where=argument, hint=hint)
         files += texts
     return files, skipped
 

@@ -9,8 +9,8 @@ from lmcli.config import ModelConfig
 from lmcli.data.diagnostics import rows_by_look
 from lmcli.data.files import display_name, pin
 from lmcli.data.rows import Record, named_roles
-from lmcli.data.schema import TASK_SCHEMAS
-from lmcli.errors import UsageError, UserError
+from lmcli.data.schema import TASK_SCHEMAS, field_names
+from lmcli.errors import UsageError, UserError, did_you_mean
 from lmcli.evaluation.predictions import EvalDataset, EvalRecord, first_record
 from lmcli.evaluation.systems import LabelCounts, TextCounts
 from lmcli.evaluation.tasks import Task, find_task
@@ -113,6 +113,13 @@ def _with_roles(options: EvaluationOptions, first: Record) -> tuple[EvaluationOp
         what = f"not all fields have a role, as {example!r} has"
     elif len(columns) > 1:
         what = f"{columns[0]!r} and {columns[1]!r} are both the reference"
+    if not what and (missing := set().union(*roles.values()) - row.keys()):
+        column = min(missing)
+        raise UsageError(
+            f"no column {column!r}{did_you_mean(column, row)}",
+            where="--fields",
+            hint=f"the columns in {display_name(first.file)}: {field_names(row)}",
+        )
     if what:
         raise UsageError(what, where="--fields", hint="write text=COLUMN,label=COLUMN")
     ordered = sorted((role for role in roles if role in inputs), key=inputs.index)

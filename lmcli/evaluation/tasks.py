@@ -5,9 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcli.config import ModelConfig
-from lmcli.data.diagnostics import rows_by_look
+from lmcli.data.diagnostics import fields_option, rows_by_look
 from lmcli.data.rows import Record
-from lmcli.data.schema import MINIMAL_PAIR_FIELDS, PAIR_SCHEMAS, TASK_SCHEMAS, TaskSchema
+from lmcli.data.schema import (
+    MINIMAL_PAIR_FIELDS,
+    PAIR_SCHEMAS,
+    TASK_SCHEMAS,
+    TEXT_LABEL_FIELDS,
+    TaskSchema,
+)
 from lmcli.errors import UsageError, did_you_mean
 from lmcli.evaluation.text_metrics import TEXT_FIGURES
 
@@ -107,7 +113,7 @@ def find_task(
         hint = f"it {look}" if look else f"{hint}; --format jsonl if it is JSON Lines"
     else:
         shown = f"a row with {', '.join(map(repr, row))}"
-        hint += "; --fields text=COLUMN,label=COLUMN names the columns"
+        hint = f"{fields_option([row], TEXT_LABEL_FIELDS)} if it has labels, or {hint}"
     raise UsageError(f"which task? {shown} does not show it", where=where, hint=hint)
 
 

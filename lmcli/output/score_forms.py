@@ -37,12 +37,13 @@ PLACES = ("index", "start", "end", "bytes", "logprob")  # columns that a termina
 class PairRows(RecordRows):
     """One row per pair of texts: the figures of both, and whether the first is likelier by its sum.
 
-    `first_likelier` counts such pairs, `counted` all pairs with a figure for both texts. Of two
-    equal sums neither is likelier.
+    `first_likelier` counts such pairs, `counted` those with a figure for both texts, `pairs` all.
+    Of two equal sums neither is likelier.
     """
 
     first_likelier: int = 0
     counted: int = 0
+    pairs: int = 0
 
     @property
     def figure_columns(self) -> Sequence[str]:
@@ -73,11 +74,12 @@ class PairRows(RecordRows):
         likelier = first_is_likelier(scores)
         self.first_likelier += bool(likelier)
         self.counted += likelier is not None
+        self.pairs += 1
 
     def summary(self) -> str:
         """The rate of pairs whose first text is likelier, with its 95 % interval."""
         if not self.counted:
-            return "no pair with a figure for both"
+            return "no pair with a figure for both" if self.pairs else ""
         low, high = wilson_interval(self.first_likelier, self.counted)
         rate = self.first_likelier / self.counted
         return (

@@ -285,6 +285,10 @@ def _size(count: float) -> str:
     return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,.0f} bytes"
 
 
+def _count(count: float) -> str:
+    return f"{count / 1e6:,.1f}M" if count >= 1e5 else f"{count:,.0f}"
+
+
 def _reasons(
     text: TextStatistics, budget: ComputeBudget, rate: float, design: Design
 ) -> tuple[str, ...]:
@@ -297,7 +301,7 @@ def _reasons(
         f"{parameters / 1e6:.1f}M parameters in the blocks suit {spent}",
         f"vocabulary {design.vocabulary:,}: {_size(text.bytes)} of text with "
         f"{text.characters:,} common characters; training reads about "
-        f"{design.tokens / 1e6:,.1f}M tokens",
+        f"{_count(design.tokens)} tokens",
         f"batches of {design.batch:,} tokens, about {design.tokens / design.batch:,.0f} steps, "
         f"{design.epochs:.1f} epochs; dropout {design.dropout:g}, "
         f"weight decay {design.weight_decay:g}",

@@ -16,14 +16,14 @@ def report(run: TrainingRun) -> Report:
     """The report of a finished run. Measures gzip and an n-gram model, in about a second."""
     record, result = run.record, run.record.result
     best, steps = result["best_step"], result["steps"]
-    when = "as before training" if not best else f"best at step {best:,} of {steps:,}"
-    when += f" ({run.objective.selection(run.record.recipe.train)})"
+    selection = run.objective.selection(record.recipe.train)
+    when = f"best at step {best:,} of {steps:,} ({selection})" if best else "as before training"
     figures = [
         *record.headline.split(" · "),
         when,
         f"{result['tokens']:,} tokens",
         f"{result['epochs']:.2f} epochs",
-        clock(result["seconds"]),
+        f"in {clock(result['seconds'])}",
     ]
     usage = record.example(str(run.folder)).shell(run.objective.card.usage)
     longer = f"lm train --resume {shlex.quote(str(run.folder))} --time 10m"
@@ -38,6 +38,13 @@ def _comparison(run: TrainingRun) -> Comparison | None:
     result = run.record.result
     if run.record.data.bytes_per_token and "val_bits_per_byte" in result:
         return _text_comparison(run, result["val_bits_per_byte"])
+    if frequent := run.record.data.most_frequent:
+        label, share = frequent
+        return Comparison(
+            "accuracy on the validation set, more is better",
+            {"this model": result["val_accuracy"], "one label": share},
+            f"One label: always {label!r}, the most frequent one.",
+        )
     if "val_unigram_entropy" in result and math.isfinite(result["val_loss"]):
         return Comparison(
             f"nats per {run.objective.target} on the validation set, fewer are better",

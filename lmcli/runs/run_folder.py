@@ -314,7 +314,7 @@ def reopen(path: Path) -> tuple[RunFolder, Recipe, dict[str, Any]]:
             "holds no run (no recipe.yaml)",
             where=str(path),
             hint=hub.nearby(path, ("recipe.yaml",), "runs")
-            + "--resume takes a folder that lm train made",
+            + "a run is a folder that lm train made",
         )
     document = recipes.load_yaml(file)
     return RunFolder(path), recipes.from_values(document, str(file)), document

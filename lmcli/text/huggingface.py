@@ -158,17 +158,20 @@ def _json(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
+NEEDED = "lm tokenize --train -o DIR TEXT makes one: a folder with a tokenizer.json"
+
+
 @contextmanager
 def _parsing(file: Path) -> Iterator[None]:
     """Turns whatever the library raises for a file that it cannot parse into a UserError."""
     with user_errors(file, "read"):
         try:
-            with library_errors("is no tokenizer", str(file)):
+            with library_errors("is no tokenizer", str(file), NEEDED):
                 yield
         except (OSError, UserError):
             raise
         except Exception as error:  # a value of the wrong type
-            raise UserError(f"is no tokenizer: {error}", where=str(file)) from error
+            raise UserError(f"is no tokenizer: {error}", str(file), NEEDED) from error
 
 
 def _read_core(

@@ -16,7 +16,7 @@ _calls, _stderr = 0, -1  # calls at work, and a copy of standard error while the
 
 
 @contextmanager
-def library_errors(what: str, where: str | None = None) -> Iterator[None]:
+def library_errors(what: str, where: str | None = None, hint: str | None = None) -> Iterator[None]:
     """Raises UserError with `what` and the library's reason instead of the library's exception."""
     _silence(1)
     try:
@@ -27,7 +27,7 @@ def library_errors(what: str, where: str | None = None) -> Iterator[None]:
             raise
         lines = str(error).strip().splitlines()
         reason = lines[0][:300] if lines else "for no reason that it gives"
-        raise UserError(f"{what}: {reason}", where=where) from error
+        raise UserError(f"{what}: {reason}", where, hint) from error
     finally:
         _silence(-1)
 

@@ -413,7 +413,7 @@ def kind(doc_format: DocumentFormat, count: int | None = None) -> str:
     if doc_format.paired:
         name = "conversation" if doc_format.chat else "pair"
     elif doc_format.label:
-        name, fields = "labelled text", (*fields, doc_format.label)
+        name, fields = "labeled text", (*fields, doc_format.label)
     elif doc_format.answers:
         name, fields = "question", (*fields, doc_format.answers)
     names = f"{name}s" if count is None else counted(count, name)

@@ -79,6 +79,15 @@ class ExampleData(TrainingData):
         """The first text or source of the validation set."""
         return self.validation.sources[0].tolist()
 
+    @property
+    def most_frequent(self) -> tuple[str, float] | None:
+        """The most frequent label of the validation set, if each text has one, and its share."""
+        labels = self.validation.labels
+        if labels is None or self.multi_label or not len(labels):
+            return None
+        counts = np.bincount(labels)
+        return self.labels[int(counts.argmax())], float(counts.max() / len(labels))
+
     def _figures(self, metric: str) -> TargetFigures:
         return TargetFigures(self.objective.target, metric=metric)
 

@@ -117,6 +117,11 @@ class TrainingData(ABC):
         """The ids of each document of the validation set, likewise."""
         return []
 
+    @property
+    def most_frequent(self) -> tuple[str, float] | None:
+        """The most frequent label of the validation set, if each text has one, and its share."""
+        return None
+
     def example_ids(self) -> Sequence[int]:
         """The ids of a text of the validation set, for examples of commands; () for none."""
         return ()

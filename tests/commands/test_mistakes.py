@@ -54,6 +54,7 @@ def here(tmp_path, monkeypatch, story, trained, classifier):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "shakespeare.txt").symlink_to(story)
     (tmp_path / "runs").mkdir()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "runs" / "shake").symlink_to(trained[0])
     (tmp_path / "classifier").symlink_to(classifier)
     monkeypatch.chdir(tmp_path)
@@ -85,6 +86,8 @@ ERRORS = [
     ),
     (3, "train plain.txt --preset tinny", 2, "did you mean 'tiny'?", "shipped preset (auto, base"),
     (3, "train plain.txt --preset my.yaml", 2, "my.yaml: no such preset file", "auto, base"),
+    (4, "generate -m runs/shake --temp 0 a", 2, "did you mean '--temperature'?", "generate --help"),
+    (4, "--hlp", 2, "no such option --hlp; did you mean '--help'?", "see lm --help"),
     (4, "train plain.txt --sett a=1", 2, "no such option --sett; did you mean '--set'?", "--help"),
     (
         5,
@@ -136,7 +139,7 @@ ERRORS = [
     ),
     (15, "train", 1, "standard input: no text in it", "give a file with text, or pipe some in"),
     (17, "generate Once", 2, "no model was given", "give one with -m DIR, or set LM_MODEL"),
-    (18, "generate -m runs/nope a", 1, "runs/nope: no such model", "models here: runs/shake; -m "),
+    (18, "generate -m runs/nope a", 1, "runs/nope: no such model", "models here: runs/shake; a"),
     (
         18,
         "generate -m runs/shak a",
@@ -183,8 +186,21 @@ ERRORS = [
         "evaluate -m classifier stars.csv",
         2,
         "stars.csv: which task? a row with 'review', 'stars' does not show it",
-        "--fields text=COLUMN,label=COLUMN names",
+        "--fields text=review,label=stars if it has labels, or --task",
     ),
+    (
+        25,
+        "evaluate -m classifier stars.csv --fields text=review,label=star",
+        2,
+        "--fields: no column 'star'; did you mean 'stars'?",
+        "the columns in stars.csv: 'review', 'stars'",
+    ),
+    (19, "generate -m plain.txt a", 1, "plain.txt: is a file, not a model folder", "a config.json"),
+    (19, "train plain.txt --tokenizer one.txt", 1, "one.txt: is no tokenizer", "tokenize --train"),
+    (27, "perplexity -m . --validation", 1, ".: holds no config.json", "models here: "),
+    (10, "train empty", 1, "empty: holds no text files", "it has no files that are not hidden"),
+    (23, "score -m runs/shake --pairs stars.csv", 1, "no pair of fields", "name two with --field"),
+    (32, "train plain.txt --device gpu", 2, "'gpu' is not one of auto, cpu, cuda, mps\n", "a GPU"),
     (24, "evaluate -m runs/shake labeled.jsonl", 2, "classify needs a classifier of", "use --task"),
     (
         25,

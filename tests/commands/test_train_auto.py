@@ -81,12 +81,12 @@ def test_with_a_time_budget_the_machine_is_measured(environment, story, tmp_path
 @pytest.mark.parametrize(
     "header, options, preset, kind",
     [
-        ("text,label", (), "classify", "labelled texts (text + label)"),
+        ("text,label", (), "classify", "labeled texts (text + label)"),
         (
             "review,mood",
             ("--fields", "text=review,label=mood"),
             "classify",
-            "labelled texts (review + mood)",
+            "labeled texts (review + mood)",
         ),
         ("source,target", (), "translate", "pairs (source + target)"),
     ],

@@ -361,7 +361,7 @@ def test_two_texts_and_a_label_are_a_pair_in_training_and_in_lm_classify(train, 
         for i in range(60)
     ]
     code, stderr, recipe = train(rows, "--fields", "premise,hypothesis,label", "--steps", 3)
-    assert code == 0 and "labelled texts (premise + hypothesis + label)" in stderr
+    assert code == 0 and "labeled texts (premise + hypothesis + label)" in stderr
     validation = tmp_path / "held.jsonl"
     text = (tmp_path / "rows.jsonl").read_bytes()
     spans = [map(int, span.split("-")) for span in recipe["validation"][0]["ranges"].split()]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from lmcli import display
@@ -15,8 +16,9 @@ from lmcli.errors import UserError
 from lmcli.runs import closing_report
 from lmcli.terminal import progress
 from lmcli.terminal.live_region import LiveRegion
-from lmcli.terminal.training_screen import final_lines, flow, live_lines, shorten
-from lmcli.terminal.training_state import Evaluated, SampleText, TrainingState, clock
+from lmcli.terminal.training_screen import final_lines, flow, live_lines, report_lines, shorten
+from lmcli.terminal.training_state import Evaluated, Report, SampleText, TrainingState, clock
+from lmcli.training.example_objectives import ExampleData
 from lmcli.training.objectives import OBJECTIVES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -353,3 +355,19 @@ def test_work_in_other_rooms_is_named_on_the_live_screen(monkeypatch):
         view.due(SimpleNamespace(what="evaluation", step=3, seconds=1.0))
         assert "evaluating 0:00" in "".join(line.plain for line in view._lines(79, 23))
     assert not progress.is_watched()
+
+
+def test_a_classifier_is_compared_with_always_the_most_frequent_label():
+    validation = SimpleNamespace(labels=np.array([1, 0, 1, 1]))
+    data = SimpleNamespace(validation=validation, multi_label=False, labels=("bad", "good"))
+    data.most_frequent = ExampleData.most_frequent.fget(data)
+    assert data.most_frequent == ("good", 0.75)
+    data.bytes_per_token, result = 0.0, {"val_accuracy": 0.875, "val_loss": 9.0}
+    run = SimpleNamespace(record=SimpleNamespace(result=result, data=data))
+    comparison = closing_report._comparison(run)
+    lines = [line.plain for line in report_lines(Report("a", ["b"], comparison, []), 80)]
+    assert lines[3].split()[1:5] == ["this", "model", "0.875", "━" * 57]
+    assert lines[4].split()[1:4] == ["one", "label", "0.750"]
+    assert "One label: always 'good', the most frequent one." in lines[6]
+    data.multi_label = True  # then texts have any number of labels
+    assert ExampleData.most_frequent.fget(data) is None
