@@ -10,15 +10,14 @@ from typing import Any, get_args, get_origin
 
 from lmcli.errors import UsageError, did_you_mean
 
-Number = int | float
 LORA_TARGETS = ("all", "query", "key", "value", "output", "gate", "up", "down", "embedding", "head")
 
 
 def knob(
     default: Any,
     meaning: str,
-    low: Number | None = None,
-    high: Number | None = None,
+    low: float | None = None,
+    high: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field with its meaning, its inclusive range and, for a word, the choices."""
@@ -448,17 +447,13 @@ def _convert(kind: Any, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError
     if kind is int:
-        return _whole_number(str(value).replace("_", ""))
+        text = str(value).replace("_", "")
+        if (number := float(text)) != int(number):
+            raise ValueError
+        return int(text) if text.lstrip("+-").isdigit() else int(number)  # a float has fewer digits
     if kind is str and not isinstance(value, str):
         raise ValueError
     return kind(value)
-
-
-def _whole_number(text: str) -> int:
-    number = float(text)
-    if number != int(number):
-        raise ValueError
-    return int(text) if text.lstrip("+-").isdigit() else int(number)  # a float has fewer digits
 
 
 def type_name(kind: Any) -> str:
