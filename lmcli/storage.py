@@ -379,7 +379,7 @@ def cached_resumable(
         return folder
     with user_errors(folder, CACHING):
         try:
-            held = lock(folder.with_name(f".{key}.lock"), waiting)
+            file_lock = lock(folder.with_name(f".{key}.lock"), waiting)
         except NoLocks:
             return cached(kind, key, write)
         try:
@@ -387,7 +387,7 @@ def cached_resumable(
                 make_private_folder(temporary)
                 _complete(temporary, folder, write)
         finally:
-            unlock(held)
+            unlock(file_lock)
     return folder
 
 
@@ -421,35 +421,35 @@ def lock(path: Path, waiting: Callable[[], None] | None = None, holder: str = ""
         warnings.simplefilter("ignore")
         from filelock import FileLock, Timeout, UnixFileLock
 
-        held = FileLock(path, thread_local=False)
+        file_lock = FileLock(path, thread_local=False)
         if not path.parent.is_dir():  # filelock would make it
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         try:
             # not 0 seconds: a process that ends may have removed the file before we locked it
-            held.acquire(timeout=LOCK_SECONDS)
+            file_lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
             if waiting is None:
                 raise BlockingIOError(errno.EAGAIN, "locked", str(path)) from None
             waiting()
-            held.acquire()
+            file_lock.acquire()
         except NotImplementedError as error:  # filelock before version 4
             raise NoLocks from error
         except OSError as error:
             if error.errno in LOCKS_MISSING:
                 raise NoLocks from error
             raise
-    if isinstance(held, UnixFileLock):  # the others keep their own text, or refuse any
+    if isinstance(file_lock, UnixFileLock):  # the others keep their own text, or refuse any
         with suppress(OSError, UserError), ownership.open_to_extend(path) as file:
             file.truncate()
             file.write(holder.encode())
-    return held
+    return file_lock
 
 
-def unlock(held: "BaseFileLock") -> None:
+def unlock(file_lock: "BaseFileLock") -> None:
     """Unlocks and removes what `lock` returned."""
     from filelock import UnixFileLock
 
-    if isinstance(held, UnixFileLock):  # the others do it themselves
+    if isinstance(file_lock, UnixFileLock):  # the others do it themselves
         with suppress(OSError):  # before unlocking: whoever waits finds that it is no longer there
-            Path(held.lock_file).unlink()
-    held.release()
+            Path(file_lock.lock_file).unlink()
+    file_lock.release()

@@ -29,19 +29,19 @@ class SparseRows:
         new_index = np.full(self.width, -1)
         new_index[columns] = np.arange(len(columns))
         new, rows = new_index[self.columns], np.repeat(np.arange(len(self)), np.diff(self.starts))
-        kept = new >= 0
-        sizes = np.bincount(rows[kept], minlength=len(self))
-        return SparseRows(new[kept], np.concatenate([[0], np.cumsum(sizes)]), len(columns))
+        selected = new >= 0
+        sizes = np.bincount(rows[selected], minlength=len(self))
+        return SparseRows(new[selected], np.concatenate([[0], np.cumsum(sizes)]), len(columns))
 
     def merged_empty(self) -> tuple["SparseRows", np.ndarray]:
         """The rows with one in place of all empty ones, and the new place of each row (D,)."""
         empty = np.diff(self.starts) == 0
         if not empty.any():
             return self, np.arange(len(self))
-        kept = np.flatnonzero(~empty)
-        new_index = np.full(len(self), len(kept))
-        new_index[kept] = np.arange(len(kept))
-        rows = self.take(kept)
+        nonempty = np.flatnonzero(~empty)
+        new_index = np.full(len(self), len(nonempty))
+        new_index[nonempty] = np.arange(len(nonempty))
+        rows = self.take(nonempty)
         starts = np.append(rows.starts, rows.starts[-1])
         return SparseRows(rows.columns, starts, self.width), new_index
 

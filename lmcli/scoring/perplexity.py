@@ -236,10 +236,10 @@ def score_documents(
     """Yields the documents in order, scored by a pool; `task_index` as in `map_in_order`."""
     collected: list[np.ndarray] = []  # the log-probabilities of one document
     most = min(MAX_BATCH_TOKENS, FORWARDS_PER_BATCH * scorer.batch)
-    parts = _slices(scorer, documents, most)
-    batches = in_batches(parts, most, lambda part: len(part.request.ids))
-    for slices, results in pool.map_in_order(batches, remote_task(scorer), task_index):
-        for (_, document, _), logprobs in zip(slices, results):
+    slices = _slices(scorer, documents, most)
+    batches = in_batches(slices, most, lambda each: len(each.request.ids))
+    for batch, results in pool.map_in_order(batches, remote_task(scorer), task_index):
+        for (_, document, _), logprobs in zip(batch, results):
             collected.append(logprobs)
             if document is not None:
                 yield _scored(scorer, document, np.concatenate(collected))
