@@ -10,6 +10,7 @@ from lmcli.data.rows import Record
 from lmcli.data.schema import (
     MINIMAL_PAIR_FIELDS,
     PAIR_SCHEMAS,
+    SOURCE_TARGET,
     TASK_SCHEMAS,
     TEXT_LABEL_FIELDS,
     TaskSchema,
@@ -113,7 +114,9 @@ def find_task(
         hint = f"it {look}" if look else f"{hint}; --format jsonl if it is JSON Lines"
     else:
         shown = f"a row with {', '.join(map(repr, row))}"
-        hint = f"{fields_option([row], TEXT_LABEL_FIELDS)} if it has labels, or {hint}"
+        pairs = model is not None and model[0] == "encoder-decoder"
+        roles, what = (SOURCE_TARGET, "pairs") if pairs else (TEXT_LABEL_FIELDS, "labels")
+        hint = f"{fields_option([row], roles)} if it has {what}, or {hint}"
     raise UsageError(f"which task? {shown} does not show it", where=where, hint=hint)
 
 

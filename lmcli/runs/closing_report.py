@@ -1,8 +1,10 @@
 """What a run has reached, what its figure means, and what to do next, for the end of the screen."""
 
 import math
+import os
 import shlex
 from contextlib import suppress
+from dataclasses import replace
 
 from lmcli.data.documents import read_pieces
 from lmcli.errors import UserError
@@ -25,7 +27,10 @@ def report(run: TrainingRun) -> Report:
         f"{result['epochs']:.2f} epochs",
         f"in {clock(result['seconds'])}",
     ]
-    usage = record.example(str(run.folder)).shell(run.objective.card.usage)
+    example = record.example(str(run.folder))
+    if not (path := os.path.relpath(example.data)).startswith(os.pardir):
+        example = replace(example, data=path)
+    usage = example.shell(run.objective.card.usage)
     longer = f"lm train --resume {shlex.quote(str(run.folder))} --time 10m"
     comparison = None
     with suppress(UserError):  # a file of the data has gone meanwhile: the run is done without it

@@ -19,15 +19,19 @@ USUAL_EXAMPLE = "Once upon a time"
 
 @dataclass(frozen=True)
 class CommandExample:
-    """What stands for DIR, PROMPT and DATA in an objective's commands and lines of Python."""
+    """What stands for DIR, PROMPT and DATA in an objective's commands and lines of Python.
+
+    A model that `converses` is asked in a conversation, which a command without a prompt begins.
+    """
 
     folder: str
     prompt: str = USUAL_EXAMPLE
     data: str = ""
+    converses: bool = False
 
     def shell(self, text: str) -> str:
         """Commands that run as they stand."""
-        return self._filled(text, shlex.quote)
+        return self._filled(text.replace(" PROMPT", "") if self.converses else text, shlex.quote)
 
     def python(self, text: str) -> str:
         """Lines of Python."""

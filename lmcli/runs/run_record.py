@@ -216,7 +216,8 @@ class RunRecord:
 
     def example(self, folder: str) -> CommandExample:
         """What the commands of this run are shown with."""
-        return CommandExample(folder, example_text(self.data), self.source.files[0])
+        chat = self.source.doc_format.chat
+        return CommandExample(folder, example_text(self.data), self.source.files[0], chat)
 
     def write_card(self, train_step: TrainStep, sample: str = "") -> None:
         """Writes the model card, with a sample of the finished model."""

@@ -12,7 +12,7 @@ from lmcli.data.documents import SPLIT_SEED, DocumentFormat
 from lmcli.data.files import display_name, expand, pin_absolute
 from lmcli.data.rows import TABLES, file_format, named_roles
 from lmcli.data.samplers import MixtureSampler
-from lmcli.data.schema import TEXT_LABEL_FIELDS
+from lmcli.data.schema import SOURCE_TARGET, TEXT_LABEL_FIELDS
 from lmcli.errors import UsageError, UserError, did_you_mean
 from lmcli.text.characters import counted
 from lmcli.training.schedules import EVALUATED_BYTES
@@ -259,8 +259,13 @@ class FirstRows:
         command = f"{self.command} {diagnostics.fields_option(self.rows, roles)}"
         hint = f"name the {self._kind}: {command}"
         if self.may_classify and len(roles) == 1 and len(self.row) > 1:
-            labeled = f"{self.command} {diagnostics.fields_option(self.rows, TEXT_LABEL_FIELDS)}"
-            hint = f"a classifier: {labeled}; a language model: {command}"
+            kinds = {"a classifier": TEXT_LABEL_FIELDS, "a translator": SOURCE_TARGET}
+            label = diagnostics.guess_fields(self.rows, TEXT_LABEL_FIELDS).get("label", "")
+            if diagnostics.seems_label(self.rows, label):
+                del kinds["a translator"]
+            options = {name: diagnostics.fields_option(self.rows, kinds[name]) for name in kinds}
+            commands = [f"{name}: {self.command} {option}" for name, option in options.items()]
+            hint = "; ".join([*commands, f"a language model: {command}"])
         return UsageError(f"{self.learns}; {self._listed}", where=self.location, hint=hint)
 
     def note_unread(self, read: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ FILES = {
     "binary.dat": bytes(range(256)) * 9,
     "broken.jsonl": b'{"text": "a b c"}\n{"text": \n',
     "stars.csv": ("review,stars\n" + "".join(f'"{t}",{len(w)}\n' for t, w in REVIEWS)).encode(),
+    "pairs.tsv": b"en\tde\n" + b"".join(b"house %d\tHaus %d\n" % (k, k) for k in range(9)),
     "one.txt": b"This is one sentence.\n",
     "plain.txt": b"a good film\na bad film\n",
     "rows.jsonl": b'{"text": "a good film"}\n',
@@ -129,6 +130,13 @@ ERRORS = [
         2,
         "stars.csv: a language model learns from text; columns in its first line: 'review', 's",
         "a classifier: lm train stars.csv --fields text=review,label=stars",
+    ),
+    (
+        13,
+        "train pairs.tsv",
+        2,
+        "pairs.tsv: a language model learns from text; columns in its first line: 'en', 'de'",
+        "a translator: lm train pairs.tsv --fields source=en,target=de; a language model: lm",
     ),
     (
         14,

@@ -4,6 +4,7 @@ import io
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from lmcli import display
 from lmcli.config import TrainConfig
 from lmcli.errors import UserError
 from lmcli.runs import closing_report
+from lmcli.runs.model_card import CommandExample
 from lmcli.terminal import progress
 from lmcli.terminal.live_region import LiveRegion
 from lmcli.terminal.training_screen import final_lines, flow, live_lines, report_lines, shorten
@@ -326,7 +328,7 @@ def test_a_finished_run_is_reported_though_its_data_has_gone(monkeypatch):
 
     monkeypatch.setattr(closing_report, "_comparison", gone)
     result = {"best_step": 5, "steps": 9, "tokens": 99, "epochs": 1.0, "seconds": 3.0}
-    example = SimpleNamespace(shell=lambda text: text)
+    example = CommandExample("runs/x", data=os.path.abspath("notes.csv"))
     record = SimpleNamespace(
         result=result,
         headline="1.5 bits/byte",
@@ -336,6 +338,19 @@ def test_a_finished_run_is_reported_though_its_data_has_gone(monkeypatch):
     run = SimpleNamespace(record=record, objective=OBJECTIVES["classification"], folder="runs/x")
     report = closing_report.report(run)
     assert (report.comparison, report.figures[0]) == (None, "1.5 bits/byte")
+    assert report.commands == [
+        "echo 'Once upon a time' | lm classify -m runs/x",
+        "lm train --resume runs/x --time 10m",
+    ]
+    chat = SimpleNamespace(
+        **{**vars(record), "example": lambda _: replace(example, converses=True)}
+    )
+    for objective, command in (
+        ("completion", "lm generate -m runs/x"),
+        ("span", "lm classify -m runs/x notes.csv"),
+    ):
+        run = SimpleNamespace(record=chat, objective=OBJECTIVES[objective], folder="runs/x")
+        assert closing_report.report(run).commands[0] == command
     assert report.figures[1] == "best at step 5 of 9 (highest accuracy)"
 
 
