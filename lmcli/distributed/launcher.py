@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lmcli.distributed.signals import handled, stop_signals
 from lmcli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, ProcessLost, UsageError
+from lmcli.terminal.live_region import give_back, terminal_modes
 
 RESTARTS = 3
 SECONDS_TO_END = 10  # for the other processes once one has ended
@@ -151,12 +152,15 @@ def run_processes(
     import tempfile
 
     attempts, stop = 1 if advice else RESTARTS + 1, _Stop()
+    modes = terminal_modes(sys.stderr)
     with tempfile.TemporaryDirectory(prefix="lm-") as scratch, handled(stop.receive):
         for attempt in range(1, attempts + 1):
             processes = _start(count, arguments, attempt - 1, Path(scratch))
             stop.start(processes[0])
             lost = _wait(processes, 0 if advice else SECONDS_TO_END)
             leader_code = processes[0].returncode
+            if leader_code < 0:  # it was killed
+                give_back(sys.stderr, modes)
             if lost is None and leader_code != EXIT_LOST_WORKER:
                 return leader_code
             if leader_code in (EXIT_DONE, EXIT_INTERRUPTED):  # it did not need that worker any more

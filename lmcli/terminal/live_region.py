@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
 import threading
 import time
@@ -39,7 +40,8 @@ class LiveRegion(io.TextIOBase):
     """Lines that a thread of its own draws again, in at most DRAWING_SHARE of the time.
 
     Stands for standard error meanwhile: what is written there is printed above the lines. Keys that
-    are typed are not shown, since they would move the cursor. `draw` must not block.
+    are typed are not shown, since they would move the cursor. `draw` must not block. Ctrl-Z gives
+    the terminal back, and nothing is drawn until this process is in the foreground again.
     """
 
     def __init__(self, stream: TextIO, draw: Draw):
@@ -91,7 +93,7 @@ class LiveRegion(io.TextIOBase):
     def __enter__(self) -> LiveRegion:
         self._echo = _hide_keys(self.stream)
         self._stderr, sys.stderr = sys.stderr, self
-        self._send(HIDE_CURSOR)
+        self._watch_suspension()
         self._thread.start()
         return self
 
@@ -110,17 +112,50 @@ class LiveRegion(io.TextIOBase):
             self._send(self._home() + ERASE_BELOW + text + self._pending)
         finally:  # also after Ctrl-C amid this: the terminal must not stay without cursor and echo
             sys.stderr = self._stderr
+            self._watch_suspension(ends=True)
             self._send(SHOW_CURSOR)
             _show_keys(self.stream, self._echo)
 
     def refresh(self) -> None:
         """Draws the lines where they stand."""
         with self._lock:
+            if _in_background(self.stream):
+                self._widths = []
+                return
             size = self._size()
-            lines = list(self._draw(*size))[: size[1]]
+            lines = [line.copy() for line in self._draw(*size)][: size[1]]
+            for line in lines:
+                line.rstrip()  # a narrower window would wrap spaces, too
             text = "\n".join(f"{line}{ERASE_LINE}" for line in self._rendered(lines))
-            self._send(f"{BEGIN_UPDATE}{self._home()}{text}{ERASE_BELOW}{END_UPDATE}")
+            start = f"{BEGIN_UPDATE}{HIDE_CURSOR}{self._home()}"
+            self._send(f"{start}{text}{ERASE_BELOW}{END_UPDATE}")
             self._widths, self._columns = [line.cell_len for line in lines], size[0]
+
+    # -- Ctrl-Z
+
+    def _watch_suspension(self, ends: bool = False) -> None:
+        """Calls `_suspend` for Ctrl-Z from now on, or no longer; in the main thread only."""
+        if not hasattr(signal, "SIGTSTP"):  # Windows
+            return
+        handlers: list[Any] = [signal.SIG_DFL, self._suspend]
+        before, after = reversed(handlers) if ends else handlers
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGTSTP) == before:
+            signal.signal(signal.SIGTSTP, after)
+
+    def _suspend(self, number: int, _: object) -> None:
+        """Gives the terminal back and stops; when it goes on the lines are drawn anew below."""
+        with self._lock:
+            # not through the stream, in which this signal may have come
+            with contextlib.suppress(OSError):
+                end = "\r\n" if self._widths else ""
+                os.write(self.stream.fileno(), f"{end}{SHOW_CURSOR}".encode())
+            _show_keys(self.stream, self._echo)
+            self._widths = []
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)  # returns when the process goes on
+            signal.signal(number, self._suspend)
+            self._echo = _hide_keys(self.stream)
 
     def _redraw(self) -> None:
         pause = 0.0
@@ -171,9 +206,9 @@ def _hide_keys(stream: TextIO) -> Any:
     except ImportError:  # Windows
         return None
     try:
-        number = stream.fileno()
-        if _in_background(number):
+        if _in_background(stream):
             return None
+        number = stream.fileno()
         before = termios.tcgetattr(number)
         flags = before[3] & ~termios.ECHO
         termios.tcsetattr(number, termios.TCSANOW, [*before[:3], flags, *before[4:]])
@@ -182,11 +217,11 @@ def _hide_keys(stream: TextIO) -> Any:
     return before
 
 
-def _in_background(number: int) -> bool:
+def _in_background(stream: TextIO) -> bool:
     """True if the terminal controls this process, and another one has it at the moment."""
     try:
-        return os.tcgetpgrp(number) != os.getpgrp()
-    except OSError:
+        return os.tcgetpgrp(stream.fileno()) != os.getpgrp()
+    except (OSError, ValueError, AttributeError):  # it does not control it, or this is Windows
         return False
 
 
@@ -196,5 +231,24 @@ def _show_keys(stream: TextIO, before: Any) -> None:
     import termios
 
     with contextlib.suppress(OSError, termios.error):
-        if not _in_background(stream.fileno()):
+        if not _in_background(stream):
             termios.tcsetattr(stream.fileno(), termios.TCSANOW, before)
+
+
+def terminal_modes(stream: TextIO) -> Any:
+    """The settings of a terminal; None if it is none."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        return None
+    try:
+        return termios.tcgetattr(stream.fileno())
+    except (OSError, ValueError, termios.error):
+        return None
+
+
+def give_back(stream: TextIO, modes: Any) -> None:
+    """Restores a terminal after a process was killed that has drawn a region on it."""
+    if modes is not None and os.environ.get("TERM") != "dumb":
+        _show_keys(stream, modes)
+        print(SHOW_CURSOR, file=stream, flush=True)

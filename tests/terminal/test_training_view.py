@@ -3,7 +3,12 @@
 import io
 import math
 import os
+import select
+import signal
+import subprocess
 import sys
+import termios
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +22,7 @@ from lmcli.errors import UserError
 from lmcli.runs import closing_report
 from lmcli.runs.model_card import CommandExample
 from lmcli.terminal import progress
-from lmcli.terminal.live_region import LiveRegion
+from lmcli.terminal.live_region import LiveRegion, give_back, terminal_modes
 from lmcli.terminal.training_screen import final_lines, flow, live_lines, report_lines, shorten
 from lmcli.terminal.training_state import Evaluated, Report, SampleText, TrainingState, clock
 from lmcli.training.example_objectives import ExampleData
@@ -386,3 +391,81 @@ def test_a_classifier_is_compared_with_always_the_most_frequent_label():
     assert "One label: always 'good', the most frequent one." in lines[6]
     data.multi_label = True  # then texts have any number of labels
     assert ExampleData.most_frequent.fget(data) is None
+
+
+class TestGivingTheTerminalBack:
+    PROGRAM = """
+import sys, time
+from rich.text import Text
+from lmcli.terminal.live_region import LiveRegion
+with LiveRegion(sys.stderr, lambda columns, rows: [Text("row one"), Text("row two")]):
+    time.sleep(60)
+"""
+
+    @pytest.fixture
+    def region(self):
+        """(process that draws two lines on a pseudo-terminal, its ends, its settings before)."""
+        master, slave = os.openpty()
+        with open(slave, "w", closefd=False) as stream:
+            modes = terminal_modes(stream)
+        process = subprocess.Popen(
+            [sys.executable, "-c", self.PROGRAM], stderr=slave, preexec_fn=os.setpgrp
+        )
+        yield process, master, slave, modes
+        process.kill()
+        process.wait()
+        os.close(master), os.close(slave)
+
+    def drawn(self, master, screen, is_there):
+        """Draws on the screen what comes until that is there."""
+        end = time.monotonic() + 30
+        while not is_there() and time.monotonic() < end:
+            if select.select([master], [], [], 0.05)[0]:
+                screen.feed(os.read(master, 1 << 16))
+        assert is_there(), screen.text
+
+    def test_after_ctrl_z_cursor_and_echo_are_there_until_it_goes_on(self, region):
+        process, master, *_ = region
+        screen = Screen(60, 12)
+
+        def echoes():
+            return bool(termios.tcgetattr(master)[3] & termios.ECHO)
+
+        self.drawn(master, screen, lambda: "row two" in screen.text)
+        assert screen.pyte.cursor.hidden and not echoes()
+        for count in (2, 3):  # twice
+            process.send_signal(signal.SIGTSTP)
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status)
+            self.drawn(master, screen, lambda: not screen.pyte.cursor.hidden)
+            assert echoes() and screen.pyte.cursor.x == 0
+            process.send_signal(signal.SIGCONT)
+            self.drawn(master, screen, lambda count=count: screen.text.count("row two") == count)
+            assert screen.pyte.cursor.hidden and not echoes()
+        assert screen.lines == ["row one", "row two"] * 3
+
+    def test_a_killed_process_leaves_what_another_one_gives_back(self, region):
+        process, master, slave, modes = region
+        screen = Screen(60, 12)
+        self.drawn(master, screen, lambda: "row two" in screen.text)
+        process.kill()
+        process.wait()
+        assert screen.pyte.cursor.hidden and not termios.tcgetattr(master)[3] & termios.ECHO
+        with open(slave, "w", closefd=False) as stream:
+            give_back(stream, modes)
+        self.drawn(master, screen, lambda: not screen.pyte.cursor.hidden)
+        assert termios.tcgetattr(master)[3] & termios.ECHO
+        assert terminal_modes(io.StringIO()) is None
+
+    def test_nothing_is_drawn_in_the_background(self, monkeypatch):
+        from rich.text import Text
+
+        stream = FakeTerminal()
+        stream.fileno = lambda: 1
+        region = LiveRegion(stream, lambda columns, rows: [Text("row")])
+        monkeypatch.setattr("os.tcgetpgrp", lambda number: os.getpgrp() + 1)
+        region.refresh()
+        assert stream.getvalue() == ""
+        monkeypatch.setattr("os.tcgetpgrp", lambda number: os.getpgrp())
+        region.refresh()
+        assert "row" in stream.getvalue()
