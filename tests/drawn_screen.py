@@ -7,10 +7,16 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 import unicodedata
+from contextlib import suppress
 
 import pyte
+from rich.cells import cell_len
+
+from lmcli.terminal.wrapping import COMMAND_TO_COPY
+from lmcli.text.characters import visible
 
 
 class Screen:
@@ -47,6 +53,13 @@ class Screen:
         return lines
 
     @property
+    def written(self) -> list[str]:
+        """The lines as they were written, before the terminal broke those that have no room."""
+        wide = Screen(2000, 100)
+        wide.feed(self.raw)
+        return wide.lines
+
+    @property
     def text(self) -> str:
         """All lines as one text."""
         return "\n".join(self.lines)
@@ -57,9 +70,70 @@ class Screen:
         return cell.fg, cell.bg
 
 
+class InProcess:
+    """`lm ARGUMENTS` in this process, drawn on a pseudo-terminal: standard output and error.
+
+    Many times as fast as a `Terminal`, but nothing can be typed. Standard input is this terminal.
+    """
+
+    def __init__(self, run, columns: int = 80, rows: int = 24):
+        self.run, self.screen = run, Screen(columns, rows)
+
+    def draw(self, *arguments) -> Screen:
+        """The screen when `run(arguments)` has returned its exit code."""
+        master, slave = os.openpty()
+        size = struct.pack("HHHH", self.screen.pyte.lines, self.screen.columns, 0, 0)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, size)
+        reader = threading.Thread(target=self._read, args=(master,))
+        reader.start()
+        saved = [os.dup(number) for number in (1, 2)]
+        streams = sys.stdin, sys.stdout, sys.stderr
+        for stream in streams[1:]:
+            stream.flush()
+        try:
+            for number in (1, 2):
+                os.dup2(slave, number)
+            sys.stdin = os.fdopen(os.dup(slave), "r")
+            sys.stdout, sys.stderr = (
+                os.fdopen(number, "w", encoding="utf-8", buffering=1, closefd=False)
+                for number in (1, 2)
+            )
+            self.screen.code = self.run([*map(str, arguments)])
+            sys.stdout.flush(), sys.stderr.flush()
+        finally:
+            sys.stdin.close()
+            sys.stdin, sys.stdout, sys.stderr = streams
+            for number, copy in zip((1, 2), saved):
+                os.dup2(copy, number)
+                os.close(copy)
+            os.close(slave)
+            reader.join(10)
+            os.close(master)
+        return self.screen
+
+    def _read(self, master: int) -> None:
+        with suppress(OSError):  # how Linux tells the end of a terminal
+            while data := os.read(master, 1 << 16):
+                self.screen.feed(data)
+
+
 def printable(lines: list[str]) -> bool:
     """True if no line has a control character, or one that changes the direction of text."""
     return not any(unicodedata.category(c) in ("Cc", "Cf", "Cs") for c in "".join(lines))
+
+
+def assert_whole(screen: Screen, reference: str = "") -> None:
+    """Nothing is cut: no line has more than its columns, unless it has a command to copy.
+
+    With a `reference`, the same in a pipe or on a wide screen, all words and numbers are in it.
+    """
+    lines = screen.written
+    assert printable(lines) and lines, lines
+    wide = [line for line in lines if cell_len(line) > screen.columns]
+    assert all(COMMAND_TO_COPY.search(line) or len(line.split()) == 1 for line in wide), wide
+    words = set(visible(reference).split())
+    cut = [word for line in lines for word in line.split() if words and word not in words | {"…"}]
+    assert not cut, (cut, lines)
 
 
 class Terminal:
@@ -96,8 +170,8 @@ class Terminal:
         """Types keys."""
         os.write(self.master, text.encode())
 
-    def read(self, seconds: float = 60.0, until: str | None = None) -> Screen:
-        """Draws what comes until `until` is on the screen or the program has ended.
+    def read(self, seconds: float = 60.0, until: str | None = None, times: int = 1) -> Screen:
+        """Draws what comes until `until` is there so many times or the program has ended.
 
         Raises:
             TimeoutError: neither happened within `seconds`.
@@ -117,7 +191,7 @@ class Terminal:
             elif self.process.poll() is not None:
                 self.screen.code = self.process.returncode
                 return self.screen
-            if until is not None and until in self.screen.text:
+            if until is not None and self.screen.text.count(until) >= times:
                 return self.screen
         raise TimeoutError(f"no {until!r} within {seconds} s on this screen:\n{self.screen.text}")
 

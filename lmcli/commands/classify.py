@@ -88,6 +88,7 @@ def classify(args: options.Arguments) -> None:
     files: list[str] = []
     if args.pool.is_leader:
         files = options.input_files(args.files, args.include, args.quiet)
+    from lmcli import display
     from lmcli.data.output_file import OutputFile
     from lmcli.data.rows import unfinished_batches
     from lmcli.output.classify import remote_task
@@ -127,7 +128,7 @@ def classify(args: options.Arguments) -> None:
             out.flush()
     if truncated_records and not args.quiet:
         count = f"{truncated_records} record{'s' if truncated_records > 1 else ''} longer than the"
-        click.echo(f"lm: {count} context of {model.context} tokens: truncated", err=True)
+        display.note(f"{count} context of {model.context} tokens: truncated")
     options.report_skipped(reader.skipped, args.quiet)
 
 

@@ -42,7 +42,7 @@ def _count(name: str, help: str, at_least: int = 0, **attributes: Any) -> option
 draws = options.section(
     "Sampling",
     _limited("--temperature", 0, 100, "0: always the likeliest token.  [default: 0.8]"),
-    _limited("--top-p", 0, 1, "Sample from the likeliest share.  [default: 0.95]"),
+    _limited("--top-p", 0, 1, "Draw from the likeliest share.  [default: 0.95]"),
     options.rare(
         _count("--top-k", "Sample from the N likeliest tokens; 0: from all."),
         _limited("--min-p", 0, 1, "Sample from those this likely, relative to the likeliest."),
@@ -70,8 +70,10 @@ rules = options.section(
 )
 form = options.section(
     "Form of the text (needs the extra structure)",
-    click.option("--regex", metavar="REGEX", help="The whole text matches this expression."),
-    click.option("--choices", metavar="A,B", help="The text is one of these; or a JSON list."),
+    options.rare(
+        click.option("--regex", metavar="REGEX", help="The whole text matches this expression."),
+        click.option("--choices", metavar="A,B", help="The text is one of these; or a JSON list."),
+    ),
     click.option(
         "--json-schema", metavar="FILE|JSON", help="The text is JSON, in one line, of this schema."
     ),
@@ -120,7 +122,9 @@ beam_search = options.section(
     "--chat/--no-chat", default=None, help="Each prompt is a user's message to the model."
 )
 @click.option("--system", metavar="TEXT", help="System message of the chat; implies --chat.")
-@options.flag("-i", "--interactive", help="Talk at the terminal.  [default: without PROMPT]")
+@options.rare(
+    options.flag("-i", "--interactive", help="Talk at the terminal.  [default: without PROMPT]")
+)
 @options.rare(
     options.choice(
         "--on-long",
@@ -132,8 +136,8 @@ beam_search = options.section(
 @options.section(
     "Output",
     options.flag("--why", help="Show each token with its best alternatives."),
-    options.flag("--echo", help="Write the prompt before its continuation."),
     options.rare(
+        options.flag("--echo", help="Write the prompt before its continuation."),
         _count("--logprobs", "With --json or --why: the N best alternatives of each token.", 1),
         options.flag("--raw", help="From standard input: write text as it is, line ends included."),
         options.flag(
@@ -146,7 +150,7 @@ beam_search = options.section(
 @options.section(
     "Data", options.rare(options.flag("--whole", help="Read all of standard input as one prompt."))
 )
-@options.row_format
+@options.rare(options.row_format)
 @options.on_error
 @options.bos
 @options.json_output
@@ -172,6 +176,7 @@ def generate(args: options.Arguments) -> None:
     from lmcli.data.output_file import OutputFile
     from lmcli.generation import batch_generation
     from lmcli.generation.decoding import slid_note
+    from lmcli.terminal.wrapping import WordWrap, columns_of
 
     model = options.load_model(args.model, args, generating=True)
     sampling = _sampling(args)
@@ -191,7 +196,8 @@ def generate(args: options.Arguments) -> None:
     prompts = _prompts(model, decoder, note, args)
     batches = prompts.batches(args.prompts, args.whole, args.zero)
     can_stream = batch_generation.can_stream(decoder) and not (args.as_json or args.why)
-    texts = _Texts(model, _style(model, args), OutputFile(styled=args.why))
+    wrap = None if args.as_json or args.zero else WordWrap(partial(columns_of, sys.stdout)).push
+    texts = _Texts(model, _style(model, args), OutputFile(styled=args.why, draw=wrap))
     with texts.out:
         if _from_arguments(args) and not args.best_of and can_stream:
             _stream(texts, decoder, batches, seed, args)

@@ -37,9 +37,7 @@ CHARACTERS_TO_JUDGE = 200  # a text by, unless there are fewer
 files = click.argument("files", nargs=-1, metavar="[FILE]...")
 data = click.argument("data", nargs=-1, metavar="DATA...")
 MODEL: dict[str, Any] = {"envvar": "LM_MODEL", "metavar": "DIR"}
-model = section(
-    "Model", click.option("-m", "--model", help="Model folder, or its name on the Hub.", **MODEL)
-)
+model = section("Model", click.option("-m", "--model", help="Folder or name on the Hub.", **MODEL))
 json_output = section("Output", flag("--json", "as_json", help="Write JSON Lines."))
 quiet = section("Output", flag("-q", "--quiet", help="Print nothing but results and errors."))
 verbose = section("Output", rare(flag("-v", "--verbose", help="Print what was chosen.")))
@@ -145,7 +143,7 @@ batch_tokens = section(
 )
 generation_limits = section(
     "Sampling",
-    number("-n", "--max-new-tokens", help="New tokens at most.  [default: the model's, or 256]"),
+    number("-n", "--max-new-tokens", help="Most new tokens.  [default: the model's, or 256]"),
     repeated("--stop", metavar="TEXT", help="End a text before TEXT; may be repeated."),
     rare(
         click.option(

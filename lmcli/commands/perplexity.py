@@ -109,6 +109,7 @@ def perplexity(args: options.Arguments) -> None:
     from lmcli.output import perplexity as output
     from lmcli.output.cells import short_names
     from lmcli.scoring.perplexity import remote_task
+    from lmcli.terminal.wrapping import message_for
 
     models = [_load(name, args) for name in args.models]
     if not args.pool.is_leader:
@@ -129,7 +130,7 @@ def perplexity(args: options.Arguments) -> None:
     )
     if args.verbose and sys.stdout.isatty() and not args.as_json:
         for row in rows:
-            options.echo(row["signature"])
+            options.echo(message_for(sys.stdout, row["signature"]))
     for text in () if args.quiet else output.remarks(rows, names):
         note(text)
 

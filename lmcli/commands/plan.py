@@ -87,9 +87,11 @@ def plan(args: options.Arguments) -> None:
     from lmcli.distributed import launcher
     from lmcli.model.device import select_device
     from lmcli.output import plan as output
+    from lmcli.output.cells import short_names
     from lmcli.planning import advice, cluster
     from lmcli.planning import plan as planning
     from lmcli.planning.background_load import BackgroundLoad
+    from lmcli.terminal.wrapping import message_for
 
     note: Callable[[str], None] = (lambda text: None) if args.quiet else display.note
     recipes = _recipes(args)
@@ -114,15 +116,15 @@ def plan(args: options.Arguments) -> None:
     planner = planning.Planner(text, device_config, startup, load)
     advised = [advice.advise(list(_plans(planner, recipes, group))) for group in groups]
     rows = output.rows([plan for plans, _ in advised for plan in plans])
-    many = bool(assumptions)
+    many, names = bool(assumptions), dict(zip(recipes, short_names(list(recipes))))
     display.print_rows(
         [{**row, "assumptions": assumptions} for row in rows],
         list(rows[0]),
         args.as_json,
-        lambda row: output.readable(row, display.clock(row["seconds"]), many),
+        lambda row: output.readable(row, names, display.clock(row["seconds"]), many),
     )
     if sys.stdout.isatty() and not args.as_json:
-        options.echo("\n".join(output.advice(rows, many)))
+        options.echo(message_for(sys.stdout, "\n".join(output.advice(rows, many))))
     for group, (_, best) in zip(groups, advised):
         note(f"{output.devices(group.size)}: {best}" if len(groups) > 1 else best)
 

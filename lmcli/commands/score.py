@@ -129,11 +129,11 @@ def score(args: options.Arguments) -> None:
     scored one after another.
     """
     per = _check(args)
-    leader = args.pool.is_leader
-    files = options.input_files(args.files, args.include, args.quiet) if leader else []
+    files = options.input_files(args.files, args.include, args.quiet) if args.pool.is_leader else []
     from lmcli.data.length_batching import doubling_batches
     from lmcli.data.output_file import OutputFile
     from lmcli.data.rows import RowReader, unfinished_batches
+    from lmcli.display import note
     from lmcli.evaluation.signature import LineTotals
     from lmcli.output import score_forms as output
     from lmcli.scoring.messages import MessageFields
@@ -145,7 +145,7 @@ def score(args: options.Arguments) -> None:
     _check_models(per, names, scorers)
     rows = _rows(args, per, names, scorers)
     task = output.remote_task(scorers, rows, args.alternatives or 0)
-    if not leader:
+    if not args.pool.is_leader:
         return args.pool.serve(task)
     fields = _fields(args, models, scorers[0].method)
     reader = RowReader(args.format_, args.fields, args.on_error, fields, args.keep)
@@ -169,7 +169,7 @@ def score(args: options.Arguments) -> None:
             for text in rows.remaining():
                 out.write(text)
             if (summary := rows.summary()) and not args.quiet:
-                click.echo(f"lm: {summary}", err=True)
+                note(summary)
     _echo_files(args.html, args.svg)
     if totals and totals.figures.tokens and chats and not chats.found:
         _write_signature(models[0], totals)
@@ -268,11 +268,12 @@ def _echo_files(*paths: str | None) -> None:
 
 
 def _write_signature(model: "Model", totals: "LineTotals") -> None:
+    from lmcli.display import note
     from lmcli.model.device import dtype_name
 
     assert model.folder is not None  # it was loaded from one
     dtype = dtype_name(model.device_config.dtype)
-    click.echo(f"lm: {totals.signature(model.folder, dtype)}", err=True)
+    note(str(totals.signature(model.folder, dtype)))
 
 
 def _write(

@@ -7,8 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from lmcli.commands import options
 from lmcli.errors import UsageError
 from lmcli.terminal import progress
@@ -151,6 +149,7 @@ def _learn(args: options.Arguments) -> None:
     paths = options.input_files(args.files, args.include, args.quiet)
     if not args.output:
         raise UsageError("--train needs an output folder", hint="name it with -o DIR")
+    from lmcli import display
     from lmcli.config import TokenizerConfig
     from lmcli.data.corpus import learn_tokenizer
     from lmcli.data.documents import DocumentFormat, survey
@@ -165,7 +164,7 @@ def _learn(args: options.Arguments) -> None:
 
     def note(text: str) -> None:
         if not args.quiet:
-            click.echo(f"lm: {text}", err=True)
+            display.note(text)
 
     config = TokenizerConfig(args.vocab_size or 4096, args.pattern or "gpt2")
     document_format = DocumentFormat("file", args.format_, args.fields, args.on_error)

@@ -96,16 +96,16 @@ class OutputFile:
         if self.header:
             header, self.header = self.header, ""
             self.write(header)
-        if self._draw:
-            self._pending.append(text)
-        else:
-            self._write(text, dim)
-
-    def _write(self, text: str, dim: bool) -> None:
         if self._drawn or (dim and self._terminal):
             text = visible(text)
         if dim and text and self._terminal and shows_color(sys.stdout):
             text = f"{DIM}{text}{PLAIN}"
+        if self._draw:
+            self._pending.append(text)
+        else:
+            self._write(text)
+
+    def _write(self, text: str) -> None:
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError:  # the name of a file, or a text from Python
@@ -116,8 +116,7 @@ class OutputFile:
     def _draw_pending(self) -> None:
         if self._draw and self._pending:
             text, self._pending = self._draw("".join(self._pending)), []
-            self._drawn = False  # the drawing has no control characters
-            self._write(text, False)
+            self._write(text)
 
     def flush(self) -> None:
         """Makes everything written so far visible to the reader."""

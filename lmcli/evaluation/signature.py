@@ -53,8 +53,8 @@ class Signature:
 
     @classmethod
     def parse(cls, text: str) -> "Signature":
-        """The signature on a line; raises UsageError if it is none."""
-        prefix, *cells = text.strip().split("|")
+        """The signature of a text, also wrapped as a terminal shows it; UsageError for none."""
+        prefix, *cells = "".join(text.split()).split("|")
         try:
             values = dict(cell.split(":", 1) for cell in cells)
             types = get_type_hints(cls)

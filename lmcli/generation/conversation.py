@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,7 +24,7 @@ from lmcli.errors import UserError
 from lmcli.generation.batch_generation import speed, stream_one
 from lmcli.generation.chat import Chat
 from lmcli.generation.decoding import slid, slid_note
-from lmcli.terminal.wrapping import columns_of, wrap
+from lmcli.terminal.wrapping import WordWrap, columns_of, message_for, wrap
 from lmcli.text.characters import DIM, PLAIN, for_stream, shows_color, visible, without_surrogates
 from lmcli.text.chat_template import ASSISTANT, Message
 
@@ -165,7 +166,8 @@ class Session:
             self.decoder(**{name: value or None})
             self.options[name] = value or None
         values = self.settings().items()
-        return ", ".join(f"{n} {value}" for n, value in values if n == name or not name)
+        shown = {n: "none" if value in (None, "", ()) else value for n, value in values}
+        return ", ".join(f"{n} {value}" for n, value in shown.items() if n == name or not name)
 
     def settings(self) -> dict[str, Any]:
         """The options that `set` changes, and their values."""
@@ -214,6 +216,8 @@ class Terminal:
         self.quiet, self.edits = quiet, sys.stdin.isatty() and sys.stdout.isatty()
         self.editor = _editor(words) if self.edits else None
         self.text_color = TEXT_COLOR if shows_color(sys.stdout) else ""
+        columns = partial(columns_of, sys.stdout)
+        self._wrap = WordWrap(columns) if sys.stdout.isatty() else None
         self.dim = DIM if shows_color(sys.stderr) else ""
 
     def message(self) -> str:
@@ -250,12 +254,14 @@ class Terminal:
         """Writes a piece of a generated text."""
         if piece:
             shown = for_stream(piece, sys.stdout)
-            sys.stdout.write(f"{self.text_color}{shown}{PLAIN}" if self.text_color else shown)
-            sys.stdout.flush()
+            self._write(f"{self.text_color}{shown}{PLAIN}" if self.text_color else shown)
 
     def end_text(self, ended: bool) -> None:
         """Ends the line of a text; `ended` if it has done so itself."""
-        sys.stdout.write("" if ended else "\n")
+        self._write("" if ended else "\n")
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(self._wrap.push(text) if self._wrap else text)
         sys.stdout.flush()
 
     def figures(self, tokens: int, first: float, seconds: float) -> None:
@@ -266,7 +272,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """Writes what a command tells the user, or what is wrong."""
-        print(for_stream(text, sys.stderr), file=sys.stderr)
+        print(message_for(sys.stderr, text), file=sys.stderr)
 
 
 def _editor(words: Callable[[str], dict[str, str]]) -> Any:

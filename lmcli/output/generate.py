@@ -8,12 +8,14 @@ from lmcli.data.output_file import escaped, json_line
 from lmcli.generation.decoding import Generated
 from lmcli.generation.prompts import Prompt
 from lmcli.terminal.painted_text import paint, shade
+from lmcli.terminal.wrapping import width
 from lmcli.text.characters import visible
 from lmcli.text.stream_decoder import StreamDecoder
 from lmcli.text.tokenizer import Tokenizer
 
 JSON_FIELDS = ("text", "finish_reason", "tokens", "token_logprobs", "seed")
 TOKEN_WIDTH, SHARE_WIDTH = 10, 6  # columns of a token and of its probability
+MOST_TOKEN_WIDTH = 16  # on a terminal
 
 
 @dataclass(frozen=True)
@@ -79,18 +81,24 @@ class WhyFormat(GenerationFormat):
 
     def _lines(self, result: Generated, colors: list[int | None]) -> Iterator[str]:
         steps = zip(result.tokens, result.token_logprobs, result.alternatives, colors)
-        width = TOKEN_WIDTH + SHARE_WIDTH + 2
-        most = None if self.columns is None else max(0, self.columns + 2 - width) // width
+        size, most = TOKEN_WIDTH, None
+        if self.columns is not None:
+            texts = [self.tokenizer.token_text(token) for token in result.tokens]
+            texts += [each["text"] for alternatives in result.alternatives for each in alternatives]
+            size = min(MOST_TOKEN_WIDTH, max([size, *(width(_drawn(text)) for text in texts)]))
+            most = max(0, (self.columns + 2) // (size + SHARE_WIDTH + 2) - 1)
         for token, logprob, alternatives, color in steps:
             others = [each for each in alternatives if each["token"] != token][:most]
             text = self.tokenizer.token_text(token)
-            cells = [paint(self._token(text), color) + _share(logprob)]
-            cells += [self._token(other["text"]) + _share(other["logprob"]) for other in others]
+            cells = [paint(self.fit(_drawn(text), size), color) + _share(logprob)]
+            for other in others:
+                cells.append(self.fit(_drawn(other["text"]), size) + _share(other["logprob"]))
             yield "  ".join(cells)
 
-    def _token(self, text: str) -> str:
-        """A token in its columns, with its spaces and control characters drawn."""
-        return self.fit(visible(text, keep="").replace(" ", "␣"), TOKEN_WIDTH)
+
+def _drawn(text: str) -> str:
+    """A token with its spaces and control characters drawn."""
+    return visible(text, keep="").replace(" ", "␣")
 
 
 def _share(logprob: float) -> str:

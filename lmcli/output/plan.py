@@ -16,9 +16,12 @@ def rows(plans: Sequence[Plan]) -> list[dict[str, Any]]:
     ]
 
 
-def readable(row: Mapping[str, Any], time: str, cluster: bool) -> dict[str | Column, Cell]:
+def readable(
+    row: Mapping[str, Any], names: Mapping[str, str], time: str, cluster: bool
+) -> dict[str | Column, Cell]:
     """Column → cell of a table for a terminal. `time` is the row's, formatted.
 
+    Presets are called by their `names`.
     With `cluster` the columns say what each device holds and what all devices do.
     """
     bits = row["bits_per_byte"]
@@ -30,7 +33,7 @@ def readable(row: Mapping[str, Any], time: str, cluster: bool) -> dict[str | Col
     if not cluster:
         epochs = row["epochs"]
         return {
-            Column("preset", kind="name"): row["preset"],
+            Column("preset", kind="name"): names[row["preset"]],
             Column("params", 1): _short(row["parameters"]),
             Column("tokens", 5): _short(row["tokens"]),
             Column("epochs", 4): f"{epochs:,.2g}" if epochs < 100 else f"{epochs:,.0f}",
@@ -42,7 +45,7 @@ def readable(row: Mapping[str, Any], time: str, cluster: bool) -> dict[str | Col
         }
     waiting = row["seconds_communicating"] / row["seconds"] if row["seconds"] else 0
     return {
-        Column("preset", kind="name"): row["preset"],
+        Column("preset", kind="name"): names[row["preset"]],
         "devices": f"{row['devices']:,}",
         Column("idle", 5): f"{row['idle_devices']:,}",
         Column("weights", 4): "sharded" if row["sharding"] == "sharded" else "whole",

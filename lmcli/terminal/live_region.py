@@ -249,6 +249,6 @@ def terminal_modes(stream: TextIO) -> Any:
 
 def give_back(stream: TextIO, modes: Any) -> None:
     """Restores a terminal after a process was killed that has drawn a region on it."""
-    if modes is not None and os.environ.get("TERM") != "dumb":
+    if modes is not None and moves_cursor(stream):
         _show_keys(stream, modes)
         print(SHOW_CURSOR, file=stream, flush=True)

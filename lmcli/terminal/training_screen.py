@@ -13,6 +13,7 @@ from rich.text import Text
 from lmcli.terminal import curve
 from lmcli.terminal.progress_line import line_text
 from lmcli.terminal.training_state import Comparison, Report, SampleText, TrainingState, clock
+from lmcli.terminal.wrapping import WordWrap
 from lmcli.text.characters import visible
 
 TRAINING, VALIDATION, BEST, QUIET = "cyan", "magenta", "bold green", "dim"
@@ -292,31 +293,13 @@ def _one_line(text: str) -> str:
 
 def _wrapped(text: str, columns: int) -> list[str]:
     """The text's lines, wrapped at words where there are any, without blank ones."""
-    lines: list[str] = []
-    columns = max(1, columns)
-    for line in visible(text.expandtabs(4)).splitlines():
-        rest = line.strip()
-        while cell_len(rest) > columns:
-            cut = _cut(rest, columns)
-            lines.append(rest[:cut].rstrip())
-            rest = rest[cut:].lstrip()
-        if rest:
-            lines.append(rest)
-    return lines or [""]
-
-
-def _cut(text: str, columns: int) -> int:
-    """Where to end a line: after the last word that fits, else after the last character."""
-    length, size = 0, 0
-    while length < len(text) and size + cell_len(text[length]) <= columns:
-        size += cell_len(text[length])
-        length += 1
-    space = text.rfind(" ", 0, length + 1)
-    return space if space > length // 3 else max(1, length)
+    wrap = WordWrap(lambda: max(1, columns))
+    lines = wrap.push(f"{visible(text.expandtabs(4))}\n").splitlines()
+    return [line.strip() for line in lines if line.strip()] or [""]
 
 
 def shorten(text: str, columns: int) -> str:
     """The text, cut after a word and with "…" if it is too wide."""
     if cell_len(text) <= columns:
         return text
-    return f"{text[: _cut(text, columns - 2)].rstrip(' …')} …"
+    return f"{_wrapped(text, columns - 2)[0].rstrip(' …')} …"

@@ -15,7 +15,7 @@ from lmcli.runs import changes
 from lmcli.storage import cache_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the forked processes import it, too
-from drawn_screen import Screen, Terminal
+from drawn_screen import InProcess, Screen, Terminal
 from forked import LmPopen
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +95,20 @@ def screen(terminal):
 
     def call(*arguments, **options) -> Screen:
         return terminal(*arguments, **options).read()
+
+    return call
+
+
+@pytest.fixture
+def drawn(environment, monkeypatch):
+    """drawn(*arguments, columns=80): what a terminal shows of `lm` in this process; fast."""
+    monkeypatch.setenv("LM_CACHE", environment["LM_CACHE"])
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("LM_MODEL", "COLUMNS", "LINES", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments, columns=80) -> Screen:
+        return InProcess(run, columns).draw(*arguments)
 
     return call
 

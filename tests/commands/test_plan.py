@@ -1,15 +1,12 @@
 """`lm plan` on the command line. No speed is asserted."""
 
 import json
-import os
-import pty
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from drawn_screen import Screen, assert_whole
 
-from lmcli.commands import run
 from lmcli.planning import plan
 
 SMALL = (
@@ -158,71 +155,61 @@ def test_processes_of_this_machine_are_measured_at_the_same_time(inside, notes):
 
 
 @pytest.fixture
-def on_terminal(environment, monkeypatch):
-    """on_terminal(*arguments): the lines that `lm plan` prints on a terminal of 80 columns."""
-    monkeypatch.setenv("LM_CACHE", environment["LM_CACHE"])
-    monkeypatch.setenv("COLUMNS", "80")
+def tables(drawn, monkeypatch):
+    """tables(*arguments): screens of `lm plan` at 60, 80, 120 and 300 columns, measured once."""
+    measure, plans = plan.Planner.plan, {}
 
-    def call(*arguments) -> list[str]:
-        leader, follower = pty.openpty()
-        with open(follower, "w", encoding="utf-8") as screen, monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", screen)
-            assert run(["plan", *arguments]) == 0
-        text = b""  # a table is less than a terminal holds back
-        try:
-            while part := os.read(leader, 1 << 16):
-                text += part
-        except OSError:
-            pass  # how Linux tells the end of a terminal
-        os.close(leader)
-        assert b"\t" not in text
-        return re.sub(r"\x1b\[\d*m", "", text.decode()).splitlines()
+    def planned(planner, name, recipe, group):
+        if (name, group.size) not in plans:
+            plans[name, group.size] = measure(planner, name, recipe, group)
+        return plans[name, group.size]
+
+    monkeypatch.setattr(plan.Planner, "plan", planned)
+
+    def call(*arguments) -> list[Screen]:
+        screens = [drawn("plan", *arguments, columns=columns) for columns in (60, 80, 120, 300)]
+        assert [shown.code for shown in screens] == [0] * 4, screens[0].text
+        return screens
 
     return call
 
 
-def test_a_table_on_a_terminal(on_terminal, notes):
-    header, line, advice = on_terminal(notes, "--preset", "tiny", *SMALL, "--steps", "5")
-    assert re.split(r"  +", header.strip()) == [
-        "preset",
-        "params",
-        "tokens",
-        "epochs",
-        "tok/par",
-        "FLOPs",
-        "MB",
-        "tok/s",
-        "time",
-        "bits/byte",
-    ]
-    assert max(len(header), len(line)) <= 80 and line.split()[0] == "tiny" and "about" in line
-    assert advice.startswith("tiny: ") and "gradients 0, optimizer 0, activations" in advice
+COLUMNS = ["preset", "params", "tokens", "epochs", "tok/par", "FLOPs", "MB", "tok/s", "time"]
+DEVICE_COLUMNS = ["preset", "devices", "idle", "weights", "MB each", "tok/s", "× one", "sends"]
 
 
-def test_a_table_of_several_devices(on_terminal, notes):
-    header, *lines, one, many = on_terminal(
-        notes, "--preset", "tiny", *SMALL, "--steps", "5", "--devices", "1,512"
-    )
-    assert re.split(r"  +", header.strip()) == [
-        "preset",
-        "devices",
-        "idle",
-        "weights",
-        "MB each",
-        "tok/s",
-        "× one",
-        "sends",
-        "time",
-        "bits/byte",
-    ]
-    assert [line.split()[:4] for line in lines] == [
-        ["tiny", "1", "0", "whole"],
-        ["tiny", "512", "508", "whole"],
-    ]
-    assert max(map(len, (header, *lines))) <= 80
-    assert one.startswith("tiny on 1 device: ") and many.startswith(
-        "tiny on 512 devices: a step has 4 rows for 512 devices"
-    )
+@pytest.mark.parametrize(
+    "arguments, columns, rows",
+    [
+        (("--preset", "tiny", "--preset", "{mine}"), [*COLUMNS, "bits/byte"], 2),
+        (("--preset", "tiny", "--devices", "1,8,512"), [*DEVICE_COLUMNS, "time", "bits/byte"], 3),
+    ],
+)
+def test_a_table_on_a_terminal(tables, notes, tmp_path, arguments, columns, rows):
+    mine = tmp_path / "my-own-preset.yaml"
+    mine.write_text("extends: tiny\n")
+    arguments = [word.format(mine=mine) for word in arguments]
+    *screens, wide = tables(notes, *arguments, *SMALL, "--steps", "5", "--threads", "1")
+    for shown in screens:
+        hidden = f"not shown at this width: {', '.join(columns)} {' '.join(columns)}"
+        assert_whole(shown, f"{wide.text} {hidden}")
+        lines = shown.written
+        start = next(i for i, line in enumerate(lines) if line.strip().startswith("preset"))
+        titles = re.split(r"  +", lines[start].strip())
+        assert titles == [title for title in columns if title in titles]
+        assert {"preset", "tok/s", "time", "bits/byte"} <= set(titles)
+        assert shown.columns < 120 or titles == columns
+        assert all(
+            "about" in line and line.startswith(("tiny", "my-own-preset.yaml "))
+            for line in lines[start + 1 : start + 1 + rows]
+        )
+    # what is advised is the same in words
+    advice = " ".join(wide.text.split())
+    advice = advice[advice.index("tiny on 1 device:" if rows == 3 else "tiny:") :]
+    assert "gradients 0, optimizer 0, activations" in advice
+    assert all(advice in " ".join(" ".join(shown.written).split()) for shown in screens)
+    if rows == 3:
+        assert "tiny on 512 devices: a step has 4 rows for 512 devices: 508 are idle" in advice
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ class TestSession:
         assert talk.run("/set max-new-tokens=3") == "max_new_tokens 3"
         assert talk.run("/set temperature") == "temperature 0.8"  # the default of the folder
         assert talk.run("/set seed 9") == "seed 9" and talk.seed == 9
-        assert talk.run("/set") == "max_new_tokens 3, temperature 0.8, seed 9, system None"
+        assert talk.run("/set") == "max_new_tokens 3, temperature 0.8, seed 9, system none"
 
     @pytest.mark.parametrize(
         "line, message",
