@@ -192,7 +192,7 @@ row_format = section(
         expose_value=False,
         is_eager=True,
         callback=_keep_fields,
-        help="Columns to read; train, evaluate: text=A,label=B.",
+        help="Columns; train and evaluate: text=A,label=B.",
     ),
     rare(
         repeated(
