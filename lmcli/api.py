@@ -151,7 +151,7 @@ class Model(NotebookTable):
                 hint="that takes a decoder on a CPU, without an adapter, and a C compiler",
             )
         states = partial(decoding_state, self.model, weight_type=self._weight_type)
-        return states, fast and self.config.shape == "decoder"
+        return states, fast
 
     def rows(self) -> list[dict[str, Any]]:
         """What it is, in one row."""

@@ -165,7 +165,7 @@ def decoder(small_model, small_tokenizer):
             config,
             tuple(stop_strings),
             use_cache,
-            extendable=model.config.shape == "decoder" and supports(model),
+            extendable=supports(model),
         )
         decoder.model = model  # for the tests; it knows the model by its states only
         return decoder

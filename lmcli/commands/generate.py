@@ -175,7 +175,7 @@ def generate(args: options.Arguments) -> None:
     from lmcli import display
     from lmcli.data.output_file import OutputFile
     from lmcli.generation import batch_generation
-    from lmcli.generation.decoding import slid_note
+    from lmcli.generation.prompts import slid_note
     from lmcli.terminal.wrapping import WordWrap, columns_of
 
     model = options.load_model(args.model, args, generating=True)

@@ -8,7 +8,7 @@ import math
 import random
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, replace
 from itertools import chain
 from queue import Empty, Queue
@@ -164,7 +164,14 @@ def _sampled(
 def _continuously(
     decoder: Decoder, batches: Iterator[list[SampledPrompt]], num_samples: int, max_tokens: int
 ) -> Iterator[tuple[Prompt, list[Generated]]]:
-    line = _Line(batches, num_samples)
+    def arrange(rows: list[_Waiting]) -> Iterable[_Waiting]:
+        """Sources in groups of similar length, which are encoded together."""
+        costs = [decoder.cost(row.prompt, num_samples) for row, _ in rows]
+        for positions in group_by_length(costs, max_tokens):
+            group = [rows[i][0] for i in positions]
+            yield from ((rows[i][0]._replace(group=group), rows[i][1]) for i in positions)
+
+    line = _Line(batches, num_samples, arrange if decoder.has_encoder else list)
     progress.current().begin()
     while line.wait():
         yield from line.finished()
@@ -175,16 +182,27 @@ def _continuously(
         yield from line.finished()
 
 
-class _Line:
-    """Prompts that a thread reads, in order, until their results are given out."""
+_Waiting = tuple[PromptRow, dict[int, Generated]]  # a row, and where its result goes
 
-    def __init__(self, batches: Iterator[list[SampledPrompt]], num_samples: int):
-        self._samples = num_samples
+
+class _Line:
+    """Prompts that a thread reads, in order, until their results are given out.
+
+    `arrange` orders the rows of those that arrived together.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[list[SampledPrompt]],
+        num_samples: int,
+        arrange: Callable[[list[_Waiting]], Iterable[_Waiting]],
+    ):
+        self._samples, self._arrange = num_samples, arrange
         self._arrived: Queue[list[SampledPrompt] | BaseException | None] = Queue(BATCHES_READ_AHEAD)
         self._end: tuple[BaseException | None] | None = None  # why reading ended
         # a prompt, and its results by seed
         self._unwritten: deque[tuple[SampledPrompt, dict[int, Generated]]] = deque()
-        self._waiting: deque[tuple[PromptRow, dict[int, Generated]]] = deque()  # rows to be taken
+        self._waiting: deque[_Waiting] = deque()  # rows to be taken
         self._taken: dict[int, dict[int, Generated]] = {}  # where the result of a row goes
         self._number = 0  # of the next row
         threading.Thread(target=self._read, args=(batches,), daemon=True).start()
@@ -212,10 +230,12 @@ class _Line:
         if not isinstance(arrived, list):
             self._end = (arrived,)
             return
+        rows: list[_Waiting] = []
         for sampled in arrived:
             results: dict[int, Generated] = {}
             self._unwritten.append((sampled, results))
-            self._waiting += [(row, results) for row in sampled.rows(one_per_sample=True)]
+            rows += [(row, results) for row in sampled.rows(one_per_sample=True)]
+        self._waiting += self._arrange(rows)
 
     def take(self) -> PromptRow | None:
         """The next row; None if no prompt has arrived."""

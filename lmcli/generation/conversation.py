@@ -23,7 +23,8 @@ from lmcli.data.output_file import json_line
 from lmcli.errors import UserError
 from lmcli.generation.batch_generation import speed, stream_one
 from lmcli.generation.chat import Chat
-from lmcli.generation.decoding import slid, slid_note
+from lmcli.generation.decoding import slid
+from lmcli.generation.prompts import slid_note
 from lmcli.terminal.wrapping import WordWrap, columns_of, message_for, wrap
 from lmcli.text.characters import DIM, PLAIN, for_stream, shows_color, visible, without_surrogates
 from lmcli.text.chat_template import ASSISTANT, Message

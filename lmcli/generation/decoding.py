@@ -7,7 +7,7 @@ and the newer half. An encoder–decoder reads its prompt as the source and gene
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from lmcli.config import GenerateConfig, ModelConfig
-from lmcli.errors import UserError
 from lmcli.generation import sampling
 from lmcli.generation.beam_search import UNDEFINED, Hypothesis, search
 from lmcli.generation.constraints import Constraints, SequenceState, sequence_state
 from lmcli.generation.prompt_lookup import PromptLookup
+from lmcli.generation.prompts import too_long
 from lmcli.generation.sampling import Floats
 from lmcli.generation.structure import Structure, form_of
 from lmcli.model import finite
@@ -35,14 +35,6 @@ if TYPE_CHECKING:
 DecodingStates = Callable[[list[list[int]], list[list[int]] | None, int], "State"]
 
 NO_TOKEN = "no token of the vocabulary that the options allow continues the form of the text"
-
-
-def too_long(prompt: list[int], context: int, hint: str) -> UserError:
-    """The error of a prompt (ids) longer than the context."""
-    count, over = len(prompt), len(prompt) - context
-    return UserError(
-        f"the prompt has {count:,} tokens, {over:,} more than the context of {context:,}", hint=hint
-    )
 
 
 @dataclass
@@ -76,20 +68,15 @@ def slid(config: ModelConfig, prompt: list[int], result: Generated) -> bool:
     return config.shape == "decoder" and tokens > config.max_position_embeddings
 
 
-def slid_note(count: int, context: int) -> str:
-    """What a user is told about texts that outgrew the context."""
-    texts = "1 text is" if count == 1 else f"{count:,} texts are"
-    return (
-        f"{texts} longer, with the prompt, than the context of {context:,} tokens: the window "
-        "slid, and the end was written without the beginning"
-    )
-
-
 class PromptRow(NamedTuple):
-    """A prompt (ids), and the seeds of the results that one row gives."""
+    """A prompt (ids), and the seeds of the results that one row gives.
+
+    Where sources enter while others go on, the sources of its `group` are encoded at once.
+    """
 
     prompt: list[int]
     seeds: list[int]
+    group: "Sequence[PromptRow]" = ()
 
 
 class TextChunk(NamedTuple):
@@ -199,6 +186,8 @@ class Decoder:
         """
         rows: list[_Row] = []
         state, number, waiting = None, 0, take()
+        group: Sequence[PromptRow] | None = None
+        sources: Iterator[int] = iter(())  # their numbers in the state
         while rows or waiting:
             entering: list[_Row] = []
             longest = max((self.cost(row.prompt, 1) for row in rows), default=0) if waiting else 0
@@ -207,9 +196,19 @@ class Decoder:
                 others = len(rows) + len(entering)
                 if others and longest * (others + 1) > max_tokens:
                     break
+                if waiting.group is not group:
+                    if entering:
+                        break
+                    group = waiting.group
+                    if state and self.has_encoder:
+                        encoded = [self._source(row.prompt) for row in group]
+                        sources = iter(cast("FastDecodingState", state).read_sources(encoded))
                 entering.append(self._row(number, waiting.prompt, waiting.seeds[0]))
+                if state and self.has_encoder:
+                    entering[-1].source_number = next(sources)
                 number, waiting = number + 1, take()
-            alone = rows[0] if len(rows) == 1 and self.extendable and not entering else None
+            can_guess = self.extendable and not self.has_encoder and not entering
+            alone = rows[0] if len(rows) == 1 and can_guess else None
             if state and alone and (guess := alone.guess()):
                 yield from self._verify(cast("FastDecodingState", state), alone, guess)
             else:
@@ -249,7 +248,7 @@ class Decoder:
             capacity = self._fit_windows(rows)
             return self._state(rows, capacity), rows
         staying = [i for i, row in enumerate(rows) if len(row.window) <= self.context]
-        if self.extendable and len(staying) < len(rows):
+        if self.extendable and not self.has_encoder and len(staying) < len(rows):
             entering = [row for row in rows if len(row.window) > self.context] + entering
             state.keep(np.array(staying, np.int64))
             rows = [rows[i] for i in staying]
@@ -257,7 +256,8 @@ class Decoder:
         if entering:
             capacity = self._fit_windows(entering)
             windows = [row.window for row in entering]
-            cast("FastDecodingState", state).extend(tokens, windows, capacity)
+            sources = [row.source_number for row in entering] if self.has_encoder else None
+            cast("FastDecodingState", state).extend(tokens, windows, capacity, sources)
         else:
             state.add(tokens)
         return state, rows + entering
@@ -396,6 +396,7 @@ class _Row:
     decoder: Decoder
     limit: int  # most new tokens
     source: list[int] = field(default_factory=list)  # ids for the encoder
+    source_number: int = 0  # of the source in a state that sources enter
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     alternatives: list[list[dict[str, Any]]] = field(default_factory=list)

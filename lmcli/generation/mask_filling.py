@@ -15,7 +15,8 @@ from torch import Tensor
 from lmcli.config import GenerateConfig, ModelConfig
 from lmcli.errors import UsageError
 from lmcli.generation import sampling
-from lmcli.generation.decoding import Generated, too_long
+from lmcli.generation.decoding import Generated
+from lmcli.generation.prompts import too_long
 from lmcli.model import finite
 from lmcli.model.cached_forward import pad
 from lmcli.model.transformer import Transformer

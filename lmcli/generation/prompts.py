@@ -59,6 +59,23 @@ def encode_prompt(
     return ids
 
 
+def too_long(prompt: list[int], context: int, hint: str) -> UserError:
+    """The error of a prompt (ids) longer than the context."""
+    count, over = len(prompt), len(prompt) - context
+    return UserError(
+        f"the prompt has {count:,} tokens, {over:,} more than the context of {context:,}", hint=hint
+    )
+
+
+def slid_note(count: int, context: int) -> str:
+    """What a user is told about texts that outgrew the context."""
+    texts = "1 text is" if count == 1 else f"{count:,} texts are"
+    return (
+        f"{texts} longer, with the prompt, than the context of {context:,} tokens: the window "
+        "slid, and the end was written without the beginning"
+    )
+
+
 class Prompts:
     """Reads prompts; `encode` is encode_prompt for a model, `fit` cuts ids, `note` gets warnings.
 

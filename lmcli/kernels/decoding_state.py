@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,8 +43,9 @@ def fast_state(
     weight_type: str | None = None,
 ) -> FastDecodingState:
     """A FastDecodingState of a model that `supports` accepts; equal sources are encoded once."""
-    heads = None if sources is None else _cross_heads(model, sources)
-    return FastDecodingState(weights_of(model, weight_type), sequences, capacity, heads)
+    encode = partial(_cross_heads, model)
+    heads = None if sources is None else encode(sources)
+    return FastDecodingState(weights_of(model, weight_type), sequences, capacity, heads, encode)
 
 
 def supports(model: Transformer) -> bool:

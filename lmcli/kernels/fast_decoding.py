@@ -5,6 +5,7 @@ numbers of a sequence do not depend on the other sequences, to the bit. Nothing 
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +47,15 @@ class CrossHeads(NamedTuple):
         """Tokens of the longest source."""
         return self.values[0].shape[2]
 
+    def joined(self, chosen: Integers, others: "CrossHeads") -> "CrossHeads":
+        """The `chosen` sources, then others; `rows` are those of the others, among all."""
+        keys, values = (
+            [_stacked(mine[chosen], theirs) for mine, theirs in zip(*pair)]
+            for pair in ((self.keys, others.keys), (self.values, others.values))
+        )
+        lengths = np.concatenate([self.lengths[chosen], others.lengths])
+        return CrossHeads(keys, values, lengths, len(chosen) + others.rows)
+
 
 class FastDecodingState:
     """Sequences, their key–value cache and the `logits` (B, V) of their next token.
@@ -60,15 +70,18 @@ class FastDecodingState:
         sequences: list[list[int]],
         capacity: int,
         sources: CrossHeads | None = None,
+        encode: Callable[[list[list[int]]], CrossHeads] | None = None,
     ):
         self.config, self.weights, self.capacity = weights.config, weights, capacity
         # this state's own copy, for the pointers to its cache
         self._layers = type(self.weights.layers).from_buffer_copy(self.weights.layers)
         self._model = _Model.from_buffer_copy(self.weights.model)
         self._model.layer = ctypes.addressof(self._layers)
-        self._sources, self._source_of = sources, np.zeros(len(sequences), np.int64)
+        self._encode, self._source_of = encode, np.zeros(len(sequences), np.int64)
+        self._sources = sources
         if sources is not None:
             self._set_sources(sources)
+            self._source_of = sources.rows
         self._lengths = np.zeros(0, np.int64)  # tokens read of each sequence
         self._slots = np.zeros(0, np.int64)  # its place in the cache
         self._scratch: dict[str, NDArray[Any]] = {}
@@ -99,21 +112,40 @@ class FastDecodingState:
         """Reads one more token (B,) of each sequence."""
         self.extend(tokens, [], 0)
 
-    def extend(self, tokens: Integers, sequences: list[list[int]], capacity: int) -> None:
+    def extend(
+        self,
+        tokens: Integers,
+        sequences: list[list[int]],
+        capacity: int,
+        sources: list[int] | None = None,
+    ) -> None:
         """Reads one more token (B,) of each sequence, and new ones, which become the last rows.
 
-        At most `capacity` tokens of a new one are read. A state with sources takes none.
+        At most `capacity` tokens of a new one are read. `sources` are numbers of `read_sources`.
         """
         self.capacity = max(self.capacity, capacity)
         old = len(self._slots)
         if self._sources is None:
             self._source_of = np.zeros(old + len(sequences), np.int64)
+        elif sources:
+            self._source_of = np.concatenate([self._source_of, np.array(sources, np.int64)])
         self._reserve(sequences)
         counts = np.array([1] * old + [len(sequence) for sequence in sequences], np.int64)
         starts = np.concatenate([self._lengths, np.zeros(len(sequences), np.int64)])
         new = (np.array(sequence, np.int64) for sequence in sequences)
         self._lengths = starts + counts
         self.logits = self._read(np.concatenate([tokens, *new]), starts, counts)
+
+    def read_sources(self, sources: list[list[int]]) -> list[int]:
+        """Encodes the sources of sequences that will enter, equal ones once; returns their numbers.
+
+        What no present sequence reads is forgotten.
+        """
+        assert self._sources is not None and self._encode is not None
+        used, self._source_of = np.unique(self._source_of, return_inverse=True)
+        self._sources = self._sources.joined(used, self._encode(sources))
+        self._set_sources(self._sources)
+        return self._sources.rows.tolist()
 
     def look_ahead(self, tokens: Integers) -> Array:
         """The logits (N, V) after each of N more tokens of the only sequence.
@@ -300,10 +332,18 @@ class FastDecodingState:
         self._slots = np.arange(len(places))
 
     def _set_sources(self, sources: CrossHeads) -> None:
-        self._source_of = sources.rows
         self._model.cross_capacity = sources.longest
         for layer, keys, values in zip(self._layers, sources.keys, sources.values):
             layer.cross_keys, layer.cross_values = keys.ctypes.data, values.ctypes.data
+
+
+def _stacked(first: Array, second: Array) -> Array:
+    """Both arrays (sources, K, S, …) in one, with zeros after what is shorter."""
+    shape = len(first) + len(second), first.shape[1], max(first.shape[2], second.shape[2])
+    result = np.zeros((*shape, *first.shape[3:]), np.float32)
+    result[: len(first), :, : first.shape[2]] = first
+    result[len(first) :, :, : second.shape[2]] = second
+    return result
 
 
 def in_blocks(keys: Array) -> Array:

@@ -11,7 +11,7 @@ from lmcli.data.schema import row_prompt
 from lmcli.errors import UserError
 from lmcli.generation.chat import Chat, without_answer
 from lmcli.generation.conversation import Session
-from lmcli.generation.decoding import slid_note
+from lmcli.generation.prompts import slid_note
 from lmcli.text.chat_template import DEFAULT_TEMPLATE
 from lmcli.text.tokenizer import Tokenizer
 

@@ -1,10 +1,18 @@
 """Encoder–decoders: sources are encoded once; targets do not depend on the batch."""
 
+import random
+import threading
+
 import pytest
 import torch
 
+from lmcli.generation.batch_generation import generate_all, generate_each
 from lmcli.generation.decoding import Decoder
+from lmcli.generation.prompts import Prompt
+from lmcli.kernels import build
+from lmcli.kernels.fast_decoding import CrossHeads, FastDecodingState
 
+needs_kernels = pytest.mark.skipif(build.library() is None, reason=build.problem())
 SOURCES = [[5, 9, 0], [0], [*range(40, 80), 0], [300, 301, 0], [7] * 20 + [0], [5, 9, 0]]
 
 
@@ -109,3 +117,78 @@ def test_a_source_longer_than_the_context_is_cut_at_the_end(translator):
 def test_a_long_target_outgrows_the_first_cache(translator):
     lm = translator("relative", max_new_tokens=150)
     assert lm.generate(SOURCES[:2], [0, 0])[1].tokens == plain_greedy(lm.model, SOURCES[1], 150)
+
+
+def some_sources(count: int) -> list[list[int]]:
+    draw = random.Random(2)
+    return [[*draw.choices(range(4, 400), k=draw.randrange(25)), 0] for _ in range(count)]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("positions", "options", "samples"),
+    [
+        ("sinusoidal", {}, 1),
+        ("relative", {"temperature": 1.0, "max_new_tokens": 90}, 2),  # beyond the context
+        ("learned", {"no_repeat_ngram_size": 2, "stop_strings": ("e",)}, 1),
+    ],
+    ids=str,
+)
+def test_sources_enter_while_others_go_on(positions, options, samples, translator, monkeypatch):
+    """As groups are that are decoded to their ends, to the bit, in fewer steps."""
+    lm = translator(
+        positions, **{"max_new_tokens": 30, "stop_ids": list(range(0, 400, 30)), **options}
+    )
+    rows, forward = [], FastDecodingState._forward
+
+    def counting(state, tokens, *rest):
+        rows.append(len(tokens))
+        return forward(state, tokens, *rest)
+
+    monkeypatch.setattr(FastDecodingState, "_forward", counting)
+    texts, steps = [], []
+    for lm.extendable in (False, True):
+        rows.clear()
+        texts.append(generate_all(lm, some_sources(90), samples, seed=3, batch_tokens=250))
+        steps.append(len(rows))
+        assert max(rows) < 100
+    assert texts[1] == texts[0] and steps[1] < 0.85 * steps[0]
+    seeds = [result.seed for results in texts[1] for result in results]
+    assert seeds == list(range(3, 3 + 90 * samples))
+
+
+@needs_kernels
+def test_memory_for_sources_does_not_grow_with_their_number(translator, monkeypatch):
+    lm, sizes = translator(max_new_tokens=9, stop_ids=list(range(0, 400, 9))), []
+    join = CrossHeads.joined
+
+    def joined(heads, *arguments):
+        result = join(heads, *arguments)
+        sizes.append((len(result.lengths), result.longest))
+        return result
+
+    monkeypatch.setattr(CrossHeads, "joined", joined)
+    batches = ([Prompt("", source) for source in some_sources(40)] for _ in range(20))
+    results = [result for _, (result,) in generate_each(lm, batches, 0, batch_tokens=200)]
+    assert [result.seed for result in results] == list(range(800))
+    # 4 · 200 tokens: two groups of at most 40 sources of 25 tokens and the end, in blocks of 16
+    assert len(sizes) > 30 and max(count for count, _ in sizes) <= 80
+    assert {longest for _, longest in sizes} <= {16, 32}
+
+
+@needs_kernels
+def test_a_source_is_answered_before_the_next_arrives(translator):
+    lm, answered = translator(max_new_tokens=5), threading.Event()
+
+    def arriving():
+        for source in SOURCES:
+            yield [Prompt("", source)]
+            assert answered.wait(10)
+            answered.clear()
+
+    texts = []
+    for _, (result,) in generate_each(lm, arriving(), 0):
+        texts.append(result)
+        answered.set()
+    alone = [generate_all(lm, [source], 1, seed=i)[0][0] for i, source in enumerate(SOURCES)]
+    assert texts == alone
