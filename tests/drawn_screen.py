@@ -38,16 +38,12 @@ class Screen:
     @property
     def display(self) -> list[str]:
         """The visible lines, without spaces at their ends."""
-        return [line.rstrip() for line in self.pyte.display]
+        return [_text(self.pyte.buffer[number]) for number in range(self.pyte.lines)]
 
     @property
     def lines(self) -> list[str]:
         """All lines, also those that were scrolled out, without empty ones at the end."""
-        above = [
-            "".join(row[i].data for i in range(self.columns)).rstrip()
-            for row in self.pyte.history.top
-        ]
-        lines = above + self.display
+        lines = [_text(row) for row in self.pyte.history.top] + self.display
         while lines and not lines[-1]:
             lines.pop()
         return lines
@@ -68,6 +64,11 @@ class Screen:
         """Foreground and background of a visible cell, as pyte names them."""
         cell = self.pyte.buffer[line][column]
         return cell.fg, cell.bg
+
+
+def _text(row) -> str:
+    """The cells of a line that were drawn, without spaces at its end."""
+    return "".join(row[column].data for column in range(max(row, default=-1) + 1)).rstrip()
 
 
 class InProcess:

@@ -10,6 +10,7 @@ import click
 from lmcli.commands import STARTED_AT, options
 from lmcli.errors import UsageError
 from lmcli.terminal import progress
+from lmcli.text.characters import counted
 
 if TYPE_CHECKING:
     from lmcli.config import Recipe
@@ -104,7 +105,7 @@ def plan(args: options.Arguments) -> None:
     document_format = DocumentFormat(args.documents, args.format_, args.fields, args.on_error)
     text = planning.read_text(args.data, args.val, document_format, args.include, first, note)
     note(
-        f"{text.documents:,} documents, {text.bytes:,} bytes to train on; "
+        f"{counted(text.documents, 'document')}, {text.bytes:,} bytes to train on; "
         f"trying {', '.join(recipes)} on {device_config}"
     )
     if "auto" in recipes:

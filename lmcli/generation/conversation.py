@@ -39,7 +39,7 @@ HELP = r'''/reset             forget what was said
 /set NAME VALUE    change an option: /set temperature 0.5; /set alone shows them
 /help              show this; // at the start of a line stands for /
 A line that ends in \ continues in the next one. """ begins and ends several lines.
-With prompt_toolkit Alt-Enter or Ctrl-J begins a new line, and Tab completes commands.
+With prompt_toolkit Alt-Enter begins a new line, and Tab completes commands.
 Ctrl-C stops a text, and ends when pressed again; so does Ctrl-D.'''
 HELP_INDENT = 19
 HISTORY_LINES = 1000

@@ -65,8 +65,8 @@ class LineEditor:
         os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
         is_command = Condition(lambda: self.session.default_buffer.text.startswith("/"))
         keys = KeyBindings()
-        keys.add("c-j")(_insert("\n"))
         keys.add("escape", "enter")(_insert("\n"))
+        # Ctrl-J stays what sends a message: the terminal sends it for Enter while a text is written
         keys.add("tab", filter=~is_command)(_insert("\t"))
         self.session: PromptSession[str] = PromptSession(
             history=ReadlineHistory(readline),

@@ -200,7 +200,7 @@ class TestLoop:
         (tmp_path / "evil" / "chat_template.jinja").write_text(evil)
         screen = terminal(model=tmp_path / "evil", NO_COLOR="1")
         screen.type("Hi\n")
-        assert "\x1b]0" not in screen.wait_for("error: .*␛]0;title␇.*>>> ")
+        assert "\x1b]0" not in screen.wait_for(r"error:\s.*␛]0;title␇.*>>> ")
         screen.type("\x03")
         screen.wait_for("Ctrl-C again.*>>> ")
         screen.type("\x03")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,13 +103,13 @@ class TestTheOutputIsThatOfOneProcess:
         done = same("score", "-m", model, "--per", "token", stdin=files["text.txt"].read_bytes())
         assert done.returncode == 0 and done.stdout.count(b"\n") > 1000
 
-    def test_perplexity_and_the_difference_of_two_models(self, same, model, files):
+    def test_perplexity_and_the_difference_of_two_models(self, same, model, files, tmp_path):
         done = same(
             "perplexity",
             "-m",
             model,
             "-m",
-            model,
+            shutil.copytree(model, tmp_path / "copy"),
             "--batch-tokens",
             32,
             "--documents",
@@ -138,13 +139,13 @@ class TestTheOutputIsThatOfOneProcess:
         seeds = [json.loads(line)["seed"] for line in done.stdout.splitlines()]
         assert len(seeds) == 200 and seeds[:2] == [3, 4]
 
-    def test_figures_of_predictions(self, lm, inside, classifier, files):
+    def test_figures_of_predictions(self, lm, inside, classifier, files, tmp_path):
         command = (
             "evaluate",
             "-m",
             classifier,
             "-m",
-            classifier,
+            shutil.copytree(classifier, tmp_path / "copy"),
             "--resamples",
             50,
             "-q",

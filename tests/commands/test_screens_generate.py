@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 from drawn_screen import assert_whole, printable
@@ -101,6 +102,7 @@ def test_a_conversation_is_wrapped_at_words_also_in_a_window_that_changes(
         running.resize(columns, 60)
         running.type("Once upon a time\r")
         running.read(until="tokens/s", times=number)
+        running.read(until=">>>", times=number + 1)
     running.type("/save talk.jsonl\r")
     running.read(until="1 line added")
     for typed, until in (("/set", "system"), ("/set nothing", "known:"), ("/help", "Ctrl-D.\n>>>")):
@@ -113,3 +115,16 @@ def test_a_conversation_is_wrapped_at_words_also_in_a_window_that_changes(
     words = [word for each in messages[1::2] for word in visible(each["content"]).split()]
     assert len(words) > 20
     assert [word for word in words if word not in shown.text.split()] == []
+
+
+def test_what_is_typed_while_a_text_is_written_is_the_next_message(terminal, chat_model, tmp_path):
+    options = ("--threads", 1, "-n", 400, "--min-new-tokens", 400)
+    running = terminal("generate", "-i", "-m", chat_model, *options, rows=60, folder=tmp_path)
+    running.read(until=">>>")
+    running.type("One\r")
+    time.sleep(0.1)
+    running.type("Two\r/save talk.jsonl\r")
+    shown = running.read(until="1 line added", seconds=20)
+    assert shown.code is None, shown.text
+    messages = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]
+    assert [each["content"] for each in messages[::2]] == ["One", "Two"]
