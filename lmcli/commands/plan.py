@@ -10,7 +10,6 @@ import click
 from lmcli.commands import STARTED_AT, options
 from lmcli.errors import UsageError
 from lmcli.terminal import progress
-from lmcli.text.characters import counted
 
 if TYPE_CHECKING:
     from lmcli.config import Recipe
@@ -93,6 +92,7 @@ def plan(args: options.Arguments) -> None:
     from lmcli.planning import plan as planning
     from lmcli.planning.background_load import BackgroundLoad
     from lmcli.terminal.wrapping import message_for
+    from lmcli.text.characters import counted
 
     note: Callable[[str], None] = (lambda text: None) if args.quiet else display.note
     recipes = _recipes(args)
