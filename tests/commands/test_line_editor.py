@@ -59,7 +59,7 @@ class TestKeys:
         enter(one, "\t7\r", until=["\nseed 7\n>>>"])
         screen = enter(one, UP + CTRL_C, until=[f"{LEFT}\n>>>"])
         assert ">>> /set seed 7\n" + LEFT in screen.text
-        screen = enter(one, UP + UP + "!" + ESCAPE + "\rnew\n中文\r", until=[" s\n>>>"])
+        screen = enter(one, f"{UP}{UP}!{ESCAPE}\rnew{ESCAPE}\r中文\r", until=[" s\n>>>"])
         assert ">>> of two\n... lines!\n... new\n... 中文\n" in screen.text
         assert b"\x1b[36m" in screen.raw  # the text in its color
         enter(one, "/save saved\r", until=["1 line added to saved\n>>>"])

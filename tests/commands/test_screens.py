@@ -16,5 +16,6 @@ def test_keys_reach_a_program_and_it_knows_the_width(terminal, trained, tmp_path
     running.read(until=">")
     running.type("/help\r")
     assert printable(running.read(until="/reset").lines)
+    running.read(until=">>>", times=2)  # the terminal would drop Ctrl-D before the prompt is back
     running.type("\x04")
     assert running.read().code == 0
