@@ -1,5 +1,6 @@
 """Results on terminals of 60, 80 and 120 columns: no line too wide, no number cut."""
 
+import json
 import re
 
 import pytest
@@ -11,14 +12,22 @@ NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 
 @pytest.fixture
 def folder(tmp_path, trained, monkeypatch):
-    """The working folder, with two texts and three names of a model."""
+    """The working folder, with texts, labels of two systems and three names of a model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "other.txt").write_text(TEXT * 3)
+    rows = [
+        {"text": f"film {number}", "label": ("good", "bad")[number % 3 == 0], "by": number % 2}
+        for number in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "p.txt").write_text("good\n" * 40)
+    (tmp_path / "q.txt").write_text("good\nbad\n" * 20)
     for name in ("one", "two", "three"):
         (tmp_path / name).symlink_to(trained[0])
 
 
+SYSTEMS = ("--predictions", "p.txt", "--predictions", "q.txt")
 THREE = ("-m", "one", "-m", "two", "-m", "three")
 
 
@@ -30,6 +39,16 @@ THREE = ("-m", "one", "-m", "two", "-m", "three")
         ("score", *THREE, "--per", "word", "text.txt"),
         ("score", *THREE, "--per", "token", "text.txt"),
         ("perplexity", *THREE[:4], "--documents", "line", "text.txt", "other.txt", "-v"),
+        (
+            "evaluate",
+            "rows.jsonl",
+            "--predictions",
+            "p.txt",
+            "--predictions",
+            "q.txt",
+            "--by",
+            "by",
+        ),
         ("info", "one"),
         ("info", "-v", "one"),
         ("tokenize", "-m", "one", "--pieces", "text.txt"),
@@ -51,7 +70,7 @@ def test_tables_fit_and_their_numbers_are_whole(drawn, arguments, columns):
         assert any(abs(number - other) <= 0.5001 * 10**-digits for other in known), each
 
 
-@pytest.mark.parametrize("columns", [60, 120])
+@pytest.mark.parametrize("columns", [60, 80, 120])
 @pytest.mark.usefixtures("folder")
 def test_colored_text_is_whole(drawn, columns):
     shown = drawn("score", "-m", "one", "--color", "text.txt", columns=columns)
