@@ -11,17 +11,21 @@ SAMPLED = [value.replace("sample_every=1000000", "sample_every=10") for value in
 BRAILLE = re.compile("[\u2801-\u28ff]{5}")
 
 
-def test_a_run_ends_with_its_curve_its_samples_and_what_they_mean(terminal, story, tmp_path):
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_run_ends_with_its_curve_its_samples_and_what_they_mean(
+    terminal, story, tmp_path, columns
+):
     running = terminal(
         *("train", story, "-o", "runs/tale", *SAMPLED, "--steps", 30),
         *("--set", "train.eval_every=10"),
+        columns=columns,
         folder=tmp_path,
     )
     first = running.read(until="starting")
     assert printable(first.lines)
     shown = running.read()
     assert shown.code == 0 and printable(shown.lines), shown.text
-    assert all(len(line) <= 80 for line in shown.lines)
+    assert all(len(line) <= columns for line in shown.lines)
     for text in (
         "100% done",
         "step 30 · epoch",
@@ -39,7 +43,7 @@ def test_a_run_ends_with_its_curve_its_samples_and_what_they_mean(terminal, stor
     assert shown.text.count("tokens/s") == 1 and shown.text.count("╭") == 1
     assert shown.text.count("starting") == 0
     # three samples and that of the finished model, each with its step
-    assert [re.search(rf"^ *{step}  ", shown.text, re.M) is not None for step in (10, 20, 30)]
+    assert all(re.search(rf"^ *{step}  ", shown.text, re.M) for step in (10, 20, 30))
     assert len(BRAILLE.findall(shown.text)) >= 3
     assert shown.lines[-1] == "runs/tale"
     # the commands run as they stand
