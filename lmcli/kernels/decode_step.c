@@ -179,21 +179,27 @@ INLINE void add_values(const float *weights, int64_t longest, const void *values
             for (int64_t k = 0; k < count; k++) out[s * stride + i] += weights[s * longest + k] * cached_one(values, type, k * size + i);
 }
 
-/* scores = e^(scores - the largest), then zeros up to a multiple of 16; returns their sum. */
-static float exponentials(float *scores, int64_t count) {
-    int64_t i;
-    for (i = count; i % LANES; i++) scores[i] = -INFINITY;
-    floats most = load(scores);
-    for (i = LANES; i < count; i += LANES) {
-        integers greater = load(scores + i) > most;
-        most = (floats)(((integers)load(scores + i) & greater) | ((integers)most & ~greater));
+/* The largest number, which NaN is not; -INFINITY if there is none. */
+INLINE float largest_number(const float *x, int64_t size) {
+    floats most = (floats){0} - INFINITY;
+    float largest = -INFINITY;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        integers greater = load(x + i) > most;
+        most = (floats)(((integers)load(x + i) & greater) | ((integers)most & ~greater));
     }
-    float largest = most[0];
-    for (int k = 1; k < LANES; k++) largest = most[k] > largest ? most[k] : largest;
-    for (i = 0; i < count; i++) scores[i] = exponential_float(scores[i] - largest);
-    for (; i % LANES; i++) scores[i] = 0;
+    for (; i < size; i++) largest = x[i] > largest ? x[i] : largest;
+    for (int k = 0; k < LANES; k++) largest = most[k] > largest ? most[k] : largest;
+    return largest;
+}
+
+/* out = e^(x - largest), then zeros up to a multiple of 16; returns their sum. out may be x. */
+INLINE float exponentials(const float *x, int64_t count, float largest, float *out) {
+    int64_t i;
+    for (i = 0; i < count; i++) out[i] = exponential_float(x[i] - largest);
+    for (; i % LANES; i++) out[i] = 0;
     floats sums = {0};
-    for (i = 0; i < count; i += LANES) sums += load(scores + i);
+    for (i = 0; i < count; i += LANES) sums += load(out + i);
     return total(sums);
 }
 
@@ -254,7 +260,7 @@ INLINE void attend_as(int64_t type, const Model *model, Attended to, const float
         float *scores = to.scores + s * longest;
         if (to.bias) for (int64_t i = 0; i < count; i++) scores[i] += to.bias[count - 1 - i];
         for (int64_t i = 0; i < to.skipped; i++) scores[i] = -INFINITY;
-        sums[s] = exponentials(scores, count);
+        sums[s] = exponentials(scores, count, largest_number(scores, count), scores);
         memset(out + s * stride, 0, size * sizeof *out);
     }
     for (int64_t i = 0; i < all; i += step) {
@@ -536,24 +542,10 @@ void decode_step(const Model *model, const Call *call, int64_t threads) {
 
 /* log Σ e^x; NaN or infinite if a number is NaN or +∞, or all are -∞. */
 static double log_sum(const float *x, int64_t size) {
-    floats most = (floats){0} - INFINITY;
-    float largest = -INFINITY, powers[64 * LANES];
+    float largest = largest_number(x, size), powers[64 * LANES];
     double all = 0;
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        integers greater = load(x + i) > most;
-        most = (floats)(((integers)load(x + i) & greater) | ((integers)most & ~greater));
-    }
-    for (; i < size; i++) largest = x[i] > largest ? x[i] : largest;
-    for (int k = 0; k < LANES; k++) largest = most[k] > largest ? most[k] : largest;
-    for (i = 0; i < size; i += 64 * LANES) {  /* few numbers are added in float32, their sums in float64 */
-        int64_t count = size - i < 64 * LANES ? size - i : 64 * LANES;
-        for (int64_t k = 0; k < count; k++) powers[k] = exponential_float(x[i + k] - largest);
-        for (int64_t k = count; k % LANES; k++) powers[k] = 0;
-        floats sum = {0};
-        for (int64_t k = 0; k < count; k += LANES) sum += load(powers + k);
-        all += total(sum);
-    }
+    for (int64_t i = 0; i < size; i += 64 * LANES)  /* few numbers are added in float32, their sums in float64 */
+        all += exponentials(x + i, size - i < 64 * LANES ? size - i : 64 * LANES, largest, powers);
     return largest + log(all);
 }
 
